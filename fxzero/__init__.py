@@ -1,0 +1,1 @@
+"""fxzero: ZeRO-3 training whose every communication is scheduled at compile time."""

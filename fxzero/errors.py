@@ -1,0 +1,105 @@
+"""Every error fxzero raises on purpose, one class per broken rule: what, where, why, and what to do."""
+
+from __future__ import annotations
+
+
+class FxzeroError(Exception):
+    """Base of all errors of fxzero."""
+
+
+class CaptureError(FxzeroError):
+    """The model could not be traced into one graph.
+
+    Cause: code whose control flow or shapes depend on tensor values, or an unsupported construct.
+    Cure: the message names the source line and what to change there.
+    """
+
+
+class InputMismatchError(FxzeroError):
+    """The inputs of a call do not fit the model or the plan.
+
+    Cause: a missing or surplus argument, or a tensor on another device. Cure: named in the message.
+    """
+
+
+class PlanError(FxzeroError):
+    """A plan cannot be made or used: its collectives or its memory do not fit what is fixed already.
+
+    Cause: a call that would gather other buckets than the first one of its mode, or a budget too small.
+    Cure: named in the message.
+    """
+
+
+class StaleBackwardError(FxzeroError):
+    """A backward that cannot be run any more.
+
+    Cause: a second backward through one forward, `create_graph=True`, or parameters that changed since the forward.
+    Cure: call the model again before each backward.
+    """
+
+
+class RankMismatchError(FxzeroError):
+    """Ranks compiled different things.
+
+    Cause: another model, dtype, world size or option on some rank; the message names the first difference.
+    Cure: run the same script with the same settings on every rank.
+    """
+
+
+class OptimizerError(FxzeroError, ValueError):
+    """The optimizer cannot step shards: it is not element-wise, or its state does not fit them.
+
+    Cure: use an element-wise optimizer of torch.optim, or pass `elementwise_optimizer=True` for your own.
+    """
+
+
+class CheckpointError(FxzeroError):
+    """A state dict does not fit the model, or the model was never initialised. Cure: named in the message."""
+
+
+class ScheduleError(FxzeroError, ValueError):
+    """A schedule breaks a rule; the subclasses name which."""
+
+
+class PassOrderError(ScheduleError):
+    """A pass ran before one that it needs. Cure: keep the order of `fxzero.passes.default_passes()`."""
+
+
+class MalformedGraphError(ScheduleError):
+    """The graph is not a graph in topological order. Cause: a pass moved a node above its inputs."""
+
+
+class ReadWithoutGatherError(ScheduleError):
+    """Compute reads a sharded parameter. Cure: run InsertAllGathers, or read the result of the wait."""
+
+
+class MissingWaitError(ScheduleError):
+    """A collective is started and never waited for, or waited for twice. Cure: one wait for each start."""
+
+
+class PhaseError(ScheduleError):
+    """A collective or a gathered parameter crosses from forward to backward. Cure: gather again in backward."""
+
+
+class UseAfterReleaseError(ScheduleError):
+    """A parameter is read after its release. Cure: release it after its last reader, or gather it again."""
+
+
+class DoubleReleaseError(ScheduleError):
+    """A gathered bucket is released twice. Cure: one release for each gather."""
+
+
+class MissingReleaseError(ScheduleError):
+    """A gathered bucket is never released. Cure: run ReleaseParams last."""
+
+
+class GradientReduceError(ScheduleError):
+    """A gradient is reduced never, twice, or in a bucket whose members are not those of its gather."""
+
+
+class BucketError(ScheduleError):
+    """A bucket mixes dtypes or frozen with trained parameters, or two buckets share a parameter."""
+
+
+class MemoryOverlapError(ScheduleError):
+    """Two live buffers share bytes of an arena. Cause: a lifetime was planned shorter than its use."""

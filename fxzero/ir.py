@@ -1,0 +1,243 @@
+"""The only IR: a torch.fx.Graph of the whole step, plus one frozen NodeInfo per node under one meta key.
+
+placeholders (params, buffers, inputs, tangents) and constants | forward | end_forward | backward | output
+
+The output is `(model outputs, parameter gradients by name, input gradients)`; a forward-only step has no end_forward and
+no gradients. Passes read and write collectives through the accessors here, never through `node.args[i]`.
+"""
+
+from __future__ import annotations
+
+import enum
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import fx
+
+from fxzero import ops
+from fxzero.layout import Bucket, ParamSpec
+
+META_KEY = "fxzero"
+
+
+class Role(enum.Enum):
+    """What a node is in the step."""
+
+    PARAM = "param"
+    BUFFER = "buffer"
+    CONSTANT = "constant"
+    INPUT = "input"
+    TANGENT = "tangent"
+    COMPUTE = "compute"
+    ALL_GATHER = "all_gather"
+    REDUCE_SCATTER = "reduce_scatter"
+    WAIT = "wait"
+    RELEASE = "release"
+    WRITE_GRAD = "write_grad"
+    END_FORWARD = "end_forward"
+    OUTPUT = "output"
+
+
+class Phase(enum.Enum):
+    """The two halves of a step."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+
+
+@dataclass(frozen=True)
+class NodeInfo:
+    """What passes know of a node beside its operator and `node.meta["val"]`."""
+
+    role: Role
+    fqn: str = ""
+    """PARAM, BUFFER: its name. INPUT: the path of the argument. COMPUTE: the module that runs it. Else empty."""
+
+
+_ROLE_OF_TARGET = {
+    ops.all_gather: Role.ALL_GATHER,
+    ops.reduce_scatter: Role.REDUCE_SCATTER,
+    ops.wait: Role.WAIT,
+    ops.release: Role.RELEASE,
+    ops.write_grad: Role.WRITE_GRAD,
+    ops.end_forward: Role.END_FORWARD,
+}
+
+
+def info(node: fx.Node) -> NodeInfo:
+    """The NodeInfo of a node; words of the schedule and the output need none stored."""
+    stored = node.meta.get(META_KEY)
+    if stored is not None:
+        return stored
+    if node.op in ("output", "get_attr"):
+        return NodeInfo(Role.OUTPUT if node.op == "output" else Role.CONSTANT)
+    return NodeInfo(_ROLE_OF_TARGET.get(cast(Any, node.target), Role.COMPUTE))
+
+
+def role(node: fx.Node) -> Role:
+    """Shorthand for `info(node).role`."""
+    return info(node).role
+
+
+@dataclass
+class StepGraph:
+    """One step of a model: the graph and what must be known to read it."""
+
+    graph: fx.Graph
+    params: dict[str, ParamSpec]
+    """Every parameter of the model by canonical name, in registration order; also those the step does not use."""
+    world_size: int
+    constants: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor], repr=False)
+    """Tensors that the model's code made from Python values while it was traced: the targets of get_attr nodes."""
+    synchronize: bool = True
+    """False under no_sync(): gradients are written to unsharded buckets and not reduced."""
+    _buckets: dict[tuple[str, ...], Bucket] = field(default_factory=dict[tuple[str, ...], Bucket], repr=False)
+
+    # -- phases --------------------------------------------------------------------------------------------------
+
+    @property
+    def end_forward(self) -> fx.Node | None:
+        """The boundary node; None if the step is forward only."""
+        return next(iter(self.graph.find_nodes(op="call_function", target=ops.end_forward)), None)
+
+    @property
+    def has_backward(self) -> bool:
+        return self.end_forward is not None
+
+    def phases(self) -> Iterator[tuple[Phase, list[fx.Node]]]:
+        """The nodes between placeholders and output, phase by phase, without the boundary."""
+        nodes: list[fx.Node] = []
+        phase = Phase.FORWARD
+        for node in self.graph.nodes:
+            if node.op in ("placeholder", "output", "get_attr"):
+                continue
+            if node.target is ops.end_forward:
+                yield phase, nodes
+                phase, nodes = Phase.BACKWARD, []
+            else:
+                nodes.append(node)
+        yield phase, nodes
+
+    def phase_of(self) -> dict[fx.Node, Phase]:
+        """The phase of every node between placeholders and output."""
+        return {node: phase for phase, nodes in self.phases() for node in nodes}
+
+    def positions(self) -> dict[fx.Node, int]:
+        """The index of every node in execution order."""
+        return {node: index for index, node in enumerate(self.graph.nodes)}
+
+    # -- nodes by role -------------------------------------------------------------------------------------------
+
+    def nodes(self, *roles: Role) -> list[fx.Node]:
+        """All nodes of the given roles, in order."""
+        return [node for node in self.graph.nodes if role(node) in roles]
+
+    def param_nodes(self) -> dict[str, fx.Node]:
+        """The placeholder of each parameter that the graph has."""
+        return {info(node).fqn: node for node in self.graph.nodes if role(node) is Role.PARAM}
+
+    @property
+    def output(self) -> fx.Node:
+        return self.graph.output_node()
+
+    @property
+    def model_outputs(self) -> Sequence[Any]:
+        """The nodes (or plain values) that the model returns, flat."""
+        return cast(Any, self.output.args[0])[0]
+
+    @property
+    def grads(self) -> dict[str, fx.Node]:
+        """The gradient of each parameter the step reaches: its node, or the wait of its reduce-scatter."""
+        return cast(Any, self.output.args[0])[1]
+
+    @property
+    def input_grads(self) -> Sequence[fx.Node | None]:
+        """The gradient of each input, None where there is none, in the order of the input placeholders."""
+        return cast(Any, self.output.args[0])[2]
+
+    def set_output(self, outputs: Sequence[Any], grads: dict[str, fx.Node], input_grads: Sequence[Any]) -> None:
+        self.output.args = ((tuple(outputs), dict(grads), tuple(input_grads)),)
+
+    # -- collectives ---------------------------------------------------------------------------------------------
+
+    def bucket(self, fqns: tuple[str, ...]) -> Bucket:
+        """The bucket of these members, in this order."""
+        if fqns not in self._buckets:
+            self._buckets[fqns] = Bucket(tuple(self.params[fqn] for fqn in fqns), self.world_size)
+        return self._buckets[fqns]
+
+    def bucket_of(self, collective: fx.Node) -> Bucket:
+        """The bucket that an all_gather, a reduce_scatter, or the wait or release of one, is about."""
+        return self.bucket(members(collective))
+
+
+def started_by(node: fx.Node) -> fx.Node:
+    """The all_gather or reduce_scatter that a wait or a release belongs to; a start is its own."""
+    while role(node) in (Role.WAIT, Role.RELEASE):
+        node = cast(fx.Node, node.args[0])
+    return node
+
+
+def operands(start: fx.Node) -> tuple[fx.Node, ...]:
+    """The shards of an all_gather (parameter placeholders), or the slots of a reduce_scatter."""
+    return cast(tuple[fx.Node, ...], start.args)
+
+
+def members(collective: fx.Node) -> tuple[str, ...]:
+    """The names of the parameters of a collective (a start, wait or release), in bucket order."""
+    start = started_by(collective)
+    if role(start) is Role.ALL_GATHER:
+        return tuple(info(shard).fqn for shard in operands(start))
+    return tuple(grad_fqn(slot) for slot in operands(start))
+
+
+def wait_of(start: fx.Node) -> fx.Node:
+    """The one wait of a collective."""
+    return next(user for user in start.users if role(user) is Role.WAIT)
+
+
+def release_of(wait: fx.Node) -> fx.Node | None:
+    """The release of a gathered bucket, None if it has none yet."""
+    return next((user for user in wait.users if role(user) is Role.RELEASE), None)
+
+
+def is_gather(node: fx.Node) -> bool:
+    """True for the start, the wait and the release of an all-gather."""
+    return role(started_by(node)) is Role.ALL_GATHER
+
+
+def is_gathered_param(node: fx.Node) -> bool:
+    """True for one unsharded parameter: an output of the wait of an all-gather."""
+    return node.target is operator.getitem and role(arg := cast(fx.Node, node.args[0])) is Role.WAIT and is_gather(arg)
+
+
+def gathered_params(wait: fx.Node) -> dict[str, fx.Node]:
+    """The outputs of the wait of an all-gather that something reads, by parameter name."""
+    names = members(wait)
+    return {names[cast(int, user.args[1])]: user for user in wait.users if user.target is operator.getitem}
+
+
+def grad_of(slot: fx.Node) -> fx.Node:
+    """The gradient that a write_grad writes."""
+    return cast(fx.Node, slot.args[0])
+
+
+def grad_fqn(slot: fx.Node) -> str:
+    """The parameter whose gradient a write_grad writes."""
+    return cast(str, slot.args[1])
+
+
+def is_view(node: fx.Node) -> bool:
+    """True for an operator whose only effect is another view of its first argument."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target.is_view and not target._schema.is_mutable
+
+
+def new_value(node: fx.Node, value: Any) -> fx.Node:
+    """Give a node its own `meta["val"]`, so that no two nodes seem to share storage by accident."""
+    node.meta["val"] = value
+    return node
