@@ -221,9 +221,9 @@ def gathered_params(wait: fx.Node) -> dict[str, fx.Node]:
     return {names[cast(int, user.args[1])]: user for user in wait.users if user.target is operator.getitem}
 
 
-def grad_of(slot: fx.Node) -> fx.Node:
-    """The gradient that a write_grad writes."""
-    return cast(fx.Node, slot.args[0])
+def grad_of(slot: fx.Node) -> fx.Node | None:
+    """The gradient that a write_grad writes; None for a slot of zeros."""
+    return cast("fx.Node | None", slot.args[0])
 
 
 def grad_fqn(slot: fx.Node) -> str:
@@ -235,6 +235,17 @@ def is_view(node: fx.Node) -> bool:
     """True for an operator whose only effect is another view of its first argument."""
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and target.is_view and not target._schema.is_mutable
+
+
+def aliases(node: fx.Node) -> list[fx.Node]:
+    """The node and everything that shares its memory: views of it, and views of those, in discovery order."""
+    found = [node]
+    for alias in found:
+        for user in alias.users:
+            from_view = user.target is operator.getitem and is_view(alias)
+            if (from_view or (is_view(user) and user.args[0] is alias)) and user not in found:
+                found.append(user)
+    return found
 
 
 def new_value(node: fx.Node, value: Any) -> fx.Node:

@@ -1,0 +1,73 @@
+"""Run a list of passes over a StepGraph: verify before the first and after each, and tell observers.
+
+Printing, dumping and timing are observers; a pass does none of it. `FXZERO_DUMP=dir` adds one that writes
+`00_capture.txt`, `01_rematerialize_views.txt`, ... and a `.diff` for each step.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from fxzero.ir import Role, StepGraph
+from fxzero.schedule import format_diff, format_schedule
+from fxzero.verify import verify_graph, verify_plan
+
+logger = logging.getLogger(__name__)
+
+Pass: TypeAlias = Callable[[StepGraph], None]
+Observer: TypeAlias = Callable[[int, str, StepGraph], None]
+"""Called with the index, the name and the graph: index 0 is the capture, i the i-th pass."""
+
+
+def pass_name(pass_: Pass) -> str:
+    """The class name of a pass in snake case, as its file is called."""
+    name = getattr(pass_, "__name__", type(pass_).__name__)
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+
+
+class DumpSchedules:
+    """Write the schedule after each pass, and what the pass changed, to text files in a folder."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._before = ""
+
+    def __call__(self, index: int, name: str, step: StepGraph) -> None:
+        text = format_schedule(step)
+        stem = f"{index:02d}_{name}"
+        (self.folder / f"{stem}.txt").write_text(text + "\n")
+        if index > 0:
+            (self.folder / f"{stem}.diff").write_text(format_diff(self._before, text) + "\n")
+        self._before = text
+
+
+def run_passes(step: StepGraph, passes: Sequence[Pass], *, observers: Sequence[Observer] = ()) -> None:
+    """Run `passes` in order over `step`, in place.
+
+    Raises:
+        ScheduleError: a pass left the graph unsafe; a note names the pass and those before it.
+    """
+    dump = os.environ.get("FXZERO_DUMP")
+    watching = [*observers, *([DumpSchedules(dump)] if dump else [])]
+    verify_graph(step)
+    for observer in watching:
+        observer(0, "capture", step)
+    for index, pass_ in enumerate(passes, start=1):
+        try:
+            pass_(step)
+            verify_graph(step)
+        except Exception as error:
+            before = ", ".join(repr(p) for p in passes[: index - 1])
+            error.add_note(f"In pass {index} of {len(passes)}: {pass_!r}; before it: [{before}]")
+            raise
+        logger.info("%s: %d nodes", pass_name(pass_), len(step.graph.nodes))
+        for observer in watching:
+            observer(index, pass_name(pass_), step)
+    if step.nodes(Role.RELEASE):
+        verify_plan(step)

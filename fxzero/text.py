@@ -1,0 +1,49 @@
+"""How nodes, buckets and bytes read in schedules and errors: FQNs, never fx node names."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from fxzero.ir import Role, grad_fqn, info, members, role
+
+_COLLECTIVES = (Role.ALL_GATHER, Role.REDUCE_SCATTER, Role.WAIT, Role.RELEASE)
+
+
+def format_bytes(nbytes: float) -> str:
+    """Bytes in the largest binary unit that keeps at least one digit before the point: '768 B', '1.5 MiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024 or unit == "GiB":
+            break
+        nbytes /= 1024
+    return f"{nbytes:.0f} {unit}" if nbytes >= 100 or float(nbytes).is_integer() else f"{nbytes:.1f} {unit}"
+
+
+def bucket_label(fqns: tuple[str, ...]) -> str:
+    """A bucket in one word: its only member, the common prefix, or the first and the last member; and the count."""
+    if len(fqns) == 1:
+        return fqns[0]
+    parts = [fqn.split(".")[:-1] for fqn in fqns]
+    common = 0
+    while all(len(p) > common for p in parts) and len({p[common] for p in parts}) == 1:
+        common += 1
+    name = ".".join(parts[0][:common]) or f"{fqns[0]} .. {fqns[-1]}"
+    return f"{name} ({len(fqns)} params)"
+
+
+def block_of(fqn: str) -> str:
+    """The block a module belongs to: its path up to the first index, else its first two parts."""
+    parts = fqn.split(".")
+    for index, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[: index + 1])
+    return ".".join(parts[:2])
+
+
+def describe(node: fx.Node) -> str:
+    """A node as the schedule prints it: its role and FQN, in quotes."""
+    kind = role(node)
+    if kind in _COLLECTIVES:
+        return f"'{kind.value} {bucket_label(members(node))}'"
+    if kind is Role.WRITE_GRAD:
+        return f"'write_grad {grad_fqn(node)}'"
+    return f"'{kind.value} {info(node).fqn}'" if info(node).fqn else f"'{kind.value}'"

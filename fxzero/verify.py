@@ -1,0 +1,195 @@
+"""Prove a schedule safe, before the first pass and after each: nothing here is hoped for.
+
+Two levels: rules of any graph (`verify_graph`), and rules of a complete plan (`verify_plan`): each gradient reduced
+once, everything waited for and released.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from fxzero.errors import (
+    BucketError,
+    DoubleReleaseError,
+    GradientReduceError,
+    MalformedGraphError,
+    MissingReleaseError,
+    MissingWaitError,
+    PhaseError,
+    ReadWithoutGatherError,
+    UseAfterReleaseError,
+)
+from fxzero.ir import (
+    Phase,
+    Role,
+    StepGraph,
+    aliases,
+    gathered_params,
+    grad_fqn,
+    info,
+    is_gather,
+    members,
+    operands,
+    role,
+    started_by,
+)
+from fxzero.text import bucket_label, describe
+
+
+@dataclass
+class _Walk:
+    """What is known after the nodes walked so far."""
+
+    phase: Phase = Phase.FORWARD
+    has_gathers: bool = False
+    seen: set[fx.Node] = field(default_factory=set[fx.Node])
+    waited: dict[fx.Node, Phase] = field(default_factory=dict[fx.Node, Phase])
+    started: dict[fx.Node, Phase] = field(default_factory=dict[fx.Node, Phase])
+    released: set[fx.Node] = field(default_factory=set[fx.Node])
+    owner: dict[fx.Node, tuple[fx.Node, str]] = field(default_factory=dict[fx.Node, "tuple[fx.Node, str]"])
+    """The gathered bucket (its start) and the parameter that a node's memory belongs to."""
+
+
+def verify_graph(step: StepGraph) -> None:
+    """Check the rules of any graph, complete or not.
+
+    Raises:
+        ScheduleError: the subclass names the rule that is broken.
+    """
+    _check_buckets(step)
+    walk = _Walk(has_gathers=bool(step.nodes(Role.ALL_GATHER)))
+    for node in step.graph.nodes:
+        _check_order(walk, node)
+        if role(node) is Role.END_FORWARD:
+            _check_nothing_in_flight(walk, "the end of forward")
+            walk.phase = Phase.BACKWARD
+        elif role(node) in (Role.ALL_GATHER, Role.REDUCE_SCATTER):
+            walk.started[node] = walk.phase
+        elif role(node) is Role.WAIT:
+            _check_wait(walk, node)
+        elif role(node) is Role.RELEASE:
+            _check_release(walk, node)
+        else:
+            _check_reads(walk, node)
+        walk.seen.add(node)
+    _check_nothing_in_flight(walk, "the end of the step")
+    _check_reduced_at_most_once(step)
+
+
+def verify_plan(step: StepGraph) -> None:
+    """Check the rules of a complete plan, beside those of any graph.
+
+    Raises:
+        ScheduleError: the subclass names the rule that is broken.
+    """
+    verify_graph(step)
+    waits = [wait for wait in step.nodes(Role.WAIT) if is_gather(wait)]
+    released = {node.args[0] for node in step.nodes(Role.RELEASE)}
+    for wait in waits:
+        if wait not in released:
+            raise MissingReleaseError(
+                f"{bucket_label(members(wait))} is gathered and never released. Run ReleaseParams last."
+            )
+    if step.synchronize:
+        reduced = {fqn for start in step.nodes(Role.REDUCE_SCATTER) for fqn in members(start)}
+        for fqn in step.grads:
+            if fqn not in reduced:
+                raise GradientReduceError(f"The gradient of {fqn} is never reduced. Run InsertReduceScatters.")
+
+
+def _check_order(walk: _Walk, node: fx.Node) -> None:
+    for source in node.all_input_nodes:
+        if source not in walk.seen:
+            raise MalformedGraphError(
+                f"{describe(node)} stands before {describe(source)}, which it reads. A pass moved it too far up."
+            )
+
+
+def _check_wait(walk: _Walk, wait: fx.Node) -> None:
+    start = started_by(wait)
+    if start in walk.waited:
+        raise MissingWaitError(f"{describe(start)} is waited for twice. Keep one wait for each start.")
+    if walk.started[start] is not walk.phase:
+        raise PhaseError(f"{describe(start)} starts in forward and is waited for in backward. Wait in the same phase.")
+    walk.waited[start] = walk.phase
+    if is_gather(wait):
+        for fqn, param in gathered_params(wait).items():
+            walk.owner.update({alias: (start, fqn) for alias in aliases(param)})
+
+
+def _check_release(walk: _Walk, release: fx.Node) -> None:
+    start = started_by(release)
+    if start in walk.released:
+        raise DoubleReleaseError(f"{bucket_label(members(start))} is released twice. Keep one release for each gather.")
+    walk.released.add(start)
+
+
+def _check_reads(walk: _Walk, node: fx.Node) -> None:
+    for source in node.all_input_nodes:
+        if role(source) is Role.PARAM and walk.has_gathers:
+            raise ReadWithoutGatherError(
+                f"{info(source).fqn} is read by {describe(node)} without a gather. Read the result of its wait."
+            )
+        if source not in walk.owner:
+            continue
+        start, fqn = walk.owner[source]
+        if start in walk.released:
+            raise UseAfterReleaseError(
+                f"{fqn} is read by {describe(node)} after its release.\n"
+                "Release a parameter after its last reader, or gather it again."
+            )
+        if walk.started[start] is not walk.phase:
+            raise PhaseError(f"{fqn} is gathered in forward and read by {describe(node)} in backward. Gather it again.")
+
+
+def _check_nothing_in_flight(walk: _Walk, where: str) -> None:
+    for start in walk.started:
+        if start not in walk.waited:
+            raise MissingWaitError(f"{describe(start)} is still in flight at {where}. Give it a wait.")
+
+
+def _check_reduced_at_most_once(step: StepGraph) -> None:
+    reduced: dict[str, fx.Node] = {}
+    written: set[str] = set()
+    for slot in step.nodes(Role.WRITE_GRAD):
+        if grad_fqn(slot) in written:
+            raise GradientReduceError(f"The gradient of {grad_fqn(slot)} is written twice. Keep one write_grad.")
+        written.add(grad_fqn(slot))
+    for start in step.nodes(Role.REDUCE_SCATTER):
+        for slot in operands(start):
+            fqn = grad_fqn(slot)
+            if fqn in reduced:
+                raise GradientReduceError(f"The gradient of {fqn} is reduced twice. Keep one reduce_scatter.")
+            reduced[fqn] = start
+
+
+def _check_buckets(step: StepGraph) -> None:
+    """Buckets are uniform, the same in every phase and for both collectives, and disjoint."""
+    bucket_of: dict[str, tuple[str, ...]] = {}
+    for start in step.nodes(Role.ALL_GATHER):
+        bucket = members(start)
+        if len({step.params[fqn].bucket_key for fqn in bucket}) > 1:
+            raise BucketError(f"The bucket {bucket_label(bucket)} mixes dtypes, or frozen with trained parameters.")
+        for fqn in bucket:
+            if bucket_of.setdefault(fqn, bucket) != bucket:
+                raise BucketError(f"{fqn} is gathered in two different buckets. Keep the members the same everywhere.")
+    starts = step.nodes(Role.REDUCE_SCATTER)
+    bucketed = any(len(members(start)) > 1 for start in starts)
+    for start in starts if bucketed else []:
+        bucket = members(start)
+        gathered = bucket_of.get(bucket[0], bucket)
+        if gathered != bucket:
+            raise GradientReduceError(
+                f"The reduce_scatter of {bucket_label(bucket)} has other members than the all_gather of "
+                f"{bucket_label(gathered)}. Reduce the buckets of the gathers."
+            )
+
+
+def collectives(step: StepGraph) -> list[str]:
+    """The order of collectives, as text that is equal on two ranks exactly if the order and the buckets are."""
+    return [
+        f"{role(start).value} {','.join(members(start))}"
+        for start in step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER)
+    ]

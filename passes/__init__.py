@@ -1,0 +1,57 @@
+"""The compiler passes, and the one ordered list of them: this list is the registry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+from fxzero.ir import StepGraph
+from fxzero.passes.bucket_all_gathers import BucketAllGathers
+from fxzero.passes.bucket_reduce_scatters import BucketReduceScatters
+from fxzero.passes.insert_all_gathers import InsertAllGathers
+from fxzero.passes.insert_reduce_scatters import InsertReduceScatters
+from fxzero.passes.prefetch_all_gathers import PrefetchAllGathers
+from fxzero.passes.release_params import ReleaseParams
+from fxzero.passes.rematerialize_views import RematerializeViews
+from fxzero.passes.sink_waits import SinkWaits
+
+Pass: TypeAlias = Callable[[StepGraph], None]
+
+
+def default_passes(
+    *,
+    bucket_bytes: int = BucketAllGathers.bucket_bytes,
+    prefetch_bytes: int = PrefetchAllGathers.max_inflight_bytes,
+    reduce_bytes: int = SinkWaits.max_inflight_bytes,
+) -> tuple[Pass, ...]:
+    """The passes of a plan, in order; all keep numerics bit for bit.
+
+    Args:
+        bucket_bytes: upper bound on the parameter bytes of one bucket.
+        prefetch_bytes: upper bound on gathered bytes in flight.
+        reduce_bytes: upper bound on gradient-bucket bytes in flight.
+    """
+    return (
+        RematerializeViews(),
+        InsertAllGathers(),
+        InsertReduceScatters(),
+        BucketAllGathers(bucket_bytes),
+        BucketReduceScatters(),
+        PrefetchAllGathers(prefetch_bytes),
+        SinkWaits(reduce_bytes),
+        ReleaseParams(),
+    )
+
+
+__all__ = [
+    "BucketAllGathers",
+    "BucketReduceScatters",
+    "InsertAllGathers",
+    "InsertReduceScatters",
+    "Pass",
+    "PrefetchAllGathers",
+    "ReleaseParams",
+    "RematerializeViews",
+    "SinkWaits",
+    "default_passes",
+]
