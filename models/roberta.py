@@ -52,9 +52,9 @@ ROBERTA_PRESETS: Mapping[str, RobertaConfig] = {
     "small": RobertaConfig(vocab_size=16384, hidden_size=512, ffn_size=2048, num_layers=8, num_heads=8),
     "base": RobertaConfig(),
     "large": RobertaConfig(hidden_size=1024, ffn_size=4096, num_layers=24, num_heads=16),
-    # The models of the measurements that fxzero answers. Public are: "RoBERTa-10B", "RoBERTa-50B", 52B parameters and a
-    # vocabulary of about 53000 for the latter. The shapes are the likeliest that fit these and the reported FLOPs;
-    # the 64 heads of the 50b are a guess, the other numbers are not measured against the original either.
+    # The models that DeepSpeed pull request 1453 measured as "Roberta-10B" and "Roberta-50B". Known are hidden_size,
+    # num_heads and ffn_size of the first, "52B" parameters and a vocabulary of about 53000 of the second. The rest is
+    # what fits those counts and the reported FLOPs; the 64 heads of the second are a guess.
     "10b": RobertaConfig(hidden_size=2560, ffn_size=10240, num_layers=127, num_heads=40),
     "50b": RobertaConfig(vocab_size=53000, hidden_size=8192, ffn_size=32768, num_layers=64, num_heads=64),
 }
