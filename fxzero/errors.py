@@ -46,6 +46,14 @@ class RankMismatchError(FxzeroError):
     """
 
 
+class CommunicationError(FxzeroError):
+    """A collective was not completed: a peer died, or did not come within the process group's timeout.
+
+    Cause: the first error among the other ranks. Cure: fix that one and restart from a checkpoint; the message names
+    the bucket that was waited for.
+    """
+
+
 class OptimizerError(FxzeroError, ValueError):
     """The optimizer cannot step shards: it is not element-wise, or its state does not fit them.
 

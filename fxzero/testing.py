@@ -1,0 +1,196 @@
+"""Run a function on real gloo ranks, each a process: for the tests, and for yours.
+
+    results = run_ranks(3, worker, "argument")    # calls worker(rank, world_size, "argument") on each
+
+The rank processes are started once and serve every later call, each call with a new process group and the seed 0: so
+a call costs some 20 ms instead of the seconds that importing torch takes. Functions must be importable (module level).
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import faulthandler
+import multiprocessing
+import pickle
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage] (public, documented)
+from torch.distributed.distributed_c10d import PrefixStore
+
+_context = multiprocessing.get_context("spawn")
+
+
+class RankError(AssertionError):
+    """A rank of `run_ranks` raised, died, or did not finish in time; the message has its traceback."""
+
+
+@dataclass
+class _Rank:
+    process: Any
+    connection: Connection
+    stack_file: str
+    """Where the rank writes the stacks of its threads when its time is over."""
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+class _Pool:
+    """Rank processes, and the store through which they find each other."""
+
+    def __init__(self) -> None:
+        self.ranks: list[_Rank] = []
+        self._store: TCPStore | None = None
+        self.num_runs = 0
+        self.directory: tempfile.TemporaryDirectory[str] | None = None
+
+    @property
+    def store(self) -> TCPStore:
+        if self._store is None:
+            self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        return self._store
+
+    def grow(self, world_size: int) -> None:
+        if self.directory is None:
+            self.directory = tempfile.TemporaryDirectory(prefix="fxzero-ranks-")
+        while len(self.ranks) < world_size:
+            ours, theirs = _context.Pipe()
+            stack_file = f"{self.directory.name}/rank{len(self.ranks)}-{time.monotonic_ns()}"
+            process = _context.Process(target=_serve, args=(theirs, stack_file), daemon=True)
+            process.start()
+            theirs.close()
+            self.ranks.append(_Rank(process, ours, stack_file))
+
+    def stop(self) -> None:
+        for rank in self.ranks:
+            rank.stop()
+        self.ranks.clear()
+
+    def close(self) -> None:
+        self.stop()
+        if self.directory is not None:
+            self.directory.cleanup()
+
+
+_pool = _Pool()
+atexit.register(_pool.close)
+
+
+def run_ranks(
+    world_size: int,
+    fn: Callable[..., Any],
+    *args: Any,
+    timeout: float = 60.0,
+    group_timeout: float = 30.0,
+    dies: Collection[int] = (),
+) -> list[Any]:
+    """Call `fn(rank, world_size, *args)` on every rank of a new gloo process group; their results, in rank order.
+
+    Args:
+        timeout: seconds until ranks that have not returned are killed.
+        group_timeout: seconds after which a collective of the process group gives up.
+        dies: ranks whose processes are expected to die; their result is None.
+
+    Raises:
+        RankError: a rank raised (the message is the traceback of the first that did), died, or ran out of time.
+    """
+    _pool.grow(world_size)
+    _pool.num_runs += 1
+    for rank in range(world_size):
+        job = (fn, args, rank, world_size, _pool.store.port, f"run{_pool.num_runs}", timeout, group_timeout)
+        _pool.ranks[rank].connection.send((list(sys.path), pickle.dumps(job)))
+    results: list[Any] = [None] * world_size
+    try:
+        for rank, (ok, value) in _answers(world_size, time.monotonic() + timeout + 0.5, dies):
+            if not ok:
+                raise RankError(f"rank {rank} of {world_size} failed:\n{value}")
+            results[rank] = value
+    except BaseException:
+        _pool.stop()
+        raise
+    if dies:
+        _pool.stop()
+    return results
+
+
+def _answers(world_size: int, deadline: float, dies: Collection[int]) -> Iterator[tuple[int, tuple[bool, Any]]]:
+    """Each rank's `(succeeded, result or traceback)`, in order of arrival."""
+    rank_of = {_pool.ranks[rank].connection: rank for rank in range(world_size)}
+    while rank_of:
+        ready = wait(list(rank_of), max(0.0, deadline - time.monotonic()))
+        if not ready:
+            late = sorted(rank_of.values())
+            raise RankError(f"ranks {late} of {world_size} did not finish in time:\n{_stacks(late)}")
+        for connection in ready:
+            assert isinstance(connection, Connection)
+            rank = rank_of.pop(connection)
+            try:
+                yield rank, pickle.loads(connection.recv_bytes())
+            except EOFError:
+                process = _pool.ranks[rank].process
+                process.join()
+                if rank not in dies:
+                    yield rank, (False, f"its process died with exit code {process.exitcode}")
+
+
+def _stacks(ranks: list[int]) -> str:
+    text = ""
+    for rank in ranks:
+        with contextlib.suppress(OSError), open(_pool.ranks[rank].stack_file) as file:
+            text += f"rank {rank}:\n{file.read()}"
+    return text
+
+
+def _serve(connection: Connection, stack_file: str) -> None:
+    """The main loop of one rank process."""
+    torch.set_num_threads(1)
+    with open(stack_file, "w") as stacks:
+        while True:
+            try:
+                paths, job = connection.recv()
+            except EOFError:
+                return
+            sys.path[:] = paths
+            try:
+                answer = (True, _run(stacks, *pickle.loads(job)))
+                payload = pickle.dumps(answer)
+            except Exception:
+                payload = pickle.dumps((False, traceback.format_exc()))
+            connection.send_bytes(payload)
+
+
+def _run(
+    stacks: Any,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    rank: int,
+    world_size: int,
+    port: int,
+    run: str,
+    timeout: float,
+    group_timeout: float,
+) -> Any:
+    faulthandler.dump_traceback_later(timeout, file=stacks)
+    store = PrefixStore(run, TCPStore("127.0.0.1", port, is_master=False))
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=group_timeout)
+    )
+    try:
+        torch.manual_seed(0)
+        return fn(rank, world_size, *args)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        dist.destroy_process_group()

@@ -1,0 +1,314 @@
+"""Collectives between real gloo ranks: bytes, order of sums, memory they leave alone, and what a dead peer causes."""
+
+from __future__ import annotations
+
+import cProfile
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fxzero.comm import Comm, GroupComm, LocalComm, make_comm
+from fxzero.errors import CommunicationError
+from fxzero.gloo import GlooComm
+from fxzero.layout import Bucket, ParamSpec
+from fxzero.nccl import NcclComm
+from fxzero.testing import run_ranks
+
+CPU = torch.device("cpu")
+WORLD_SIZES = [1, 2, 3, 4]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def make_bucket(world_size: int, dtype: torch.dtype = torch.float32, name: str = "w", numel: int = 1001) -> Bucket:
+    params = (ParamSpec(f"{name}.first", (numel,), dtype, True), ParamSpec(f"{name}.last", (7, 3), dtype, True))
+    return Bucket(params, world_size)
+
+
+def values(bucket: Bucket, seed: int) -> torch.Tensor:
+    """Random values that every rank can make for every rank."""
+    return torch.randn(bucket.numel, generator=torch.Generator().manual_seed(seed)).to(bucket.dtype)
+
+
+def call(function: Any) -> None:
+    if function is not None:
+        function()
+
+
+def poisoned(numel: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.full((numel,), float("nan"), dtype=dtype)
+
+
+def reduced(comm: Comm, bucket: Bucket, full: torch.Tensor, shard: torch.Tensor, *, accumulate: bool) -> torch.Tensor:
+    """Reduce with exactly the scratch that was asked for."""
+    needed = comm.reduce_scratch_numel(bucket, accumulate=accumulate)
+    scratch = poisoned(needed, bucket.dtype) if needed else None
+    start, wait = comm.bind_reduce(bucket, full, scratch, shard, accumulate=accumulate)
+    call(start)
+    call(wait)
+    comm.drain()
+    return shard
+
+
+def average_in_rank_order(bucket: Bucket, rank: int, seed: int) -> torch.Tensor:
+    shards = [values(bucket, seed + peer).split(bucket.shard_numel)[rank] for peer in range(bucket.world_size)]
+    total = shards[0]
+    for shard in shards[1:]:
+        total = total + shard
+    return total / bucket.world_size
+
+
+def gather_and_reduce(rank: int, world_size: int) -> None:
+    comm = make_comm(None, CPU)
+    assert isinstance(comm, LocalComm if world_size == 1 else GlooComm)
+    for dtype in DTYPES:
+        bucket = make_bucket(world_size, dtype, f"gather.{dtype}")
+        expected = values(bucket, 5)
+        shard = expected.split(bucket.shard_numel)[rank].clone()
+        full = shard if comm.gathers_in_place else poisoned(bucket.numel, dtype)
+        start, wait = comm.bind_gather(bucket, shard, full)
+        for _ in range(2):
+            call(start)
+            call(wait)
+            assert torch.equal(full, expected)
+        comm.drain()
+
+        for accumulate in (False, True):
+            full = values(bucket, 10 + rank)
+            shard = torch.ones(bucket.shard_numel, dtype=dtype) if accumulate else poisoned(bucket.shard_numel, dtype)
+            average = average_in_rank_order(bucket, rank, 10)
+            assert torch.equal(
+                reduced(comm, bucket, full, shard, accumulate=accumulate), 1 + average if accumulate else average
+            )
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_gather_and_reduce_are_exact_when_ranks_are_real(world_size: int) -> None:
+    run_ranks(world_size, gather_and_reduce)
+
+
+def many_in_flight(rank: int, world_size: int) -> None:
+    """Twelve collectives at once, waited for in reverse order, step after step, with new values each step."""
+    comm = make_comm(None, CPU)
+    buckets = [make_bucket(world_size, name=f"layers.{index}", numel=40_000 * index + 5) for index in range(6)]
+    shards = [torch.empty(bucket.shard_numel) for bucket in buckets]
+    fulls = [poisoned(bucket.numel, bucket.dtype) for bucket in buckets]
+    grads = [torch.empty(bucket.numel) for bucket in buckets]
+    grad_shards = [torch.empty(bucket.shard_numel) for bucket in buckets]
+    bound: list[Any] = []
+    for index, bucket in enumerate(buckets):
+        scratch = torch.empty(comm.reduce_scratch_numel(bucket, accumulate=False))
+        bound.append(comm.bind_gather(bucket, shards[index], fulls[index]))
+        bound.append(comm.bind_reduce(bucket, grads[index], scratch, grad_shards[index], accumulate=False))
+    for step in range(4):
+        for index, bucket in enumerate(buckets):
+            shards[index].copy_(values(bucket, step + index).split(bucket.shard_numel)[rank])
+            grads[index].copy_(values(bucket, 100 * step + index + rank))
+        for start, _ in bound:
+            start()
+        for _, wait in reversed(bound):
+            wait()
+        comm.drain()
+        for index, bucket in enumerate(buckets):
+            assert torch.equal(fulls[index], values(bucket, step + index))
+            assert torch.equal(grad_shards[index], average_in_rank_order(bucket, rank, 100 * step + index))
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_values_are_right_when_many_collectives_are_in_flight(world_size: int) -> None:
+    run_ranks(world_size, many_in_flight)
+
+
+def gather_in_place(rank: int, world_size: int) -> None:
+    comm = make_comm(None, CPU)
+    bucket = make_bucket(world_size)
+    full = poisoned(bucket.numel, bucket.dtype)
+    shard = full.split(bucket.shard_numel)[rank]
+    shard.copy_(values(bucket, 3).split(bucket.shard_numel)[rank])
+    start, wait = comm.bind_gather(bucket, shard, full)
+    call(start)
+    call(wait)
+    comm.drain()
+    assert torch.equal(full, values(bucket, 3))
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_gather_works_when_the_shard_lies_in_its_bucket(world_size: int) -> None:
+    run_ranks(world_size, gather_in_place)
+
+
+def blocking_operations(rank: int, world_size: int, over_nccl_code: bool = False) -> None:
+    group = dist.group.WORLD
+    assert group is not None
+    comm = NcclComm(group) if over_nccl_code else make_comm(group, CPU)
+    total = torch.tensor([float(rank), 1.0])
+    comm.all_reduce(total)
+    assert total.tolist() == [sum(range(world_size)), world_size]
+    largest = torch.tensor(float(rank))
+    comm.all_reduce(largest, "max")
+    assert largest.item() == world_size - 1
+
+    for dtype in (*DTYPES, torch.float8_e4m3fn, torch.bool, torch.int64):
+        bucket = make_bucket(world_size, dtype)
+        expected = (values(make_bucket(world_size), 1)[:1] * torch.arange(bucket.numel)).to(dtype)
+        shard = torch.zeros(bucket.shard_numel, dtype=dtype)
+        comm.scatter_from_rank0(shard, expected.clone() if rank == 0 else None)
+        assert as_ints(shard) == as_ints(expected.split(bucket.shard_numel)[rank])
+        full = torch.zeros(bucket.numel, dtype=dtype)
+        comm.gather_to_all(shard, full)
+        assert as_ints(full) == as_ints(expected)
+        full.zero_()
+        comm.gather_to_rank0(shard, full if rank == 0 else None)
+        assert rank != 0 or as_ints(full) == as_ints(expected)
+
+    matrix = torch.full((4, 6), rank + 1).t()[1:5:2]
+    comm.broadcast_from_rank0(matrix)
+    assert matrix.eq(1).all()
+    flag = torch.tensor(rank == 0)
+    comm.broadcast_from_rank0(flag)
+    assert flag
+    comm.broadcast_from_rank0(torch.empty(0, 3))
+
+
+def as_ints(tensor: torch.Tensor) -> list[int]:
+    return tensor.view(torch.uint8).tolist()
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_blocking_operations_move_every_dtype(world_size: int) -> None:
+    run_ranks(world_size, blocking_operations)
+
+
+def nccl_code_on_gloo(rank: int, world_size: int) -> None:
+    """The calls that NcclComm makes exist in gloo too, so what it binds can be checked without a GPU."""
+    group = dist.group.WORLD
+    assert group is not None
+    comm = NcclComm(group)
+    bucket = make_bucket(world_size)
+    expected = values(bucket, 5)
+    full = poisoned(bucket.numel, bucket.dtype)
+    start, wait = comm.bind_gather(bucket, expected.split(bucket.shard_numel)[rank].clone(), full)
+    call(start)
+    call(wait)
+    assert torch.equal(full, expected)
+    average = average_in_rank_order(bucket, rank, 10)
+    for before, accumulate in ((0.0, False), (1.0, True)):
+        shard = torch.full((bucket.shard_numel,), 1.0)
+        reduced(comm, bucket, values(bucket, 10 + rank), shard, accumulate=accumulate)
+        torch.testing.assert_close(shard, before + average)
+    blocking_operations(rank, world_size, over_nccl_code=True)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_nccl_code_is_right_when_run_on_gloo(world_size: int) -> None:
+    run_ranks(world_size, nccl_code_on_gloo)
+
+
+def calls_of_a_step(rank: int, world_size: int) -> list[int]:
+    comm = make_comm(None, CPU)
+    bucket = make_bucket(world_size)
+    gather = comm.bind_gather(bucket, torch.zeros(bucket.shard_numel), torch.zeros(bucket.numel))
+    reduce = comm.bind_reduce(
+        bucket, torch.zeros(bucket.numel), None, torch.zeros(bucket.shard_numel), accumulate=False
+    )
+    counts: list[int] = []
+    for start, wait in (gather, reduce):
+        assert start is not None and wait is not None
+        profile = cProfile.Profile()
+        dist.barrier()
+        profile.enable()
+        start()
+        wait()
+        comm.drain()
+        profile.disable()
+        counts.append(sum(entry.callcount for entry in profile.getstats()) - 1)
+    return counts
+
+
+def test_host_work_stays_small_when_two_ranks_talk() -> None:
+    """Python calls of one all-gather and of one reduce-scatter at two ranks, builtins included, with their drain."""
+    assert run_ranks(2, calls_of_a_step) == [[8, 9], [8, 9]]
+
+
+def peer_dies(rank: int, world_size: int, kind: str) -> str:
+    comm = make_comm(None, CPU)
+    assert isinstance(comm, GroupComm)
+    bucket = make_bucket(world_size, name="layers.7", numel=1_000_000)
+    full, shard = torch.zeros(bucket.numel), torch.zeros(bucket.shard_numel)
+    scratch = torch.zeros(comm.reduce_scratch_numel(bucket))
+    start, wait = (
+        comm.bind_gather(bucket, shard, full)
+        if kind == "all-gather"
+        else comm.bind_reduce(bucket, full, scratch, shard, accumulate=True)
+    )
+    dist.barrier()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        call(start)
+        call(wait)
+        comm.drain()
+    except CommunicationError as error:
+        assert isinstance(error.__cause__, RuntimeError)
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("kind", ["all-gather", "reduce-scatter"])
+def test_error_names_the_bucket_when_a_peer_was_killed(kind: str, world_size: int) -> None:
+    results = run_ranks(world_size, peer_dies, kind, dies=[1], timeout=40)
+    for rank in {*range(world_size)} - {1}:
+        assert f"Rank {rank} of {world_size} did not complete the {kind} of bucket" in results[rank]
+        assert "layers.7.first .. layers.7.last" in results[rank]
+
+
+def orders_differ(rank: int, world_size: int) -> str:
+    comm = make_comm(None, CPU)
+    bucket = make_bucket(world_size, name="mine" if rank == 0 else "theirs")
+    start, wait = comm.bind_gather(bucket, torch.zeros(bucket.shard_numel), torch.full((bucket.numel,), 9.0))
+    try:
+        call(start)
+        call(wait)
+    except CommunicationError as error:
+        return str(error)
+    return "no error"
+
+
+def test_ranks_time_out_with_a_name_when_they_gather_different_buckets() -> None:
+    results = run_ranks(2, orders_differ, group_timeout=1.0)
+    assert "mine.first" in results[0]
+    assert "theirs.first" in results[1]
+
+
+def memory_of_gather(rank: int, world_size: int) -> int:
+    """Peak KiB above what was there, of gathering 8 buckets of 8 MiB at once."""
+    comm = make_comm(None, CPU)
+    buckets = [make_bucket(world_size, name=str(index), numel=2**21) for index in range(8)]
+    full = [torch.ones(bucket.numel) for bucket in buckets]
+    bound = [comm.bind_gather(b, torch.ones(b.shard_numel), f) for b, f in zip(buckets, full, strict=True)]
+    dist.barrier()
+    before = peak_kib(reset=True)
+    for start, _ in bound:
+        call(start)
+    for _, wait in bound:
+        call(wait)
+    comm.drain()
+    return peak_kib() - before
+
+
+def peak_kib(*, reset: bool = False) -> int:
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_gather_takes_no_memory_of_its_own() -> None:
+    assert max(run_ranks(2, memory_of_gather)) < 4096
