@@ -61,8 +61,7 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, config.norm_eps)
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tied:
-            # The earlier name takes the later weight: initialising in order then ends with the same numbers.
-            self.token_embedding.weight = self.head.weight
+            self.head.weight = self.token_embedding.weight
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> LMOutput:
         """Predicts each next token.

@@ -71,8 +71,7 @@ class Llama(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tied:
-            # The earlier name takes the later weight: initialising in order then ends with the same numbers.
-            self.token_embedding.weight = self.head.weight
+            self.head.weight = self.token_embedding.weight
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> LMOutput:
         """Predicts each next token.

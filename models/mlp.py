@@ -55,8 +55,7 @@ class MLP(nn.Module):
         last = nn.Linear(hidden, config.out_features, config.bias)
         self.layers = nn.Sequential(first, *middle, last)
         if config.tied:
-            # The earlier name takes the later weight: initialising in order then ends with the same numbers.
-            first.linear.weight = last.weight
+            last.weight = first.linear.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns `[batch, out_features]`."""

@@ -4,7 +4,8 @@ Every module that owns parameters or buffers has a `reset_parameters` that fills
     for module in model.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
-initialises a model that was built on the meta device; with the same seed, as if it had been built directly.
+initialises a model that was built on the meta device; with the same seed, as if it had been built directly, but for
+tied weights: built directly they keep what their first module drew, here what their last one did.
 """
 
 from __future__ import annotations
