@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import functools
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,11 +131,14 @@ class OptimizerGuard:
 
     Args:
         owner: the compiled model; held weakly.
-        shards: what this rank holds of each parameter, by the id of the Parameter object.
+        shards: gives what this rank holds of each parameter, by the id of the Parameter object; empty as long as there
+            are no shards, and then nothing is checked. It must not hold the owner.
         elementwise_optimizer: see `check_optimizer`.
     """
 
-    def __init__(self, owner: nn.Module, shards: Mapping[int, ParamShard], *, elementwise_optimizer: bool) -> None:
+    def __init__(
+        self, owner: nn.Module, shards: Callable[[], Mapping[int, ParamShard]], *, elementwise_optimizer: bool
+    ) -> None:
         self.shards = shards
         self.elementwise_optimizer = elementwise_optimizer
         self._num_groups_checked: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -152,18 +155,20 @@ class OptimizerGuard:
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Check an optimizer, if that was not done yet."""
         if self._num_groups_checked.get(optimizer) != len(optimizer.param_groups):
-            self.check(optimizer)
-            self._num_groups_checked[optimizer] = len(optimizer.param_groups)
+            shards = self.shards()
+            self.check(optimizer, shards)
+            if shards:
+                self._num_groups_checked[optimizer] = len(optimizer.param_groups)
 
-    def check(self, optimizer: torch.optim.Optimizer) -> None:
+    def check(self, optimizer: torch.optim.Optimizer, shards: Mapping[int, ParamShard]) -> None:
         """Refuse an optimizer that would step the shards wrongly.
 
         Raises:
             OptimizerError: its class is refused, it has a parameter twice, or it has state for a full parameter.
         """
         seen: set[int] = set()
-        for _, param in _parameters_of(optimizer, self.shards):
-            spec = self.shards[id(param)].spec
+        for _, param in _parameters_of(optimizer, shards):
+            spec = shards[id(param)].spec
             if not seen:
                 check_optimizer(optimizer, elementwise_optimizer=self.elementwise_optimizer)
             if id(param) in seen:

@@ -214,15 +214,19 @@ class Sharded(nn.Module):
         self.itself = [self]  # a cycle, as real models have them
         self.w = nn.Parameter(torch.randn(8, 4))
         self.shards = {id(self.w): ParamShard(spec_of("w", self.w), Slice(3, 9, 0), CPU)}
+        self.sharded: list[bool] = []
+        shards, sharded = self.shards, self.sharded
+        self.held = lambda: shards if sharded else {}
 
     def shard(self) -> None:
+        self.sharded.append(True)
         self.w.data = self.w.detach().reshape(-1)[3:9].clone()
 
 
 @pytest.fixture
 def model() -> Iterator[Sharded]:
     model = Sharded()
-    model.guard = OptimizerGuard(model, model.shards, elementwise_optimizer=False)
+    model.guard = OptimizerGuard(model, model.held, elementwise_optimizer=False)
     yield model
     model.guard.remove()
 
@@ -238,7 +242,7 @@ def test_guard_lets_an_optimizer_through_that_was_built_after_sharding(model: Sh
     for cls in classes:
         optimizer = cls([model.w])
         step(optimizer, model.w)
-        model.guard.check(optimizer)  # its state has the shards' shape now
+        model.guard.check(optimizer, model.shards)  # its state has the shards' shape now
         step(optimizer, model.w)
 
 
@@ -248,7 +252,7 @@ def test_guard_refuses_full_state_when_the_optimizer_was_not_passed_to_compile(m
     step(optimizer, model.w)
     model.w.grad = None
     model.shard()
-    model.guard = OptimizerGuard(model, model.shards, elementwise_optimizer=False)
+    model.guard = OptimizerGuard(model, model.held, elementwise_optimizer=False)
     for _ in range(2):  # and each time again
         with pytest.raises(OptimizerError, match=r"'exp_avg' of w .*compile\(model, optimizer=optimizer\)"):
             step(optimizer, model.w)
@@ -260,7 +264,7 @@ def test_guard_checks_the_class_and_the_groups_of_later_optimizers(model: Sharde
     model.shard()
     with pytest.raises(OptimizerError, match="not known to be element-wise"):
         step(Squared([model.w]), model.w)
-    OptimizerGuard(model, model.shards, elementwise_optimizer=True)  # replaces the first
+    OptimizerGuard(model, model.held, elementwise_optimizer=True)  # replaces the first
     step(Squared([model.w]), model.w)
     with pytest.warns(UserWarning, match="duplicate"):
         twice = optim.SGD([model.w, model.w])
@@ -271,14 +275,24 @@ def test_guard_checks_the_class_and_the_groups_of_later_optimizers(model: Sharde
 def test_guard_looks_again_when_a_group_is_added(model: Sharded):
     other = nn.Parameter(torch.ones(2))
     optimizer = Squared([other])
-    step(optimizer, other)
     model.shard()
+    step(optimizer, other)
     optimizer.add_param_group({"params": [model.w]})
     with pytest.raises(OptimizerError, match="Squared"):
         step(optimizer, other)
 
 
+def test_guard_looks_again_when_the_shards_are_there(model: Sharded):
+    optimizer = optim.AdamW([model.w])
+    step(optimizer, model.w)  # before the first call of a lazily compiled model
+    model.w.grad = None
+    model.shard()
+    with pytest.raises(OptimizerError, match="'exp_avg' of w"):
+        step(optimizer, model.w)
+
+
 def test_guard_ignores_optimizers_without_its_parameters(model: Sharded):
+    model.shard()
     other = nn.Parameter(torch.ones(2, 2))
     step(optim.Muon([other]), other)
     step(Squared([other]), other)
@@ -286,7 +300,8 @@ def test_guard_ignores_optimizers_without_its_parameters(model: Sharded):
 
 def test_guard_ends_with_its_owner():
     model = Sharded()
-    OptimizerGuard(model, model.shards, elementwise_optimizer=False)
+    model.shard()
+    OptimizerGuard(model, model.held, elementwise_optimizer=False)
     param = model.w
     optimizer = Squared([param])
     with pytest.raises(OptimizerError):
