@@ -1,0 +1,255 @@
+"""Ranks compare what they compiled before any parameter is exchanged; the first difference is named on every rank.
+
+    with reporting_failure(group, "layout"):             # a rank that fails on its way stops the others
+        lines = compile_something()
+        agree(group, "layout", lines, timeout=...)
+
+Everything goes through the store of the default process group, never through a group that carries parameters: there a
+disagreement would exchange wrong bytes or abort the process.
+
+Keys of one agreement, all under topic, members of the group and the number of the call; removed when all have agreed:
+    <rank>    what that rank has: its lines, or how it failed          first    the digest of whoever came first
+    arrived   how many have posted      left   how many have read      alarm    exists once something is wrong
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import itertools
+import json
+import time
+import zlib
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import NoReturn, TypeAlias, cast
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from fxzero import compat
+from fxzero.comm import resolve_group
+from fxzero.errors import CommunicationError, RankMismatchError
+
+Posted: TypeAlias = "list[str] | str"
+"""What a rank posts: its lines, or the text of the error that stopped it."""
+
+_LINGER_S = 1.0
+"""For how long a rank that knows of a difference waits for others, to name all that differ and to let all read it."""
+_MAX_CHECKED_FOR_OTHER_GROUPS = 64
+
+
+def agree(group: dist.ProcessGroup | None, topic: str, lines: Sequence[str], *, timeout: timedelta) -> None:
+    """Return once all ranks of the group (None: the default group) have called this with the same lines.
+
+    Raises:
+        RankMismatchError: ranks differ (the first line that does, and who has what), a rank reported a failure, is in
+            a group with other members, or did not come in time. Raised on every rank of the group.
+        CommunicationError: the store is gone.
+    """
+    try:
+        agreement = _enter(group, topic)
+        if agreement is not None:
+            agreement.run(list(lines), timeout.total_seconds())
+    except RuntimeError as error:
+        raise CommunicationError(
+            f"Rank {dist.get_rank()} lost the store of the process group while ranks compared their {topic}: {error}\n"
+            "The process that hosts it (rank 0, where torchrun does not) has ended: its own error says why."
+        ) from error
+
+
+def report_failure(group: dist.ProcessGroup | None, topic: str, error: BaseException) -> None:
+    """Tell the ranks that wait, or will wait, in the next agreement on this topic that this rank does not come."""
+    with contextlib.suppress(RuntimeError):  # what matters is the error that is being reported
+        agreement = _enter(group, topic)
+        if agreement is not None:
+            agreement.post(f"{type(error).__name__}: {error}")
+
+
+@contextlib.contextmanager
+def reporting_failure(group: dist.ProcessGroup | None, topic: str) -> Generator[None]:
+    """Report an error that leaves the block before the block has entered its agreement on the topic."""
+    members = _members(group)
+    before = _num_calls(topic, members)
+    try:
+        yield
+    except BaseException as error:
+        if _num_calls(topic, members) == before:
+            report_failure(group, topic, error)
+        raise
+
+
+def _members(group: dist.ProcessGroup | None) -> tuple[int, ...]:
+    """The global ranks of the group, in its order; empty where there is nobody to agree with."""
+    group = resolve_group(group)
+    if group is None or group.size() == 1:
+        return ()
+    return tuple(dist.get_process_group_ranks(group))
+
+
+def _num_calls(topic: str, members: tuple[int, ...]) -> int:
+    if not members:
+        return 0
+    with contextlib.suppress(RuntimeError):
+        return compat.default_store().add(_calls_key(topic, members, dist.get_rank()), 0)
+    return -1
+
+
+def _enter(group: dist.ProcessGroup | None, topic: str) -> Agreement | None:
+    members = _members(group)
+    return Agreement.enter(compat.default_store(), topic, members, dist.get_rank()) if members else None
+
+
+def _prefix(topic: str, members: tuple[int, ...]) -> str:
+    return f"fxzero/{topic}/{hashlib.sha256(repr(members).encode()).hexdigest()[:16]}"
+
+
+def _calls_key(topic: str, members: tuple[int, ...], rank: int) -> str:
+    """Each rank counts its own calls, in the store, so that the count lives exactly as long as the job."""
+    return f"{_prefix(topic, members)}/calls/{rank}"
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One call of `agree` as one rank sees it."""
+
+    job: Store
+    """The store of the whole job."""
+    store: Store
+    """The keys of this agreement."""
+    topic: str
+    members: tuple[int, ...]
+    rank: int
+    number: int
+
+    @classmethod
+    def enter(cls, job: Store, topic: str, members: tuple[int, ...], rank: int) -> Agreement:
+        number = job.add(_calls_key(topic, members, rank), 1)
+        store = PrefixStore(f"{_prefix(topic, members)}/{number}", job)
+        return cls(job, store, topic, members, rank, number)
+
+    def run(self, lines: list[str], timeout_s: float) -> None:
+        """Post the lines and wait for the others; raises what `agree` raises."""
+        waiting_key = f"fxzero/{self.topic}/waiting/{self.rank}"
+        self.job.set(waiting_key, json.dumps([self.members, self.number]))
+        self.post(lines)
+        self._wait_for_all(timeout_s)
+        self.job.set(waiting_key, "")
+        if self.store.add("left", 1) == len(self.members):
+            for key in (*map(str, self.members), "first", "arrived", "left"):
+                self.store.delete_key(key)
+
+    def post(self, posted: Posted) -> None:
+        """Say what this rank has, and raise the alarm if it is not what the first one had."""
+        data = json.dumps(posted).encode()
+        digest = hashlib.sha256(data).hexdigest()
+        self.store.set(str(self.rank), base64.b64encode(zlib.compress(data)).decode())
+        first: bytes = self.store.compare_set("first", "", digest)
+        if isinstance(posted, str) or first.decode() != digest:
+            self.store.set("alarm", "1")
+        self.store.add("arrived", 1)
+
+    def _wait_for_all(self, timeout_s: float) -> None:
+        started = time.monotonic()
+        next_look = started + 1.0
+        for pause_s in itertools.chain((0.001 * 1.5**n for n in range(13)), itertools.repeat(0.2)):
+            arrived = self.store.add("arrived", 0)
+            if self.store.check(["alarm"]):
+                self._report_difference()
+            if arrived == len(self.members):
+                return
+            now = time.monotonic()
+            if now >= next_look:
+                self._look_for_other_groups()
+                next_look = now + (now - started)
+            if now - started >= timeout_s:
+                absent = [rank for rank in self.members if not self.store.check([str(rank)])]
+                self._fail(
+                    f"{_ranks(absent).capitalize()} did not come to compare the {self.topic} within {timeout_s:g} s. "
+                    "Every rank must compile the same models in the same order; look for an error on those ranks."
+                )
+            time.sleep(min(pause_s, max(0.0, started + timeout_s - now)))
+
+    def _report_difference(self) -> NoReturn:
+        """Raise what the posts of the ranks say, after a moment in which others may come and read."""
+        _poll(lambda: self.store.add("arrived", 0) >= len(self.members))
+        posts = {rank: self._read(rank) for rank in self.members if self.store.check([str(rank)])}
+        self.store.add("left", 1)
+        _poll(lambda: self.store.add("left", 0) >= len(posts))
+        raise RankMismatchError(describe(self.topic, self.members, posts))
+
+    def _read(self, rank: int) -> Posted:
+        data: bytes = self.store.get(str(rank))
+        return json.loads(zlib.decompress(base64.b64decode(data)))
+
+    def _look_for_other_groups(self) -> None:
+        """Fail if a rank that is waited for waits itself, for this rank, but in a group with other members."""
+        absent = (rank for rank in self.members if not self.store.check([str(rank)]))
+        for rank in itertools.islice(absent, _MAX_CHECKED_FOR_OTHER_GROUPS):
+            key = f"fxzero/{self.topic}/waiting/{rank}"
+            waits_in = self.job.get(key) if self.job.check([key]) else b""
+            if not waits_in:
+                continue
+            theirs, number = cast("tuple[list[int], int]", json.loads(waits_in))
+            members = tuple(theirs)
+            if members == self.members or self.rank not in members:
+                continue
+            if self.job.add(_calls_key(self.topic, members, self.rank), 0) < number:
+                self._fail(
+                    f"Ranks compile for different process groups ({self.topic}): rank {self.rank} for a group of "
+                    f"{len(self.members)} ({_ranks(self.members)}), rank {rank} for a group of {len(members)} "
+                    f"({_ranks(members)}). Pass the same process group on every rank."
+                )
+
+    def _fail(self, text: str) -> NoReturn:
+        """Raise, and let the others of the group know why."""
+        self.store.set(str(self.rank), base64.b64encode(zlib.compress(json.dumps(text).encode())).decode())
+        self.store.set("alarm", "1")
+        raise RankMismatchError(text)
+
+
+def describe(topic: str, members: Sequence[int], posts: dict[int, Posted]) -> str:
+    """What differs between the posts of ranks, as the text of an error."""
+    failed = {rank: post for rank, post in posts.items() if isinstance(post, str)}
+    if failed:
+        each = "\n".join(f"{_ranks(ranks)} failed: {text}" for text, ranks in _by_value(failed))
+        return f"{each}\nThe other ranks stop here, before they exchange anything ({topic})."
+    lines = {rank: post for rank, post in posts.items() if not isinstance(post, str)}
+    rows = itertools.zip_longest(*lines.values(), fillvalue="(nothing: the end)")
+    number, row = next((n, row) for n, row in enumerate(rows, 1) if len(set(row)) > 1)
+    text = f"Ranks compiled different things: line {number} of the {topic} differs."
+    for value, ranks in _by_value(dict(zip(lines, row, strict=True))):
+        text += f"\n  {_ranks(ranks)}: {value}"
+    if absent := [rank for rank in members if rank not in posts]:
+        text += f"\n  {_ranks(absent)}: not there yet"
+    return f"{text}\nRun the same script with the same settings on every rank."
+
+
+def _by_value(values: dict[int, str]) -> list[tuple[str, list[int]]]:
+    """Ranks grouped by what they have, in the order of each group's first rank."""
+    ranks_of: dict[str, list[int]] = {}
+    for rank, value in sorted(values.items()):
+        ranks_of.setdefault(value, []).append(rank)
+    return list(ranks_of.items())
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    """`rank 1` or `ranks 0, 2-3`."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return f"rank{'s' * (len(ranks) != 1)} {text}"
+
+
+def _poll(done: Callable[[], bool]) -> None:
+    """Wait for a condition for at most the linger time. Rank 0 may host the store: gone means done."""
+    deadline = time.monotonic() + _LINGER_S
+    with contextlib.suppress(RuntimeError):
+        while not done() and time.monotonic() < deadline:
+            time.sleep(0.02)
