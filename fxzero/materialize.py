@@ -115,10 +115,12 @@ def initialize(
 ) -> None:
     """Initialise the meta parameters and buffers of `model`, holding one module's own parameters at a time.
 
-    Parameters that are real, or in `skip`, are left as they are, and so are buffers. A tied parameter is initialised in
-    the turn of the module that registers it first, as if the others had taken it over, `head.weight =
-    embedding.weight`; in their turns they draw, as they do when they are built, and what they draw is dropped. Every
-    owner has the tensor in each of these turns, so that common ancestors refine it whichever way they reach it.
+    Parameters that are real, or in `skip`, are left as they are, and so are buffers; real parameters must still have
+    their full shapes, which initialisers look at.
+
+    A tied parameter is initialised in the turn of the module that registers it first, as if the others had taken it
+    over, `head.weight = embedding.weight`; in their turns they draw, as they do when they are built, and what they draw
+    is dropped. Every owner has the tensor in each of these turns, so that common ancestors refine it by any name.
 
     Args:
         model: the model. Its Parameter objects stay, on meta; its meta buffers are replaced by real ones.

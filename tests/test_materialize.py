@@ -97,6 +97,8 @@ EAGER: dict[str, Callable[[], nn.Module]] = {
     "plain": plain_modules,
     "tied": TiedNet,
     "mlp": lambda: MLP(MLP_PRESETS["tiny"]),
+    "mlp-tied": lambda: MLP(MLP_PRESETS["tied"]),
+    "gpt": lambda: GPT(GPT_PRESETS["tiny"]),
     "gpt-untied": lambda: GPT(replace(GPT_PRESETS["tiny"], tied=False)),
     "llama": lambda: Llama(LLAMA_PRESETS["tiny"]),
     "roberta": lambda: RobertaForMaskedLM(ROBERTA_PRESETS["tiny"]),
@@ -122,7 +124,7 @@ def test_values_equal_eager_construction_when_seeded_alike(name: str):
 
 @pytest.mark.parametrize("name", ["gpt", "gpt-untied", "llama", "roberta"])
 def test_only_one_module_is_full_when_initialising(name: str):
-    model = on_meta({**EAGER, "gpt": lambda: GPT(GPT_PRESETS["tiny"])}[name])
+    model = on_meta(EAGER[name])
     largest = max(sum(p.nbytes for p in module.parameters(recurse=False)) for module in model.modules())
     num_stored = 0
 
@@ -258,6 +260,21 @@ def test_init_fn_serves_modules_without_initialisers():
     model = on_meta(Bare)
     check_meta_model(model, init)
     assert torch.equal(fill(model, init_fn=init)["w"], torch.ones(3))
+
+
+def test_ancestors_refine_what_their_children_drew():
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+
+        def reset_parameters(self) -> None:
+            for param in self.parameters():
+                nn.init.normal_(param, mean=2.0, std=0.1)
+
+    for value in fill(on_meta(lambda: nn.Sequential(Scaled()))).values():
+        assert 1.9 < value.mean() < 2.1
+        assert 0.05 < value.std() < 0.15
 
 
 def test_common_ancestor_refines_a_tied_weight_by_any_of_its_names():
