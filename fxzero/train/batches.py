@@ -1,0 +1,123 @@
+"""Batches by index: what a rank trains on follows from (seed, index of the sample) alone.
+
+index = (step * accumulate + micro_step) * world_size * batch + rank * batch + row
+
+So the samples of a step are the same set whatever the number of ranks, and a run can be resumed at any step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import torch
+
+from fxzero.train.options import TrainError
+from fxzero.train.tokenizer import BOS_ID, MASK_ID, SPECIAL_TOKENS
+
+MASKED_FRACTION = 0.15
+IGNORED = -100
+"""The label of a position that the loss does not count."""
+
+
+@dataclass
+class Windows:
+    """Sequences of one length cut from a stream of tokens, in an order that is drawn anew in each epoch.
+
+    A sequence is `<s>` and `seq - 1` tokens; where the cuts fall is drawn anew in each epoch as well.
+    """
+
+    tokens: torch.Tensor
+    """`[num_tokens]`"""
+    seq: int
+    seed: int
+    _orders: dict[int, tuple[int, torch.Tensor]] = field(
+        default_factory=dict[int, tuple[int, torch.Tensor]], repr=False
+    )
+
+    def __len__(self) -> int:
+        """Sequences per epoch."""
+        return (len(self.tokens) - self.seq) // (self.seq - 1)
+
+    def require(self, num_sequences: int, what: str) -> None:
+        """Refuse a text that is too short.
+
+        Raises:
+            TrainError: says how much there is and what is wanted.
+        """
+        if len(self) < num_sequences:
+            raise TrainError(
+                f"The {what} text has {len(self.tokens)} tokens, which is {max(0, len(self))} sequences of {self.seq}; "
+                f"{num_sequences} are needed. Give more text with --data, or lower --batch, --seq or --eval-batches."
+            )
+
+    def sequence(self, index: int) -> torch.Tensor:
+        """The sample of an index, of any epoch: int64 `[seq]`."""
+        epoch, position = divmod(index, len(self))
+        if epoch not in self._orders:
+            generator = generator_of("order", self.seed, epoch)
+            offset = int(torch.randint(self.seq - 1, (), generator=generator))
+            self._orders = {epoch: (offset, torch.randperm(len(self), generator=generator))}
+        offset, order = self._orders[epoch]
+        start = offset + int(order[position]) * (self.seq - 1)
+        sequence = torch.empty(self.seq, dtype=torch.int64)
+        sequence[0] = BOS_ID
+        sequence[1:] = self.tokens[start : start + self.seq - 1]
+        return sequence
+
+
+def generator_of(*key: object) -> torch.Generator:
+    """A random generator of its own for a key of strings and numbers."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def mask_tokens(ids: torch.Tensor, vocab_size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """BERT's masking of one sequence: 15 % are to be predicted; of these 80 % become the mask, 10 % a random token.
+
+    Args:
+        ids: `[seq]`, left as it is. Special tokens are never chosen. One position at least is.
+        vocab_size: random tokens are ids below it, no special ones.
+        generator: where the draws come from; the same generator state gives the same mask.
+
+    Returns:
+        The inputs `[seq]` and the labels `[seq]`, which are IGNORED where nothing is to be predicted.
+
+    Source: BERT (arXiv:1810.04805) section 3.1; as in RoBERTa (arXiv:1907.11692) drawn anew each time.
+    """
+    ordinary = ids >= len(SPECIAL_TOKENS)
+    draws = torch.rand(ids.shape, generator=generator).masked_fill(~ordinary, 1.0)
+    chosen = ((draws < MASKED_FRACTION) | (draws == draws.min())) & ordinary
+    labels = ids.masked_fill(~chosen, IGNORED)
+    how = torch.rand(ids.shape, generator=generator)
+    noise = torch.randint(len(SPECIAL_TOKENS), vocab_size, ids.shape, generator=generator)
+    inputs = torch.where(chosen & (how < 0.8), MASK_ID, ids)
+    inputs = torch.where(chosen & (how >= 0.8) & (how < 0.9), noise, inputs)
+    return inputs, labels
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The batches of one rank."""
+
+    windows: Windows
+    batch: int
+    vocab_size: int
+    masked: bool
+    """Masked language modelling, else causal: labels are the inputs, which the model shifts."""
+    rank: int
+    world_size: int
+
+    def batch_at(self, index: int) -> dict[str, torch.Tensor]:
+        """The arguments of the model for the `index`-th micro-step of this rank: ids and labels, `[batch, seq]`."""
+        first = index * self.world_size * self.batch + self.rank * self.batch
+        inputs: list[torch.Tensor] = []
+        labels: list[torch.Tensor] = []
+        for sample in range(first, first + self.batch):
+            ids = self.windows.sequence(sample)
+            target = ids
+            if self.masked:
+                ids, target = mask_tokens(ids, self.vocab_size, generator_of("mask", self.windows.seed, sample))
+            inputs.append(ids)
+            labels.append(target)
+        return {"input_ids": torch.stack(inputs), "labels": torch.stack(labels)}

@@ -1,0 +1,110 @@
+"""The command line of `fxzero train`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from fxzero.train import job
+from fxzero.train.launch import launch, under_torchrun
+from fxzero.train.models import config_of
+from fxzero.train.options import DEVICES, MODELS, TrainError, TrainOptions, flag_of
+from fxzero.train.world import joined
+
+HELP = "train a reference model on real text, sharded over the ranks"
+_DESCRIPTION = """\
+Trains RoBERTa (masked language modelling), or a GPT or Llama (next token), on the sources of the Python standard
+library or on your own text. Weights, tokenizer, metrics, a picture of the loss and the step's schedule go to a folder.
+
+  fxzero train                          alone, one rank
+  fxzero train --nproc 2                two ranks on this machine
+  torchrun --nproc-per-node 8 -m fxzero train --model gpt --data notes/
+"""
+
+
+_OPTIONS: dict[str, tuple[tuple[str, type[Any], str | tuple[str, ...], str], ...]] = {
+    "what is trained": (
+        ("model", str, MODELS, "the model"),
+        ("preset", str, "NAME", "its size"),
+        ("data", Path, "PATH", "a text file or a folder of them (default: the standard library's sources)"),
+        ("vocab_size", int, "N", "tokens of the BPE that is learned from the text; 261 is bytes"),
+    ),
+    "how": (
+        ("steps", int, "N", "optimizer steps"),
+        ("batch", int, "N", "sequences per rank"),
+        ("accumulate", int, "N", "batches per rank and optimizer step"),
+        ("seq", int, "N", "tokens per sequence"),
+        ("lr", float, "X", "largest learning rate, of AdamW"),
+        ("warmup", int, "N", "steps until it is reached; from there it falls to 0 as a cosine"),
+        ("weight_decay", float, "X", "of matrices and tables"),
+        ("clip", float, "X", "largest norm of the gradient"),
+        ("seed", int, "N", "of weights, order, masks and dropout"),
+    ),
+    "where": (
+        ("nproc", int, "N", "start this many ranks on this machine (default: join those there are, or be alone)"),
+        ("device", str, DEVICES, "auto is a GPU for each rank where there are enough, else the CPU"),
+    ),
+    "reports": (
+        ("out", Path, "DIR", "a new or empty folder for the results (default: runs/MODEL-TIME)"),
+        ("eval_batches", int, "N", "held-out batches per rank at an evaluation"),
+        ("eval_every", int, "N", "steps between evaluations; 0 is only before the first and after the last"),
+        ("log_every", int, "N", "steps between lines of metrics"),
+    ),
+}
+"""By group: the field of TrainOptions, its type, its choices or what stands for its value, and what it is."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options; their defaults are those of TrainOptions."""
+    parser.description = _DESCRIPTION
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    defaults = TrainOptions()
+    for title, options in _OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for name, kind, values, text in options:
+            flag, default = flag_of(name), getattr(defaults, name)
+            text = text if default is None else f"{text} (default: {default})"
+            if isinstance(values, str):
+                group.add_argument(flag, type=kind, default=default, metavar=values, help=text)
+            else:
+                group.add_argument(flag, type=kind, default=default, choices=values, help=text)
+
+
+def run(arguments: argparse.Namespace, argv: list[str]) -> int:
+    """Train as asked.
+
+    Args:
+        arguments: what `add_arguments` declared, parsed.
+        argv: the command line they came from, which ranks that are started here are given again.
+
+    Returns:
+        The exit status: 0, 2 if the user has to change something, 128 and the signal if one ended the training early.
+    """
+    options = TrainOptions(**{each.name: getattr(arguments, each.name) for each in dataclasses.fields(TrainOptions)})
+    try:
+        return _run(options, argv)
+    except TrainError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"fxzero train: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(options: TrainOptions, argv: list[str]) -> int:
+    options.validate()
+    config_of(options.model, options.preset, options.seq)
+    if options.nproc is not None and under_torchrun():
+        started = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if started != options.nproc:
+            raise TrainError(
+                f"--nproc {options.nproc}, but {started} ranks were started on this machine; leave it out."
+            )
+    elif options.nproc is not None and options.nproc > 1:
+        options.check_files()
+        return launch(options.nproc, argv)
+    with joined(options.device) as world:
+        _, signum = job.run(options, world)
+    return 128 + signum if signum else 0

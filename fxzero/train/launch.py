@@ -1,0 +1,55 @@
+"""Starting ranks on this machine, through torch's own elastic launcher."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+import uuid
+
+GRACE_SECONDS = 600
+"""How long ranks that are asked to stop may take to evaluate and to write what they have."""
+
+
+def under_torchrun() -> bool:
+    """True in a rank that was started by torchrun or by `launch`."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def launch(nproc: int, arguments: list[str]) -> int:
+    """Start `nproc` ranks of `python -m fxzero <arguments>` here, as torchrun does; returns the exit status."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what happens to a rank is said below
+    with tempfile.TemporaryDirectory(prefix="fxzero-") as folder:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=nproc,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+            shutdown_timeout=GRACE_SECONDS,
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", "fxzero", *arguments)
+        except ChildFailedError as error:
+            return _report_failures({rank: failure.exitcode for rank, failure in error.failures.items()})
+        except SignalException as error:
+            return 128 + error.sigval
+    return 0
+
+
+def _report_failures(exit_codes: dict[int, int]) -> int:
+    """Say which ranks failed, unless they said so themselves; returns the exit status of all."""
+    if 2 in exit_codes.values():
+        return 2
+    for rank, code in sorted(exit_codes.items()):
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+        print(f"fxzero train: rank {rank} {how}", file=sys.stderr)
+    return 1

@@ -1,0 +1,173 @@
+"""The training loop: an ordinary PyTorch one, but for one line that compiles the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from tqdm import tqdm
+
+import fxzero
+from fxzero.text import format_bytes
+from fxzero.train.batches import IGNORED, Batches, Windows, generator_of
+from fxzero.train.export import TensorSpec, tied_names
+from fxzero.train.models import ARCHITECTURES, build, config_of
+from fxzero.train.options import TrainError, TrainOptions, learning_rate
+from fxzero.train.report import HeldOutMetrics, Metrics, StepMetrics
+from fxzero.train.text import Text
+from fxzero.train.world import World
+
+
+class Trainer:
+    """The model, its optimizer and its data on one rank."""
+
+    def __init__(self, options: TrainOptions, world: World, text: Text, metrics: Metrics) -> None:
+        """Build everything; nothing is traced or allocated before the first step.
+
+        Raises:
+            TrainError: the text is too short for the options.
+        """
+        self.options = options
+        self.world = world
+        self.metrics = metrics
+        self.step = 0
+        """Finished optimizer steps."""
+        self.seconds = 0.0
+        """Spent in training, without evaluation."""
+        self.schedule: fxzero.Schedule | None = None
+        """That of a training step, once there was one."""
+
+        architecture = ARCHITECTURES[options.model]
+        self.config = dataclasses.replace(
+            config_of(options.model, options.preset, options.seq), vocab_size=text.vocab_size
+        )
+
+        def batches(tokens: torch.Tensor, seed: int, what: str) -> Batches:
+            windows = Windows(tokens, options.seq, seed)
+            windows.require(options.batch * world.size, what)
+            return Batches(windows, options.batch, text.vocab_size, architecture.masked, world.rank, world.size)
+
+        self.data = batches(text.train, options.seed, "training")
+        self.held_out = batches(text.held_out, 0, "held-out")
+
+        torch.manual_seed(options.seed)
+        self.model = build(options.model, self.config)
+        self.stored = {name: TensorSpec.of(tensor) for name, tensor in self.model.state_dict().items()}
+        """What belongs into a file of the weights: tied ones once."""
+        self.tied = tied_names(self.model)
+        for name in self.tied:
+            del self.stored[name]
+        self.num_params = sum(parameter.numel() for parameter in self.model.parameters())
+        self.optimizer = torch.optim.AdamW(_groups(self.model, options.weight_decay), lr=options.lr, fused=True)
+        self.zero = fxzero.compile(self.model, optimizer=self.optimizer, device=world.device)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Over all ranks and micro-steps."""
+        return self.options.batch * self.options.seq * self.options.accumulate * self.world.size
+
+    def evaluate(self) -> float:
+        """The loss on the held-out text: the same samples with the same masks each time, over all ranks."""
+        loss_sum, num_predicted = 0.0, 0
+        self.zero.eval()
+        with torch.no_grad():
+            for index in range(self.options.eval_batches):
+                batch = self._on_device(self.held_out.batch_at(index))
+                num = int((batch["labels"] != IGNORED).sum())
+                loss_sum += float(self.zero(**batch).loss) * num
+                num_predicted += num
+        self.zero.train()
+        loss_sum, total = self.world.sum(loss_sum, num_predicted)
+        loss = loss_sum / total
+        self.metrics.add(HeldOutMetrics(self.step, loss))
+        return loss
+
+    def train(self, should_stop: Callable[[], bool]) -> None:
+        """Train to the last step, or until some rank is asked to stop; evaluate at both ends and in between.
+
+        Raises:
+            TrainError: on every rank, if the loss is not finite any more.
+        """
+        options = self.options
+        self.evaluate()
+        torch.manual_seed(generator_of("dropout", options.seed, self.world.rank).initial_seed())
+        losses: list[torch.Tensor] = []
+        started = time.perf_counter()
+        with self._progress_bar() as bar:
+            while self.step < options.steps:
+                loss, grad_norm = self._train_step()
+                losses.append(loss)
+                bar.update()
+                evaluates = options.eval_every and self.step % options.eval_every == 0
+                if self.step % options.log_every and self.step < options.steps and not evaluates:
+                    continue
+                loss_sum, num_stops = self.world.sum(float(torch.stack(losses).sum()), should_stop())
+                entry = self._log(loss_sum, len(losses), float(grad_norm), time.perf_counter() - started)
+                bar.set_postfix_str(describe(entry))
+                if not math.isfinite(loss_sum):
+                    raise TrainError(f"The loss is {loss_sum} at step {self.step}. Lower --lr, or raise --warmup.")
+                if num_stops:
+                    break
+                if evaluates and self.step < options.steps:
+                    self.evaluate()
+                losses, started = [], time.perf_counter()
+        self.evaluate()
+
+    def _train_step(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """One optimizer step; its mean loss on this rank and the norm of its gradient, neither waited for."""
+        options = self.options
+        lr = learning_rate(self.step, options)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss_sum = torch.zeros((), device=self.world.device)
+        for micro_step in range(options.accumulate):
+            batch = self._on_device(self.data.batch_at(self.step * options.accumulate + micro_step))
+            loss = self.zero(**batch).loss / options.accumulate
+            loss.backward()
+            loss_sum += loss.detach()
+        grad_norm = self.zero.clip_grad_norm_(options.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return loss_sum, grad_norm
+
+    def _log(self, loss_sum: float, num_steps: int, grad_norm: float, seconds: float) -> StepMetrics:
+        """Write down the last `num_steps` steps, whose losses on all ranks have this sum."""
+        if self.schedule is None:
+            self.schedule = self.zero.schedule
+        self.seconds += seconds
+        entry = StepMetrics(
+            step=self.step,
+            loss=loss_sum / (num_steps * self.world.size),
+            lr=self.optimizer.param_groups[0]["lr"],
+            grad_norm=grad_norm,
+            tokens=self.step * self.tokens_per_step,
+            tokens_per_s=num_steps * self.tokens_per_step / seconds,
+            gathered_bytes=self.step * self.options.accumulate * self.schedule.gathered_bytes_per_step,
+            elapsed=self.seconds,
+        )
+        self.metrics.add(entry)
+        return entry
+
+    def _progress_bar(self) -> tqdm[NoReturn]:
+        return tqdm(total=self.options.steps, unit="step", disable=not self.world.is_main, dynamic_ncols=True)
+
+    def _on_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def describe(entry: StepMetrics) -> str:
+    """A logged step in the progress bar."""
+    gathered = format_bytes(entry.gathered_bytes)
+    return f"loss {entry.loss:.3f}, {entry.tokens_per_s:.0f} tokens/s, {gathered} gathered"
+
+
+def _groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices and tables, none for biases and norms."""
+    decayed = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

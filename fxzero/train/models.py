@@ -1,0 +1,83 @@
+"""The models that can be trained: their presets, and how a finished run is read back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model
+from torch import nn
+
+from fxzero import models
+from fxzero.train.options import TrainError
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model class and what it is trained for."""
+
+    build: type[nn.Module]
+    config: type[Any]
+    presets: Mapping[str, Any]
+    masked: bool
+    """Masked language modelling; else the next token."""
+
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "roberta": Architecture(models.RobertaForMaskedLM, models.RobertaConfig, models.ROBERTA_PRESETS, masked=True),
+    "gpt": Architecture(models.GPT, models.GPTConfig, models.GPT_PRESETS, masked=False),
+    "llama": Architecture(models.Llama, models.LlamaConfig, models.LLAMA_PRESETS, masked=False),
+}
+
+
+def max_tokens(config: Any) -> int:
+    """The longest sequence that a model of this configuration takes."""
+    return getattr(config, "max_tokens", config.max_positions)
+
+
+def config_of(model: str, preset: str, seq: int) -> Any:
+    """The configuration of a preset.
+
+    Raises:
+        TrainError: no such preset, or its positions are fewer than `seq`.
+    """
+    presets = ARCHITECTURES[model].presets
+    if preset not in presets:
+        raise TrainError(f"--preset {preset} is not known for {model}; choose one of: {', '.join(presets)}.")
+    config = presets[preset]
+    if seq > max_tokens(config):
+        raise TrainError(f"--seq {seq} is more than {model} {preset} has positions for; at most {max_tokens(config)}.")
+    return config
+
+
+def build(model: str, config: Any) -> nn.Module:
+    """A model on the meta device: nothing is allocated."""
+    with torch.device("meta"):
+        return ARCHITECTURES[model].build(config)
+
+
+def write_config(out: Path, model: str, preset: str, config: Any) -> None:
+    """Say what the weights belong to."""
+    about = {"model": model, "preset": preset, "config": dataclasses.asdict(config)}
+    (out / CONFIG_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def load(out_dir: str | Path) -> nn.Module:
+    """The plain model that a run of `fxzero train` wrote to `out_dir`, in eval mode on the CPU.
+
+    Its tokenizer is `tokenizers.Tokenizer.from_file(out_dir + "/tokenizer.json")`.
+    """
+    out = Path(out_dir)
+    about = json.loads((out / CONFIG_FILE).read_text(encoding="utf-8"))
+    architecture = ARCHITECTURES[about["model"]]
+    model = architecture.build(architecture.config(**about["config"]))
+    load_model(model, out / WEIGHTS_FILE)
+    return model.eval()

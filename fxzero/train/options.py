@@ -1,0 +1,101 @@
+"""What `fxzero train` is asked to do, checked before anything starts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+MODELS = ("roberta", "gpt", "llama")
+"""The models that can be trained, by their modules' names in `fxzero.models`."""
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+class TrainError(Exception):
+    """The command cannot go on for a reason that is the user's to change; the message says which and how."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """The options of one run, the same on every rank."""
+
+    model: str = "roberta"
+    preset: str = "mini"
+    data: Path | None = None
+    """A text file or a folder of them; None is the Python standard library."""
+    vocab_size: int = 2048
+    steps: int = 600
+    batch: int = 16
+    """Sequences per rank and micro-step."""
+    accumulate: int = 1
+    seq: int = 128
+    lr: float = 1e-3
+    warmup: int = 60
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    seed: int = 0
+    out: Path | None = None
+    eval_batches: int = 8
+    """Held-out batches per rank at each evaluation."""
+    eval_every: int = 0
+    """Steps between evaluations, beside the one before the first step and the one after the last; 0: none between."""
+    log_every: int = 10
+    device: str = "auto"
+    nproc: int | None = None
+    """Ranks to start on this machine; None joins the ranks that there are."""
+
+    def validate(self) -> None:
+        """Refuse what no run can mean.
+
+        Raises:
+            TrainError: names the option and its legal range.
+        """
+        _one_of("--model", self.model, MODELS)
+        _one_of("--device", self.device, DEVICES)
+        for name in ("steps", "batch", "accumulate", "eval_batches", "log_every"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("warmup", "weight_decay", "eval_every"):
+            _at_least(name, getattr(self, name), 0)
+        _at_least("seq", self.seq, 8)
+        _at_least("vocab_size", self.vocab_size, 261)
+        if self.nproc is not None:
+            _at_least("nproc", self.nproc, 1)
+        for name in ("lr", "clip"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise TrainError(f"{flag_of(name)} {value} must be a finite number above 0.")
+
+    def check_files(self) -> None:
+        """Refuse text that is not there and results that are; asked where rank 0 runs.
+
+        Raises:
+            TrainError: names the option and the path.
+        """
+        if self.data is not None and not self.data.exists():
+            raise TrainError(f"--data {self.data} does not exist. Give a text file, or a folder of text files.")
+        if self.out is not None and self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise TrainError(f"--out {self.out} exists already and is not empty. Choose another, or remove it.")
+
+
+def learning_rate(step: int, options: TrainOptions) -> float:
+    """The learning rate of a step: linear from 0 to `lr` over `warmup` steps, then a cosine to 0 at `steps`."""
+    if step < options.warmup:
+        return options.lr * (step + 1) / options.warmup
+    progress = (step - options.warmup) / max(1, options.steps - options.warmup)
+    return options.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+
+def flag_of(name: str) -> str:
+    """The command-line option of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def _one_of(flag: str, value: str, legal: tuple[str, ...]) -> None:
+    if value not in legal:
+        raise TrainError(f"{flag} {value} is not known; choose one of: {', '.join(legal)}.")
+
+
+def _at_least(name: str, value: float, least: int) -> None:
+    if not (math.isfinite(value) and value >= least):
+        raise TrainError(f"{flag_of(name)} {value} must be at least {least}.")

@@ -1,0 +1,148 @@
+"""What a run leaves behind: metrics as JSON lines, a picture of the loss, and the last words on the screen."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+import torch
+
+from fxzero.text import format_bytes
+
+METRICS_FILE = "metrics.jsonl"
+PICTURE_FILE = "loss.png"
+SCHEDULE_FILE = "schedule.txt"
+_MAX_SCHEDULE_LINES = 40
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One logged step; `step` counts finished optimizer steps. Bytes are those of one rank, all else is of all."""
+
+    step: int
+    loss: float
+    """Mean over the ranks and over the steps since the last logged one."""
+    lr: float
+    grad_norm: float
+    tokens: int
+    """Trained on since the start."""
+    tokens_per_s: float
+    """Since the last logged step."""
+    gathered_bytes: int
+    """Received by all-gathers since the start, in training."""
+    elapsed: float
+    """Seconds since the start of training."""
+
+
+@dataclass(frozen=True)
+class HeldOutMetrics:
+    """One evaluation."""
+
+    step: int
+    held_out_loss: float
+
+
+@dataclass
+class Metrics:
+    """The metrics of a run, written line by line as they come on the rank that has a file."""
+
+    file: TextIO | None = None
+    steps: list[StepMetrics] = field(default_factory=list[StepMetrics])
+    held_out: list[HeldOutMetrics] = field(default_factory=list[HeldOutMetrics])
+
+    def add(self, entry: StepMetrics | HeldOutMetrics) -> None:
+        """Keep an entry, and write it."""
+        if isinstance(entry, StepMetrics):
+            self.steps.append(entry)
+        else:
+            self.held_out.append(entry)
+        if self.file is not None:
+            self.file.write(json.dumps(asdict(entry)) + "\n")
+            self.file.flush()
+
+
+def smoothed(values: list[float], weight: float = 0.8) -> list[float]:
+    """An exponential moving average, without the pull of its start to zero."""
+    result: list[float] = []
+    average = 0.0
+    for count, value in enumerate(values, start=1):
+        average = weight * average + (1 - weight) * value
+        result.append(average / (1 - weight**count))
+    return result
+
+
+def draw_loss(metrics: Metrics, title: str, path: Path) -> None:
+    """Write a picture of the training loss, smoothed too, and of the held-out loss."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    steps, losses = [each.step for each in metrics.steps], [each.loss for each in metrics.steps]
+    axes.plot(steps, losses, color="tab:blue", alpha=0.3, label="training")
+    axes.plot(steps, smoothed(losses), color="tab:blue", label="training, smoothed")
+    axes.plot(
+        [each.step for each in metrics.held_out],
+        [each.held_out_loss for each in metrics.held_out],
+        "o-",
+        color="tab:orange",
+        label="held out",
+    )
+    axes.set(xlabel="step", ylabel="loss (nats per predicted token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def peak_memory_bytes(device: torch.device) -> dict[str, int]:
+    """The largest memory that this process has had so far: of the host, and of the GPU if it trains on one."""
+    peak = {"host": _peak_resident_bytes()}
+    if device.type == "cuda":
+        peak["gpu"] = torch.cuda.max_memory_allocated(device)
+    return peak
+
+
+def _peak_resident_bytes() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def format_summary(metrics: Metrics, peaks: list[dict[str, int]], schedule: str, out: Path) -> str:
+    """The last words: the schedule of a step, the losses, the memory, and where everything is."""
+    lines = ["", "The schedule of a step:", shorten(schedule, out / SCHEDULE_FILE), ""]
+    if metrics.steps:
+        last = metrics.steps[-1]
+        speed = last.tokens / last.elapsed
+        lines.append(
+            f"{last.step} steps, {last.tokens} tokens in {last.elapsed:.0f} s ({speed:.0f} tokens/s), "
+            f"{format_bytes(last.gathered_bytes)} gathered per rank"
+        )
+    if metrics.held_out:
+        first, final = metrics.held_out[0], metrics.held_out[-1]
+        lines.append(f"held-out loss    {first.held_out_loss:.3f} at the start, {final.held_out_loss:.3f} at the end")
+    for rank, peak in enumerate(peaks):
+        parts = ", ".join(f"{format_bytes(nbytes)} {kind}" for kind, nbytes in peak.items())
+        lines.append(f"peak memory      rank {rank}: {parts}")
+    lines.append(f"written to       {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+    return "\n".join(lines)
+
+
+def shorten(text: str, full: Path) -> str:
+    """A text of many lines without its middle, which is in the file `full`."""
+    lines = text.splitlines()
+    if len(lines) <= _MAX_SCHEDULE_LINES:
+        return text
+    half = _MAX_SCHEDULE_LINES // 2
+    left_out = len(lines) - 2 * half
+    return "\n".join([*lines[:half], f"... {left_out} more lines, all in {full} ...", *lines[-half:]])
