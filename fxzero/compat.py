@@ -55,7 +55,11 @@ def fake_tensor_mode() -> Any:
 
 def trace_fx(function: Callable[..., Any], *inputs: Any) -> fx.GraphModule:
     """The ATen operators that a function of fake tensors runs. `make_fx`: 2.11 to 2.13."""
-    return make_fx(function)(*inputs)
+
+    def traced(*values: Any) -> Any:  # make_fx counts the arguments of plain functions right, not of bound methods
+        return function(*values)
+
+    return make_fx(traced)(*inputs)
 
 
 def traced_graph() -> fx.Graph:

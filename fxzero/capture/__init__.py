@@ -1,0 +1,87 @@
+"""Trace a model's forward and backward into one StepGraph without any communication.
+
+    captured = capture(model, model.forward, args, kwargs, params, device=..., world_size=...)
+    captured.step       the graph; captured.output.rebuild(tensors) makes the model's return value
+
+joint.py traces; draws.py makes random numbers eager's; provenance.py says which module made a node; state.py swaps
+the module's tensors; functional.py removes in-place operators; assemble.py makes the StepGraph; failures.py explains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxzero.capture.assemble import assemble
+from fxzero.capture.failures import check_arguments, explain
+from fxzero.capture.functional import functionalize, has_in_place_operators
+from fxzero.capture.joint import Request, trace_joint
+from fxzero.capture.outputs import OutputSpec
+from fxzero.ir import StepGraph
+from fxzero.layout import ParamSpec
+from fxzero.signature import flatten_call
+
+__all__ = ["Captured", "OutputSpec", "capture"]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A traced step."""
+
+    step: StepGraph
+    output: OutputSpec
+    """How to rebuild the model's return value from the tensors of `step.model_outputs`."""
+    differentiable: tuple[int, ...]
+    """Indices into `step.model_outputs` of the outputs that require grad in eager."""
+    differentiated: tuple[int, ...]
+    """Those of them that have a tangent, in the order of the TANGENT placeholders."""
+
+
+def capture(
+    module: nn.Module,
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    params: Mapping[str, ParamSpec],
+    *,
+    device: torch.device,
+    world_size: int,
+    with_backward: bool,
+    differentiated: tuple[int, ...] | None = None,
+) -> Captured:
+    """Trace one call of a module.
+
+    Args:
+        module: whose hooks and submodules run; its own tensors are never read, only their names.
+        forward: what the module runs; its original bound `forward`.
+        args, kwargs: the example call; only the geometry of its tensors matters.
+        params: every parameter by canonical name, as `named_parameters()` orders them.
+        device: where parameters, and whatever is on the meta device, shall be.
+        world_size: number of ranks, for the StepGraph.
+        with_backward: False for a step under `torch.no_grad()`.
+        differentiated: which outputs get a tangent; None guesses: the one named `loss`, else the only scalar, else all.
+
+    Raises:
+        CaptureError: the model cannot be traced; says where and what to change.
+        InputMismatchError: the arguments do not fit `forward`.
+    """
+    check_arguments(forward, args, kwargs)
+    inputs, spec = flatten_call(args, kwargs)
+    request = Request(
+        module, forward, args, kwargs, inputs, spec.tensor_paths, params, device, with_backward, differentiated
+    )
+    try:
+        joint = trace_joint(request)
+        assert joint.root is not None
+        root = functionalize(joint.root) if has_in_place_operators(joint.graph) else joint.root
+    except Exception as error:
+        explained = explain(error)
+        if explained is None:
+            raise
+        raise explained from error
+    step = assemble(root, joint, module, params, world_size)
+    return Captured(step, joint.output, joint.differentiable, joint.differentiated)

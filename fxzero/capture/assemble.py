@@ -1,0 +1,210 @@
+"""Turn a traced graph into a StepGraph: canonical order, tensors written back at the end of forward, no leftovers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxzero import ops
+from fxzero.capture.joint import Joint
+from fxzero.errors import CaptureError
+from fxzero.ir import META_KEY, NodeInfo, Role, StepGraph, info, is_view, role
+from fxzero.layout import ParamSpec
+
+aten = torch.ops.aten
+
+_KEPT_META = ("val", "stack_trace", META_KEY)
+_NO_OPS = frozenset({aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default, aten.lift_fresh.default})
+
+
+def assemble(
+    root: fx.GraphModule, joint: Joint, module: nn.Module, params: Mapping[str, ParamSpec], world_size: int
+) -> StepGraph:
+    """The StepGraph of a traced, functional graph.
+
+    Raises:
+        CaptureError: a parameter is written in forward, or a tensor that requires grad is held outside the module.
+    """
+    graph, constants, results = _copy_graph(root)
+    _check_constants(constants, module, root.graph)
+    results_iter = iter(results)
+    outputs = [next(results_iter) for _ in range(joint.num_outputs)]
+    rebound = {name: cast(fx.Node, next(results_iter)) for name in joint.rebound}
+    grads = {name: grad for name, grad in zip(joint.grads, results_iter, strict=False) if grad is not None}
+    of_input = dict(zip(joint.input_grads, results_iter, strict=False))
+    step = StepGraph(graph, dict(params), world_size, constants)
+    inputs = step.nodes(Role.INPUT)
+    step.set_output(outputs, grads, [of_input.get(index) for index in range(len(inputs))])
+    _write_back(step, rebound)
+    _remove_no_ops(step)
+    graph.eliminate_dead_code()
+    _detach_outputs(step)
+    for target in constants.keys() - {cast(str, node.target) for node in graph.find_nodes(op="get_attr")}:
+        del constants[target]
+    graph.lint()
+    return step
+
+
+def _copy_graph(root: fx.GraphModule) -> tuple[fx.Graph, dict[str, Tensor], list[Any]]:
+    """A new graph with placeholders first, then one get_attr per constant; also the list that the old one returned."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    constants: dict[str, Tensor] = {}
+    names: dict[int, fx.Node] = {}
+    results: list[Any] = []
+    for node in sorted(root.graph.nodes, key=lambda node: ("placeholder", "get_attr").index(node.op)
+                       if node.op in ("placeholder", "get_attr") else 2):  # fmt: skip
+        if node.op == "output":
+            results = [copies.get(cast(fx.Node, result)) for result in cast(Any, node.args[0])]
+            graph.output(())
+            continue
+        if node.op == "get_attr":
+            constant = getattr(root, cast(str, node.target))
+            if id(constant) in names:
+                copies[node] = names[id(constant)]
+                continue
+            constants[cast(str, node.target)] = constant
+        copy = copies[node] = graph.node_copy(node, copies.__getitem__)
+        copy.meta = {key: node.meta[key] for key in _KEPT_META if key in node.meta}
+        if node.op == "get_attr":
+            names[id(constants[cast(str, node.target)])] = copy
+            copy.meta[META_KEY] = NodeInfo(Role.CONSTANT)
+    return graph, constants, results
+
+
+def _check_constants(constants: dict[str, Tensor], module: nn.Module, graph: fx.Graph) -> None:
+    for target, constant in constants.items():
+        if constant.requires_grad:
+            names = [name for name, param in module.named_parameters() if param is constant]
+            what = f"parameter {names[0]}" if names else f"a tensor that requires grad, {list(constant.shape)},"
+            raise CaptureError(
+                f"The forward reads {what} past the module that owns it: from a list, a closure or another module"
+                f"{_line_of(graph, target)}. Read it as an attribute of its module (self.weight), where its gathered "
+                "values are; nn.ParameterList holds parameters in a list."
+            )
+
+
+def _line_of(graph: fx.Graph, target: str) -> str:
+    for node in graph.find_nodes(op="get_attr", target=target):
+        for user in node.users:
+            if user.stack_trace:
+                return ", at " + " ".join(user.stack_trace.split())
+    return ""
+
+
+# -- tensors that the model writes ----------------------------------------------------------------------------------
+
+
+def _write_back(step: StepGraph, rebound: dict[str, fx.Node]) -> None:
+    """Put every write onto a buffer or an input at the end of forward, and let no later reader see it by accident."""
+    graph = step.graph
+    placeholders = {info(node).fqn: node for node in step.nodes(Role.BUFFER)}
+    writes = {placeholders[name]: value for name, value in rebound.items()}
+    for node in graph.find_nodes(op="call_function", target=aten.copy_.default):
+        target, value = cast(fx.Node, node.args[0]), cast(fx.Node, node.args[1])
+        if role(target) is Role.PARAM:
+            raise CaptureError(
+                f"The forward writes into parameter {info(target).fqn}. Parameters are sharded, so only the optimizer "
+                "may change them. Change it between steps, or make it a buffer."
+            )
+        writes.setdefault(target, value)
+        node.replace_all_uses_with(value)
+        graph.erase_node(node)
+    positions = step.positions()
+    boundary = step.end_forward or step.output
+    for target, value in writes.items():
+        where = boundary if positions[value] < positions[boundary] else step.output
+        with graph.inserting_before(where):
+            write = graph.call_function(aten.copy_.default, (target, value))
+        write.meta.update({key: value.meta[key] for key in _KEPT_META if key in value.meta})
+        write.meta["val"], write.meta[META_KEY] = target.meta["val"], NodeInfo(Role.COMPUTE, info(value).fqn)
+    written = list(writes)
+    for target in written:
+        _save_old_value(step, target, writes)
+
+
+def _save_old_value(step: StepGraph, target: fx.Node, writes: dict[fx.Node, fx.Node]) -> None:
+    """Where anything reads `target` after it is written, let all read a clone made before."""
+    positions = step.positions()
+    write = next(user for user in target.users if user.target is aten.copy_.default and user.args[0] is target)
+    late = any(
+        positions[user] > positions[write] or (user.target is aten.copy_.default and user.args[1] is alias)
+        for alias in _alias_chain(target)
+        for user in alias.users
+        if user is not write or user.args[1] is alias
+    )
+    if not late:
+        return
+    first = next(node for node in step.graph.nodes if node.op not in ("placeholder", "get_attr"))
+    clone = _insert(step.graph, first, aten.clone.default, target)
+    target.replace_all_uses_with(clone, delete_user_cb=lambda user: user not in (clone, write))
+    if write.args[1] is target:
+        write.update_arg(1, clone)
+
+
+def _alias_chain(node: fx.Node) -> Iterator[fx.Node]:
+    """The node, its views, and views of those, also through no-ops."""
+    yield node
+    for user in list(node.users):
+        if user.args and user.args[0] is node and (is_view(user) or user.target in _NO_OPS):
+            yield from _alias_chain(user)
+
+
+# -- what is left over ----------------------------------------------------------------------------------------------
+
+
+def _remove_no_ops(step: StepGraph) -> None:
+    """Drop nodes that only served autograd or functionalization, and clones that copy for nobody."""
+    fixed = {node for node in step.graph.nodes if node.op in ("placeholder", "get_attr")}
+    for node in list(step.graph.nodes):
+        if node.target in _NO_OPS or (node.target is aten.clone.default and _is_idle_clone(node, fixed)):
+            node.replace_all_uses_with(cast(fx.Node, node.args[0]))
+            step.graph.erase_node(node)
+
+
+def _is_idle_clone(node: fx.Node, fixed: set[fx.Node]) -> bool:
+    """True for a clone in the same memory format of a value that nothing writes: dropout that drops nothing."""
+    source = cast(fx.Node, node.args[0])
+    return not any(alias in fixed for alias in _origins(source)) and _strides(source) == _strides(node)
+
+
+def _origins(node: fx.Node) -> Iterator[fx.Node]:
+    """The node and what it is a view of."""
+    yield node
+    while is_view(node) or node.target in _NO_OPS:
+        node = cast(fx.Node, node.args[0])
+        yield node
+
+
+def _strides(node: fx.Node) -> Any:
+    value = node.meta["val"]
+    return value.stride() if isinstance(value, Tensor) else None
+
+
+def _detach_outputs(step: StepGraph) -> None:
+    """Give the caller no view of a parameter, and no placeholder itself."""
+    outputs = list(step.model_outputs)
+    for index, output in enumerate(outputs):
+        origin = [*_origins(output)][-1]
+        if role(origin) is Role.PARAM:
+            outputs[index] = _insert(step.graph, step.end_forward or step.output, aten.clone.default, output)
+        elif output.op in ("placeholder", "get_attr"):
+            outputs[index] = _insert(step.graph, step.end_forward or step.output, aten.alias.default, output)
+    step.set_output(outputs, step.grads, step.input_grads)
+
+
+def _insert(graph: fx.Graph, before: fx.Node, target: Any, source: fx.Node) -> fx.Node:
+    """One more operator on one tensor."""
+    with graph.inserting_before(before):
+        node = graph.call_function(target, (source,))
+    value = source.meta["val"]
+    if not isinstance(value, Tensor) or not hasattr(value, "fake_mode"):
+        node.meta["val"] = value
+    else:
+        with cast(Any, value).fake_mode:
+            node.meta["val"] = target(value)
+    node.meta[META_KEY] = NodeInfo(Role.COMPUTE)
+    return node

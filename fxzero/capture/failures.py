@@ -1,0 +1,117 @@
+"""Explain why a model could not be traced: the operator, the user's source line, and what to change there."""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import re
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fxzero.capture.provenance import is_user_file
+from fxzero.errors import CaptureError, FxzeroError, InputMismatchError
+
+_REPLACE_BRANCH = (
+    "the step would depend on a tensor's values, which are not known when it is compiled. Replace .item(), bool(tensor), "
+    "int(tensor) and tensor.tolist() by tensor operations (torch.where), or compute the value before the call and "
+    "pass it in"
+)
+_REPLACE_SHAPE = (
+    "the shape of its result depends on a tensor's values. Replace nonzero, unique and indexing with a boolean mask by "
+    "operations of a fixed shape (torch.where, masked_fill, a weighted sum)"
+)
+_REENTRANT = "the reentrant torch.utils.checkpoint cannot be traced. Call checkpoint(..., use_reentrant=False)"
+_DEVICES = "its tensors are on different devices. Create tensors in forward with device=x.device, and pass inputs there"
+_RNN = "nn.LSTM, nn.GRU and nn.RNN have no fake kernels on the CPU. Use an nn.Module of plain operators in their place"
+_SPARSE = "sparse tensors cannot be traced. Use sparse=False"
+_LEAKED = (
+    "a tensor made while the model was traced before is used again. Cache none in functools.cache or globals; make it "
+    "a buffer"
+)
+_GENERAL = (
+    "If the same call of the plain model fails too, fix it there; if not, the operator cannot be traced: replace it by "
+    "others"
+)
+
+_CURES: tuple[tuple[str, str], ...] = (
+    (r"mkldnn_rnn|_cudnn_rnn|_thnn_fused|rnn_layer", _RNN),
+    (r"DynamicOutputShape", _REPLACE_SHAPE),
+    (r"DataDependentOutput|_local_scalar_dense|value out of a tracing tensor|GuardOnDataDependent", _REPLACE_BRANCH),
+    (r"use_reentrant=True|CheckpointFunction", _REENTRANT),
+    (r"[Dd]evice ?[Mm]ismatch|different devices|same device|Device Propagation", _DEVICES),
+    (r"Mixing fake modes|from different FakeTensorMode", _LEAKED),
+    (r"[Ss]parse", _SPARSE),
+)
+_TRACING = re.compile(r"torch[/\\](_subclasses|_dispatch|_ops\.py|_meta_registrations|_decomp|_refs|_prims|fx[/\\]|_functorch"
+                      r"|utils[/\\]_python_dispatch|utils[/\\]checkpoint)")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Place:
+    """A line of the user's source."""
+
+    filename: str
+    line: int
+
+    def __str__(self) -> str:
+        code = linecache.getline(self.filename, self.line).strip()
+        return f"{self.filename}:{self.line}" + (f": {code}" if code else "")
+
+
+def check_arguments(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuse arguments that `forward` does not take.
+
+    Raises:
+        InputMismatchError: an argument is missing or surplus.
+    """
+    try:
+        signature = inspect.signature(forward)
+    except (TypeError, ValueError):  # no signature to check against
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        name = getattr(forward, "__qualname__", type(forward).__name__)
+        raise InputMismatchError(f"{name}{signature}: {error}.") from None
+
+
+def explain(error: Exception) -> CaptureError | None:
+    """What to raise instead of an exception of the trace; None if it is the model's own, to be raised unchanged."""
+    if isinstance(error, FxzeroError):
+        return _with_place(error) if isinstance(error, CaptureError) else None
+    text = f"{type(error).__name__}: {error}"
+    cure = next((cure for pattern, cure in _CURES if re.search(pattern, text)), None)
+    frames = traceback.extract_tb(error.__traceback__)
+    last_user = max((i for i, frame in enumerate(frames) if is_user_file(frame.filename)), default=-1)
+    in_tracer = any(_TRACING.search(frame.filename) for frame in frames[last_user + 1 :])
+    if not in_tracer or isinstance(error, (KeyboardInterrupt, MemoryError)):
+        return None
+    place = f" at {Place(frames[last_user].filename, frames[last_user].lineno or 0)}" if last_user >= 0 else ""
+    operator = _operator(error, text)
+    what = f"{operator or 'The model'} cannot be traced{place}"
+    summary = text.splitlines()[0][:300]
+    if cure is None:
+        return CaptureError(f"{what}: {summary}. {_GENERAL}.")
+    return CaptureError(f"{what}: {cure}. ({summary})")
+
+
+def _with_place(error: CaptureError) -> CaptureError | None:
+    """One of our own that was raised under the user's code says where."""
+    frames = traceback.extract_tb(error.__traceback__)
+    users = [frame for frame in frames if is_user_file(frame.filename)]
+    if not frames or not frames[-1].filename.endswith("draws.py") or not users:
+        return None
+    return CaptureError(f"{error} At {Place(users[-1].filename, users[-1].lineno or 0)}.")
+
+
+def _operator(error: Exception, text: str) -> str:
+    """The name of the operator that failed, "" if unknown."""
+    for candidate in (getattr(error, "func", None), *error.args[:1]):
+        if isinstance(candidate, torch._ops.OpOverload):
+            return str(candidate)
+    found = re.search(r"aten(?:::|\.)\w+(?:\.\w+)?", text)
+    return found.group().replace("::", ".") if found else ""

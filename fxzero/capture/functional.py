@@ -1,0 +1,81 @@
+"""Replace the in-place operators of a traced graph by functional ones, and write the results back at its end.
+
+Before:  add_(buf, 1) | mul(buf, x)            After:  y = add(buf, 1) | mul(y, x) | copy_(buf, y)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from fxzero import compat, ops
+from fxzero.ir import META_KEY, NodeInfo, Role
+
+_KEPT_META = (META_KEY, "stack_trace")
+
+
+def has_in_place_operators(graph: fx.Graph) -> bool:
+    """True if some node writes into its arguments."""
+    return any(is_in_place(node) for node in graph.nodes)
+
+
+def is_in_place(node: fx.Node) -> bool:
+    """True if the node writes into its arguments."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def functionalize(root: fx.GraphModule) -> fx.GraphModule:
+    """The same graph without in-place operators but `copy_` onto placeholders; labels and boundary are kept."""
+    inputs = [node.meta["val"].detach() for node in root.graph.find_nodes(op="placeholder")]
+    replay = _Replay(root)
+    with torch.no_grad(), inputs[0].fake_mode if inputs else compat.fake_tensor_mode():
+        traced = compat.trace_fx(torch.func.functionalize(replay.run, remove="mutations"), *inputs)
+    for old, new in zip(root.graph.nodes, traced.graph.nodes, strict=False):
+        if old.op != "placeholder":
+            break
+        _copy_meta(old, new)
+    return traced
+
+
+class _Replay(fx.Interpreter):
+    """Runs a graph node by node inside another trace; what a node becomes is labelled like the node."""
+
+    def __init__(self, root: fx.GraphModule) -> None:
+        super().__init__(root, garbage_collect_values=False)
+        self._made: fx.Graph | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        made = compat.traced_graph()
+        if n.target is ops.end_forward:
+            # What forward wrote must be computed in forward, also if only backward reads it.
+            for value in self._tensors():
+                compat.apply_pending_updates(value)
+            self._label(made, None)
+            made.call_function(ops.end_forward).meta[META_KEY] = NodeInfo(Role.END_FORWARD)
+            return None
+        result = super().run_node(n)
+        self._label(made, n)
+        return result
+
+    def _tensors(self) -> Iterable[Tensor]:
+        return [value for value in pytree.tree_leaves(list(self.env.values())) if isinstance(value, Tensor)]
+
+    @staticmethod
+    def _label(made: fx.Graph, origin: fx.Node | None) -> None:
+        for node in reversed(made.nodes):
+            if META_KEY in node.meta or node.op == "placeholder":
+                break
+            if node.op == "get_attr":
+                node.meta[META_KEY] = NodeInfo(Role.CONSTANT)
+            elif origin is not None:
+                _copy_meta(origin, node)
+            if META_KEY not in node.meta or origin is None:
+                node.meta[META_KEY] = NodeInfo(Role.COMPUTE)
+
+
+def _copy_meta(origin: fx.Node, node: fx.Node) -> None:
+    node.meta.update({key: origin.meta[key] for key in _KEPT_META if key in origin.meta})

@@ -1,0 +1,103 @@
+"""What a model returns, taken apart into flat tensors and put together again after each step."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, enum.Enum)
+
+
+class _TensorSlot:
+    """Stands for a tensor in `OutputSpec.leaves`."""
+
+    def __repr__(self) -> str:
+        return "tensor"
+
+
+_TENSOR = _TensorSlot()
+
+
+@dataclass(frozen=True)
+class OutputSpec:
+    """How the model's return value is rebuilt from its tensors."""
+
+    treespec: pytree.TreeSpec
+    leaves: tuple[Any, ...]
+    """Plain values, and a mark where a tensor goes."""
+
+    def rebuild(self, tensors: Sequence[Any]) -> Any:
+        """The model's return value around these tensors, given in the order of `StepGraph.model_outputs`."""
+        if self.leaves == (_TENSOR,) and self.treespec.is_leaf():
+            return tensors[0]
+        remaining = iter(tensors)
+        leaves = [next(remaining) if leaf is _TENSOR else leaf for leaf in self.leaves]
+        return pytree.tree_unflatten(leaves, self.treespec)
+
+
+def flatten_output(output: Any) -> tuple[list[Tensor], OutputSpec]:
+    """The tensors of a return value and how to rebuild it; anything but tensors and plain values becomes None."""
+    _register_dataclasses(output)
+    flat, treespec = pytree.tree_flatten(output, is_leaf=_is_cache)
+    tensors: list[Tensor] = []
+    leaves: list[Any] = []
+    dropped: list[str] = []
+    for leaf in flat:
+        if isinstance(leaf, Tensor):
+            tensors.append(leaf)
+            leaves.append(_TENSOR)
+        elif isinstance(leaf, _PLAIN):
+            leaves.append(leaf)
+        else:
+            dropped.append(_name(output, leaf))
+            leaves.append(None)
+    if dropped:
+        warnings.warn(
+            f"The model returns {', '.join(dropped)}, which is no tensor and no plain value: a compiled step returns "
+            "None in its place. Switch it off (use_cache=False for a cache), or return tensors.",
+            UserWarning,
+            stacklevel=2,
+        )
+    return tensors, OutputSpec(treespec, tuple(leaves))
+
+
+def loss_index(output: Any, tensors: Sequence[Tensor]) -> int | None:
+    """Which of the tensors is what the model calls `loss`: a key, a field or an attribute of its return value."""
+    if isinstance(output, Tensor):
+        return None
+    loss = cast(Any, output).get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    return next((index for index, tensor in enumerate(tensors) if tensor is loss), None)
+
+
+def _register_dataclasses(output: Any) -> None:
+    """Teach pytree the dataclasses in a return value that it does not know yet."""
+    while True:
+        leaves = pytree.tree_leaves(output, is_leaf=_is_cache)
+        unknown = {type(leaf) for leaf in leaves if dataclasses.is_dataclass(leaf) and not _is_cache(leaf)}
+        if not unknown:
+            return
+        for cls in unknown:
+            torch.export.register_dataclass(cls)
+
+
+def _is_cache(value: Any) -> bool:
+    """True for Hugging Face's key/value caches, which some versions register as pytree nodes."""
+    return any(base.__name__ == "Cache" and base.__module__.startswith("transformers.") for base in type(value).__mro__)
+
+
+def _name(output: Any, leaf: Any) -> str:
+    fields = output.items() if isinstance(output, Mapping) else vars(output).items() if _has_fields(output) else ()
+    kind = type(leaf).__qualname__
+    return next((f"{key} (a {kind})" for key, value in fields if value is leaf), f"a {kind}")
+
+
+def _has_fields(output: Any) -> bool:
+    return dataclasses.is_dataclass(output) and hasattr(output, "__dict__")

@@ -1,0 +1,166 @@
+"""Which module and which source line made each node of the graph being traced.
+
+Hooks around every module's forward keep the present module; whenever it changes, the nodes made since the last change
+are labelled with it. In backward, each autograd node calls back before it runs and stands for the module that made it
+in forward; modules that run inside it (a checkpoint's recomputation) label their own nodes.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import linecache
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from fxzero import compat
+from fxzero.ir import META_KEY, NodeInfo, Role
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_FXZERO = str(Path(__file__).resolve().parent.parent) + os.sep
+_MODELS = _FXZERO + "models" + os.sep
+_STANDARD_LIBRARY = os.path.dirname(os.__file__) + os.sep
+
+
+def is_user_file(filename: str) -> bool:
+    """True for source files outside torch, fxzero and Python's own library."""
+    if filename.startswith(_STANDARD_LIBRARY) and "site-packages" not in filename:
+        return False
+    return not filename.startswith(_TORCH) and (not filename.startswith(_FXZERO) or filename.startswith(_MODELS))
+
+
+class Recorder:
+    """Labels the nodes of one graph while it is being made."""
+
+    def __init__(self, graph: fx.Graph, module: nn.Module) -> None:
+        self._graph = graph
+        self._names = {id(submodule): name for name, submodule in reversed([*module.named_modules()])}
+        self._base = ""
+        self._running: list[str] = []
+        self._sequence: list[int] = [0]
+        self._sequence_names: list[str] = [""]
+        self._is_user: dict[str, bool] = {}
+        self._last_with_line: fx.Node | None = None
+        self.in_backward = False
+
+    @property
+    def _current(self) -> str:
+        return self._running[-1] if self._running else self._base
+
+    def label(self, role: Role = Role.COMPUTE, fqn: str | None = None) -> list[fx.Node]:
+        """Give every node made since the last label this role, and the present module unless told otherwise."""
+        fresh: list[fx.Node] = []
+        for node in reversed(self._graph.nodes):
+            if META_KEY in node.meta:
+                break
+            fresh.append(node)
+            if node.op == "get_attr":
+                node.meta[META_KEY] = NodeInfo(Role.CONSTANT)
+            else:
+                node.meta[META_KEY] = NodeInfo(role, self._current if fqn is None else fqn)
+        return fresh[::-1]
+
+    def label_line(self) -> None:
+        """Give the newest nodes the line of the model's code that is running."""
+        if self.in_backward:
+            return
+        line = ""
+        for node in reversed(self._graph.nodes):
+            if node is self._last_with_line or node.op == "placeholder":
+                break
+            line = line or self._user_line()
+            node.meta["stack_trace"] = line
+        self._last_with_line = next(iter(reversed(self._graph.nodes)))
+
+    def _user_line(self) -> str:
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None:
+            filename = frame.f_code.co_filename
+            user = self._is_user.get(filename)
+            if user is None:
+                user = self._is_user[filename] = is_user_file(filename)
+            if user:
+                code = linecache.getline(filename, frame.f_lineno).strip()
+                return f'File "{filename}", line {frame.f_lineno}, in {frame.f_code.co_name}\n    {code}'
+            if filename.endswith("joint.py") and filename.startswith(_FXZERO):
+                if frame.f_code.co_name == "call_module":
+                    return ""
+            frame = frame.f_back
+        return ""
+
+    @contextlib.contextmanager
+    def following(self) -> Iterator[None]:
+        """Follow which module is running."""
+        before = register_module_forward_pre_hook(self._enter)
+        after = register_module_forward_hook(self._leave, always_call=True)
+        try:
+            yield
+        finally:
+            before.remove()
+            after.remove()
+
+    def _change(self) -> None:
+        if not self.in_backward:
+            self._sequence.append(compat.next_sequence_number())
+            self._sequence_names.append(self._current)
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        self.label()
+        self._running.append(self._names.get(id(module), self._current))
+        self._change()
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.label()
+        if self._running:
+            self._running.pop()
+        self._change()
+
+    @contextlib.contextmanager
+    def backward_from(self, outputs: list[Tensor]) -> Iterator[None]:
+        """Follow which module's backward is running, in the autograd graph of these outputs."""
+        self.label()
+        self.in_backward = True
+        self._base = ""
+        handles = [
+            node.register_prehook(self._stand_for(self._maker(compat.sequence_number(node))))
+            for node in autograd_nodes(outputs)
+        ]
+        try:
+            yield
+        finally:
+            self.label()
+            for handle in handles:
+                handle.remove()
+
+    def _maker(self, sequence: int) -> str:
+        """The module that was running when the autograd node of this number was made."""
+        return self._sequence_names[bisect.bisect_right(self._sequence, sequence) - 1]
+
+    def _stand_for(self, name: str) -> Any:
+        def prehook(grads: Any) -> None:
+            self.label()
+            self._running.clear()
+            self._base = name
+
+        return prehook
+
+
+def autograd_nodes(outputs: list[Tensor]) -> list[Any]:
+    """Every node of the autograd graph of these tensors, once, without the leaves' accumulators."""
+    found: dict[Any, None] = dict.fromkeys(output.grad_fn for output in outputs)
+    pending = list(found)
+    while pending:
+        node = pending.pop()
+        for following, _ in node.next_functions:
+            if following is not None and following not in found:
+                found[following] = None
+                pending.append(following)
+    return [node for node in found if node.name() != "torch::autograd::AccumulateGrad"]

@@ -1,0 +1,149 @@
+"""While a module is traced its parameters and buffers are fake; afterwards everything it holds is as before.
+
+Whatever else the module's code leaves behind on the module is found here: a buffer that now has another value is
+reported to the caller, a tensor kept in a plain attribute is refused, because no later step would update it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxzero.errors import CaptureError
+
+
+@dataclass
+class FakeState:
+    """The stand-ins of a module's tensors, by canonical name, and what the traced code made of them."""
+
+    params: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    rebound: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """Buffers that the code bound to another tensor (`self.buf = self.buf + 1`), by name."""
+
+
+@contextlib.contextmanager
+def swapped_tensors(module: nn.Module, state: FakeState) -> Iterator[None]:
+    """Let every parameter and buffer slot of the module hold its stand-in; tied slots hold the same one.
+
+    Raises:
+        CaptureError: the code bound a parameter anew, or a buffer to a tensor of another shape or dtype.
+    """
+    stand_ins: dict[int, tuple[str, Tensor]] = {}
+    stand_ins.update({id(p): (name, state.params[name]) for name, p in module.named_parameters()})
+    stand_ins.update({id(b): (name, state.buffers[name]) for name, b in module.named_buffers()})
+    slots: list[tuple[str, dict[str, Any], str, Any]] = []
+    for prefix, owner in module.named_modules():
+        for table in (owner._parameters, owner._buffers):
+            slots.extend((prefix, table, key, value) for key, value in table.items() if value is not None)
+    try:
+        for _, table, key, value in slots:
+            table[key] = stand_ins[id(value)][1]
+        yield
+        for prefix, table, key, value in slots:
+            name, stand_in = stand_ins[id(value)]
+            now = table.get(key)
+            if now is not stand_in:
+                _check_rebound(f"{prefix}.{key}".removeprefix("."), stand_in, now, name in state.params)
+                state.rebound[name] = now
+    finally:
+        for _, table, key, value in slots:
+            table[key] = value
+
+
+def _check_rebound(name: str, before: Tensor, now: Any, is_param: bool) -> None:
+    if is_param:
+        raise CaptureError(
+            f"The forward binds parameter {name} to another tensor. Parameters are sharded, so only the optimizer may "
+            "change them. Compute the new value from it and use that, or make it a buffer."
+        )
+    if not isinstance(now, Tensor) or (now.shape, now.dtype, now.device) != (before.shape, before.dtype, before.device):
+        text = f"{now.dtype}{list(now.shape)} on {now.device}" if isinstance(now, Tensor) else repr(now)
+        raise CaptureError(
+            f"The forward turns buffer {name} from {before.dtype}{list(before.shape)} on {before.device} into {text}. "
+            "A buffer keeps its shape, dtype and device. Register it with its largest shape and write into it."
+        )
+
+
+@contextlib.contextmanager
+def unchanged_attributes(module: nn.Module) -> Iterator[None]:
+    """Take back what the code inside binds to the module's attributes if it holds tensors, and refuse it.
+
+    Raises:
+        CaptureError: an attribute, or a list, dict or set in one, holds a tensor that it did not hold before.
+    """
+    before = [(name, owner, dict(vars(owner)), _contents(owner)) for name, owner in module.named_modules()]
+    found: list[tuple[str, str]] = []
+    try:
+        yield
+    finally:
+        for name, owner, attributes, contents in before:
+            found.extend((name, key) for key in _restore(owner, attributes, contents))
+    if found:
+        name, key = found[0]
+        where = f"{name}.{key}".removeprefix(".")
+        raise CaptureError(
+            f"The forward keeps a tensor in attribute '{key}' of module '{name}' ({type(module).__name__}: {where}). "
+            "Only buffers are updated by a compiled step. Return the tensor from forward, or make it a buffer: "
+            f"register_buffer('{key}', ...) in __init__ and self.{key}.copy_(...) in forward."
+        )
+
+
+def _contents(owner: nn.Module) -> dict[str, Any]:
+    """Shallow copies of the containers among a module's attributes."""
+    return {key: value.copy() for key, value in vars(owner).items() if isinstance(value, (list, dict, set))}
+
+
+def _restore(owner: nn.Module, attributes: dict[str, Any], contents: dict[str, Any]) -> list[str]:
+    """Undo the changes that hold traced tensors; returns the names of the attributes that had any."""
+    changed: list[str] = []
+    now = vars(owner)
+    for key in [key for key, value in now.items() if value is not attributes.get(key) and _holds_tensor(value)]:
+        changed.append(key)
+        if key in attributes:
+            now[key] = attributes[key]
+        else:
+            del now[key]
+    for key, content in contents.items():
+        container = now.get(key)
+        if container is attributes[key] and _differs(container, content) and _holds_new_tensor(container, content):
+            changed.append(_entry(key, container, content))
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(content)
+    return changed
+
+
+def _entry(key: str, container: Any, content: Any) -> str:
+    """A table of nn.Module's own is named by the entry in it."""
+    if key in ("_buffers", "_parameters") and isinstance(container, Mapping):
+        return next(name for name in container if name not in content)
+    return key
+
+
+def _differs(container: Any, content: Any) -> bool:
+    if len(container) != len(content):
+        return True
+    if isinstance(container, dict):
+        return any(key not in content or content[key] is not value for key, value in container.items())
+    return isinstance(container, list) and any(a is not b for a, b in zip(container, content, strict=True))
+
+
+def _holds_new_tensor(container: Any, content: Any) -> bool:
+    known = {id(value) for value in (content.values() if isinstance(content, dict) else content)}
+    values = container.values() if isinstance(container, dict) else container
+    return any(id(value) not in known and _holds_tensor(value) for value in values)
+
+
+def _holds_tensor(value: Any, depth: int = 2) -> bool:
+    """True for a tensor, and for a container that has one, two levels deep."""
+    if isinstance(value, torch.Tensor):
+        return True
+    if depth == 0 or not isinstance(value, (list, tuple, dict, set)):
+        return False
+    values = value.values() if isinstance(value, dict) else value
+    return any(_holds_tensor(item, depth - 1) for item in values)

@@ -1,0 +1,152 @@
+"""What of a call decides which plan serves it: its structure, the geometry of its tensors and its plain values.
+
+    tensors, spec = flatten_call(args, kwargs)      every step; no pytree for flat arguments
+    plan = plans[spec]                              equal specs trace to the same graph
+
+A tensor's values are never part of a spec; every other argument's value is, because tracing bakes it in.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fxzero.errors import InputMismatchError
+
+_PLAIN = frozenset(
+    {type(None), bool, int, str, bytes, complex, torch.dtype, torch.device, torch.Size, torch.layout}
+    | {torch.memory_format, range, type, type(Ellipsis)}
+)
+"""Types whose values are hashable, immutable, and mean the same in every call. Floats are compared by their bits."""
+
+_CURE = "Pass a tensor or a plain value (None, bool, int, float, str), or set it on the model before compile."
+
+
+@dataclass(frozen=True)
+class CallSpec:
+    """A hashable description of one call; holds no tensor.
+
+    `leaves` has one tuple per argument: `(shape, stride, dtype, device, requires_grad)` of a tensor, or `(type, value)`.
+    """
+
+    structure: Hashable
+    leaves: tuple[tuple[Any, ...], ...]
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Where each leaf is in the call: `args[0]`, `input_ids`, `batch['x'][1]`."""
+        if isinstance(self.structure, _Tree):
+            return self.structure.paths
+        num_args, *names = cast(tuple[Any, ...], self.structure)
+        return (*(f"args[{index}]" for index in range(num_args)), *names)
+
+    @property
+    def tensor_paths(self) -> tuple[str, ...]:
+        """The paths of the tensors, in the order of `flatten_call`."""
+        return tuple(path for path, leaf in zip(self.paths, self.leaves, strict=True) if is_tensor_leaf(leaf))
+
+    def __str__(self) -> str:
+        return ", ".join(f"{path}={_format(leaf)}" for path, leaf in zip(self.paths, self.leaves, strict=True))
+
+
+def is_tensor_leaf(leaf: tuple[Any, ...]) -> bool:
+    """True if an entry of `CallSpec.leaves` describes a tensor."""
+    return len(leaf) > 2
+
+
+class _Tree:
+    """A pytree structure that can be hashed; equal trees have equal structures."""
+
+    def __init__(self, treespec: pytree.TreeSpec) -> None:
+        self.treespec = treespec
+
+    def __hash__(self) -> int:
+        return hash((self.treespec.num_leaves, self.treespec.num_nodes))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Tree) and self.treespec == other.treespec
+
+    def __repr__(self) -> str:
+        return repr(self.treespec)
+
+    @functools.cached_property
+    def paths(self) -> tuple[str, ...]:
+        indices = range(self.treespec.num_leaves)
+        try:
+            with_paths, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(indices, self.treespec))
+        except Exception:  # a registered class without keys, or whose constructor refuses integers
+            return tuple(f"argument {index}" for index in indices)
+        return tuple(_path(keys) for keys, _ in with_paths)
+
+
+def _path(keys: tuple[Any, ...]) -> str:
+    """`args[0][1]` from (0, 0, 1); `batch['x']` from (1, 'batch', 'x')."""
+    if keys[0].idx == 0:
+        return "args" + pytree.keystr(keys[1:])
+    return f"{keys[1].key}{pytree.keystr(keys[2:])}"
+
+
+def _format(leaf: tuple[Any, ...]) -> str:
+    if not is_tensor_leaf(leaf):
+        return str(leaf[1])
+    shape, _, dtype, device, _ = leaf
+    return f"{str(dtype).removeprefix('torch.')}{list(shape)} on {device}"
+
+
+def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], CallSpec]:
+    """The tensors of a call, positional ones first, and what else decides its plan.
+
+    Raises:
+        InputMismatchError: an argument is neither a tensor nor a plain value, or a tensor has no strides.
+    """
+    tensors: list[Tensor] = []
+    leaves: list[tuple[Any, ...]] = []
+    try:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor):
+                tensors.append(value)
+                leaves.append((value.shape, value.stride(), value.dtype, value.device, value.requires_grad))
+                continue
+            kind = type(value)
+            if kind is float:
+                leaves.append((float, value.hex()))
+            elif kind in _PLAIN:
+                leaves.append((kind, value))
+            else:
+                return _flatten_nested(args, kwargs)
+    except RuntimeError as error:  # from stride()
+        raise InputMismatchError(f"An input is a sparse or otherwise unstrided tensor: {error}. {_CURE}") from error
+    return tensors, CallSpec((len(args), *kwargs), tuple(leaves))
+
+
+def _flatten_nested(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], CallSpec]:
+    flat, treespec = pytree.tree_flatten((args, dict(kwargs)))
+    tree = _Tree(treespec)
+    tensors: list[Tensor] = []
+    leaves: list[tuple[Any, ...]] = []
+    for index, value in enumerate(flat):
+        if isinstance(value, Tensor):
+            tensors.append(value)
+            leaves.append((value.shape, value.stride(), value.dtype, value.device, value.requires_grad))
+        elif isinstance(value, float):
+            leaves.append((type(value), value.hex()))
+        elif type(value) in _PLAIN or isinstance(value, enum.Enum):
+            leaves.append((type(value), value))
+        else:
+            raise InputMismatchError(f"{tree.paths[index]} is a {type(value).__qualname__}. {_CURE}")
+    return tensors, CallSpec(tree, tuple(leaves))
+
+
+def replace_tensors(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: list[Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same call with other tensors, given in the order of `flatten_call`."""
+    remaining = iter(tensors)
+    return pytree.tree_map_only(Tensor, lambda _: next(remaining), (args, dict(kwargs)))
