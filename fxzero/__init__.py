@@ -1,1 +1,40 @@
-"""fxzero: ZeRO-3 training whose every communication is scheduled at compile time."""
+"""fxzero: ZeRO-3 training whose every communication is scheduled at compile time.
+
+    zero = fxzero.compile(model, optimizer=optimizer)
+    loss = zero(**batch).loss
+    loss.backward()
+"""
+
+from __future__ import annotations
+
+from fxzero.api import Schedule, ZeroModule, compile
+from fxzero.errors import (
+    CaptureError,
+    CheckpointError,
+    CommunicationError,
+    FxzeroError,
+    InputMismatchError,
+    OptimizerError,
+    PlanError,
+    RankMismatchError,
+    ScheduleError,
+    StaleBackwardError,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CaptureError",
+    "CheckpointError",
+    "CommunicationError",
+    "FxzeroError",
+    "InputMismatchError",
+    "OptimizerError",
+    "PlanError",
+    "RankMismatchError",
+    "Schedule",
+    "ScheduleError",
+    "StaleBackwardError",
+    "ZeroModule",
+    "compile",
+]

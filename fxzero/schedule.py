@@ -16,6 +16,8 @@ from torch import fx
 from fxzero.ir import Phase, Role, StepGraph, info, is_gather, release_of, role, started_by, wait_of
 from fxzero.text import block_of, bucket_label, format_bytes
 
+ROOT = "(model)"
+"""The block of what the model itself computes, outside of its submodules."""
 _LINES = (Role.ALL_GATHER, Role.REDUCE_SCATTER, Role.WAIT, Role.RELEASE)
 
 
@@ -104,7 +106,7 @@ def rows(step: StepGraph) -> Iterator[Row]:
             live -= frees.get(node, 0)
             if role(node) in _LINES:
                 if num_ops:
-                    yield Row(phase, "compute", block, num_ops=num_ops, live_bytes=live)
+                    yield Row(phase, "compute", block or ROOT, num_ops=num_ops, live_bytes=live)
                 block, num_ops = "", 0
                 is_start = started_by(node) is node
                 nbytes = step.bucket_of(node).nbytes if is_start else 0
@@ -115,11 +117,11 @@ def rows(step: StepGraph) -> Iterator[Row]:
                 # Gradient sums and the like belong to no module: they continue the run they stand in.
                 name = block_of(info(node).fqn) or block
                 if num_ops and name != block:
-                    yield Row(phase, "compute", block, num_ops=num_ops, live_bytes=live)
+                    yield Row(phase, "compute", block or ROOT, num_ops=num_ops, live_bytes=live)
                     num_ops = 0
                 block, num_ops = name, num_ops + 1
         if num_ops:
-            yield Row(phase, "compute", block, num_ops=num_ops, live_bytes=live)
+            yield Row(phase, "compute", block or ROOT, num_ops=num_ops, live_bytes=live)
 
 
 def header(step: StepGraph) -> str:

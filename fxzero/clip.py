@@ -1,0 +1,45 @@
+"""The global norm of the gradients: one pass over the gradient buffer, one all-reduce, no host synchronisation."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from fxzero.comm import Comm
+from fxzero.errors import PlanError
+from fxzero.gradients import Gradients
+
+
+def clip_grad_norm_(
+    gradients: Gradients | None, comm: Comm, max_norm: float, norm_type: float, error_if_nonfinite: bool
+) -> torch.Tensor:
+    """See ZeroModule.clip_grad_norm_. Padding is zero, so a norm over whole segments is that of the gradients."""
+    if norm_type not in (2.0, math.inf):
+        raise ValueError(f"norm_type is {norm_type}; it must be 2.0 or inf")
+    if gradients is None:
+        raise PlanError("There are no gradients before the first backward. Call the module and backward first.")
+    segments = gradients.settle()
+    norms = [_norm(segment, norm_type) for segment in segments]
+    local = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), norm_type)
+    if norm_type == 2.0:
+        total = local.square_()
+        comm.all_reduce(total, "sum")
+        total.sqrt_()
+    else:
+        total = local
+        comm.all_reduce(total, "max")
+    if error_if_nonfinite and not bool(torch.isfinite(total)):
+        raise RuntimeError(
+            f"The total norm of order {norm_type} of the gradients is not finite, so they cannot be clipped. Pass "
+            "error_if_nonfinite=False to scale by it anyway."
+        )
+    scale = (max_norm / (total + 1e-6)).clamp_(max=1.0)
+    for segment in segments:
+        segment.mul_(scale)
+    return total
+
+
+def _norm(segment: torch.Tensor, norm_type: float) -> torch.Tensor:
+    """The norm of one flat tensor, in fp32 at least."""
+    return torch.linalg.vector_norm(segment, norm_type, dtype=torch.promote_types(segment.dtype, torch.float32))

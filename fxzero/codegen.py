@@ -1,0 +1,176 @@
+"""A final StepGraph to two straight-line Python functions: no loop, no branch, nothing decided.
+
+    def forward(inputs, buffers):           def backward(saved, tangents):
+        (x,) = inputs                           (relu, x) = saved
+        all_gather()                            saved.clear()
+        wait_all_gather()                       ...
+        mm = aten_mm_default(x, t)              write_grad(mm_2)
+        ...                                     reduce_scatter()
+        return (mm,), [relu, x]                 return (None,)
+
+Every parameter, and every view of one, lies at a fixed address, so it is no statement at all but a global that is bound
+once (`Code.static`), as are the operators, the collectives and the gradient slots.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxzero.ir import Phase, Role, StepGraph, is_gathered_param, is_view, role, started_by
+from fxzero.text import describe
+
+_LITERALS = (bool, int, float, complex, str, type(None))
+_TORCH_LITERALS = (torch.dtype, torch.layout, torch.memory_format)
+NAMES_IN_SOURCE: dict[str, Any] = {"torch": torch, "device": torch.device, "inf": float("inf"), "nan": float("nan")}
+
+
+@dataclass(frozen=True)
+class Code:
+    """The generated source and what its global names stand for."""
+
+    source: str
+    operators: dict[str, Any]
+    """Operators and unprintable arguments by global name."""
+    static: tuple[fx.Node, ...]
+    """Nodes that are bound once, by their names: gathered parameters, views of them, and constants; in order."""
+    saved: tuple[fx.Node, ...]
+    """What forward hands to backward, in order."""
+
+
+def static_nodes(step: StepGraph) -> list[fx.Node]:
+    """Constants, gathered parameters, and everything that is only a view of those, in order."""
+    static: dict[fx.Node, None] = {}
+    for node in step.graph.nodes:
+        from_static = bool(node.all_input_nodes) and all(source in static for source in node.all_input_nodes)
+        is_static_view = from_static and (is_view(node) or node.target is operator.getitem)
+        if role(node) is Role.CONSTANT or is_gathered_param(node) or is_static_view:
+            static[node] = None
+    return list(static)
+
+
+def generate(step: StepGraph) -> Code:
+    """Write the source of a complete StepGraph."""
+    writer = _Writer(step)
+    phases = dict(step.phases())
+    saved = _saved(step, phases, writer.static)
+    inputs, buffers = step.nodes(Role.INPUT), step.nodes(Role.BUFFER)
+    outputs = [writer.literal(value) for value in step.model_outputs]
+    lines = ["def forward(inputs, buffers):", *_unpack(inputs, "inputs"), *_unpack(buffers, "buffers")]
+    keep = {*saved, *(value for value in step.model_outputs if isinstance(value, fx.Node))}
+    lines += writer.body(phases[Phase.FORWARD], [*inputs, *buffers], keep)
+    lines += [f"    return {_tuple(outputs)}, [{', '.join(node.name for node in saved)}]"]
+    if step.has_backward:
+        tangents = step.nodes(Role.TANGENT)
+        grads = [grad for grad in step.input_grads if isinstance(grad, fx.Node)]
+        lines += ["", "", "def backward(saved, tangents):"]
+        lines += [*_unpack(saved, "saved"), "    saved.clear()", *_unpack(tangents, "tangents"), "    tangents.clear()"]
+        lines += writer.body(phases[Phase.BACKWARD], [*saved, *tangents], set(grads))
+        lines += [f"    return {_tuple([writer.literal(grad) for grad in step.input_grads])}"]
+    return Code("\n".join(lines) + "\n", writer.operators, tuple(writer.static), saved)
+
+
+def _saved(
+    step: StepGraph, phases: dict[Phase, list[fx.Node]], static: dict[fx.Node, None]
+) -> tuple[fx.Node, ...]:
+    """The nodes before backward that backward reads, in order; views of parameters are never among them."""
+    backward = set(phases.get(Phase.BACKWARD, ()))
+    read = {source for node in backward for source in node.all_input_nodes}
+    read |= {grad for grad in step.input_grads if isinstance(grad, fx.Node)}
+    before = (Role.INPUT, Role.BUFFER, Role.COMPUTE)
+    return tuple(
+        node
+        for node in step.graph.nodes
+        if node in read and node not in backward and role(node) in before and node not in static
+    )
+
+
+def _unpack(nodes: Sequence[fx.Node], source: str) -> list[str]:
+    return [f"    {_tuple([node.name for node in nodes])} = {source}"] if nodes else []
+
+
+def _tuple(items: Sequence[str]) -> str:
+    return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
+
+
+@dataclass
+class _Writer:
+    """Turns nodes into lines, and collects the globals that the lines name."""
+
+    step: StepGraph
+    operators: dict[str, Any] = field(default_factory=dict[str, Any])
+    static: dict[fx.Node, None] = field(default_factory=dict[fx.Node, None])
+
+    def __post_init__(self) -> None:
+        self.static = dict.fromkeys(static_nodes(self.step))
+
+    def body(self, nodes: Sequence[fx.Node], given: Iterable[fx.Node], keep: set[fx.Node]) -> list[str]:
+        """The statements of one phase; each local is deleted after its last reader, except those in `keep`."""
+        last_use: dict[fx.Node, fx.Node] = {}
+        local = {*given}
+        for node in nodes:
+            if role(node) is Role.COMPUTE and node not in self.static:
+                local.add(node)
+            for source in node.all_input_nodes:
+                last_use[source] = node
+        dies_at: dict[fx.Node, list[str]] = {}
+        for source, reader in last_use.items():
+            if source in local and source not in keep:
+                dies_at.setdefault(reader, []).append(source.name)
+        lines: list[str] = []
+        for node in nodes:
+            lines += [f"    {line}" for line in self.statement(node)]
+            if node in dies_at:
+                lines.append(f"    del {', '.join(dies_at[node])}")
+        return lines
+
+    def statement(self, node: fx.Node) -> list[str]:
+        kind = role(node)
+        if kind is Role.RELEASE:
+            return [f"# {describe(node)[1:-1]}"]
+        if kind in (Role.ALL_GATHER, Role.REDUCE_SCATTER):
+            return [f"{node.name}()  # {describe(node)[1:-1]}"]
+        if kind is Role.WAIT:
+            return [f"wait_{started_by(node).name}()"]
+        if kind is Role.WRITE_GRAD:
+            grads = [self.literal(source) for source in node.all_input_nodes]
+            return [f"{node.name}({', '.join(grads)})"]
+        if node in self.static:
+            return []
+        if node.target is operator.getitem:
+            return [f"{node.name} = {self.literal(node.args[0])}[{self.literal(node.args[1])}]"]
+        arguments = [self.literal(arg) for arg in node.args]
+        arguments += [f"{name}={self.literal(arg)}" for name, arg in node.kwargs.items()]
+        result = f"{node.name} = " if node.users else ""
+        return [f"{result}{self.operator(node)}({', '.join(arguments)})"]
+
+    def operator(self, node: fx.Node) -> str:
+        """The global that stands for the node's operator."""
+        target = node.target
+        is_overload = isinstance(target, torch._ops.OpOverload)
+        name = str(target).replace(".", "_") if is_overload else getattr(target, "__name__", "operator")
+        while self.operators.setdefault(name, target) is not target:
+            name += "_"
+        return name
+
+    def literal(self, value: Any) -> str:
+        """Source text for an argument."""
+        if isinstance(value, fx.Node):
+            return value.name
+        if isinstance(value, (list, tuple)):
+            items = [self.literal(item) for item in value]
+            return f"[{', '.join(items)}]" if isinstance(value, list) else _tuple(items)
+        if isinstance(value, slice):
+            return f"slice({self.literal(value.start)}, {self.literal(value.stop)}, {self.literal(value.step)})"
+        if isinstance(value, torch.device):
+            return f"device({str(value)!r})"
+        if type(value) in _LITERALS or isinstance(value, _TORCH_LITERALS):
+            return repr(value)
+        name = f"constant_{len(self.operators)}"
+        self.operators[name] = value
+        return name

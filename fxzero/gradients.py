@@ -1,0 +1,130 @@
+"""The life of `.grad` between backwards: overwrite or add, unsharded under no_sync(), settled before a norm."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from fxzero.layout import Bucket
+from fxzero.shards import FlatBuffer, Shards, unflatten
+
+
+class Stash(enum.Enum):
+    """Where a backward writes gradients, with regard to those that no_sync() keeps unsharded."""
+
+    NONE = "none"
+    """Into the arena: nothing is kept unsharded."""
+    FIRST = "first"
+    """Under no_sync(): overwrite the unsharded gradients."""
+    MORE = "more"
+    """Under no_sync(): add to the unsharded gradients."""
+    FLUSH = "flush"
+    """Add to the unsharded gradients, then reduce them."""
+
+
+class Variant(NamedTuple):
+    """The ways in which one backward can be bound; the code is the same, its globals differ."""
+
+    accumulate: bool
+    """Add the reduced gradients to the shards' `.grad` instead of overwriting it."""
+    stash: Stash
+
+
+class Gradients:
+    """Decides what happens to `.grad`, once per backward, in a few reads of attributes."""
+
+    def __init__(self, shards: Shards, params: Mapping[str, nn.Parameter]) -> None:
+        self._shards = shards
+        self._params = params
+        self._views: dict[str, torch.Tensor] = {}
+        self._pairs: list[tuple[nn.Parameter, torch.Tensor]] = []
+        self._unsharded: FlatBuffer | None = None
+        self._held: dict[str, None] = {}
+        """Parameters whose unsharded gradients wait for the next synchronised backward."""
+
+    def view(self, fqn: str) -> torch.Tensor:
+        """The one tensor object that is ever `.grad` of a parameter."""
+        if fqn not in self._views:
+            self._views[fqn] = self._shards.grad_view(fqn)
+            self._pairs.append((self._params[fqn], self._views[fqn]))
+        return self._views[fqn]
+
+    def variant(self, *, synchronize: bool) -> Variant:
+        """How the coming backward must be bound; settles gradients that it will add to."""
+        if not synchronize:
+            return Variant(False, Stash.MORE if self._held else Stash.FIRST)
+        accumulate = False
+        for param, _ in self._pairs:
+            if param.grad is not None:
+                accumulate = True
+                break
+        if accumulate:
+            self.settle()
+        return Variant(accumulate, Stash.FLUSH if self._held else Stash.NONE)
+
+    def publish(self, reached: Sequence[str], variant: Variant) -> None:
+        """Point `.grad` of every parameter that a backward reached at its slice, and run hooks that wait for it."""
+        views = self._views
+        fqns = reached
+        if variant.stash is Stash.FLUSH:
+            fqns = [*reached, *(fqn for fqn in self._held if fqn not in reached)]
+            self._held = {}
+        for fqn in fqns:
+            param = self._params[fqn]
+            param.grad = views[fqn]
+            hooks = param._post_accumulate_grad_hooks
+            if hooks:
+                for hook in hooks.values():
+                    hook(param)
+
+    def settle(self) -> list[torch.Tensor]:
+        """Bring the gradient buffer in line with the `.grad` attributes, which the user may have changed.
+
+        A gradient set to None becomes zeros in the buffer; a tensor of the user's is copied in.
+
+        Returns:
+            The gradient buffer: one flat tensor per dtype.
+        """
+        missing: list[torch.Tensor] = []
+        for param, view in self._pairs:
+            grad = param.grad
+            if grad is None:
+                missing.append(view)
+            elif grad is not view:
+                view.copy_(grad)
+                param.grad = view
+        if missing:
+            torch._foreach_zero_(missing)
+        return self._shards.grads.segments
+
+    # -- no_sync() -----------------------------------------------------------------------------------------------
+
+    def unsharded_bucket(self, bucket: Bucket) -> torch.Tensor:
+        """The unsharded gradients of a bucket under no_sync(): flat, `[bucket.numel]`; made at the first use."""
+        if self._unsharded is None:
+            trained = [bucket for bucket in self._shards.layout.buckets if bucket.requires_grad]
+            self._unsharded = FlatBuffer(trained, self._shards.device, whole=True)
+        return self._unsharded.parts[bucket]
+
+    @property
+    def unsharded_nbytes(self) -> int:
+        """Bytes held for no_sync(); 0 before its first use."""
+        return self._unsharded.nbytes if self._unsharded is not None else 0
+
+    def hold(self, fqns: Sequence[str], variant: Variant) -> None:
+        """Note that a backward under no_sync() wrote these gradients; the first one clears all others."""
+        if variant.stash is Stash.FIRST:
+            others = [
+                slot
+                for bucket in self._shards.layout.buckets
+                if bucket.requires_grad
+                for fqn, slot in unflatten(bucket, self.unsharded_bucket(bucket)).items()
+                if fqn not in fqns
+            ]
+            if others:
+                torch._foreach_zero_(others)
+        self._held.update(dict.fromkeys(fqns))

@@ -1,0 +1,91 @@
+"""From a traced step to a plan: passes, layout, code. What ranks must agree on is written down here as text."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+
+from fxzero.capture import Captured
+from fxzero.codegen import generate
+from fxzero.ir import Role, StepGraph, members
+from fxzero.layout import Bucket, Layout, ParamSpec, group_into_buckets
+from fxzero.passes import BucketAllGathers, Pass
+from fxzero.pipeline import Observer, run_passes
+from fxzero.runtime import Plan
+from fxzero.text import bucket_label
+
+logger = logging.getLogger(__name__)
+
+
+def make_plan(
+    captured: Captured, passes: Sequence[Pass], layout: Layout | None, observers: Sequence[Observer] = ()
+) -> Plan:
+    """Run the passes over a captured step, in the buckets of `layout` if it is fixed already, and write the code.
+
+    Raises:
+        ScheduleError: a pass left the schedule unsafe.
+    """
+    if layout is not None:
+        captured.step.params = {param.fqn: param for param in layout.params}
+        fixed = tuple(bucket.fqns for bucket in layout.buckets)
+        passes = [
+            dataclasses.replace(pass_, buckets=fixed) if isinstance(pass_, BucketAllGathers) else pass_
+            for pass_ in passes
+        ]
+    run_passes(captured.step, passes, observers=observers)
+    return Plan(captured, generate(captured.step))
+
+
+def _bucket_bytes(passes: Sequence[Pass]) -> int:
+    """The size of buckets that a list of passes makes; 1 (each parameter alone) if none makes any."""
+    return next((pass_.bucket_bytes for pass_ in passes if isinstance(pass_, BucketAllGathers)), 1)
+
+
+def layout_of(step: StepGraph, passes: Sequence[Pass]) -> Layout:
+    """The layout that the buckets of a step ask for; parameters it never gathers get buckets of their own, last."""
+    gathered = dict.fromkeys(members(start) for start in step.nodes(Role.ALL_GATHER))
+    buckets = [step.bucket(fqns) for fqns in gathered]
+    known = {fqn for fqns in gathered for fqn in fqns}
+    rest = [param for fqn, param in step.params.items() if fqn not in known]
+    return Layout((*buckets, *group_into_buckets(rest, step.world_size, _bucket_bytes(passes))), step.world_size)
+
+
+def layout_in_registration_order(params: Iterable[ParamSpec], world_size: int, passes: Sequence[Pass]) -> Layout:
+    """The layout when shards are needed before anything was traced."""
+    return Layout(group_into_buckets(params, world_size, _bucket_bytes(passes)), world_size)
+
+
+def warn_if_out_of_order(step: StepGraph, layout: Layout) -> None:
+    """Warn where a layout fixed without a trace gathers much of the model earlier than it is used."""
+    order: dict[Bucket, None] = {}
+    interleaved: list[Bucket] = []
+    for start in step.nodes(Role.ALL_GATHER):
+        order.setdefault(step.bucket_of(start))
+    position = {bucket.fqns: index for index, bucket in enumerate(order)}
+    laid_out = [bucket for bucket in layout.buckets if bucket.fqns in position]
+    for before, after in zip(laid_out, laid_out[1:], strict=False):
+        if position[after.fqns] < position[before.fqns]:
+            interleaved.append(after)
+    late = sum(bucket.nbytes for bucket in interleaved)
+    total = sum(bucket.nbytes for bucket in laid_out)
+    if total and late > total // 4:
+        warnings.warn(
+            f"The layout was fixed before the first trace, in registration order; {len(interleaved)} of "
+            f"{len(laid_out)} buckets (from {bucket_label(interleaved[0].fqns)}) are used in another order, which costs "
+            "overlap. Pass example= to fxzero.compile, or call the module before loading weights.",
+            stacklevel=2,
+        )
+
+
+def describe_layout(layout: Layout, options: Mapping[str, object]) -> list[str]:
+    """What every rank must have in common before a parameter is exchanged, one fact a line."""
+    lines = [f"world size: {layout.world_size}"]
+    lines += [f"option {name}: {value}" for name, value in options.items()]
+    for index, bucket in enumerate(layout.buckets):
+        for param in bucket.params:
+            kind = "trained" if param.requires_grad else "frozen"
+            shape = "x".join(map(str, param.shape)) or "scalar"
+            lines.append(f"parameter {param.fqn}: {param.dtype} {shape} {kind}, bucket {index}")
+    return lines

@@ -1,0 +1,243 @@
+"""Run a plan: bind the generated code to this rank's storage once, then only call it.
+
+A binding makes the globals that the code names: parameters and views of them at their addresses in the arena, gradient
+slots, collectives. Nothing is decided in a step but which binding runs: overwrite or add to `.grad`, no_sync() or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import fx
+
+from fxzero import compat
+from fxzero.capture import Captured
+from fxzero.codegen import NAMES_IN_SOURCE, Code
+from fxzero.comm import Bound, Comm
+from fxzero.errors import PlanError
+from fxzero.gradients import Gradients, Stash, Variant
+from fxzero.ir import Role, StepGraph, grad_fqn, info, is_gathered_param, operands, role, started_by
+from fxzero.memory import (
+    Arena,
+    Buffer,
+    MemoryPlan,
+    gather_buffers,
+    gradient_buffers,
+    plan_memory,
+    scratch_buffers,
+)
+from fxzero.shards import Shards, unflatten
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is decided about a step, before it is bound to memory."""
+
+    captured: Captured
+    code: Code
+
+    @property
+    def step(self) -> StepGraph:
+        return self.captured.step
+
+
+def plan_arena(step: StepGraph, comm: Comm, variant: Variant) -> tuple[MemoryPlan, dict[tuple[str, fx.Node], int]]:
+    """Place the communication memory of one variant of a step.
+
+    Returns:
+        The plan, and the offset in bytes of each buffer by kind and the start of its collective.
+    """
+    needed: dict[tuple[str, fx.Node], Buffer] = {}
+    if not comm.gathers_in_place:
+        needed |= {("gather", start): buffer for start, buffer in gather_buffers(step).items()}
+    if variant.stash is Stash.NONE and (variant.accumulate or not comm.gathers_in_place):
+        needed |= {("gradient", start): buffer for start, buffer in gradient_buffers(step).items()}
+    scratch = {
+        start: comm.reduce_scratch_numel(bucket, accumulate=variant.accumulate) * bucket.dtype.itemsize
+        for start in step.nodes(Role.REDUCE_SCATTER)
+        for bucket in [step.bucket_of(start)]
+    }
+    needed |= {("scratch", start): buffer for start, buffer in scratch_buffers(step, scratch).items()}
+    plan = plan_memory(list(needed.values()))
+    plan.verify()
+    return plan, dict(zip(needed, plan.offsets, strict=True))
+
+
+class Executable:
+    """A plan bound to the storage of this rank."""
+
+    def __init__(self, plan: Plan, shards: Shards, gradients: Gradients, comm: Comm, arena: Arena) -> None:
+        self.plan = plan
+        self._shards, self._gradients, self._comm, self._arena = shards, gradients, comm, arena
+        self._compiled = compile(plan.code.source, "<fxzero schedule>", "exec")
+        self._functions: dict[Variant, dict[str, Any]] = {}
+        self.memory: dict[Variant, MemoryPlan] = {}
+        """The arena's plan for each variant that was bound."""
+        step = plan.step
+        self.reached = list(step.grads)
+        for fqn in self.reached:
+            gradients.view(fqn)
+        self.buffers = [info(node).fqn for node in step.nodes(Role.BUFFER)]
+        """The names of the buffers that forward takes, in order."""
+        written = {node.args[0] for node in step.graph.nodes if node.target is torch.ops.aten.copy_.default}
+        self.mutated_buffers = [i for i, node in enumerate(step.nodes(Role.BUFFER)) if node in written]
+        self.draws_random = any(
+            torch.Tag.nondeterministic_seeded in node.target.tags
+            for node in step.graph.nodes
+            if isinstance(node.target, torch._ops.OpOverload)
+        )
+        self.tensor_outputs = [i for i, value in enumerate(step.model_outputs) if isinstance(value, fx.Node)]
+        """Which of the flat outputs are tensors: they are the outputs of the autograd Function."""
+        self.differentiable = frozenset(plan.captured.differentiable)
+
+    @property
+    def step(self) -> StepGraph:
+        return self.plan.step
+
+    def forward(self, inputs: list[torch.Tensor], buffers: list[torch.Tensor]) -> tuple[tuple[Any, ...], list[Any]]:
+        """Run the forward phase: the flat outputs and what backward needs."""
+        unused = Variant(False, Stash.NONE if self.step.synchronize else Stash.FIRST)
+        outputs = self._bound(next(iter(self._functions), unused))["forward"](inputs, buffers)
+        self._comm.drain()
+        return outputs
+
+    def backward(self, variant: Variant, saved: list[Any], tangents: list[torch.Tensor]) -> tuple[Any, ...]:
+        """Run the backward phase: the gradients of the inputs; both lists are emptied as values are used."""
+        input_grads = self._bound(variant)["backward"](saved, tangents)
+        self._comm.drain()
+        return input_grads
+
+    def pattern_of(self, arriving: Sequence[torch.Tensor | None]) -> tuple[int, ...]:
+        """Which outputs receive a gradient, as indices of the flat outputs."""
+        return tuple([i for i, grad in zip(self.tensor_outputs, arriving, strict=True) if grad is not None])
+
+    def _bound(self, variant: Variant) -> dict[str, Any]:
+        if variant not in self._functions:
+            self._functions[variant] = self._bind(variant)
+        return self._functions[variant]
+
+    # -- binding -------------------------------------------------------------------------------------------------
+
+    def _bind(self, variant: Variant) -> dict[str, Any]:
+        """Make the globals of the generated code for one variant, and define its functions in them."""
+        plan, offsets = plan_arena(self.step, self._comm, variant)
+        self.memory[variant] = plan
+        self._arena.reserve(plan.peak_bytes)
+        names: dict[str, Any] = dict(NAMES_IN_SOURCE)
+        names |= {name: compat.direct_call(target) for name, target in self.plan.code.operators.items()}
+        gathered: dict[fx.Node, dict[str, torch.Tensor]] = {}
+        for start in self.step.nodes(Role.ALL_GATHER):
+            full = self._gathered(start, offsets)
+            gathered[start] = unflatten(self.step.bucket_of(start), full)
+            bucket = self._layout_bucket(start)
+            bound = self._comm.bind_gather(bucket, self._shards.params.parts[bucket], full)
+            self._bind_collective(names, start, bound)
+        for start in self.step.nodes(Role.REDUCE_SCATTER):
+            self._bind_reduce(names, start, offsets, variant)
+        if not self.step.synchronize:
+            self._bind_unsharded(names, variant)
+        self._bind_static(names, gathered)
+        exec(self._compiled, names)
+        return names
+
+    def _layout_bucket(self, start: fx.Node) -> Any:
+        """The bucket of a collective as the layout has it.
+
+        Raises:
+            PlanError: the graph has a bucket that the layout does not have.
+        """
+        fqns = self.step.bucket_of(start).fqns
+        bucket = self._shards.layout.bucket_of[fqns[0]]
+        if bucket.fqns != fqns:
+            raise PlanError(f"The plan gathers {fqns} together; the layout has {bucket.fqns}. Keep the buckets fixed.")
+        return bucket
+
+    def _gathered(self, start: fx.Node, offsets: dict[tuple[str, fx.Node], int]) -> torch.Tensor:
+        bucket = self._layout_bucket(start)
+        if self._comm.gathers_in_place:
+            return self._shards.params.parts[bucket]
+        return self._arena.view(offsets["gather", start], bucket.numel, bucket.dtype)
+
+    def _bind_collective(self, names: dict[str, Any], start: fx.Node, bound: Bound) -> None:
+        names[start.name] = bound.start or _nothing
+        names[f"wait_{start.name}"] = bound.wait or _nothing
+
+    def _bind_reduce(
+        self, names: dict[str, Any], start: fx.Node, offsets: dict[tuple[str, fx.Node], int], variant: Variant
+    ) -> None:
+        """Bind the slots of one gradient bucket and its reduce-scatter."""
+        bucket = self._layout_bucket(start)
+        shard = self._shards.grad_shard(bucket)
+        if ("gradient", start) in offsets:
+            full = self._arena.view(offsets["gradient", start], bucket.numel, bucket.dtype)
+        elif variant.stash is Stash.FLUSH:
+            full = self._gradients.unsharded_bucket(bucket)
+        else:
+            full = shard
+        scratch = None
+        if ("scratch", start) in offsets:
+            numel = self._comm.reduce_scratch_numel(bucket, accumulate=variant.accumulate)
+            scratch = self._arena.view(offsets["scratch", start], numel, bucket.dtype)
+        bound = self._comm.bind_reduce(bucket, full, scratch, shard, accumulate=variant.accumulate)
+        if ("gradient", start) in offsets and (padding := _padding(bucket, full)):
+            bound = Bound(_after(lambda: torch._foreach_zero_(padding), bound.start), bound.wait)
+        self._bind_collective(names, start, bound)
+        slots = unflatten(bucket, full)
+        for slot in operands(start):
+            names[slot.name] = _writer(slots[grad_fqn(slot)], slot, add=variant.stash is Stash.FLUSH)
+
+    def _bind_unsharded(self, names: dict[str, Any], variant: Variant) -> None:
+        """Bind the slots of a step under no_sync()."""
+        for slot in self.step.nodes(Role.WRITE_GRAD):
+            fqn = grad_fqn(slot)
+            bucket = self._shards.layout.bucket_of[fqn]
+            view = unflatten(bucket, self._gradients.unsharded_bucket(bucket))[fqn]
+            names[slot.name] = _writer(view, slot, add=variant.stash is Stash.MORE)
+
+    def _bind_static(self, names: dict[str, Any], gathered: dict[fx.Node, dict[str, torch.Tensor]]) -> None:
+        """Evaluate parameters, views of them and constants, once."""
+        values: dict[fx.Node, Any] = {}
+        with torch.no_grad():
+            for node in self.plan.code.static:
+                if role(node) is Role.CONSTANT:
+                    values[node] = self.step.constants[cast(str, node.target)]
+                elif is_gathered_param(node):
+                    wait = cast(fx.Node, node.args[0])
+                    fqns = self.step.bucket_of(wait).fqns
+                    values[node] = gathered[started_by(wait)][fqns[cast(int, node.args[1])]]
+                else:
+                    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+                    values[node] = cast(Any, node.target)(*args, **kwargs)
+                names[node.name] = values[node]
+
+
+def _nothing() -> None:
+    """A collective that has nothing to do at world size 1."""
+
+
+def _after(first: Callable[[], object], then: Callable[[], object] | None) -> Callable[[], object]:
+    if then is None:
+        return first
+
+    def both() -> None:
+        first()
+        then()
+
+    return both
+
+
+def _writer(slot: torch.Tensor, node: fx.Node, *, add: bool) -> Callable[..., object]:
+    """What writes a gradient to its slot; a gradient the step does not reach is zeros."""
+    if not node.all_input_nodes:
+        return _nothing if add else slot.zero_
+    return slot.add_ if add else slot.copy_
+
+
+def _padding(bucket: Any, full: torch.Tensor) -> list[torch.Tensor]:
+    """The elements of a bucket that belong to no parameter: they would enter the norm of the gradients."""
+    ends = [(bucket.offsets[p.fqn], bucket.offsets[p.fqn] + p.numel) for p in bucket.params]
+    begins = [begin for begin, _ in ends[1:]] + [bucket.numel]
+    return [full[end:begin] for (_, end), begin in zip(ends, begins, strict=True) if end < begin]

@@ -1,0 +1,160 @@
+"""The persistent storage of one rank: all parameter shards in one buffer, all gradient shards in another.
+
+The user's Parameter objects live on: `p.data` is this rank's slice of the parameter, a view of the first buffer, and
+`p.grad` is a view of the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from fxzero.comm import Comm
+from fxzero.errors import InputMismatchError
+from fxzero.layout import Bucket, Layout, ParamSpec
+from fxzero.memory import storage_view
+
+
+def spec_of(fqn: str, param: nn.Parameter) -> ParamSpec:
+    """Describe a parameter at full size.
+
+    Raises:
+        InputMismatchError: it is not contiguous, not of a floating dtype, or not initialised yet (lazy modules).
+    """
+    if isinstance(param, nn.parameter.UninitializedParameter):
+        raise InputMismatchError(f"{fqn} is an uninitialised lazy parameter. Run the model once before compile.")
+    if not param.dtype.is_floating_point:
+        raise InputMismatchError(
+            f"{fqn} is a parameter of dtype {param.dtype}. Only floating parameters can be sharded; register it as a "
+            "buffer instead."
+        )
+    if not param.is_contiguous():
+        raise InputMismatchError(
+            f"{fqn} of shape {tuple(param.shape)} is not contiguous (strides {param.stride()}). Make it contiguous "
+            f"before compile: p.data = p.data.contiguous()."
+        )
+    return ParamSpec(fqn, tuple(param.shape), param.dtype, param.requires_grad)
+
+
+class FlatBuffer:
+    """One contiguous block that holds the shards of several buckets, those of one dtype side by side.
+
+    Args:
+        whole: hold the whole buckets instead of this rank's shards.
+    """
+
+    def __init__(self, buckets: Iterable[Bucket], device: torch.device, *, whole: bool = False) -> None:
+        self.parts: dict[Bucket, torch.Tensor] = {}
+        """The part of each bucket: flat, `[shard_numel]`, or `[numel]` if whole."""
+        self.segments: list[torch.Tensor] = []
+        """The whole buffer, one flat tensor per dtype, padding included."""
+        in_order = sorted(buckets, key=lambda bucket: str(bucket.dtype))
+        numel = {bucket: bucket.numel if whole else bucket.shard_numel for bucket in in_order}
+        self.nbytes = sum(numel[bucket] * bucket.dtype.itemsize for bucket in in_order)
+        storage = torch.zeros(self.nbytes, dtype=torch.uint8, device=device).untyped_storage()
+        offset = 0
+        for dtype in dict.fromkeys(bucket.dtype for bucket in in_order):
+            begin = offset
+            for bucket in (b for b in in_order if b.dtype is dtype):
+                self.parts[bucket] = storage_view(storage, offset, numel[bucket], dtype, device)
+                offset += numel[bucket] * dtype.itemsize
+            self.segments.append(storage_view(storage, begin, (offset - begin) // dtype.itemsize, dtype, device))
+
+
+class Shards:
+    """This rank's slice of every parameter, and of every gradient."""
+
+    def __init__(self, layout: Layout, rank: int, device: torch.device) -> None:
+        self.layout = layout
+        self.rank = rank
+        self.device = device
+        self.params = FlatBuffer(layout.buckets, device)
+        self.grads = FlatBuffer((b for b in layout.buckets if b.requires_grad), device)
+
+    def grad_shard(self, bucket: Bucket) -> torch.Tensor:
+        """The gradient shard of a bucket; that of one frozen when the layout was fixed is made on demand."""
+        if bucket not in self.grads.parts:
+            extra = FlatBuffer([bucket], self.device)
+            self.grads.parts.update(extra.parts)
+            self.grads.segments += extra.segments
+            self.grads.nbytes += extra.nbytes
+        return self.grads.parts[bucket]
+
+    def param_view(self, fqn: str) -> torch.Tensor:
+        """This rank's slice of a parameter, flat; empty where the rank owns none of it."""
+        return self._slice(self.params.parts[self.layout.bucket_of[fqn]], fqn)
+
+    def grad_view(self, fqn: str) -> torch.Tensor:
+        """This rank's slice of a gradient, flat."""
+        return self._slice(self.grad_shard(self.layout.bucket_of[fqn]), fqn)
+
+    def cut(self, fqn: str, full: torch.Tensor) -> torch.Tensor:
+        """This rank's slice of a tensor shaped as the full parameter: a flat view of it."""
+        bucket = self.layout.bucket_of[fqn]
+        part = bucket.slice_of(self._spec(bucket, fqn), self.rank)
+        return full.reshape(-1)[part.start : part.stop]
+
+    def store(self, fqn: str, full: torch.Tensor) -> None:
+        """Copy this rank's slice of a full parameter into its shard."""
+        self.param_view(fqn).copy_(self.cut(fqn, full.detach()))
+
+    def _slice(self, shard: torch.Tensor, fqn: str) -> torch.Tensor:
+        bucket = self.layout.bucket_of[fqn]
+        part = bucket.slice_of(self._spec(bucket, fqn), self.rank)
+        return shard[part.offset : part.offset + part.numel]
+
+    @staticmethod
+    def _spec(bucket: Bucket, fqn: str) -> ParamSpec:
+        return bucket.params[bucket.fqns.index(fqn)]
+
+
+def unflatten(bucket: Bucket, full: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The members of a gathered bucket at their full shapes: views of `full`, `[bucket.numel]`."""
+    return {
+        param.fqn: full[bucket.offsets[param.fqn] :][: param.numel].view(param.shape) for param in bucket.params
+    }
+
+
+def shard_full_params(shards: Shards, params: Mapping[str, nn.Parameter], comm: Comm, *, sync_init: bool) -> None:
+    """Cut real parameters of full size into shards, bucket by bucket, freeing the full storages as it goes.
+
+    Parameters on meta are left alone.
+
+    Args:
+        sync_init: send rank 0's values to all; else each rank cuts its own.
+    """
+    for bucket in shards.layout.buckets:
+        real = [param for param in bucket.params if not params[param.fqn].is_meta]
+        if real and sync_init and comm.world_size > 1:
+            received = torch.empty_like(shards.params.parts[bucket])
+            comm.scatter_from_rank0(received, _flatten(bucket, params, shards.device) if comm.rank == 0 else None)
+            for param in real:
+                part = bucket.slice_of(param, comm.rank)
+                shards.param_view(param.fqn).copy_(received[part.offset : part.offset + part.numel])
+        else:
+            for param in real:
+                shards.store(param.fqn, params[param.fqn])
+        for param in real:
+            install(params[param.fqn], shards.param_view(param.fqn))
+
+
+def _flatten(bucket: Bucket, params: Mapping[str, nn.Parameter], device: torch.device) -> torch.Tensor:
+    """The whole bucket, from full parameters; zeros where one is on meta."""
+    full = torch.zeros(bucket.numel, dtype=bucket.dtype, device=device)
+    for fqn, view in unflatten(bucket, full).items():
+        if not params[fqn].is_meta:
+            view.copy_(params[fqn].detach())
+    return full
+
+
+def install(param: nn.Parameter, view: torch.Tensor) -> None:
+    """Make a view of the parameter buffer the data of the user's Parameter object, which stays the same object."""
+    if param.is_meta:
+        real = type(param)(view, requires_grad=param.requires_grad)
+        real.__dict__.update(param.__dict__)
+        torch.utils.swap_tensors(param, real)
+    else:
+        param.data = view
+    param.grad = None

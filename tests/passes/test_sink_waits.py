@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+from expecttest import assert_expected_inline
+from tests.toy import toy_step
+
+from fxzero.errors import PassOrderError
+from fxzero.passes import InsertReduceScatters, SinkWaits
+from fxzero.pipeline import run_passes
+from fxzero.schedule import format_schedule
+
+
+def test_reductions_are_waited_for_at_the_end_when_the_budget_allows() -> None:
+    step = toy_step()
+    run_passes(step, [InsertReduceScatters(), SinkWaits()])
+    assert_expected_inline(format_schedule(step), """\
+world_size=8  all_gather x0 0 B  reduce_scatter x3 42 KiB  gathered peak 0 B
+compute         layers.0        2 ops
+compute         layers.1        2 ops
+compute         layers.2        2 ops
+--- end of forward ---
+compute         layers.2        2 ops
+reduce_scatter  layers.2.w     16 KiB
+compute         layers.2        2 ops
+compute         layers.1        2 ops
+reduce_scatter  layers.1.w     16 KiB
+compute         layers.1        2 ops
+compute         layers.0        2 ops
+reduce_scatter  layers.0.w     16 KiB
+wait_reduce     layers.2.w
+wait_reduce     layers.1.w
+wait_reduce     layers.0.w""")
+
+
+def test_oldest_reduction_is_waited_for_when_the_budget_needs_its_memory() -> None:
+    step = toy_step()
+    run_passes(step, [InsertReduceScatters(), SinkWaits(max_inflight_bytes=2**15)])
+    assert_expected_inline(format_schedule(step), """\
+world_size=8  all_gather x0 0 B  reduce_scatter x3 42 KiB  gathered peak 0 B
+compute         layers.0        2 ops
+compute         layers.1        2 ops
+compute         layers.2        2 ops
+--- end of forward ---
+compute         layers.2        2 ops
+reduce_scatter  layers.2.w     16 KiB
+compute         layers.2        2 ops
+compute         layers.1        2 ops
+reduce_scatter  layers.1.w     16 KiB
+compute         layers.1        2 ops
+compute         layers.0        2 ops
+wait_reduce     layers.2.w
+reduce_scatter  layers.0.w     16 KiB
+wait_reduce     layers.1.w
+wait_reduce     layers.0.w""")
+
+
+def test_nothing_changes_the_second_time() -> None:
+    step = toy_step()
+    run_passes(step, [InsertReduceScatters(), SinkWaits()])
+    before = str(step.graph)
+    SinkWaits()(step)
+    assert str(step.graph) == before
+
+
+def test_order_mistake_is_refused() -> None:
+    with pytest.raises(PassOrderError, match="run InsertReduceScatters first"):
+        SinkWaits()(toy_step())
