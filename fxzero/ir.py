@@ -171,8 +171,16 @@ class StepGraph:
         return self._buckets[fqns]
 
     def bucket_of(self, collective: fx.Node) -> Bucket:
-        """The bucket that an all_gather, a reduce_scatter, or the wait or release of one, is about."""
-        return self.bucket(members(collective))
+        """The bucket that an all_gather, a reduce_scatter, or the wait or release of one, is about.
+
+        Between the two bucketing passes a reduce_scatter may have but some members of the bucket of its gather; it is
+        then a reduction of that whole bucket, of which only these are kept.
+        """
+        fqns = members(collective)
+        if len(fqns) == 1 and not is_gather(collective):
+            gathers = self.nodes(Role.ALL_GATHER)
+            fqns = next((members(start) for start in gathers if fqns[0] in members(start)), fqns)
+        return self.bucket(fqns)
 
 
 def started_by(node: fx.Node) -> fx.Node:

@@ -21,7 +21,7 @@ from fxzero.layout import ALIGNMENT_BYTES, align
 from fxzero.schedule import live_until
 from fxzero.text import bucket_label, format_bytes
 
-Kind: TypeAlias = Literal["gather", "gradient", "scratch"]
+Kind: TypeAlias = Literal["gather", "gradient", "scratch", "partial"]
 
 
 @dataclass(frozen=True)
@@ -132,11 +132,11 @@ def gradient_buffers(step: StepGraph) -> dict[fx.Node, Buffer]:
     }
 
 
-def scratch_buffers(step: StepGraph, nbytes: dict[fx.Node, int]) -> dict[fx.Node, Buffer]:
-    """What a reduce_scatter receives into, from its start to its wait; `nbytes` by start, 0 where none is needed."""
+def working_buffers(step: StepGraph, kind: Kind, nbytes: dict[fx.Node, int]) -> dict[fx.Node, Buffer]:
+    """What reduce_scatters work in, from start to wait; `nbytes` by start, 0 where none is needed."""
     at = step.positions()
     return {
-        start: Buffer("scratch", bucket_label(step.bucket_of(start).fqns), size, at[start], at[wait_of(start)])
+        start: Buffer(kind, bucket_label(step.bucket_of(start).fqns), size, at[start], at[wait_of(start)])
         for start, size in nbytes.items()
         if size
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,7 +20,8 @@ from fxzero.codegen import NAMES_IN_SOURCE, Code
 from fxzero.comm import Bound, Comm
 from fxzero.errors import PlanError
 from fxzero.gradients import Gradients, Stash, Variant
-from fxzero.ir import Role, StepGraph, grad_fqn, info, is_gathered_param, operands, role, started_by
+from fxzero.ir import Role, StepGraph, grad_fqn, info, is_gathered_param, members, operands, role, started_by
+from fxzero.layout import Bucket
 from fxzero.memory import (
     Arena,
     Buffer,
@@ -27,7 +29,7 @@ from fxzero.memory import (
     gather_buffers,
     gradient_buffers,
     plan_memory,
-    scratch_buffers,
+    working_buffers,
 )
 from fxzero.shards import Shards, unflatten
 
@@ -60,7 +62,9 @@ def plan_arena(step: StepGraph, comm: Comm, variant: Variant) -> tuple[MemoryPla
         for start in step.nodes(Role.REDUCE_SCATTER)
         for bucket in [step.bucket_of(start)]
     }
-    needed |= {("scratch", start): buffer for start, buffer in scratch_buffers(step, scratch).items()}
+    needed |= {("scratch", start): buffer for start, buffer in working_buffers(step, "scratch", scratch).items()}
+    kept = {start: step.bucket_of(start).shard_nbytes for start in scratch if _is_partial(step, start)}
+    needed |= {("partial", start): buffer for start, buffer in working_buffers(step, "partial", kept).items()}
     plan = plan_memory(list(needed.values()))
     plan.verify()
     return plan, dict(zip(needed, plan.offsets, strict=True))
@@ -143,7 +147,7 @@ class Executable:
         exec(self._compiled, names)
         return names
 
-    def _layout_bucket(self, start: fx.Node) -> Any:
+    def _layout_bucket(self, start: fx.Node) -> Bucket:
         """The bucket of a collective as the layout has it.
 
         Raises:
@@ -181,13 +185,40 @@ class Executable:
         if ("scratch", start) in offsets:
             numel = self._comm.reduce_scratch_numel(bucket, accumulate=variant.accumulate)
             scratch = self._arena.view(offsets["scratch", start], numel, bucket.dtype)
-        bound = self._comm.bind_reduce(bucket, full, scratch, shard, accumulate=variant.accumulate)
-        if ("gradient", start) in offsets and (padding := _padding(bucket, full)):
-            bound = Bound(_after(lambda: torch._foreach_zero_(padding), bound.start), bound.wait)
+        in_arena = ("gradient", start) in offsets
+        if _is_partial(self.step, start) and full is not shard:
+            room = self._arena.view(offsets["partial", start], bucket.shard_numel, bucket.dtype)
+            bound = self._bind_partial(bucket, members(start), full, scratch, room, variant)
+            unused = [view for fqn, view in unflatten(bucket, full).items() if fqn not in members(start)]
+        else:
+            bound = self._comm.bind_reduce(bucket, full, scratch, shard, accumulate=variant.accumulate)
+            unused = []
+        if in_arena and (clear := [*_padding(bucket, full), *unused]):
+            bound = Bound(_in_turn(lambda: torch._foreach_zero_(clear), bound.start), bound.wait)
         self._bind_collective(names, start, bound)
         slots = unflatten(bucket, full)
         for slot in operands(start):
             names[slot.name] = _writer(slots[grad_fqn(slot)], slot, add=variant.stash is Stash.FLUSH)
+
+    def _bind_partial(
+        self,
+        bucket: Bucket,
+        fqns: tuple[str, ...],
+        full: torch.Tensor,
+        scratch: torch.Tensor | None,
+        room: torch.Tensor,
+        variant: Variant,
+    ) -> Bound:
+        """Reduce a whole bucket into `room` and keep the slices of some members."""
+        bound = self._comm.bind_reduce(bucket, full, scratch, room, accumulate=False)
+        keep: list[Callable[[], object]] = []
+        for param in bucket.params:
+            if param.fqn in fqns:
+                part = bucket.slice_of(param, self._comm.rank)
+                mine = self._shards.grad_view(param.fqn)
+                write = mine.add_ if variant.accumulate else mine.copy_
+                keep.append(partial(write, room[part.offset : part.offset + part.numel]))
+        return Bound(bound.start, _in_turn(bound.wait, *keep))
 
     def _bind_unsharded(self, names: dict[str, Any], variant: Variant) -> None:
         """Bind the slots of a step under no_sync()."""
@@ -218,15 +249,20 @@ def _nothing() -> None:
     """A collective that has nothing to do at world size 1."""
 
 
-def _after(first: Callable[[], object], then: Callable[[], object] | None) -> Callable[[], object]:
-    if then is None:
-        return first
+def _in_turn(*functions: Callable[[], object] | None) -> Callable[[], object]:
+    """One function that calls those that are there, in order."""
+    calls = [function for function in functions if function is not None]
 
-    def both() -> None:
-        first()
-        then()
+    def all_of_them() -> None:
+        for call in calls:
+            call()
 
-    return both
+    return all_of_them
+
+
+def _is_partial(step: StepGraph, start: fx.Node) -> bool:
+    """True for a reduce_scatter of some members of the bucket of its gather."""
+    return members(start) != step.bucket_of(start).fqns
 
 
 def _writer(slot: torch.Tensor, node: fx.Node, *, add: bool) -> Callable[..., object]:
@@ -236,7 +272,7 @@ def _writer(slot: torch.Tensor, node: fx.Node, *, add: bool) -> Callable[..., ob
     return slot.add_ if add else slot.copy_
 
 
-def _padding(bucket: Any, full: torch.Tensor) -> list[torch.Tensor]:
+def _padding(bucket: Bucket, full: torch.Tensor) -> list[torch.Tensor]:
     """The elements of a bucket that belong to no parameter: they would enter the norm of the gradients."""
     ends = [(bucket.offsets[p.fqn], bucket.offsets[p.fqn] + p.numel) for p in bucket.params]
     begins = [begin for begin, _ in ends[1:]] + [bucket.numel]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from tabulate import tabulate
 from torch import fx
 
-from fxzero.ir import Phase, Role, StepGraph, info, is_gather, release_of, role, started_by, wait_of
+from fxzero.ir import Phase, Role, StepGraph, info, is_gather, members, release_of, role, started_by, wait_of
 from fxzero.text import block_of, bucket_label, format_bytes
 
 ROOT = "(model)"
@@ -112,7 +112,7 @@ def rows(step: StepGraph) -> Iterator[Row]:
                 nbytes = step.bucket_of(node).nbytes if is_start else 0
                 live += nbytes
                 action = role(node).value if is_start or is_gather(node) else "wait_reduce"
-                yield Row(phase, action, bucket_label(step.bucket_of(node).fqns), nbytes, live_bytes=live)
+                yield Row(phase, action, bucket_label(members(node)), nbytes, live_bytes=live)
             elif role(node) is Role.COMPUTE and node.target is not operator.getitem:
                 # Gradient sums and the like belong to no module: they continue the run they stand in.
                 name = block_of(info(node).fqn) or block

@@ -1,0 +1,57 @@
+"""Training on real gloo ranks is bitwise that of replicated training."""
+
+from __future__ import annotations
+
+import pytest
+from tests.distributed import replicated
+
+from fxzero.passes import default_passes
+from fxzero.testing import run_ranks
+
+WORLD_SIZES = [1, 2, 3, 4]
+FIRST_COMPLETE_PREFIX = 3
+"""The passes up to InsertReduceScatters: a graph with all its collectives, if not yet in a good order."""
+
+
+@pytest.mark.parametrize("name", replicated.CASES)
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_training_equals_replicated_training(world_size: int, name: str) -> None:
+    schedules = run_ranks(world_size, replicated.train, name)
+    assert len(set(schedules)) == 1
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw_foreach", "adam_fused"])
+def test_training_equals_replicated_training_for_each_kind_of_optimizer(optimizer: str) -> None:
+    run_ranks(3, replicated.train, "mlp", optimizer)
+
+
+@pytest.mark.parametrize("name", replicated.CASES)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_every_prefix_of_the_passes_trains_the_same(world_size: int, name: str) -> None:
+    run_ranks(
+        world_size, replicated.train_prefixes, name, range(FIRST_COMPLETE_PREFIX, len(default_passes()) + 1), timeout=120
+    )
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_accumulation_over_different_micro_batches_adds_to_the_shards(world_size: int) -> None:
+    run_ranks(world_size, replicated.train, "gpt", "adamw", None, 2, 2)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_no_sync_reduces_the_sum_of_micro_batches(world_size: int) -> None:
+    run_ranks(world_size, replicated.train, "gpt", "adamw", None, 1, 3, True)
+
+
+def test_ranks_may_have_different_lengths_when_rank_0_alone_meets_a_new_one() -> None:
+    lengths = ((16, 16, 16), (12, 16, 16), (16, 9, 16), (20, 16, 7))
+    run_ranks(3, replicated.train, "roberta", "adamw", None, 4, 1, False, lengths)
+
+
+def test_rank_0_wins_when_ranks_are_seeded_differently() -> None:
+    run_ranks(2, replicated.train, "gpt", "adamw", None, 2, 1, False, ((16,),), 5)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_clipping_is_within_1e_6_of_replicated_training(world_size: int) -> None:
+    run_ranks(world_size, replicated.train, "roberta", "adamw", None, 1, 1, False, ((16,),), 0, 0.01)
