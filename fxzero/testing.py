@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -52,7 +52,7 @@ class _Pool:
     """Rank processes, and the store through which they find each other."""
 
     def __init__(self) -> None:
-        self.ranks: list[_Rank] = []
+        self.ranks: dict[int, _Rank] = {}
         self._store: TCPStore | None = None
         self.num_runs = 0
         self.directory: tempfile.TemporaryDirectory[str] | None = None
@@ -66,21 +66,24 @@ class _Pool:
     def grow(self, world_size: int) -> None:
         if self.directory is None:
             self.directory = tempfile.TemporaryDirectory(prefix="fxzero-ranks-")
-        while len(self.ranks) < world_size:
+        missing = [rank for rank in range(world_size) if rank not in self.ranks]
+        for rank in missing:
             ours, theirs = _context.Pipe()
-            stack_file = f"{self.directory.name}/rank{len(self.ranks)}-{time.monotonic_ns()}"
+            stack_file = f"{self.directory.name}/rank{rank}-{time.monotonic_ns()}"
             process = _context.Process(target=_serve, args=(theirs, stack_file), daemon=True)
             process.start()
             theirs.close()
-            self.ranks.append(_Rank(process, ours, stack_file))
+            self.ranks[rank] = _Rank(process, ours, stack_file)
+        for rank in missing:
+            self.ranks[rank].connection.recv()  # it has imported torch: no later time limit measures that
 
-    def stop(self) -> None:
-        for rank in self.ranks:
-            rank.stop()
-        self.ranks.clear()
+    def stop(self, ranks: Iterable[int]) -> None:
+        """End rank processes; the next run starts new ones in their place."""
+        for rank in list(ranks):
+            self.ranks.pop(rank).stop()
 
     def close(self) -> None:
-        self.stop()
+        self.stop(self.ranks)
         if self.directory is not None:
             self.directory.cleanup()
 
@@ -112,38 +115,49 @@ def run_ranks(
     for rank in range(world_size):
         job = (fn, args, rank, world_size, _pool.store.port, f"run{_pool.num_runs}", timeout, group_timeout)
         _pool.ranks[rank].connection.send((list(sys.path), pickle.dumps(job)))
-    results: list[Any] = [None] * world_size
+    answers: dict[int, _Answer] = {}
     try:
-        for rank, (ok, value) in _answers(world_size, time.monotonic() + timeout + 0.5, dies):
-            if not ok:
-                raise RankError(f"rank {rank} of {world_size} failed:\n{value}")
-            results[rank] = value
-    except BaseException:
-        _pool.stop()
-        raise
-    if dies:
-        _pool.stop()
-    return results
-
-
-def _answers(world_size: int, deadline: float, dies: Collection[int]) -> Iterator[tuple[int, tuple[bool, Any]]]:
-    """Each rank's `(succeeded, result or traceback)`, in order of arrival."""
-    rank_of = {_pool.ranks[rank].connection: rank for rank in range(world_size)}
-    while rank_of:
-        ready = wait(list(rank_of), max(0.0, deadline - time.monotonic()))
-        if not ready:
-            late = sorted(rank_of.values())
+        _collect(answers, world_size, time.monotonic() + timeout + 0.5, dies)
+        failures = [(answer.failed_at, rank) for rank, answer in answers.items() if answer.failed_at is not None]
+        failures = [(at, rank) for at, rank in failures if not (at == _DEATH and rank in dies)]
+        if failures:
+            rank = min(failures)[1]
+            raise RankError(f"rank {rank} of {world_size} failed:\n{answers[rank].value}")
+        if late := sorted({*range(world_size)} - answers.keys()):
             raise RankError(f"ranks {late} of {world_size} did not finish in time:\n{_stacks(late)}")
+    finally:
+        usable = {rank for rank, answer in answers.items() if answer.failed_at is None}
+        _pool.stop({*range(world_size)} - usable)
+    return [None if rank in dies else answers[rank].value for rank in range(world_size)]
+
+
+_DEATH = float("-inf")
+"""When a dead rank failed: before all that failed, as they may have failed because of it."""
+
+
+@dataclass
+class _Answer:
+    """What a rank returned, or why and when it did not."""
+
+    failed_at: float | None
+    value: Any
+
+
+def _collect(answers: dict[int, _Answer], world_size: int, deadline: float, dies: Collection[int]) -> None:
+    """Receive answers until all are there; a second after the first failure those that are there will do."""
+    rank_of = {_pool.ranks[rank].connection: rank for rank in range(world_size)}
+    while rank_of and (ready := wait(list(rank_of), max(0.0, deadline - time.monotonic()))):
         for connection in ready:
             assert isinstance(connection, Connection)
             rank = rank_of.pop(connection)
             try:
-                yield rank, pickle.loads(connection.recv_bytes())
+                answers[rank] = pickle.loads(connection.recv_bytes())
             except EOFError:
                 process = _pool.ranks[rank].process
                 process.join()
-                if rank not in dies:
-                    yield rank, (False, f"its process died with exit code {process.exitcode}")
+                answers[rank] = _Answer(_DEATH, f"it died with exit code {process.exitcode}\n{_stacks([rank])}")
+            if answers[rank].failed_at is not None and rank not in dies:
+                deadline = min(deadline, time.monotonic() + 1.0)
 
 
 def _stacks(ranks: list[int]) -> str:
@@ -157,6 +171,7 @@ def _stacks(ranks: list[int]) -> str:
 def _serve(connection: Connection, stack_file: str) -> None:
     """The main loop of one rank process."""
     torch.set_num_threads(1)
+    connection.send("ready")
     with open(stack_file, "w") as stacks:
         while True:
             try:
@@ -165,10 +180,9 @@ def _serve(connection: Connection, stack_file: str) -> None:
                 return
             sys.path[:] = paths
             try:
-                answer = (True, _run(stacks, *pickle.loads(job)))
-                payload = pickle.dumps(answer)
+                payload = pickle.dumps(_run(stacks, *pickle.loads(job)))
             except Exception:
-                payload = pickle.dumps((False, traceback.format_exc()))
+                payload = pickle.dumps(_Answer(time.monotonic(), traceback.format_exc()))
             connection.send_bytes(payload)
 
 
@@ -182,7 +196,7 @@ def _run(
     run: str,
     timeout: float,
     group_timeout: float,
-) -> Any:
+) -> _Answer:
     faulthandler.dump_traceback_later(timeout, file=stacks)
     store = PrefixStore(run, TCPStore("127.0.0.1", port, is_master=False))
     dist.init_process_group(
@@ -190,7 +204,9 @@ def _run(
     )
     try:
         torch.manual_seed(0)
-        return fn(rank, world_size, *args)
+        return _Answer(None, fn(rank, world_size, *args))
+    except Exception:
+        return _Answer(time.monotonic(), traceback.format_exc())
     finally:
         faulthandler.cancel_dump_traceback_later()
         dist.destroy_process_group()

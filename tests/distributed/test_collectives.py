@@ -259,8 +259,7 @@ def peer_dies(rank: int, world_size: int, kind: str) -> str:
     return "no error"
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("kind", ["all-gather", "reduce-scatter"])
+@pytest.mark.parametrize(("kind", "world_size"), [("all-gather", 3), ("reduce-scatter", 2)])
 def test_error_names_the_bucket_when_a_peer_was_killed(kind: str, world_size: int) -> None:
     results = run_ranks(world_size, peer_dies, kind, dies=[1], timeout=40)
     for rank in {*range(world_size)} - {1}:
@@ -284,6 +283,15 @@ def test_ranks_time_out_with_a_name_when_they_gather_different_buckets() -> None
     results = run_ranks(2, orders_differ, group_timeout=1.0)
     assert "mine.first" in results[0]
     assert "theirs.first" in results[1]
+
+
+def other_device(rank: int, world_size: int) -> None:
+    with pytest.raises(ValueError, match=r"gloo on cpu and by nccl on cuda; this process group has .* for meta"):
+        make_comm(None, torch.device("meta"))
+
+
+def test_a_device_without_a_backend_is_refused() -> None:
+    run_ranks(2, other_device)
 
 
 def memory_of_gather(rank: int, world_size: int) -> int:
