@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxzero.ir import Phase, Role, StepGraph, is_gathered_param, is_view, role, started_by
+from fxzero.ir import Phase, Role, StepGraph, is_gathered_param, is_view, role, started_by, written_in_place
 from fxzero.text import describe
 
 _LITERALS = (bool, int, float, complex, str, type(None))
@@ -38,18 +38,18 @@ class Code:
     operators: dict[str, Any]
     """Operators and unprintable arguments by global name."""
     static: tuple[fx.Node, ...]
-    """Nodes that are bound once, by their names: gathered parameters, views of them, and constants; in order."""
+    """Nodes that are bound once, by their names: gathered parameters, gradient slots, views, constants; in order."""
     saved: tuple[fx.Node, ...]
     """What forward hands to backward, in order."""
 
 
 def static_nodes(step: StepGraph) -> list[fx.Node]:
-    """Constants, gathered parameters, and everything that is only a view of those, in order."""
+    """Constants, gathered parameters, gradient slots, and everything that is only a view of those, in order."""
     static: dict[fx.Node, None] = {}
     for node in step.graph.nodes:
         from_static = bool(node.all_input_nodes) and all(source in static for source in node.all_input_nodes)
         is_static_view = from_static and (is_view(node) or node.target is operator.getitem)
-        if role(node) is Role.CONSTANT or is_gathered_param(node) or is_static_view:
+        if role(node) in (Role.CONSTANT, Role.GRAD_SLOT) or is_gathered_param(node) or is_static_view:
             static[node] = None
     return list(static)
 
@@ -90,6 +90,11 @@ def _saved(
     )
 
 
+def _is_read(node: fx.Node) -> bool:
+    """False for a value that nothing reads: an in-place write_grad is no statement."""
+    return any(role(user) is not Role.WRITE_GRAD or not written_in_place(user) for user in node.users)
+
+
 def _unpack(nodes: Sequence[fx.Node], source: str) -> list[str]:
     return [f"    {_tuple([node.name for node in nodes])} = {source}"] if nodes else []
 
@@ -117,7 +122,8 @@ class _Writer:
             if role(node) is Role.COMPUTE and node not in self.static:
                 local.add(node)
             for source in node.all_input_nodes:
-                last_use[source] = node
+                if _is_read(source):
+                    last_use[source] = node
         dies_at: dict[fx.Node, list[str]] = {}
         for source, reader in last_use.items():
             if source in local and source not in keep:
@@ -137,6 +143,8 @@ class _Writer:
             return [f"{node.name}()  # {describe(node)[1:-1]}"]
         if kind is Role.WAIT:
             return [f"wait_{started_by(node).name}()"]
+        if kind is Role.WRITE_GRAD and written_in_place(node):
+            return []
         if kind is Role.WRITE_GRAD:
             grads = [self.literal(source) for source in node.all_input_nodes]
             return [f"{node.name}({', '.join(grads)})"]
@@ -146,7 +154,7 @@ class _Writer:
             return [f"{node.name} = {self.literal(node.args[0])}[{self.literal(node.args[1])}]"]
         arguments = [self.literal(arg) for arg in node.args]
         arguments += [f"{name}={self.literal(arg)}" for name, arg in node.kwargs.items()]
-        result = f"{node.name} = " if node.users else ""
+        result = f"{node.name} = " if _is_read(node) else ""
         return [f"{result}{self.operator(node)}({', '.join(arguments)})"]
 
     def operator(self, node: fx.Node) -> str:

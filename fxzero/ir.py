@@ -37,6 +37,7 @@ class Role(enum.Enum):
     REDUCE_SCATTER = "reduce_scatter"
     WAIT = "wait"
     RELEASE = "release"
+    GRAD_SLOT = "grad_slot"
     WRITE_GRAD = "write_grad"
     END_FORWARD = "end_forward"
     OUTPUT = "output"
@@ -63,6 +64,7 @@ _ROLE_OF_TARGET = {
     ops.reduce_scatter: Role.REDUCE_SCATTER,
     ops.wait: Role.WAIT,
     ops.release: Role.RELEASE,
+    ops.grad_slot: Role.GRAD_SLOT,
     ops.write_grad: Role.WRITE_GRAD,
     ops.end_forward: Role.END_FORWARD,
 }
@@ -237,6 +239,20 @@ def grad_of(slot: fx.Node) -> fx.Node | None:
 def grad_fqn(slot: fx.Node) -> str:
     """The parameter whose gradient a write_grad writes."""
     return cast(str, slot.args[1])
+
+
+def written_in_place(slot: fx.Node) -> fx.Node | None:
+    """The grad_slot that the gradient of a write_grad was computed into; None if it must be copied."""
+    grad = grad_of(slot)
+    if grad is None:
+        return None
+    memory = grad.args[0] if grad.args and "out" not in grad.kwargs else grad.kwargs.get("out")
+    return memory if isinstance(memory, fx.Node) and role(memory) is Role.GRAD_SLOT else None
+
+
+def first_write(slot: fx.Node) -> fx.Node:
+    """Where the memory of a gradient must be there: at its grad_slot if it is computed in place, else at its copy."""
+    return written_in_place(slot) or slot
 
 
 def is_view(node: fx.Node) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from fxzero.errors import MemoryOverlapError
-from fxzero.ir import Role, StepGraph, operands, wait_of
+from fxzero.ir import Role, StepGraph, first_write, operands, wait_of
 from fxzero.layout import ALIGNMENT_BYTES, align
 from fxzero.schedule import live_until
 from fxzero.text import bucket_label, format_bytes
@@ -124,7 +124,7 @@ def gradient_buffers(step: StepGraph) -> dict[fx.Node, Buffer]:
             "gradient",
             bucket_label(bucket.fqns),
             bucket.nbytes,
-            min(at[slot] for slot in operands(start)),
+            min(at[first_write(slot)] for slot in operands(start)),
             at[wait_of(start)],
         )
         for start in step.nodes(Role.REDUCE_SCATTER)

@@ -3,7 +3,8 @@
     start  = all_gather(shard, ...)             shards of the members of one bucket -> a collective in flight
     params = wait(start)                        the unsharded parameters, one output per member
     release(params)                             nobody reads them any more
-    slot   = write_grad(grad, fqn)              the gradient is in its place in the gradient bucket
+    memory = grad_slot(fqn, shape)              the place of a gradient in its bucket, for operators that write to `out=`
+    slot   = write_grad(grad, fqn)              the gradient is in its place: copied there unless it was computed there
     start  = reduce_scatter(slot, ...)          the slots of one bucket -> a collective in flight
     shards = wait(start)                        this rank's gradient shards
     end_forward()                               what comes after it is the backward phase
@@ -40,9 +41,14 @@ def release(params: Any) -> None:
     _only_in_a_graph("release")
 
 
+def grad_slot(fqn: str, shape: tuple[int, ...]) -> Any:
+    """The slot of a gradient as a tensor of `shape`, which has as many elements as the parameter."""
+    _only_in_a_graph("grad_slot")
+
+
 @fx.has_side_effect
 def write_grad(grad: Any, fqn: str) -> Any:
-    """The full gradient of parameter `fqn` lies in its slot of the gradient bucket from here on."""
+    """The full gradient of parameter `fqn` lies in its slot of the gradient bucket from here on; None writes zeros."""
     _only_in_a_graph("write_grad")
 
 

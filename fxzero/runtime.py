@@ -55,7 +55,7 @@ def plan_arena(step: StepGraph, comm: Comm, variant: Variant) -> tuple[MemoryPla
     needed: dict[tuple[str, fx.Node], Buffer] = {}
     if not comm.gathers_in_place:
         needed |= {("gather", start): buffer for start, buffer in gather_buffers(step).items()}
-    if variant.stash is Stash.NONE and (variant.accumulate or not comm.gathers_in_place):
+    if variant.accumulate or not comm.gathers_in_place:
         needed |= {("gradient", start): buffer for start, buffer in gradient_buffers(step).items()}
     scratch = {
         start: comm.reduce_scratch_numel(bucket, accumulate=variant.accumulate) * bucket.dtype.itemsize
@@ -139,11 +139,12 @@ class Executable:
             bucket = self._layout_bucket(start)
             bound = self._comm.bind_gather(bucket, self._shards.params.parts[bucket], full)
             self._bind_collective(names, start, bound)
+        slots: dict[str, torch.Tensor] = {}
         for start in self.step.nodes(Role.REDUCE_SCATTER):
-            self._bind_reduce(names, start, offsets, variant)
+            self._bind_reduce(names, slots, start, offsets, variant)
         if not self.step.synchronize:
             self._bind_unsharded(names, variant)
-        self._bind_static(names, gathered)
+        self._bind_static(names, gathered, slots)
         exec(self._compiled, names)
         return names
 
@@ -170,15 +171,18 @@ class Executable:
         names[f"wait_{start.name}"] = bound.wait or _nothing
 
     def _bind_reduce(
-        self, names: dict[str, Any], start: fx.Node, offsets: dict[tuple[str, fx.Node], int], variant: Variant
+        self,
+        names: dict[str, Any],
+        slots: dict[str, torch.Tensor],
+        start: fx.Node,
+        offsets: dict[tuple[str, fx.Node], int],
+        variant: Variant,
     ) -> None:
-        """Bind the slots of one gradient bucket and its reduce-scatter."""
+        """Bind one reduce-scatter and the slots of its bucket, which are added to `slots` by parameter."""
         bucket = self._layout_bucket(start)
         shard = self._shards.grad_shard(bucket)
         if ("gradient", start) in offsets:
             full = self._arena.view(offsets["gradient", start], bucket.numel, bucket.dtype)
-        elif variant.stash is Stash.FLUSH:
-            full = self._gradients.unsharded_bucket(bucket)
         else:
             full = shard
         scratch = None
@@ -193,12 +197,18 @@ class Executable:
         else:
             bound = self._comm.bind_reduce(bucket, full, scratch, shard, accumulate=variant.accumulate)
             unused = []
+        before: list[Callable[[], object]] = []
         if in_arena and (clear := [*_padding(bucket, full), *unused]):
-            bound = Bound(_in_turn(lambda: torch._foreach_zero_(clear), bound.start), bound.wait)
+            before.append(partial(torch._foreach_zero_, clear))
+        if variant.stash is Stash.FLUSH:
+            before.append(partial(full.add_, self._gradients.unsharded_bucket(bucket)))
+        if before:
+            bound = Bound(_in_turn(*before, bound.start), bound.wait)
         self._bind_collective(names, start, bound)
-        slots = unflatten(bucket, full)
+        views = unflatten(bucket, full)
         for slot in operands(start):
-            names[slot.name] = _writer(slots[grad_fqn(slot)], slot, add=variant.stash is Stash.FLUSH)
+            slots[grad_fqn(slot)] = views[grad_fqn(slot)]
+            names[slot.name] = _writer(views[grad_fqn(slot)], slot, add=False)
 
     def _bind_partial(
         self,
@@ -228,13 +238,21 @@ class Executable:
             view = unflatten(bucket, self._gradients.unsharded_bucket(bucket))[fqn]
             names[slot.name] = _writer(view, slot, add=variant.stash is Stash.MORE)
 
-    def _bind_static(self, names: dict[str, Any], gathered: dict[fx.Node, dict[str, torch.Tensor]]) -> None:
-        """Evaluate parameters, views of them and constants, once."""
+    def _bind_static(
+        self,
+        names: dict[str, Any],
+        gathered: dict[fx.Node, dict[str, torch.Tensor]],
+        slots: dict[str, torch.Tensor],
+    ) -> None:
+        """Evaluate parameters, gradient slots, views of them and constants, once."""
         values: dict[fx.Node, Any] = {}
         with torch.no_grad():
             for node in self.plan.code.static:
                 if role(node) is Role.CONSTANT:
                     values[node] = self.step.constants[cast(str, node.target)]
+                elif role(node) is Role.GRAD_SLOT:
+                    fqn, shape = cast(tuple[str, tuple[int, ...]], node.args)
+                    values[node] = slots[fqn].view(shape)
                 elif is_gathered_param(node):
                     wait = cast(fx.Node, node.args[0])
                     fqns = self.step.bucket_of(wait).fqns

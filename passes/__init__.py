@@ -14,6 +14,7 @@ from fxzero.passes.prefetch_all_gathers import PrefetchAllGathers
 from fxzero.passes.release_params import ReleaseParams
 from fxzero.passes.rematerialize_views import RematerializeViews
 from fxzero.passes.sink_waits import SinkWaits
+from fxzero.passes.write_grads_in_place import WriteGradsInPlace
 
 Pass: TypeAlias = Callable[[StepGraph], None]
 
@@ -40,6 +41,7 @@ def default_passes(
         PrefetchAllGathers(prefetch_bytes),
         SinkWaits(reduce_bytes),
         ReleaseParams(),
+        WriteGradsInPlace(),
     )
 
 
@@ -53,5 +55,6 @@ __all__ = [
     "ReleaseParams",
     "RematerializeViews",
     "SinkWaits",
+    "WriteGradsInPlace",
     "default_passes",
 ]
