@@ -127,7 +127,7 @@ def assert_same(zero: fxzero.ZeroModule, reference: nn.Module, what: str, read: 
 def train(
     rank: int,
     world_size: int,
-    name: str,
+    name: str | Case,
     optimizer: str = "adamw",
     num_passes: int | None = None,
     steps: int = 3,
@@ -141,12 +141,13 @@ def train(
     """Train both ways and compare losses, gradients, parameters and buffers after every step; the last schedule.
 
     Args:
+        name: of one of CASES, or a case of your own.
         num_passes: run only so many passes of the default list.
         lengths: the sequence length by step and rank, both cyclic.
         seed_offset: seed this rank's model differently by so much times the rank: rank 0's weights must win.
         clip: clip by this norm; then compared within 1e-6.
     """
-    case = CASES[name]
+    case = CASES[name] if isinstance(name, str) else name
     torch.manual_seed(seed_offset * rank)
     model = case.build()
     torch.manual_seed(0)
