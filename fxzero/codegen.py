@@ -15,7 +15,7 @@ once (`Code.static`), as are the operators, the collectives and the gradient slo
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,14 +54,21 @@ def static_nodes(step: StepGraph) -> list[fx.Node]:
     return list(static)
 
 
-def generate(step: StepGraph) -> Code:
-    """Write the source of a complete StepGraph."""
-    writer = _Writer(step)
+def generate(step: StepGraph, recorded: Collection[fx.Node] = (), *, record_begin: bool = False) -> Code:
+    """Write the source of a complete StepGraph.
+
+    Args:
+        recorded: nodes after which an event is recorded, by a call of `record_<node>`; end_forward stands for the begin
+            of backward.
+        record_begin: call `record_begin` first of all.
+    """
+    writer = _Writer(step, recorded)
     phases = dict(step.phases())
     saved = _saved(step, phases, writer.static)
     inputs, buffers = step.nodes(Role.INPUT), step.nodes(Role.BUFFER)
     outputs = [writer.literal(value) for value in step.model_outputs]
     lines = ["def forward(inputs, buffers):", *_unpack(inputs, "inputs"), *_unpack(buffers, "buffers")]
+    lines += ["    record_begin()"] if record_begin else []
     keep = {*saved, *(value for value in step.model_outputs if isinstance(value, fx.Node))}
     lines += writer.body(phases[Phase.FORWARD], [*inputs, *buffers], keep)
     lines += [f"    return {_tuple(outputs)}, [{', '.join(node.name for node in saved)}]"]
@@ -70,6 +77,7 @@ def generate(step: StepGraph) -> Code:
         grads = [grad for grad in step.input_grads if isinstance(grad, fx.Node)]
         lines += ["", "", "def backward(saved, tangents):"]
         lines += [*_unpack(saved, "saved"), "    saved.clear()", *_unpack(tangents, "tangents"), "    tangents.clear()"]
+        lines += [f"    {line}" for line in writer.record(step.end_forward)]
         lines += writer.body(phases[Phase.BACKWARD], [*saved, *tangents], set(grads))
         lines += [f"    return {_tuple([writer.literal(grad) for grad in step.input_grads])}"]
     return Code("\n".join(lines) + "\n", writer.operators, tuple(writer.static), saved)
@@ -108,6 +116,7 @@ class _Writer:
     """Turns nodes into lines, and collects the globals that the lines name."""
 
     step: StepGraph
+    recorded: Collection[fx.Node] = ()
     operators: dict[str, Any] = field(default_factory=dict[str, Any])
     static: dict[fx.Node, None] = field(default_factory=dict[fx.Node, None])
 
@@ -130,10 +139,13 @@ class _Writer:
                 dies_at.setdefault(reader, []).append(source.name)
         lines: list[str] = []
         for node in nodes:
-            lines += [f"    {line}" for line in self.statement(node)]
+            lines += [f"    {line}" for line in [*self.statement(node), *self.record(node)]]
             if node in dies_at:
                 lines.append(f"    del {', '.join(dies_at[node])}")
         return lines
+
+    def record(self, node: fx.Node | None) -> list[str]:
+        return [f"record_{node.name}()"] if node is not None and node in self.recorded else []
 
     def statement(self, node: fx.Node) -> list[str]:
         kind = role(node)

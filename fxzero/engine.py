@@ -7,6 +7,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -211,7 +212,7 @@ class Engine:
         kwargs: dict[str, Any],
     ) -> Executable:
         """Trace, plan and bind; fix the layout if this is the first plan."""
-        with agree.reporting_failure(self.group, "layout" if self.shards is None else "mode"):
+        with agree.reporting_failure(self.group, "layout") if self.shards is None else nullcontext():
             captured = self._capture(signature, pattern, args, kwargs)
             plan = make_plan(captured, self.options.passes, self.shards.layout if self.shards else None)
             order = collectives(plan.step)

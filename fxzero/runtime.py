@@ -16,8 +16,9 @@ from torch import fx
 
 from fxzero import compat
 from fxzero.capture import Captured
-from fxzero.codegen import NAMES_IN_SOURCE, Code
+from fxzero.codegen import NAMES_IN_SOURCE, Code, generate
 from fxzero.comm import Bound, Comm
+from fxzero.cuda import Placed, plan_cuda_events
 from fxzero.errors import PlanError
 from fxzero.gradients import Gradients, Stash, Variant
 from fxzero.ir import Role, StepGraph, grad_fqn, info, is_gathered_param, members, operands, role, started_by
@@ -46,11 +47,11 @@ class Plan:
         return self.captured.step
 
 
-def plan_arena(step: StepGraph, comm: Comm, variant: Variant) -> tuple[MemoryPlan, dict[tuple[str, fx.Node], int]]:
+def plan_arena(step: StepGraph, comm: Comm, variant: Variant) -> tuple[MemoryPlan, Placed]:
     """Place the communication memory of one variant of a step.
 
     Returns:
-        The plan, and the offset in bytes of each buffer by kind and the start of its collective.
+        The plan, and each buffer and its offset in bytes, by kind and the start of its collective.
     """
     needed: dict[tuple[str, fx.Node], Buffer] = {}
     if not comm.gathers_in_place:
@@ -67,7 +68,7 @@ def plan_arena(step: StepGraph, comm: Comm, variant: Variant) -> tuple[MemoryPla
     needed |= {("partial", start): buffer for start, buffer in working_buffers(step, "partial", kept).items()}
     plan = plan_memory(list(needed.values()))
     plan.verify()
-    return plan, dict(zip(needed, plan.offsets, strict=True))
+    return plan, dict(zip(needed, zip(plan.buffers, plan.offsets, strict=True), strict=True))
 
 
 class Executable:
@@ -76,7 +77,6 @@ class Executable:
     def __init__(self, plan: Plan, shards: Shards, gradients: Gradients, comm: Comm, arena: Arena) -> None:
         self.plan = plan
         self._shards, self._gradients, self._comm, self._arena = shards, gradients, comm, arena
-        self._compiled = compile(plan.code.source, "<fxzero schedule>", "exec")
         self._functions: dict[Variant, dict[str, Any]] = {}
         self.memory: dict[Variant, MemoryPlan] = {}
         """The arena's plan for each variant that was bound."""
@@ -127,25 +127,36 @@ class Executable:
 
     def _bind(self, variant: Variant) -> dict[str, Any]:
         """Make the globals of the generated code for one variant, and define its functions in them."""
-        plan, offsets = plan_arena(self.step, self._comm, variant)
+        plan, placed = plan_arena(self.step, self._comm, variant)
         self.memory[variant] = plan
         self._arena.reserve(plan.peak_bytes)
-        names: dict[str, Any] = dict(NAMES_IN_SOURCE)
-        names |= {name: compat.direct_call(target) for name, target in self.plan.code.operators.items()}
+        code, names = self.plan.code, dict[str, Any](NAMES_IN_SOURCE)
+        events = None
+        if self._shards.device.type == "cuda" and self._comm.world_size > 1:
+            events = plan_cuda_events(
+                self.step, placed, torch.cuda, self._shards.device, accumulate=variant.accumulate
+            )
+            code = generate(self.step, events.recorded, record_begin=events.begin is not None)
+            names |= {"record_begin": events.begin}
+            names |= {f"record_{node.name}": record for node, record in events.recorded.items()}
+        names |= {name: compat.direct_call(target) for name, target in code.operators.items()}
         gathered: dict[fx.Node, dict[str, torch.Tensor]] = {}
         for start in self.step.nodes(Role.ALL_GATHER):
-            full = self._gathered(start, offsets)
+            full = self._gathered(start, placed)
             gathered[start] = unflatten(self.step.bucket_of(start), full)
             bucket = self._layout_bucket(start)
             bound = self._comm.bind_gather(bucket, self._shards.params.parts[bucket], full)
             self._bind_collective(names, start, bound)
         slots: dict[str, torch.Tensor] = {}
         for start in self.step.nodes(Role.REDUCE_SCATTER):
-            self._bind_reduce(names, slots, start, offsets, variant)
+            self._bind_reduce(names, slots, start, placed, variant)
         if not self.step.synchronize:
             self._bind_unsharded(names, variant)
         self._bind_static(names, gathered, slots)
-        exec(self._compiled, names)
+        if events is not None:
+            for start in self.step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER):
+                names[start.name] = events.start(start, names[start.name])
+        exec(compile(code.source, "<fxzero schedule>", "exec"), names)
         return names
 
     def _layout_bucket(self, start: fx.Node) -> Bucket:
@@ -160,11 +171,11 @@ class Executable:
             raise PlanError(f"The plan gathers {fqns} together; the layout has {bucket.fqns}. Keep the buckets fixed.")
         return bucket
 
-    def _gathered(self, start: fx.Node, offsets: dict[tuple[str, fx.Node], int]) -> torch.Tensor:
+    def _gathered(self, start: fx.Node, placed: Placed) -> torch.Tensor:
         bucket = self._layout_bucket(start)
         if self._comm.gathers_in_place:
             return self._shards.params.parts[bucket]
-        return self._arena.view(offsets["gather", start], bucket.numel, bucket.dtype)
+        return self._arena.view(placed["gather", start][1], bucket.numel, bucket.dtype)
 
     def _bind_collective(self, names: dict[str, Any], start: fx.Node, bound: Bound) -> None:
         names[start.name] = bound.start or _nothing
@@ -175,23 +186,23 @@ class Executable:
         names: dict[str, Any],
         slots: dict[str, torch.Tensor],
         start: fx.Node,
-        offsets: dict[tuple[str, fx.Node], int],
+        placed: Placed,
         variant: Variant,
     ) -> None:
         """Bind one reduce-scatter and the slots of its bucket, which are added to `slots` by parameter."""
         bucket = self._layout_bucket(start)
         shard = self._shards.grad_shard(bucket)
-        if ("gradient", start) in offsets:
-            full = self._arena.view(offsets["gradient", start], bucket.numel, bucket.dtype)
+        if ("gradient", start) in placed:
+            full = self._arena.view(placed["gradient", start][1], bucket.numel, bucket.dtype)
         else:
             full = shard
         scratch = None
-        if ("scratch", start) in offsets:
+        if ("scratch", start) in placed:
             numel = self._comm.reduce_scratch_numel(bucket, accumulate=variant.accumulate)
-            scratch = self._arena.view(offsets["scratch", start], numel, bucket.dtype)
-        in_arena = ("gradient", start) in offsets
+            scratch = self._arena.view(placed["scratch", start][1], numel, bucket.dtype)
+        in_arena = ("gradient", start) in placed
         if _is_partial(self.step, start) and full is not shard:
-            room = self._arena.view(offsets["partial", start], bucket.shard_numel, bucket.dtype)
+            room = self._arena.view(placed["partial", start][1], bucket.shard_numel, bucket.dtype)
             bound = self._bind_partial(bucket, members(start), full, scratch, room, variant)
             unused = [view for fqn, view in unflatten(bucket, full).items() if fqn not in members(start)]
         else:

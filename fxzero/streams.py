@@ -110,8 +110,7 @@ def requirements(
         for start in starts:
             pairs.add((at[start], end))
             if is_gather(start):
-                readers = (reader for param in gathered_params(wait_of(start)).values() for reader in _readers(param))
-                pairs.update((at[start], at[reader]) for reader in readers)
+                pairs.update((at[start], at[reader]) for reader in readers_of(start))
                 continue
             pairs.update((at[slot], at[start]) for slot in operands(start))
             if accumulate:
@@ -135,6 +134,11 @@ def _computes(node: fx.Node) -> bool:
 
 def _is_reduce_wait(node: fx.Node) -> bool:
     return role(node) is Role.WAIT and not is_gather(node)
+
+
+def readers_of(start: fx.Node) -> list[fx.Node]:
+    """The compute nodes that read what an all_gather gathers, through any views."""
+    return [reader for param in gathered_params(wait_of(start)).values() for reader in _readers(param)]
 
 
 def _readers(value: fx.Node) -> Iterator[fx.Node]:
