@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -111,7 +111,7 @@ def _choose_device(model: nn.Module, device: torch.device | str | None) -> torch
         chosen = next(iter(found))
     else:
         chosen = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    if chosen.type != "cpu" and chosen.index is None:
+    if chosen.type != "cpu" and not str(chosen).endswith(tuple("0123456789")):
         chosen = torch.device(chosen.type, torch.accelerator.current_device_index())
     return chosen
 
@@ -141,12 +141,12 @@ class ZeroModule(nn.Module):
     # -- what belongs to the model -------------------------------------------------------------------------------
 
     @property
-    def training(self) -> bool:
+    def training(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The model's own flag."""
         return self._fxzero_model.training
 
     @training.setter
-    def training(self, mode: bool) -> None:
+    def training(self) -> bool:  # type: ignore[override]  # pyright: ignore[reportIncompatibleVariableOverride]
         self._fxzero_model.training = mode
 
     def __getattr__(self, name: str) -> Any:
@@ -169,7 +169,7 @@ class ZeroModule(nn.Module):
     # -- training ------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def no_sync(self) -> Iterator[None]:
+    def no_sync(self) -> Generator[None]:
         """Keep gradients unsharded inside, and reduce them at the first backward outside.
 
         Fewer bytes on the wire for gradient accumulation, for the memory of one full copy of the gradients. Without it,

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxzero import compat
 from fxzero.ir import Phase, Role, StepGraph, is_gathered_param, is_view, role, started_by, written_in_place
 from fxzero.text import describe
 
@@ -172,7 +173,7 @@ class _Writer:
     def operator(self, node: fx.Node) -> str:
         """The global that stands for the node's operator."""
         target = node.target
-        is_overload = isinstance(target, torch._ops.OpOverload)
+        is_overload = compat.is_overload(target)
         name = str(target).replace(".", "_") if is_overload else getattr(target, "__name__", "operator")
         while self.operators.setdefault(name, target) is not target:
             name += "_"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses import FakeTensorMode
+import torch.utils.checkpoint
+from torch import fx, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.distributed.distributed_c10d import Store
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
@@ -53,6 +54,11 @@ def fake_tensor_mode() -> Any:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
+def is_fake(tensor: torch.Tensor) -> bool:
+    """True for a tensor without memory. `FakeTensor`: 2.11 to 2.13."""
+    return isinstance(tensor, FakeTensor)
+
+
 def trace_fx(function: Callable[..., Any], *inputs: Any) -> fx.GraphModule:
     """The ATen operators that a function of fake tensors runs. `make_fx`: 2.11 to 2.13."""
 
@@ -67,9 +73,19 @@ def traced_graph() -> fx.Graph:
     return cast(Any, get_proxy_mode()).tracer.graph
 
 
-def python_dispatcher() -> Any:
-    """Python decompositions first: batch norm then declares what it writes. `enable_python_dispatcher`: 2.11 to 2.13"""
-    return enable_python_dispatcher()
+@contextlib.contextmanager
+def eager_checkpoints() -> Iterator[None]:
+    """Let selective checkpoints recompute while they are traced; under a tracer they would only annotate nodes.
+
+    `torch.utils.checkpoint._is_compiling`: 2.11 to 2.13.
+    """
+    checkpoint = cast(Any, torch.utils.checkpoint)
+    before = checkpoint._is_compiling
+    checkpoint._is_compiling = lambda *args, **kwargs: False
+    try:
+        yield
+    finally:
+        checkpoint._is_compiling = before
 
 
 def next_sequence_number() -> int:
@@ -86,3 +102,31 @@ def apply_pending_updates(tensor: torch.Tensor) -> None:
     """Trace the updates that functionalization still holds back. `torch._sync`: 2.11 to 2.13."""
     if torch._is_functional_tensor(tensor):
         torch._sync(tensor)
+
+
+# -- graphs, storage, modules --------------------------------------------------------------------------------------
+
+
+def is_overload(target: Any) -> bool:
+    """True for an ATen (or custom) operator overload, as graphs of `make_fx` have them. `torch._ops`: 2.11 to 2.13."""
+    return isinstance(target, torch._ops.OpOverload)  # pyright: ignore[reportPrivateUsage]
+
+
+def is_mutable(overload: Any) -> bool:
+    """True if an operator writes to an argument, or may. `OpOverload._schema`: 2.11 to 2.13."""
+    return overload._schema.is_mutable
+
+
+def zero_all(tensors: Sequence[torch.Tensor]) -> None:
+    """Write zeros to all tensors in one call. `torch._foreach_zero_`: 2.11 to 2.13."""
+    torch._foreach_zero_(list(tensors))  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+
+
+def buffers_of(module: nn.Module) -> dict[str, torch.Tensor | None]:
+    """The buffers that a module itself registers, for reading and writing. `Module._buffers`: 2.11 to 2.13."""
+    return module._buffers  # pyright: ignore[reportPrivateUsage]
+
+
+def incompatible_keys(missing: list[str], unexpected: list[str]) -> Any:
+    """What `Module.load_state_dict` returns. `_IncompatibleKeys`: 2.11 to 2.13."""
+    return nn.modules.module._IncompatibleKeys(missing, unexpected)  # pyright: ignore[reportPrivateUsage]

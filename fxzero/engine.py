@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fxzero import agree, state
+from fxzero import agree, compat, state
 from fxzero.autograd import Call, StepFunction
 from fxzero.capture import Captured, capture
 from fxzero.comm import Comm, make_comm
@@ -105,7 +105,7 @@ class Engine:
         self._buffer_owners = {
             f"{prefix}.{name}" if prefix else name: (module, name)
             for prefix, module in self.model.named_modules()
-            for name in module._buffers
+            for name in compat.buffers_of(module)
         }
         check_meta_model(self.model, self.options.init_fn, set(self.model.state_dict()))
 
@@ -155,7 +155,7 @@ class Engine:
     def buffers(self, executable: Executable) -> list[torch.Tensor]:
         """The module's buffers of now, as the generated forward takes them."""
         owners = self._buffer_owners
-        return [module._buffers[name] for fqn in executable.buffers for module, name in [owners[fqn]]]  # type: ignore[misc]
+        return [compat.buffers_of(module)[name] for fqn in executable.buffers for module, name in [owners[fqn]]]  # type: ignore[misc]
 
     def named_buffers(self) -> list[tuple[str, torch.Tensor]]:
         """The model's buffers of now by canonical name, each once."""
@@ -165,9 +165,9 @@ class Engine:
         """Put another tensor in the place of a buffer, wherever the model registers it."""
         old = dict(self.named_buffers())[fqn]
         for module in self._modules:
-            for name, value in module._buffers.items():
+            for name, value in compat.buffers_of(module).items():
                 if value is old:
-                    module._buffers[name] = buffer
+                    compat.buffers_of(module)[name] = buffer
 
     def has_meta_params(self) -> bool:
         """True if some parameter has no values yet."""

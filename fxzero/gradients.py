@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from fxzero import compat
 from fxzero.layout import Bucket
 from fxzero.shards import FlatBuffer, Shards, unflatten
 
@@ -76,7 +77,7 @@ class Gradients:
         for fqn in fqns:
             param = self._params[fqn]
             param.grad = views[fqn]
-            hooks = param._post_accumulate_grad_hooks
+            hooks = param._post_accumulate_grad_hooks  # pyright: ignore[reportPrivateUsage]
             if hooks:
                 for hook in hooks.values():
                     hook(param)
@@ -98,7 +99,7 @@ class Gradients:
                 view.copy_(grad)
                 param.grad = view
         if missing:
-            torch._foreach_zero_(missing)
+            compat.zero_all(missing)
         return self._shards.grads.segments
 
     # -- no_sync() -----------------------------------------------------------------------------------------------
@@ -126,5 +127,5 @@ class Gradients:
                 if fqn not in fqns
             ]
             if others:
-                torch._foreach_zero_(others)
+                compat.zero_all(others)
         self._held.update(dict.fromkeys(fqns))

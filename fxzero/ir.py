@@ -12,13 +12,12 @@ import enum
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, cast
 
 import torch
 from torch import fx
 
-from fxzero import ops
+from fxzero import compat, ops
 from fxzero.layout import Bucket, ParamSpec
 
 META_KEY = "fxzero"
@@ -257,8 +256,20 @@ def first_write(slot: fx.Node) -> fx.Node:
 
 def is_view(node: fx.Node) -> bool:
     """True for an operator whose only effect is another view of its first argument."""
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and target.is_view and not target._schema.is_mutable
+    target = cast(Any, node.target)
+    return compat.is_overload(target) and target.is_view and not compat.is_mutable(target)
+
+
+def is_random(node: fx.Node) -> bool:
+    """True for an operator that draws from a random generator."""
+    target = cast(Any, node.target)
+    return compat.is_overload(target) and torch.Tag.nondeterministic_seeded in target.tags
+
+
+def is_pure(node: fx.Node) -> bool:
+    """True for compute that gives the same value when it is run again, and changes nothing."""
+    mutates = compat.is_overload(node.target) and compat.is_mutable(node.target)
+    return role(node) is Role.COMPUTE and not mutates and not is_random(node)
 
 
 def aliases(node: fx.Node) -> list[fx.Node]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -28,6 +29,12 @@ def pass_name(pass_: Pass) -> str:
     """The class name of a pass in snake case, as its file is called."""
     name = getattr(pass_, "__name__", type(pass_).__name__)
     return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+
+
+def add_note(error: Exception, note: str) -> None:
+    """Add a line to the traceback of an error, where Python (3.11 on) has notes."""
+    if sys.version_info >= (3, 11):
+        error.add_note(note)
 
 
 class DumpSchedules:
@@ -64,7 +71,7 @@ def run_passes(step: StepGraph, passes: Sequence[Pass], *, observers: Sequence[O
             verify_graph(step)
         except Exception as error:
             before = ", ".join(repr(p) for p in passes[: index - 1])
-            error.add_note(f"In pass {index} of {len(passes)}: {pass_!r}; before it: [{before}]")
+            add_note(error, f"In pass {index} of {len(passes)}: {pass_!r}; before it: [{before}]")
             raise
         logger.info("%s: %d nodes", pass_name(pass_), len(step.graph.nodes))
         for observer in watching:

@@ -21,7 +21,7 @@ from fxzero.comm import Bound, Comm
 from fxzero.cuda import Placed, plan_cuda_events
 from fxzero.errors import PlanError
 from fxzero.gradients import Gradients, Stash, Variant
-from fxzero.ir import Role, StepGraph, grad_fqn, info, is_gathered_param, members, operands, role, started_by
+from fxzero.ir import Role, StepGraph, grad_fqn, info, is_gathered_param, is_random, members, operands, role, started_by
 from fxzero.layout import Bucket
 from fxzero.memory import (
     Arena,
@@ -88,11 +88,7 @@ class Executable:
         """The names of the buffers that forward takes, in order."""
         written = {node.args[0] for node in step.graph.nodes if node.target is torch.ops.aten.copy_.default}
         self.mutated_buffers = [i for i, node in enumerate(step.nodes(Role.BUFFER)) if node in written]
-        self.draws_random = any(
-            torch.Tag.nondeterministic_seeded in node.target.tags
-            for node in step.graph.nodes
-            if isinstance(node.target, torch._ops.OpOverload)
-        )
+        self.draws_random = any(is_random(node) for node in step.graph.nodes)
         self.tensor_outputs = [i for i, value in enumerate(step.model_outputs) if isinstance(value, fx.Node)]
         """Which of the flat outputs are tensors: they are the outputs of the autograd Function."""
         self.differentiable = frozenset(plan.captured.differentiable)
@@ -210,7 +206,7 @@ class Executable:
             unused = []
         before: list[Callable[[], object]] = []
         if in_arena and (clear := [*_padding(bucket, full), *unused]):
-            before.append(partial(torch._foreach_zero_, clear))
+            before.append(partial(compat.zero_all, clear))
         if variant.stash is Stash.FLUSH:
             before.append(partial(full.add_, self._gradients.unsharded_bucket(bucket)))
         if before:

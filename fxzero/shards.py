@@ -153,7 +153,7 @@ def install(param: nn.Parameter, view: torch.Tensor) -> None:
     """Make a view of the parameter buffer the data of the user's Parameter object, which stays the same object."""
     if param.is_meta:
         real = type(param)(view, requires_grad=param.requires_grad)
-        real.__dict__.update(param.__dict__)
+        vars(real).update(vars(param))
         torch.utils.swap_tensors(param, real)
     else:
         param.data = view

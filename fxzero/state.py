@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fxzero import compat
 from fxzero.errors import CheckpointError
 from fxzero.materialize import check_meta_model, initialize, rng_state
 from fxzero.optim import ParamShard, cut_state
@@ -147,7 +148,7 @@ def load_state_dict(engine: Engine, state: Mapping[str, Any], *, strict: bool) -
                 held.copy_(engine.shards.cut(fqn, value))
             elif fqn is not None:
                 buffers[fqn].copy_(value)
-    return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
+    return compat.incompatible_keys(missing, unexpected)
 
 
 def _names(engine: Engine) -> dict[str, str]:

@@ -86,9 +86,9 @@ def verify_plan(step: StepGraph) -> None:
     """
     verify_graph(step)
     waits = [wait for wait in step.nodes(Role.WAIT) if is_gather(wait)]
-    released = {node.args[0] for node in step.nodes(Role.RELEASE)}
+    released = {id(node.args[0]) for node in step.nodes(Role.RELEASE)}
     for wait in waits:
-        if wait not in released:
+        if id(wait) not in released:
             raise MissingReleaseError(
                 f"{bucket_label(members(wait))} is gathered and never released. Run ReleaseParams last."
             )

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
-from fxzero.ir import NodeInfo, Phase, Role, StepGraph, info, role
-
-
-def _is_pure(node: fx.Node) -> bool:
-    """True if running the operator twice gives the same value and changes nothing."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return node.op == "call_function" and role(node) is Role.COMPUTE
-    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+from fxzero.ir import NodeInfo, Phase, Role, StepGraph, info, is_pure, role
 
 
 def computed_from_params(step: StepGraph) -> set[fx.Node]:
-    """Forward compute whose tensor inputs are parameters, constants, or again such nodes, with at least one parameter."""
+    """Forward compute whose tensor inputs are parameters, at least one, constants, or again such nodes."""
     derived: set[fx.Node] = set()
     phase, nodes = next(step.phases())
     assert phase is Phase.FORWARD
@@ -27,7 +18,7 @@ def computed_from_params(step: StepGraph) -> set[fx.Node]:
         inputs = node.all_input_nodes
         from_params = any(n in derived or role(n) is Role.PARAM for n in inputs)
         nothing_else = all(n in derived or role(n) in (Role.PARAM, Role.CONSTANT) for n in inputs)
-        if from_params and nothing_else and _is_pure(node):
+        if from_params and nothing_else and is_pure(node):
             derived.add(node)
     return derived
 
