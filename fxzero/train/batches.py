@@ -37,7 +37,7 @@ class Windows:
 
     def __len__(self) -> int:
         """Sequences per epoch."""
-        return (len(self.tokens) - self.seq) // (self.seq - 1)
+        return max(0, (len(self.tokens) - self.seq) // (self.seq - 1))
 
     def require(self, num_sequences: int, what: str) -> None:
         """Refuse a text that is too short.
@@ -47,7 +47,7 @@ class Windows:
         """
         if len(self) < num_sequences:
             raise TrainError(
-                f"The {what} text has {len(self.tokens)} tokens, which is {max(0, len(self))} sequences of {self.seq}; "
+                f"The {what} text has {len(self.tokens)} tokens, which is {len(self)} sequences of {self.seq}; "
                 f"{num_sequences} are needed. Give more text with --data, or lower --batch, --seq or --eval-batches."
             )
 

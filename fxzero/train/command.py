@@ -7,13 +7,13 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fxzero.train import job
-from fxzero.train.launch import launch, under_torchrun
+from fxzero.train.launch import TRAIN_ERROR_STATUS, launch, under_torchrun
 from fxzero.train.models import config_of
 from fxzero.train.options import DEVICES, MODELS, TrainError, TrainOptions, flag_of
-from fxzero.train.world import joined
+from fxzero.train.world import World, joined
 
 HELP = "train a reference model on real text, sharded over the ranks"
 _DESCRIPTION = """\
@@ -86,25 +86,36 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
     """
     options = TrainOptions(**{each.name: getattr(arguments, each.name) for each in dataclasses.fields(TrainOptions)})
     try:
-        return _run(options, argv)
+        options.validate()
+        config_of(options.model, options.preset, options.seq)
+        if _starts_ranks(options):
+            options.check_files()
+            return launch(cast(int, options.nproc), argv)
+        with joined(options.device) as world:
+            return _run(options, world)
     except TrainError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"fxzero train: {error}", file=sys.stderr)
-        return 2
+        return _tell(error)
 
 
-def _run(options: TrainOptions, argv: list[str]) -> int:
-    options.validate()
-    config_of(options.model, options.preset, options.seq)
-    if options.nproc is not None and under_torchrun():
-        started = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        if started != options.nproc:
-            raise TrainError(
-                f"--nproc {options.nproc}, but {started} ranks were started on this machine; leave it out."
-            )
-    elif options.nproc is not None and options.nproc > 1:
-        options.check_files()
-        return launch(options.nproc, argv)
-    with joined(options.device) as world:
-        _, signum = job.run(options, world)
+def _run(options: TrainOptions, world: World) -> int:
+    try:
+        signum = job.run(options, world)
+    except TrainError as error:
+        return _tell(error)  # before the ranks part: the first one to end ends the others
     return 128 + signum if signum else 0
+
+
+def _tell(error: TrainError) -> int:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"fxzero train: {error}", file=sys.stderr, flush=True)
+    return TRAIN_ERROR_STATUS
+
+
+def _starts_ranks(options: TrainOptions) -> bool:
+    """True if this process is to start ranks, False if it is to be one."""
+    if options.nproc is None or not under_torchrun():
+        return (options.nproc or 1) > 1
+    started = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if started != options.nproc:
+        raise TrainError(f"--nproc {options.nproc}, but {started} ranks were started on this machine; leave it out.")
+    return False

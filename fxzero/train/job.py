@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fxzero.train.export import save_stream
 from fxzero.train.loop import Trainer
-from fxzero.train.models import WEIGHTS_FILE, config_of, write_config
+from fxzero.train.models import WEIGHTS_FILE, write_config
 from fxzero.train.options import TrainError, TrainOptions
 from fxzero.train.report import (
     METRICS_FILE,
@@ -39,17 +39,15 @@ class Stop:
     signum: int = 0
 
 
-def run(options: TrainOptions, world: World) -> tuple[Path, int]:
-    """Train, and write the results.
+def run(options: TrainOptions, world: World) -> int:
+    """Train with options that are valid, and write the results.
 
     Returns:
-        The folder with the results, and the signal that ended the training early, or 0.
+        The signal that ended the training early, or 0.
 
     Raises:
         TrainError: on every rank alike, if the options do not fit each other, the text or the machine.
     """
-    options.validate()
-    config_of(options.model, options.preset, options.seq)
     world.share(options.check_files)
     say = tqdm.write if world.is_main else lambda text: None
     text = read_text(options, world)
@@ -77,7 +75,7 @@ def run(options: TrainOptions, world: World) -> tuple[Path, int]:
             (out / SCHEDULE_FILE).write_text(schedule + "\n", encoding="utf-8")
             draw_loss(metrics, f"{options.model} {options.preset}, {ranks}", out / PICTURE_FILE)
             say(format_summary(metrics, peaks, schedule, out))
-    return out, stop.signum if trainer.step < options.steps else 0
+    return stop.signum if trainer.step < options.steps else 0
 
 
 def _make_folder(options: TrainOptions) -> Path:

@@ -8,6 +8,9 @@ import sys
 import tempfile
 import uuid
 
+TRAIN_ERROR_STATUS = 2
+"""How a rank ends after a TrainError, which it has printed."""
+
 GRACE_SECONDS = 600
 """How long ranks that are asked to stop may take to evaluate and to write what they have."""
 
@@ -39,17 +42,11 @@ def launch(nproc: int, arguments: list[str]) -> int:
         try:
             elastic_launch(config, sys.executable)("-m", "fxzero", *arguments)
         except ChildFailedError as error:
-            return _report_failures({rank: failure.exitcode for rank, failure in error.failures.items()})
+            rank, first = error.get_first_failure()
+            if first.exitcode != TRAIN_ERROR_STATUS:
+                how = f"was killed by signal {-first.exitcode}" if first.exitcode < 0 else "failed"
+                print(f"fxzero train: rank {rank} {how}; the others were stopped.", file=sys.stderr)
+            return max(1, first.exitcode)
         except SignalException as error:
             return 128 + error.sigval
     return 0
-
-
-def _report_failures(exit_codes: dict[int, int]) -> int:
-    """Say which ranks failed, unless they said so themselves; returns the exit status of all."""
-    if 2 in exit_codes.values():
-        return 2
-    for rank, code in sorted(exit_codes.items()):
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
-        print(f"fxzero train: rank {rank} {how}", file=sys.stderr)
-    return 1
