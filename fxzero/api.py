@@ -146,7 +146,7 @@ class ZeroModule(nn.Module):
         return self._fxzero_model.training
 
     @training.setter
-    def training(self) -> bool:  # type: ignore[override]  # pyright: ignore[reportIncompatibleVariableOverride]
+    def training(self, mode: bool) -> None:
         self._fxzero_model.training = mode
 
     def __getattr__(self, name: str) -> Any:
