@@ -141,12 +141,12 @@ class ZeroModule(nn.Module):
     # -- what belongs to the model -------------------------------------------------------------------------------
 
     @property
-    def training(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def training(self) -> bool:
         """The model's own flag."""
         return self._fxzero_model.training
 
     @training.setter
-    def training(self, mode: bool) -> None:
+    def training(self, mode: bool) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         self._fxzero_model.training = mode
 
     def __getattr__(self, name: str) -> Any:
