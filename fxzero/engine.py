@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import warnings
 from collections import OrderedDict
@@ -19,7 +20,7 @@ from torch import nn
 from fxzero import agree, compat, state
 from fxzero.autograd import Call, StepFunction
 from fxzero.capture import Captured, capture
-from fxzero.comm import Comm, make_comm
+from fxzero.comm import Comm, PlanningComm, make_comm
 from fxzero.errors import PlanError
 from fxzero.gradients import Gradients
 from fxzero.layout import Layout, ParamSpec
@@ -96,6 +97,8 @@ class Engine:
         self.params: dict[str, nn.Parameter] = dict(self.model.named_parameters())
         self.specs: dict[str, ParamSpec] = {fqn: spec_of(fqn, param) for fqn, param in self.params.items()}
         self.comm: Comm = make_comm(self.group, self.options.device)
+        if isinstance(self.comm, PlanningComm):  # nobody is there to send rank 0's values
+            self.options = dataclasses.replace(self.options, sync_init=False)
         self.shards: Shards | None = None
         self.gradients: Gradients | None = None
         self.arena = Arena(self.options.device)

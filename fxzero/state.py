@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fxzero import compat
+from fxzero.comm import PlanningComm
 from fxzero.errors import CheckpointError
 from fxzero.materialize import check_meta_model, initialize, rng_state
 from fxzero.optim import ParamShard, cut_state
@@ -64,6 +65,8 @@ def param_shards(engine: Engine, shards: Shards) -> dict[int, ParamShard]:
 
 def _rng_state_of_rank0(engine: Engine) -> torch.Tensor:
     state = rng_state(engine.options.device).to(engine.options.device)
+    if isinstance(engine.comm, PlanningComm):
+        return state.cpu()
     engine.comm.broadcast_from_rank0(state)
     return state.cpu()
 
