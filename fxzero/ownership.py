@@ -1,0 +1,128 @@
+"""What compile does to the user's own model: whatever of it would run, copy, save or convert the shards is refused.
+
+The model stays the object it was; its refusals are attributes of the instance, so that they can be taken back.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from fxzero.errors import FxzeroError, InputMismatchError
+
+_TAKEN = "_fxzero_taken"
+"""The attribute of a model that is taken over: those attributes of its own that the refusals hide."""
+_CALL = (
+    "fxzero.compile took this model over: its parameters are shards. Call the module that compile returned; to run "
+    "the plain model (generate, export), load the gathered weights into a new one: "
+    "plain.load_state_dict(zero.state_dict())."
+)
+_STATE = (
+    "fxzero.compile took this model over: its own state dict has but this rank's shards. Use that of the module which "
+    "compile returned, on every rank: zero.state_dict(), zero.load_state_dict(...). To save in the format of a "
+    "library, pass it on: model.save_pretrained(path, state_dict=zero.state_dict())."
+)
+_COPY = (
+    "A compiled model can be neither copied nor pickled: its parameters are views of one buffer of this rank. Copy the "
+    "model before compile, or load zero.state_dict() into a new one."
+)
+
+
+def check_model(model: object) -> None:
+    """Refuse what cannot be taken over.
+
+    Raises:
+        InputMismatchError: it is no nn.Module, a part of it is compiled already, or it is wrapped.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputMismatchError(f"fxzero.compile takes an nn.Module, not a {type(model).__qualname__}.")
+    for name, module in model.named_modules():
+        part = f"{name} of this model" if name else "This model"
+        if _TAKEN in module.__dict__:
+            raise InputMismatchError(
+                f"{part} was given to fxzero.compile already. Use the module that it returned, and compile a model as "
+                "a whole."
+            )
+        if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            raise InputMismatchError(f"{part} is a {type(module).__name__}. Compile the module inside it: .module.")
+
+
+def take_over(model: nn.Module) -> None:
+    """Refuse calls, copies and state dicts of the model from now on, and conversions of any part of it."""
+    refusals = {
+        "forward": _refuse(_CALL),
+        "state_dict": _refuse(_STATE),
+        "load_state_dict": _refuse(_STATE),
+        "__reduce_ex__": refuse_copy,
+    }
+    own = {name: model.__dict__[name] for name in refusals if name in model.__dict__}
+    model.__dict__.update(refusals)
+    model.__dict__[_TAKEN] = own
+    for module in model.modules():
+        module.__dict__["_apply"] = _refuse_conversion_of(module)
+
+
+def give_back(model: nn.Module) -> None:
+    """Undo `take_over`."""
+    own = model.__dict__.pop(_TAKEN)
+    for name in ("forward", "state_dict", "load_state_dict", "__reduce_ex__"):
+        del model.__dict__[name]
+    model.__dict__.update(own)
+    for module in model.modules():
+        del module.__dict__["_apply"]
+
+
+def refuse_copy(protocol: object = None) -> NoReturn:
+    """Stands in for `__reduce_ex__`, which copy and pickle call."""
+    raise FxzeroError(_COPY)
+
+
+def refuse_conversion(module: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Stands in for `nn.Module._apply`: a conversion is refused unless it changes nothing.
+
+    Raises:
+        FxzeroError: it would change a dtype or a device.
+    """
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        before = tensor.new_empty(0)
+        try:
+            after = convert(before)
+        except NotImplementedError:  # out of meta
+            after = None
+        if after is None or (after.dtype, after.device) != (before.dtype, before.device):
+            into = "" if after is None else f" into {_text(after)}"
+            raise FxzeroError(
+                f"{name} cannot be converted from {_text(before)}{into}: compile fixes dtypes and devices, as all "
+                "shards are views of one buffer. Convert the model before fxzero.compile; for a model on the meta "
+                "device pass device= to it."
+            )
+
+
+def _refuse_conversion_of(module: nn.Module) -> Callable[..., nn.Module]:
+    held = weakref.ref(module)  # the module must not hold itself
+
+    def apply(convert: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        module = held()
+        assert module is not None
+        refuse_conversion(module, convert)
+        return module
+
+    return apply
+
+
+def _refuse(text: str) -> Callable[..., NoReturn]:
+    def refused(*args: Any, **kwargs: Any) -> NoReturn:
+        raise FxzeroError(text)
+
+    return refused
+
+
+def _text(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+
+
+__all__ = ["check_model", "give_back", "refuse_conversion", "refuse_copy", "take_over"]
