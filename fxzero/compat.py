@@ -59,6 +59,15 @@ def is_fake(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, FakeTensor)
 
 
+def fake_result(node: fx.Node) -> Any:
+    """What a new node of a traced graph gives, from the values of its arguments. `FakeTensor.fake_mode`: 2.11 to 2.13."""
+    arguments = [argument.meta["val"] for argument in node.all_input_nodes]
+    modes = [cast(Any, value).fake_mode for value in arguments if isinstance(value, FakeTensor)]
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])
+    with torch.no_grad(), modes[0] if modes else contextlib.nullcontext():
+        return cast(Any, node.target)(*args, **kwargs)
+
+
 def trace_fx(function: Callable[..., Any], *inputs: Any) -> fx.GraphModule:
     """The ATen operators that a function of fake tensors runs. `make_fx`: 2.11 to 2.13."""
 

@@ -33,7 +33,7 @@ _CURE = "Pass a tensor or a plain value (None, bool, int, float, str), or set it
 class CallSpec:
     """A hashable description of one call; holds no tensor.
 
-    `leaves` has one tuple per argument: `(shape, stride, dtype, device, requires_grad)` of a tensor, or `(type, value)`.
+    `leaves` has one tuple per argument: `(shape, stride, dtype, device, requires_grad)`, or `(type, value)`.
     """
 
     structure: Hashable
@@ -122,7 +122,7 @@ def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list
             else:
                 return _flatten_nested(args, kwargs)
     except RuntimeError as error:  # from stride()
-        raise InputMismatchError(f"An input is a sparse or otherwise unstrided tensor: {error}. {_CURE}") from error
+        raise InputMismatchError(f"An input has no strides: {error}. Pass it dense (to_dense()).") from error
     return tensors, CallSpec((len(args), *kwargs), tuple(leaves))
 
 

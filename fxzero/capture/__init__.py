@@ -4,7 +4,8 @@
     captured.step       the graph; captured.output.rebuild(tensors) makes the model's return value
 
 joint.py traces; draws.py makes random numbers eager's; provenance.py says which module made a node; state.py swaps
-the module's tensors; functional.py removes in-place operators; assemble.py makes the StepGraph; failures.py explains.
+the module's tensors; temporaries.py and functional.py remove in-place operators; assemble.py makes the StepGraph;
+failures.py explains what cannot be traced.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from torch import nn
 from fxzero.capture.assemble import assemble
 from fxzero.capture.failures import check_arguments, explain
 from fxzero.capture.functional import functionalize, has_in_place_operators
-from fxzero.capture.joint import Request, trace_joint
+from fxzero.capture.joint import Request, no_autocast, trace_joint
 from fxzero.capture.outputs import OutputSpec
+from fxzero.capture.temporaries import make_temporaries_functional
 from fxzero.ir import StepGraph
 from fxzero.layout import ParamSpec
 from fxzero.signature import flatten_call
@@ -77,7 +79,11 @@ def capture(
     try:
         joint = trace_joint(request)
         assert joint.root is not None
-        root = functionalize(joint.root) if has_in_place_operators(joint.graph) else joint.root
+        root = joint.root
+        make_temporaries_functional(root.graph)
+        if has_in_place_operators(joint.graph):
+            with no_autocast(device):
+                root = functionalize(root)
     except Exception as error:
         explained = explain(error)
         if explained is None:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from fxzero import ops
+from fxzero import compat
 from fxzero.capture.joint import Joint
 from fxzero.errors import CaptureError
 from fxzero.ir import META_KEY, NodeInfo, Role, StepGraph, info, is_view, role
@@ -30,10 +30,12 @@ def assemble(
     """
     graph, constants, results = _copy_graph(root)
     _check_constants(constants, module, root.graph)
+    _check_lstm(graph)
     results_iter = iter(results)
     outputs = [next(results_iter) for _ in range(joint.num_outputs)]
     rebound = {name: cast(fx.Node, next(results_iter)) for name in joint.rebound}
     grads = {name: grad for name, grad in zip(joint.grads, results_iter, strict=False) if grad is not None}
+    _check_dense(grads)
     of_input = dict(zip(joint.input_grads, results_iter, strict=False))
     step = StepGraph(graph, dict(params), world_size, constants)
     inputs = step.nodes(Role.INPUT)
@@ -77,6 +79,11 @@ def _copy_graph(root: fx.GraphModule) -> tuple[fx.Graph, dict[str, Tensor], list
 
 def _check_constants(constants: dict[str, Tensor], module: nn.Module, graph: fx.Graph) -> None:
     for target, constant in constants.items():
+        if compat.is_fake(constant):
+            raise CaptureError(
+                f"A tensor that was made while the model was traced before is read again{_line_of(graph, target)}. "
+                "Keep no tensor in functools.cache, a global or a closure; make it a buffer."
+            )
         if constant.requires_grad:
             names = [name for name, param in module.named_parameters() if param is constant]
             what = f"parameter {names[0]}" if names else f"a tensor that requires grad, {list(constant.shape)},"
@@ -85,6 +92,22 @@ def _check_constants(constants: dict[str, Tensor], module: nn.Module, graph: fx.
                 f"{_line_of(graph, target)}. Read it as an attribute of its module (self.weight), where its gathered "
                 "values are; nn.ParameterList holds parameters in a list."
             )
+
+
+def _check_lstm(graph: fx.Graph) -> None:
+    """oneDNN's LSTM makes the workspace of its backward only where autograd runs it, which no graph does."""
+    for node in graph.find_nodes(op="call_function", target=aten.mkldnn_rnn_layer.default):
+        raise CaptureError(
+            f"{node.target} (nn.LSTM on the CPU, module '{info(node).fqn}') has no backward outside autograd. Call the "
+            "LSTM under torch.backends.mkldnn.flags(enabled=False), or use nn.GRU."
+        )
+
+
+def _check_dense(grads: dict[str, fx.Node]) -> None:
+    for name, grad in grads.items():
+        layout = grad.meta["val"].layout
+        if layout is not torch.strided:
+            raise CaptureError(f"The gradient of {name} is {layout}; only dense gradients are reduced. Use sparse=False.")
 
 
 def _line_of(graph: fx.Graph, target: str) -> str:
@@ -157,12 +180,24 @@ def _alias_chain(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _remove_no_ops(step: StepGraph) -> None:
-    """Drop nodes that only served autograd or functionalization, and clones that copy for nobody."""
+    """Drop nodes that only served autograd or functionalization, clones that copy for nobody, and t(t(x))."""
     fixed = {node for node in step.graph.nodes if node.op in ("placeholder", "get_attr")}
     for node in list(step.graph.nodes):
         if node.target in _NO_OPS or (node.target is aten.clone.default and _is_idle_clone(node, fixed)):
             node.replace_all_uses_with(cast(fx.Node, node.args[0]))
             step.graph.erase_node(node)
+        elif _is_undone_transpose(node):
+            node.replace_all_uses_with(cast(fx.Node, cast(fx.Node, node.args[0]).args[0]))
+
+
+def _is_undone_transpose(node: fx.Node) -> bool:
+    """True for the second of two transposes of the same dimensions; autograd transposes a weight's gradient twice."""
+    source = node.args[0] if node.args else None
+    return (
+        node.target in (aten.t.default, aten.transpose.int)
+        and isinstance(source, fx.Node)
+        and (source.target, source.args[1:]) == (node.target, node.args[1:])
+    )
 
 
 def _is_idle_clone(node: fx.Node, fixed: set[fx.Node]) -> bool:
@@ -200,11 +235,6 @@ def _insert(graph: fx.Graph, before: fx.Node, target: Any, source: fx.Node) -> f
     """One more operator on one tensor."""
     with graph.inserting_before(before):
         node = graph.call_function(target, (source,))
-    value = source.meta["val"]
-    if not isinstance(value, Tensor) or not hasattr(value, "fake_mode"):
-        node.meta["val"] = value
-    else:
-        with cast(Any, value).fake_mode:
-            node.meta["val"] = target(value)
+    node.meta["val"] = compat.fake_result(node)
     node.meta[META_KEY] = NodeInfo(Role.COMPUTE)
     return node

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import linecache
+import os
 import re
 import traceback
 from collections.abc import Callable, Mapping
@@ -26,9 +27,9 @@ _REPLACE_SHAPE = (
 )
 _REENTRANT = "the reentrant torch.utils.checkpoint cannot be traced. Call checkpoint(..., use_reentrant=False)"
 _DEVICES = "its tensors are on different devices. Create tensors in forward with device=x.device, and pass inputs there"
-_RNN = "nn.LSTM, nn.GRU and nn.RNN have no fake kernels on the CPU. Use an nn.Module of plain operators in their place"
+_RNN = "its fused kernel has no fake version. Use an nn.Module of plain operators in its place"
 _SPARSE = "sparse tensors cannot be traced. Use sparse=False"
-_LEAKED = (
+LEAKED = (
     "a tensor made while the model was traced before is used again. Cache none in functools.cache or globals; make it "
     "a buffer"
 )
@@ -43,11 +44,14 @@ _CURES: tuple[tuple[str, str], ...] = (
     (r"DataDependentOutput|_local_scalar_dense|value out of a tracing tensor|GuardOnDataDependent", _REPLACE_BRANCH),
     (r"use_reentrant=True|CheckpointFunction", _REENTRANT),
     (r"[Dd]evice ?[Mm]ismatch|different devices|same device|Device Propagation", _DEVICES),
-    (r"Mixing fake modes|from different FakeTensorMode", _LEAKED),
+    (r"Mixing fake modes|from different FakeTensorMode", LEAKED),
     (r"[Ss]parse", _SPARSE),
 )
 _TRACING = re.compile(r"torch[/\\](_subclasses|_dispatch|_ops\.py|_meta_registrations|_decomp|_refs|_prims|fx[/\\]|_functorch"
                       r"|utils[/\\]_python_dispatch|utils[/\\]checkpoint)")  # fmt: skip
+
+_CHECKS = os.path.join("torch", "__init__.py")
+"""torch._check, which raises on behalf of its caller."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,9 @@ def explain(error: Exception) -> CaptureError | None:
     cure = next((cure for pattern, cure in _CURES if re.search(pattern, text)), None)
     frames = traceback.extract_tb(error.__traceback__)
     last_user = max((i for i, frame in enumerate(frames) if is_user_file(frame.filename)), default=-1)
-    in_tracer = any(_TRACING.search(frame.filename) for frame in frames[last_user + 1 :])
-    if not in_tracer or isinstance(error, (KeyboardInterrupt, MemoryError)):
+    below = [frame for frame in frames[last_user + 1 :] if not frame.filename.endswith(_CHECKS)]
+    # With a known cure, it is enough that the tracer was at work; else the tracer itself must have raised it.
+    if not any(_TRACING.search(frame.filename) for frame in (below if cure else below[-1:])):
         return None
     place = f" at {Place(frames[last_user].filename, frames[last_user].lineno or 0)}" if last_user >= 0 else ""
     operator = _operator(error, text)

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fxzero import compat, ops
+from fxzero.capture.temporaries import is_in_place
 from fxzero.ir import META_KEY, NodeInfo, Role
 
 _KEPT_META = (META_KEY, "stack_trace")
@@ -21,11 +22,6 @@ _KEPT_META = (META_KEY, "stack_trace")
 def has_in_place_operators(graph: fx.Graph) -> bool:
     """True if some node writes into its arguments."""
     return any(is_in_place(node) for node in graph.nodes)
-
-
-def is_in_place(node: fx.Node) -> bool:
-    """True if the node writes into its arguments."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def functionalize(root: fx.GraphModule) -> fx.GraphModule:

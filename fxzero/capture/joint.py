@@ -18,11 +18,12 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxzero import compat, ops
+from fxzero.capture.batch_norm import run_declared, writes_undeclared
 from fxzero.capture.draws import Draws, numbered_draws
 from fxzero.capture.outputs import OutputSpec, flatten_output, loss_index
 from fxzero.capture.provenance import Recorder, autograd_nodes
 from fxzero.capture.state import FakeState, swapped_tensors, unchanged_attributes
-from fxzero.errors import CaptureError
+from fxzero.errors import CaptureError, InputMismatchError
 from fxzero.ir import META_KEY, NodeInfo, Role
 from fxzero.layout import ParamSpec
 from fxzero.signature import replace_tensors
@@ -51,7 +52,7 @@ class Joint:
     output: OutputSpec
     num_outputs: int
     differentiable: tuple[int, ...]
-    differentiated: tuple[int, ...] = ()
+    differentiated: tuple[int, ...]
     rebound: tuple[str, ...] = ()
     grads: tuple[str, ...] = ()
     input_grads: tuple[int, ...] = ()
@@ -73,16 +74,19 @@ def trace_joint(request: Request) -> Joint:
     fake = compat.fake_tensor_mode()
     with fake:
         state = _fake_state(request)
-        inputs = [_fake_like(tensor, request.device, tensor.requires_grad) for tensor in request.inputs]
-    tracing = _Tracing(request, state, inputs)
+        inputs = [
+            _fake_like(path, tensor, request.device, tensor.requires_grad)
+            for path, tensor in zip(request.input_paths, request.inputs, strict=True)
+        ]
+    tracing = _Tracing(request, state, inputs, torch.is_autocast_cache_enabled())
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(_own_autocast_cache())
         stack.enter_context(unchanged_attributes(request.module))
         stack.enter_context(numbered_draws())
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        stack.enter_context(compat.eager_checkpoints())
         stack.enter_context(fake)
-        stack.enter_context(compat.python_dispatcher())
         root = compat.trace_fx(tracing.run, list(state.params.values()), list(state.buffers.values()), inputs)
     joint = tracing.joint
     assert joint is not None
@@ -97,14 +101,14 @@ def _fake_state(request: Request) -> FakeState:
         name: torch.empty(spec.shape, dtype=spec.dtype, device=request.device, requires_grad=spec.requires_grad)
         for name, spec in request.params.items()
     }
-    buffers = {name: _fake_like(buffer, request.device) for name, buffer in request.module.named_buffers()}
+    buffers = {name: _fake_like(name, buffer, request.device) for name, buffer in request.module.named_buffers()}
     return FakeState(params, buffers)
 
 
-def _fake_like(tensor: Tensor, device: torch.device, requires_grad: bool = False) -> Tensor:
+def _fake_like(name: str, tensor: Tensor, device: torch.device, requires_grad: bool = False) -> Tensor:
     """A leaf of the same geometry; what is on the meta device goes to `device`."""
     if tensor.layout is not torch.strided:
-        raise CaptureError(f"A tensor of layout {tensor.layout} cannot be traced; pass it dense.")
+        raise InputMismatchError(f"{name} is a tensor of layout {tensor.layout}. Pass it dense (to_dense()).")
     where = device if tensor.device.type == "meta" else tensor.device
     return torch.empty_strided(
         tensor.shape, tensor.stride(), dtype=tensor.dtype, device=where, requires_grad=requires_grad
@@ -130,7 +134,10 @@ class _Interceptor(TorchDispatchMode):
         self._recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = self._draws.run(func, args, kwargs or {})
+        if func is torch.ops.prim.device.default:
+            return func(*args)
+        run = run_declared if writes_undeclared(func) else self._draws.run
+        result = run(func, args, kwargs or {})
         self._recorder.label_line()
         return result
 
@@ -138,35 +145,44 @@ class _Interceptor(TorchDispatchMode):
 class _Tracing:
     """The function that is traced, and what is learnt while it runs."""
 
-    def __init__(self, request: Request, state: FakeState, inputs: Sequence[Tensor]) -> None:
+    def __init__(self, request: Request, state: FakeState, inputs: Sequence[Tensor], caches_casts: bool) -> None:
         self.request = request
         self.state = state
         self.inputs = inputs
+        self.caches_casts = caches_casts
         self.joint: Joint | None = None
 
     def run(self, params: list[Tensor], buffers: list[Tensor], inputs: list[Tensor]) -> list[Any]:
         """Forward, boundary, backward."""
         request, state = self.request, self.state
         graph = compat.traced_graph()
+        # make_fx switches autocast's cache off; but whether a weight is cast once or twice rounds its gradient.
+        torch.set_autocast_cache_enabled(self.caches_casts)
         _label_placeholders(graph, request, state)
         recorder = Recorder(graph, request.module)
         draws = Draws()
+        results: list[Any] = []
         with _Interceptor(draws, recorder), recorder.following():
-            with torch.set_grad_enabled(request.with_backward), swapped_tensors(request.module, state):
-                args, kwargs = replace_tensors(request.args, request.kwargs, inputs)
-                output = call_module(request.module, request.forward, args, kwargs)
-            tensors, spec = flatten_output(output)
-            differentiable = tuple(i for i, t in enumerate(tensors) if request.with_backward and t.requires_grad)
-            self.joint = joint = Joint(spec, len(tensors), differentiable, rebound=tuple(state.rebound))
-            joint.differentiated = _choose(request.differentiated, differentiable, tensors, loss_index(output, tensors))
-            results: list[Any] = [*tensors, *state.rebound.values()]
-            if joint.differentiated:
-                recorder.label()
-                graph.call_function(ops.end_forward).meta[META_KEY] = NodeInfo(Role.END_FORWARD)
-                draws.in_backward = True
-                results += self._backward([tensors[index] for index in joint.differentiated], recorder)
+            # A checkpoint runs modules in backward, so the stand-ins stay until its end.
+            with swapped_tensors(request.module, state):
+                with torch.set_grad_enabled(request.with_backward):
+                    args, kwargs = replace_tensors(request.args, request.kwargs, inputs)
+                    output = call_module(request.module, request.forward, args, kwargs)
+                tensors, self.joint = self._outputs(output)
+                if self.joint.differentiated:
+                    recorder.label()
+                    graph.call_function(ops.end_forward).meta[META_KEY] = NodeInfo(Role.END_FORWARD)
+                    draws.in_backward = True
+                    results = self._backward([tensors[index] for index in self.joint.differentiated], recorder)
+            self.joint.rebound = tuple(state.rebound)
         recorder.label()
-        return results
+        return [*tensors, *state.rebound.values(), *results]
+
+    def _outputs(self, output: Any) -> tuple[list[Tensor], Joint]:
+        tensors, spec = flatten_output(output)
+        differentiable = tuple(i for i, t in enumerate(tensors) if self.request.with_backward and t.requires_grad)
+        chosen = _choose(self.request.differentiated, differentiable, tensors, loss_index(output, tensors))
+        return tensors, Joint(spec, len(tensors), differentiable, chosen)
 
     def _backward(self, outputs: list[Tensor], recorder: Recorder) -> list[Tensor | None]:
         joint, state = self.joint, self.state
@@ -183,7 +199,7 @@ class _Tracing:
         tangents = [torch.empty_like(output, requires_grad=False) for output in outputs]
         recorder.label(Role.TANGENT, "")
         torch.clear_autocast_cache()
-        with _no_autocast(self.request.device), recorder.backward_from(outputs):
+        with no_autocast(self.request.device), recorder.backward_from(outputs):
             return list(
                 torch.autograd.grad(outputs, [*trained.values(), *leaves.values()], tangents, allow_unused=True)
             )
@@ -224,8 +240,8 @@ def _choose(
 
 
 @contextlib.contextmanager
-def _no_autocast(device: torch.device) -> Iterator[None]:
-    """Backward runs without autocast, as eager's does outside the `with`."""
+def no_autocast(device: torch.device) -> Iterator[None]:
+    """No autocast inside: backward runs without it, as eager's does outside the `with`."""
     with contextlib.ExitStack() as stack:
         for kind in {"cpu", device.type}:
             if torch.is_autocast_enabled(kind):

@@ -46,7 +46,7 @@ class OutputSpec:
 def flatten_output(output: Any) -> tuple[list[Tensor], OutputSpec]:
     """The tensors of a return value and how to rebuild it; anything but tensors and plain values becomes None."""
     _register_dataclasses(output)
-    flat, treespec = pytree.tree_flatten(output, is_leaf=_is_cache)
+    flat, treespec = pytree.tree_flatten(output, is_leaf=_is_leaf)
     tensors: list[Tensor] = []
     leaves: list[Any] = []
     dropped: list[str] = []
@@ -80,12 +80,17 @@ def loss_index(output: Any, tensors: Sequence[Tensor]) -> int | None:
 def _register_dataclasses(output: Any) -> None:
     """Teach pytree the dataclasses in a return value that it does not know yet."""
     while True:
-        leaves = pytree.tree_leaves(output, is_leaf=_is_cache)
+        leaves = pytree.tree_leaves(output, is_leaf=_is_leaf)
         unknown = {type(leaf) for leaf in leaves if dataclasses.is_dataclass(leaf) and not _is_cache(leaf)}
         if not unknown:
             return
         for cls in unknown:
             torch.export.register_dataclass(cls)
+
+
+def _is_leaf(value: Any) -> bool:
+    """What pytree would take apart and not put together again."""
+    return isinstance(value, torch.Size) or _is_cache(value)
 
 
 def _is_cache(value: Any) -> bool:

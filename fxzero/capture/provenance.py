@@ -32,6 +32,8 @@ _STANDARD_LIBRARY = os.path.dirname(os.__file__) + os.sep
 
 def is_user_file(filename: str) -> bool:
     """True for source files outside torch, fxzero and Python's own library."""
+    if filename in ("<string>", "<frozen runpy>") or filename.startswith("<eval_with_key>"):
+        return False
     if filename.startswith(_STANDARD_LIBRARY) and "site-packages" not in filename:
         return False
     return not filename.startswith(_TORCH) and (not filename.startswith(_FXZERO) or filename.startswith(_MODELS))
@@ -155,7 +157,7 @@ class Recorder:
 
 def autograd_nodes(outputs: list[Tensor]) -> list[Any]:
     """Every node of the autograd graph of these tensors, once, without the leaves' accumulators."""
-    found: dict[Any, None] = dict.fromkeys(output.grad_fn for output in outputs)
+    found: dict[Any, None] = dict.fromkeys(output.grad_fn for output in outputs if output.grad_fn is not None)
     pending = list(found)
     while pending:
         node = pending.pop()

@@ -17,6 +17,10 @@ from torch import Tensor, nn
 from fxzero.errors import CaptureError
 
 
+_RNN_CACHES = ("_flat_weights", "_flat_weight_refs")
+"""What nn.RNNBase makes anew of its parameters in every call."""
+
+
 @dataclass
 class FakeState:
     """The stand-ins of a module's tensors, by canonical name, and what the traced code made of them."""
@@ -103,6 +107,8 @@ def _restore(owner: nn.Module, attributes: dict[str, Any], contents: dict[str, A
     """Undo the changes that hold traced tensors; returns the names of the attributes that had any."""
     changed: list[str] = []
     now = vars(owner)
+    if isinstance(owner, nn.RNNBase):
+        now.update({key: attributes[key] for key in _RNN_CACHES if key in attributes})
     for key in [key for key, value in now.items() if value is not attributes.get(key) and _holds_tensor(value)]:
         changed.append(key)
         if key in attributes:
