@@ -1,0 +1,332 @@
+"""What a user sees: `compile()`, and the module it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import fx, nn
+
+from fxzero import ownership, state
+from fxzero.clip import clip_grad_norm_
+from fxzero.engine import Engine, Options
+from fxzero.errors import FxzeroError, InputMismatchError, OptimizerError
+from fxzero.optim import OptimizerGuard, check_optimizer
+from fxzero.passes import Pass, default_passes
+from fxzero.runtime import Executable
+from fxzero.schedule import Totals, format_schedule, format_table, totals
+
+_REFUSED_METHODS = ("generate",)
+
+
+def compile(
+    model: nn.Module,
+    *,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+    example: Any = None,
+    device: torch.device | str | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    init_fn: Callable[[nn.Module], object] | None = None,
+    sync_init: bool = True,
+    elementwise_optimizer: bool = False,
+    passes: Sequence[Pass] | None = None,
+    timeout: timedelta = timedelta(minutes=5),
+) -> ZeroModule:
+    """Take a model over and train it by ZeRO stage 3 on a schedule that is written before it runs.
+
+    The model's parameters become this rank's shards (1-D, a slice of each) and the full storages are freed; the Parameter
+    objects stay the same, so an optimizer built before or afterwards from `zero.parameters()` steps the shards.
+
+    Args:
+        model: any nn.Module that torch.fx can trace with fake tensors, on the meta device or a real one.
+        optimizer: the optimizer(s) that hold the model's parameters already; state they have is cut into shards.
+        example: one batch: a mapping is passed as keyword arguments, a tuple or list as positional ones, anything else as
+            the only argument. With it, tracing, planning and sharding happen now; else at the first call.
+        device: where a meta model goes. Default: the device of a real model; the rank's accelerator, else the CPU.
+        process_group: the ranks to shard over. Default: the default group if torch.distributed is initialised, else
+            none (world size 1).
+        init_fn: initialises the modules of a meta model, as `model.apply(init_fn)` would.
+        sync_init: start from rank 0's parameters and buffers; False trusts that all ranks have equal ones.
+        elementwise_optimizer: vouch that an optimizer class that fxzero does not know updates each element by itself.
+        passes: the compiler passes, in order. Default: `fxzero.passes.default_passes()`.
+        timeout: how long ranks wait for each other when they compare what they compiled.
+
+    Returns:
+        The module to call and train.
+
+    Raises:
+        InputMismatchError: a parameter is not contiguous, not floating, or the model is compiled already.
+        OptimizerError: the optimizer cannot step shards.
+        CaptureError, RankMismatchError: with `example`; else the first call raises them.
+    """
+    ownership.check_model(model)
+    optimizers = _as_tuple(optimizer)
+    for each in optimizers:
+        check_optimizer(each, elementwise_optimizer=elementwise_optimizer)
+        _check_holds_parameters(each, model)
+    options = Options(
+        passes=tuple(default_passes() if passes is None else passes),
+        device=_choose_device(model, device),
+        sync_init=sync_init,
+        init_fn=init_fn,
+        elementwise_optimizer=elementwise_optimizer,
+        timeout=timeout,
+    )
+    if process_group is None and dist.is_available() and dist.is_initialized():
+        process_group = dist.group.WORLD
+    engine = Engine(model, model.forward, options, process_group, optimizers)
+    zero = ZeroModule(model, engine)
+    if example is not None:
+        args, kwargs = _as_arguments(example)
+        try:
+            engine.prepare(args, kwargs)
+        except BaseException:
+            if engine.shards is None:  # the parameters are what they were
+                ownership.give_back(model)
+            raise
+    return zero
+
+
+def _as_tuple(optimizer: Any) -> tuple[torch.optim.Optimizer, ...]:
+    if optimizer is None:
+        return ()
+    return tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
+
+
+def _check_holds_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    if held.isdisjoint(map(id, model.parameters())):
+        raise OptimizerError(
+            f"{type(optimizer).__name__} holds no parameter of this model. Build it from model.parameters() before "
+            "compile, or from the parameters of what compile returns."
+        )
+
+
+def _as_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    if isinstance(example, (tuple, list)):
+        return tuple(example), {}
+    return (example,), {}
+
+
+def _choose_device(model: nn.Module, device: torch.device | str | None) -> torch.device:
+    found = {tensor.device for tensor in [*model.parameters(), *model.buffers()] if not tensor.is_meta}
+    if device is not None:
+        chosen = torch.device(device)
+    elif len({d.type for d in found}) > 1:
+        raise InputMismatchError(f"The model lies on several devices: {sorted(map(str, found))}. Pass device=.")
+    elif found:
+        chosen = next(iter(found))
+    else:
+        chosen = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if chosen.type != "cpu" and not str(chosen).endswith(tuple("0123456789")):
+        chosen = torch.device(chosen.type, torch.accelerator.current_device_index())
+    return chosen
+
+
+class ZeroModule(nn.Module):
+    """A model whose parameters are this rank's shards and whose forward and backward run from a schedule.
+
+    It has the model's own names and Parameter objects; other attributes and methods are the model's.
+    """
+
+    def __init__(self, model: nn.Module, engine: Engine) -> None:
+        self.__dict__["_fxzero_model"] = model
+        self.__dict__["_fxzero_engine"] = engine
+        mode = model.training
+        super().__init__()
+        model.training = mode  # which nn.Module's constructor sets
+        for shared in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[shared] = model.__dict__[shared]
+        self._fxzero_guard = OptimizerGuard(
+            self, engine.held_shards, elementwise_optimizer=engine.options.elementwise_optimizer
+        )
+        ownership.take_over(model)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model. The first call of each kind (shapes, train or eval, ...) traces and plans it."""
+        return self._fxzero_engine(args, kwargs)
+
+    # -- what belongs to the model -------------------------------------------------------------------------------
+
+    @property
+    def training(self) -> bool:
+        """The model's own flag."""
+        return self._fxzero_model.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        self._fxzero_model.training = mode
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            value = getattr(self.__dict__["_fxzero_model"], name)
+        return _refuse_new_shapes(name) if name in _REFUSED_METHODS else value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_fxzero") or name in self.__dict__ or hasattr(type(self), name):
+            super().__setattr__(name, value)
+            return
+        holds_parameters = isinstance(value, nn.Module) and next(value.parameters(), None) is not None
+        if isinstance(value, nn.Parameter) or holds_parameters or name in self._parameters:
+            raise FxzeroError(f"{name}: compile fixes the parameters of a model. Change the model before fxzero.compile.")
+        setattr(self._fxzero_model, name, value)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ZeroModule:  # type: ignore[override]
+        ownership.refuse_conversion(self, fn)
+        return self
+
+    def __repr__(self) -> str:
+        return f"ZeroModule({self._fxzero_model!r})"
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        ownership.refuse_copy()
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def no_sync(self) -> Generator[None]:
+        """Keep gradients unsharded inside, and reduce them at the first backward outside.
+
+        Fewer bytes on the wire for gradient accumulation, for the memory of one full copy of the gradients. Without it,
+        each backward reduces and adds to the shards, which is the default.
+        """
+        engine = self._fxzero_engine
+        before, engine.synchronize = engine.synchronize, False
+        try:
+            yield
+        finally:
+            engine.synchronize = before
+
+    def clip_grad_norm_(
+        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    ) -> torch.Tensor:
+        """Clip the gradients of all ranks by their global norm, without a host synchronisation.
+
+        Args:
+            max_norm: upper bound on the norm.
+            norm_type: 2.0 or infinity.
+            error_if_nonfinite: raise if the norm is not finite; this one does synchronise with the host.
+
+        Returns:
+            The norm before clipping: a scalar tensor on the device, equal on all ranks.
+
+        Raises:
+            ValueError: another norm_type.
+            RuntimeError: the norm is not finite and `error_if_nonfinite` is set.
+        """
+        engine = self._fxzero_engine
+        return clip_grad_norm_(engine.gradients, engine.comm, max_norm, norm_type, error_if_nonfinite)
+
+    # -- weights -------------------------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, rank0_only: bool = False, prefix: str = "", **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The full state dict with the model's own names: a collective, to be called on every rank.
+
+        Holds no more than the result and one bucket. Buffers are rank 0's.
+
+        Args:
+            rank0_only: only rank 0 gets it; the others get an empty dict.
+            prefix: prepended to each name.
+        """
+        return state.state_dict(self._fxzero_engine, rank0_only=rank0_only, prefix=prefix)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a full state dict with the model's own names; every rank passes it and keeps its slices.
+
+        Raises:
+            CheckpointError: names or shapes do not fit.
+        """
+        if assign:
+            raise ValueError("assign=True would replace the shards. Load with assign=False.")
+        return state.load_state_dict(self._fxzero_engine, state_dict, strict=strict)
+
+    def iter_full_params(self, *, rank0_only: bool = False) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """Gather the parameters bucket by bucket, each once under its canonical name: a collective.
+
+        Yields:
+            `(name, full tensor)`; the tensor is None on other ranks if `rank0_only`. It is a view of memory that the
+            next bucket overwrites: copy what you keep. Every rank must iterate to the end.
+        """
+        self._fxzero_engine.fix_layout_without_trace()
+        return state.full_params(self._fxzero_engine, rank0_only=rank0_only)
+
+    # -- the schedule --------------------------------------------------------------------------------------------
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule of the plan that ran last, or that `example` made."""
+        return Schedule(self._fxzero_engine.last)
+
+
+class Schedule:
+    """What will happen in a step; print it."""
+
+    def __init__(self, executable: Executable | None) -> None:
+        self._executable = executable
+
+    def _traced(self) -> Executable:
+        if self._executable is None:
+            raise FxzeroError(str(self))
+        return self._executable
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The torch.fx graph of the step, its collectives included."""
+        return self._traced().step.graph
+
+    @property
+    def code(self) -> str:
+        """The generated source that runs."""
+        return self._traced().plan.code.source
+
+    @property
+    def totals(self) -> Totals:
+        """Collectives and bytes per step and rank."""
+        return totals(self._traced().step)
+
+    @property
+    def gathered_bytes_per_step(self) -> int:
+        """Bytes that a rank receives from all-gathers in one step."""
+        return self.totals.gathered_bytes
+
+    def table(self) -> str:
+        """The schedule as a table, with phases, bytes and live bytes."""
+        return format_table(self._traced().step)
+
+    def text(self, *, memory: bool = False) -> str:
+        """The schedule line by line.
+
+        Args:
+            memory: add the bytes of gathered and gradient buckets that are live after each line.
+        """
+        return format_schedule(self._traced().step, memory=memory)
+
+    def __str__(self) -> str:
+        if self._executable is None:
+            return (
+                "Nothing is traced yet: call the module once, or pass example= to fxzero.compile, to see the schedule."
+            )
+        return self.text()
+
+    __repr__ = __str__
+
+
+def _refuse_new_shapes(name: str) -> Callable[..., NoReturn]:
+    def refused(*args: Any, **kwargs: Any) -> NoReturn:
+        raise FxzeroError(
+            f"{name}() calls the model with ever new shapes, each of which would be traced. Gather the weights into the "
+            f"plain model instead: plain.load_state_dict(zero.state_dict()); plain.{name}(...)."
+        )
+
+    return refused
+
+
+__all__ = ["Schedule", "ZeroModule", "compile"]
