@@ -1,0 +1,198 @@
+"""On two streams, every conflicting pair of accesses to the arena is ordered by the events that the code records.
+
+A fake `torch.cuda` keeps a vector clock per stream: an event holds the clock of the stream that recorded it, and a stream
+that waits for an event knows all that the event knew. Then each access is checked against all earlier ones to its bytes.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from tests.toy import toy_step
+from torch import fx
+
+from fxzero.codegen import generate
+from fxzero.comm import PlanningComm
+from fxzero.cuda import Events, Placed, plan_cuda_events
+from fxzero.gradients import Stash, Variant
+from fxzero.ir import Role, StepGraph, first_write, is_gather, operands, role, started_by
+from fxzero.passes import default_passes
+from fxzero.pipeline import run_passes
+from fxzero.runtime import plan_arena
+from fxzero.streams import readers_of
+
+COMPUTE, COMMUNICATION = "compute", "communication"
+
+
+@dataclass
+class Clocks:
+    """What each stream knows of the operations of all streams, and a `torch.cuda` that keeps it."""
+
+    known: dict[str, dict[str, int]] = field(default_factory=lambda: {COMPUTE: {}, COMMUNICATION: {}})
+    current: str = COMPUTE
+
+    def tick(self, stream: str) -> tuple[str, int]:
+        """Run one operation on a stream: its name in the clocks."""
+        self.known[stream][stream] = self.known[stream].get(stream, 0) + 1
+        return stream, self.known[stream][stream]
+
+    def learn(self, stream: str, clock: dict[str, int]) -> None:
+        for name, time in clock.items():
+            self.known[stream][name] = max(self.known[stream].get(name, 0), time)
+
+    def knows(self, stream: str, operation: tuple[str, int]) -> bool:
+        return self.known[stream].get(operation[0], 0) >= operation[1]
+
+    def cuda(self) -> Any:
+        clocks = self
+
+        class Event:
+            def record(self) -> None:
+                self.clock = dict(clocks.known[clocks.current])
+
+        class Stream:
+            def __init__(self, device: Any = None) -> None:
+                pass
+
+            def wait_event(self, event: Event) -> None:
+                clocks.learn(COMMUNICATION, event.clock)
+
+        class stream:  # noqa: N801 (as torch.cuda has it)
+            def __init__(self, which: Stream) -> None:
+                pass
+
+            def __enter__(self) -> None:
+                clocks.current = COMMUNICATION
+
+            def __exit__(self, *args: object) -> None:
+                clocks.current = COMPUTE
+
+        class Cuda:
+            pass
+
+        Cuda.Event, Cuda.Stream, Cuda.stream = Event, Stream, stream  # type: ignore[attr-defined]
+        return Cuda
+
+
+@dataclass
+class Access:
+    operation: tuple[str, int]
+    begin: int
+    end: int
+    writes: bool
+    what: str
+
+
+@dataclass
+class Simulation:
+    """Walks a schedule in order and checks each access to the arena when it happens."""
+
+    step: StepGraph
+    placed: Placed
+    events: Events
+    clocks: Clocks
+    accumulate: bool
+    accesses: list[Access] = field(default_factory=list[Access])
+    done: dict[fx.Node, dict[str, int]] = field(default_factory=dict[fx.Node, "dict[str, int]"])
+    conflicts: int = 0
+
+    def run(self) -> None:
+        reads: dict[fx.Node, list[fx.Node]] = {}
+        for start in self.step.nodes(Role.ALL_GATHER):
+            for reader in readers_of(start):
+                reads.setdefault(reader, []).append(start)
+        writes: dict[fx.Node, list[fx.Node]] = {}
+        for start in self.step.nodes(Role.REDUCE_SCATTER):
+            for slot in operands(start):
+                writes.setdefault(first_write(slot), []).append(start)
+                writes.setdefault(slot, []).append(start)
+        if self.events.begin is not None:
+            self.events.begin()
+        for node in self.step.graph.nodes:
+            if role(node) in (Role.ALL_GATHER, Role.REDUCE_SCATTER):
+                self.start(node)
+            elif role(node) is Role.WAIT:
+                self.clocks.learn(COMPUTE, self.done[started_by(node)])
+                if not is_gather(node) and self.accumulate:
+                    operation = self.clocks.tick(COMPUTE)
+                    self.touch(operation, "scratch", started_by(node), writes=False, node=node)
+            else:
+                operation = self.clocks.tick(COMPUTE)
+                for start in reads.get(node, []):
+                    self.touch(operation, "gather", start, writes=False, node=node)
+                for start in writes.get(node, []):
+                    self.touch(operation, "gradient", start, writes=True, node=node)
+            if record := self.events.recorded.get(node):
+                record()
+
+    def start(self, node: fx.Node) -> None:
+        def collective() -> None:
+            assert self.clocks.current == COMMUNICATION
+            operation = self.clocks.tick(COMMUNICATION)
+            if is_gather(node):
+                self.touch(operation, "gather", node, writes=True, node=node)
+            else:
+                self.touch(operation, "gradient", node, writes=False, node=node)
+                self.touch(operation, "scratch", node, writes=True, node=node)
+            self.done[node] = dict(self.clocks.known[COMMUNICATION])
+
+        self.events.start(node, collective)()
+
+    def touch(self, operation: tuple[str, int], kind: str, start: fx.Node, *, writes: bool, node: fx.Node) -> None:
+        if (kind, start) not in self.placed:
+            return
+        buffer, offset = self.placed[kind, start]
+        access = Access(operation, offset, offset + buffer.nbytes, writes, f"{node.name} ({kind} {buffer.name})")
+        for earlier in self.accesses:
+            overlap = earlier.begin < access.end and access.begin < earlier.end
+            if overlap and (earlier.writes or writes) and earlier.operation[0] != operation[0]:
+                self.conflicts += 1
+                assert self.clocks.knows(operation[0], earlier.operation), f"{access.what} races with {earlier.what}"
+        self.accesses.append(access)
+
+
+def simulate(accumulate: bool, drop: Callable[[Events], None] | None = None) -> Simulation:
+    step = toy_step(num_layers=6, world_size=4)
+    run_passes(step, default_passes(bucket_bytes=2**14, prefetch_bytes=2**15, reduce_bytes=2**15))
+    _, placed = plan_arena(step, PlanningComm(0, 4, "cuda"), Variant(accumulate, Stash.NONE))
+    clocks = Clocks()
+    events = plan_cuda_events(step, placed, clocks.cuda(), None, accumulate=accumulate)
+    if drop is not None:
+        drop(events)
+    simulation = Simulation(step, placed, events, clocks, accumulate)
+    simulation.run()
+    return simulation
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_conflicting_accesses_are_ordered_when_buffers_share_bytes(accumulate: bool) -> None:
+    assert simulate(accumulate).conflicts > 20
+
+
+def test_missing_event_is_noticed() -> None:
+    def forget_one(events: Events) -> None:
+        waits = events.streams._waits
+        start = next(op for op, before in waits.items() if any(op_ in events.streams._events for op_ in before) and op > 12)
+        waits[start] = []
+
+    with pytest.raises(AssertionError, match="races with"):
+        simulate(False, forget_one)
+
+
+def test_code_records_each_event_after_its_node() -> None:
+    simulation = simulate(False)
+    code = generate(simulation.step, simulation.events.recorded, record_begin=True)
+    calls = [
+        node.value.func.id
+        for function in ast.parse(code.source).body
+        for node in function.body
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Name)
+    ]
+    assert calls[0] == "record_begin"
+    assert [name for name in calls[1:] if name.startswith("record_")] == [
+        f"record_{node.name}" for node in simulation.step.graph.nodes if node in simulation.events.recorded
+    ]
