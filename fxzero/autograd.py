@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fxzero import compat
 from fxzero.errors import StaleBackwardError
+from fxzero.materialize import rng_state, set_rng_state
 from fxzero.runtime import Executable
 
 if TYPE_CHECKING:
     from fxzero.engine import Engine
 
+Replan = Callable[[tuple[int, ...]], Executable]
+"""Makes the executable for another pattern of arriving gradients."""
+
 
 class Call:
-    """One call of the module, from its forward to its backward."""
+    """One call of the module, from its forward to its backward. It holds nothing any more once backward has run."""
 
-    def __init__(self, engine: Engine, executable: Executable, inputs: list[torch.Tensor], replan: Any) -> None:
+    def __init__(self, engine: Engine, executable: Executable, inputs: list[torch.Tensor], replan: Replan) -> None:
         self._engine = engine
         self._executable = executable
         self._inputs = inputs
-        self._replan = replan
-        """Makes the executable for another pattern of arriving gradients."""
+        self.trained_inputs = [index for index, tensor in enumerate(inputs) if tensor.requires_grad]
+        """Which of the inputs receive a gradient."""
+        self._replan: Replan | None = replan
         self._saved: list[Any] | None = None
-        self._version = 0
+        self._param_version = 0
+        self._versions: list[int] = []
+        """Of what backward reads and the user can reach."""
         self._rng_state: torch.Tensor | None = None
-        self._old_buffers: dict[int, torch.Tensor] = {}
+        self._before: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        """Inputs and buffers as forward found them."""
 
     @property
     def executable(self) -> Executable:
@@ -33,20 +43,47 @@ class Call:
 
     def forward(self, *, keep: bool) -> tuple[Any, ...]:
         """Run forward; with `keep`, keep what backward needs."""
-        executable = self._executable
-        buffers = self._engine.buffers(executable)
-        if keep:
-            self._version = self._engine.version()
-            if executable.draws_random:
-                self._rng_state = torch.get_rng_state()
-            self._old_buffers = {index: buffers[index].clone() for index in executable.mutated_buffers}
+        executable, engine = self._executable, self._engine
+        buffers = engine.buffers(executable)
+        if not keep:
+            return executable.forward(self._inputs, buffers)[0]
+        self._param_version = engine.version()
+        if executable.draws_random:
+            self._rng_state = rng_state(engine.options.device)
+        self._before = (
+            _copy_some(self._inputs, executable.written_inputs),
+            _copy_some(buffers, executable.written_buffers),
+        )
         outputs, saved = executable.forward(self._inputs, buffers)
-        if keep:
-            self._saved = saved
+        self._saved = saved
+        self._versions = _versions(saved, executable.reachable)
+        for index in executable.saved_outputs:  # what is saved must not lead back to this call: that would be a cycle
+            outputs = (*outputs[:index], outputs[index].detach(), *outputs[index + 1 :])
         return outputs
 
-    def backward(self, arriving: tuple[torch.Tensor | None, ...]) -> tuple[Any, ...]:
-        """Run backward for the gradients that arrive, one per output of the Function."""
+    def backward(self, arriving: tuple[torch.Tensor | None, ...]) -> list[torch.Tensor | None]:
+        """Run backward for the gradients that arrive, one per output of the Function.
+
+        Returns:
+            The gradients of the inputs that require grad.
+        """
+        self._check()
+        pattern = self._executable.pattern_of(arriving)
+        if pattern != self._executable.plan.captured.differentiated:
+            self._run_again_for(pattern)
+        saved = self._saved
+        assert saved is not None
+        self._drop()
+        tangents = [grad for grad in arriving if grad is not None]
+        input_grads = self._engine.backward(self._executable, saved, tangents)
+        return [input_grads[index] for index in self.trained_inputs]
+
+    def _check(self) -> None:
+        """Refuse a backward that would be wrong.
+
+        Raises:
+            StaleBackwardError: says why.
+        """
         if torch.is_grad_enabled():
             raise StaleBackwardError(
                 "create_graph=True: gradients of gradients are not in the schedule. Call backward without create_graph."
@@ -56,32 +93,49 @@ class Call:
                 "A second backward through one forward: its saved values are freed as they are used (retain_graph has "
                 "no effect). Call the module again before each backward."
             )
-        if self._version != self._engine.version():
-            self._saved = None
+        if self._param_version != self._engine.version():
+            self._drop()
             raise StaleBackwardError(
                 "The parameters changed between this forward and its backward (an optimizer step or a load). Call the "
                 "module again before backward."
             )
-        pattern = self._executable.pattern_of(arriving)
-        if pattern != self._executable.plan.captured.differentiated:
-            self._run_again_for(pattern)
-        saved, self._saved = self._saved, None
-        tangents = [grad for grad in arriving if grad is not None]
-        return self._engine.backward(self._executable, saved, tangents)
+        if self._versions != _versions(self._saved, self._executable.reachable):
+            self._drop()
+            raise StaleBackwardError(
+                "An input, an output or a buffer that backward needs was changed in place after this forward. Change a "
+                "copy of it instead, and call the module again before backward."
+            )
+
+    def _drop(self) -> None:
+        self._saved, self._inputs, self._before, self._replan = None, [], ([], []), None
 
     def _run_again_for(self, pattern: tuple[int, ...]) -> None:
-        """Repeat forward under the plan for these arriving gradients: same random draws, same buffers."""
+        """Repeat forward under the plan for these arriving gradients: same random draws, same inputs and buffers."""
+        before = self._executable
+        assert self._replan is not None
         self._executable = executable = self._replan(pattern)
-        buffers = self._engine.buffers(executable)
-        for index, old in self._old_buffers.items():
+        inputs, buffers = list(self._inputs), self._engine.buffers(executable)
+        for index, old in zip(before.written_inputs, self._before[0], strict=True):
+            inputs[index] = old
+        for index, old in zip(before.written_buffers, self._before[1], strict=True):
             buffers[index] = old
-        now = torch.get_rng_state()
+        device = self._engine.options.device
+        now = rng_state(device)
         if self._rng_state is not None:
-            torch.set_rng_state(self._rng_state)
+            set_rng_state(self._rng_state, device)
         try:
-            _, self._saved = executable.forward(self._inputs, buffers)
+            _, self._saved = executable.forward(inputs, buffers)
         finally:
-            torch.set_rng_state(now)
+            set_rng_state(now, device)
+
+
+def _copy_some(tensors: Sequence[torch.Tensor], indices: Sequence[int]) -> list[torch.Tensor]:
+    return [tensors[index].clone() for index in indices]
+
+
+def _versions(saved: Sequence[Any], indices: Sequence[int]) -> list[int]:
+    """How often these were changed in place; inference tensors do not count it."""
+    return [0 if saved[index].is_inference() else saved[index]._version for index in indices]
 
 
 class StepFunction(torch.autograd.Function):
@@ -100,4 +154,9 @@ class StepFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *arriving: torch.Tensor | None) -> tuple[Any, ...]:
+        if not compat.runs_in_this_backward(ctx.next_functions[0][0]):
+            raise StaleBackwardError(
+                "torch.autograd.grad, or backward(inputs=...), asks for some gradients only; a compiled backward computes "
+                "those of all parameters. Call loss.backward() and read .grad, also that of the inputs."
+            )
         return (None, None, *ctx.call.backward(arriving))

@@ -68,6 +68,16 @@ def fake_result(node: fx.Node) -> Any:
         return cast(Any, node.target)(*args, **kwargs)
 
 
+def answer_device(op: Any, args: Any) -> torch.device | None:
+    """The answer where `op` asks a fake tensor for its device, which is two thirds of what a dispatch mode sees.
+
+    `prim.device`, `FakeTensor.fake_device`: 2.11 to 2.13.
+    """
+    if op is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+        return args[0].fake_device
+    return None
+
+
 def trace_fx(function: Callable[..., Any], *inputs: Any) -> fx.GraphModule:
     """The ATen operators that a function of fake tensors runs. `make_fx`: 2.11 to 2.13."""
 
@@ -139,3 +149,11 @@ def buffers_of(module: nn.Module) -> dict[str, torch.Tensor | None]:
 def incompatible_keys(missing: list[str], unexpected: list[str]) -> Any:
     """What `Module.load_state_dict` returns. `_IncompatibleKeys`: 2.11 to 2.13."""
     return nn.modules.module._IncompatibleKeys(missing, unexpected)  # pyright: ignore[reportPrivateUsage]
+
+
+# -- autograd ------------------------------------------------------------------------------------------------------
+
+
+def runs_in_this_backward(node: Any) -> bool:
+    """Whether the running backward will come to a node of its graph. `_will_engine_execute_node`: 2.11 to 2.13."""
+    return torch._C._will_engine_execute_node(node)  # pyright: ignore[reportPrivateUsage]

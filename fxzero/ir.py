@@ -272,6 +272,13 @@ def is_pure(node: fx.Node) -> bool:
     return role(node) is Role.COMPUTE and not mutates and not is_random(node)
 
 
+def base(node: fx.Node) -> fx.Node:
+    """What a view is a view of, through views of views; any other node is its own base."""
+    while is_view(node) or (node.target is operator.getitem and is_view(cast(fx.Node, node.args[0]))):
+        node = cast(fx.Node, node.args[0])
+    return node
+
+
 def aliases(node: fx.Node) -> list[fx.Node]:
     """The node and everything that shares its memory: views of it, and views of those, in discovery order."""
     found = [node]

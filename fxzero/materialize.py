@@ -104,6 +104,14 @@ def rng_state(device: torch.device | str) -> Tensor:
     return torch.cat(states)
 
 
+def set_rng_state(state: Tensor, device: torch.device) -> None:
+    """Put the generators into a state that `rng_state(device)` returned."""
+    num_cpu_bytes = torch.get_rng_state().numel()
+    torch.set_rng_state(state[:num_cpu_bytes].clone())
+    if device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(state[num_cpu_bytes:].clone(), device)
+
+
 def initialize(
     model: nn.Module,
     *,
@@ -335,15 +343,8 @@ def _draws_from(state: Tensor | None, device: torch.device) -> Generator[None]:
         return
     if state.shape != own.shape:
         raise ValueError(f"generator_state has {state.numel()} bytes, rng_state({str(device)!r}) has {own.numel()}")
-    _set_rng_state(state, device)
+    set_rng_state(state, device)
     try:
         yield
     finally:
-        _set_rng_state(own, device)
-
-
-def _set_rng_state(state: Tensor, device: torch.device) -> None:
-    num_cpu_bytes = torch.get_rng_state().numel()
-    torch.set_rng_state(state[:num_cpu_bytes].clone())
-    if device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(state[num_cpu_bytes:].clone(), device)
+        set_rng_state(own, device)

@@ -21,7 +21,20 @@ from fxzero.comm import Bound, Comm
 from fxzero.cuda import Placed, plan_cuda_events
 from fxzero.errors import PlanError
 from fxzero.gradients import Gradients, Stash, Variant
-from fxzero.ir import Role, StepGraph, grad_fqn, info, is_gathered_param, is_random, members, operands, role, started_by
+from fxzero.ir import (
+    Role,
+    StepGraph,
+    aliases,
+    base,
+    grad_fqn,
+    info,
+    is_gathered_param,
+    is_random,
+    members,
+    operands,
+    role,
+    started_by,
+)
 from fxzero.layout import Bucket
 from fxzero.memory import (
     Arena,
@@ -77,7 +90,7 @@ class Executable:
     def __init__(self, plan: Plan, shards: Shards, gradients: Gradients, comm: Comm, arena: Arena) -> None:
         self.plan = plan
         self._shards, self._gradients, self._comm, self._arena = shards, gradients, comm, arena
-        self._functions: dict[Variant, dict[str, Any]] = {}
+        self._functions: dict[Variant, dict[str, Callable[..., Any]]] = {}
         self.memory: dict[Variant, MemoryPlan] = {}
         """The arena's plan for each variant that was bound."""
         step = plan.step
@@ -87,11 +100,19 @@ class Executable:
         self.buffers = [info(node).fqn for node in step.nodes(Role.BUFFER)]
         """The names of the buffers that forward takes, in order."""
         written = {node.args[0] for node in step.graph.nodes if node.target is torch.ops.aten.copy_.default}
-        self.mutated_buffers = [i for i, node in enumerate(step.nodes(Role.BUFFER)) if node in written]
+        self.written_buffers = [i for i, node in enumerate(step.nodes(Role.BUFFER)) if node in written]
+        self.written_inputs = [i for i, node in enumerate(step.nodes(Role.INPUT)) if node in written]
         self.draws_random = any(is_random(node) for node in step.graph.nodes)
         self.tensor_outputs = [i for i, value in enumerate(step.model_outputs) if isinstance(value, fx.Node)]
         """Which of the flat outputs are tensors: they are the outputs of the autograd Function."""
         self.differentiable = frozenset(plan.captured.differentiable)
+        outputs = {i: {*aliases(base(cast(fx.Node, step.model_outputs[i])))} for i in self.tensor_outputs}
+        held = {alias for node in step.nodes(Role.INPUT, Role.BUFFER) for alias in aliases(node)}.union(*outputs.values())
+        saved = plan.code.saved
+        self.reachable = [i for i, node in enumerate(saved) if node in held]
+        """Which saved values share memory with what the user holds."""
+        self.saved_outputs = [i for i, memory in outputs.items() if not memory.isdisjoint(saved)]
+        """Outputs that share memory with saved values."""
 
     @property
     def step(self) -> StepGraph:
@@ -114,14 +135,15 @@ class Executable:
         """Which outputs receive a gradient, as indices of the flat outputs."""
         return tuple([i for i, grad in zip(self.tensor_outputs, arriving, strict=True) if grad is not None])
 
-    def _bound(self, variant: Variant) -> dict[str, Any]:
+    def _bound(self, variant: Variant) -> dict[str, Callable[..., Any]]:
         if variant not in self._functions:
-            self._functions[variant] = self._bind(variant)
+            with torch.inference_mode(False):  # views made in it could not be written outside
+                self._functions[variant] = self._bind(variant)
         return self._functions[variant]
 
     # -- binding -------------------------------------------------------------------------------------------------
 
-    def _bind(self, variant: Variant) -> dict[str, Any]:
+    def _bind(self, variant: Variant) -> dict[str, Callable[..., Any]]:
         """Make the globals of the generated code for one variant, and define its functions in them."""
         plan, placed = plan_arena(self.step, self._comm, variant)
         self.memory[variant] = plan
@@ -153,7 +175,8 @@ class Executable:
             for start in self.step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER):
                 names[start.name] = events.start(start, names[start.name])
         exec(compile(code.source, "<fxzero schedule>", "exec"), names)
-        return names
+        # A function holds its globals; were it one of them, only the garbage collector would free the shards.
+        return {name: names.pop(name) for name in ("forward", "backward") if name in names}
 
     def _layout_bucket(self, start: fx.Node) -> Bucket:
         """The bucket of a collective as the layout has it.
