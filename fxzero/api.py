@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch import fx, nn
+from torch import nn
 
 from fxzero import ownership, state
 from fxzero.clip import clip_grad_norm_
@@ -17,8 +17,7 @@ from fxzero.engine import Engine, Options
 from fxzero.errors import FxzeroError, InputMismatchError, OptimizerError
 from fxzero.optim import OptimizerGuard, check_optimizer
 from fxzero.passes import Pass, default_passes
-from fxzero.runtime import Executable
-from fxzero.schedule import Totals, format_schedule, format_table, totals
+from fxzero.schedule import Schedule
 
 _REFUSED_METHODS = ("generate",)
 
@@ -263,60 +262,8 @@ class ZeroModule(nn.Module):
     @property
     def schedule(self) -> Schedule:
         """The schedule of the plan that ran last, or that `example` made."""
-        return Schedule(self._fxzero_engine.last)
-
-
-class Schedule:
-    """What will happen in a step; print it."""
-
-    def __init__(self, executable: Executable | None) -> None:
-        self._executable = executable
-
-    def _traced(self) -> Executable:
-        if self._executable is None:
-            raise FxzeroError(str(self))
-        return self._executable
-
-    @property
-    def graph(self) -> fx.Graph:
-        """The torch.fx graph of the step, its collectives included."""
-        return self._traced().step.graph
-
-    @property
-    def code(self) -> str:
-        """The generated source that runs."""
-        return self._traced().plan.code.source
-
-    @property
-    def totals(self) -> Totals:
-        """Collectives and bytes per step and rank."""
-        return totals(self._traced().step)
-
-    @property
-    def gathered_bytes_per_step(self) -> int:
-        """Bytes that a rank receives from all-gathers in one step."""
-        return self.totals.gathered_bytes
-
-    def table(self) -> str:
-        """The schedule as a table, with phases, bytes and live bytes."""
-        return format_table(self._traced().step)
-
-    def text(self, *, memory: bool = False) -> str:
-        """The schedule line by line.
-
-        Args:
-            memory: add the bytes of gathered and gradient buckets that are live after each line.
-        """
-        return format_schedule(self._traced().step, memory=memory)
-
-    def __str__(self) -> str:
-        if self._executable is None:
-            return (
-                "Nothing is traced yet: call the module once, or pass example= to fxzero.compile, to see the schedule."
-            )
-        return self.text()
-
-    __repr__ = __str__
+        last = self._fxzero_engine.last
+        return Schedule() if last is None else Schedule(last.step, last.plan.code.source)
 
 
 def _refuse_new_shapes(name: str) -> Callable[..., NoReturn]:

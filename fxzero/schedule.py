@@ -6,6 +6,7 @@ One line per collective, wait and release, one per run of compute of the same bl
 from __future__ import annotations
 
 import difflib
+import itertools
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,8 +14,22 @@ from dataclasses import dataclass
 from tabulate import tabulate
 from torch import fx
 
-from fxzero.ir import Phase, Role, StepGraph, info, is_gather, members, release_of, role, started_by, wait_of
-from fxzero.text import block_of, bucket_label, format_bytes
+from fxzero.errors import FxzeroError
+from fxzero.ir import (
+    Phase,
+    Role,
+    StepGraph,
+    first_write,
+    info,
+    is_gather,
+    members,
+    operands,
+    release_of,
+    role,
+    started_by,
+    wait_of,
+)
+from fxzero.text import block_of, bucket_label, format_bytes, format_ops
 
 ROOT = "(model)"
 """The block of what the model itself computes, outside of its submodules."""
@@ -52,6 +67,13 @@ class Totals:
     """Largest sum of the bytes of gathered buckets, from a start to its release."""
 
 
+def live_from(step: StepGraph, start: fx.Node, positions: dict[fx.Node, int]) -> fx.Node:
+    """The node from which on the memory of a collective's bucket is taken; gradients are written before their start."""
+    if is_gather(start):
+        return start
+    return min((first_write(slot) for slot in operands(start)), key=lambda node: positions[node])
+
+
 def live_until(step: StepGraph, start: fx.Node) -> fx.Node:
     """The node at which the memory of a collective's bucket is free again."""
     wait = wait_of(start)
@@ -70,72 +92,80 @@ def end_of_phase(step: StepGraph, node: fx.Node) -> fx.Node:
     return step.output
 
 
+def live_bytes(step: StepGraph, *roles: Role) -> dict[fx.Node, int]:
+    """Bytes of gathered buckets (ALL_GATHER) and gradient buckets (REDUCE_SCATTER) that are live after each node.
+
+    A rank that is alone gathers nothing: its shards are the buckets.
+    """
+    positions = step.positions()
+    change = dict.fromkeys(positions, 0)
+    for start in step.nodes(*roles) if step.world_size > 1 else []:
+        nbytes = step.bucket_of(start).nbytes
+        change[live_from(step, start, positions)] += nbytes
+        change[live_until(step, start)] -= nbytes
+    return dict(zip(change, itertools.accumulate(change.values()), strict=True))
+
+
 def totals(step: StepGraph) -> Totals:
     """Count the collectives of a step and their bytes."""
     gathers, reduces = step.nodes(Role.ALL_GATHER), step.nodes(Role.REDUCE_SCATTER)
-    deltas: dict[fx.Node, int] = {}
-    for start in gathers:
-        nbytes = step.bucket_of(start).nbytes
-        deltas[start] = deltas.get(start, 0) + nbytes
-        end = live_until(step, start)
-        deltas[end] = deltas.get(end, 0) - nbytes
-    live = peak = 0
-    for node in step.graph.nodes:
-        live += deltas.get(node, 0)
-        peak = max(peak, live)
     others = step.world_size - 1
     return Totals(
         num_all_gathers=len(gathers),
         num_reduce_scatters=len(reduces),
         gathered_bytes=sum(step.bucket_of(start).shard_nbytes * others for start in gathers),
         reduced_bytes=sum(step.bucket_of(start).shard_nbytes * others for start in reduces),
-        gathered_peak_bytes=peak,
+        gathered_peak_bytes=max(live_bytes(step, Role.ALL_GATHER).values(), default=0),
     )
 
 
 def rows(step: StepGraph) -> Iterator[Row]:
     """The lines of a schedule, in order."""
-    frees: dict[fx.Node, int] = {}
-    for start in step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER):
-        end = live_until(step, start)
-        frees[end] = frees.get(end, 0) + step.bucket_of(start).nbytes
-    live = 0
+    live = live_bytes(step, Role.ALL_GATHER, Role.REDUCE_SCATTER)
     for phase, nodes in step.phases():
-        block, num_ops = "", 0
+        block, num_ops, last = "", 0, nodes[0] if nodes else step.output
         for node in nodes:
-            live -= frees.get(node, 0)
-            if role(node) in _LINES:
-                if num_ops:
-                    yield Row(phase, "compute", block or ROOT, num_ops=num_ops, live_bytes=live)
-                block, num_ops = "", 0
-                is_start = started_by(node) is node
-                nbytes = step.bucket_of(node).nbytes if is_start else 0
-                live += nbytes
-                action = role(node).value if is_start or is_gather(node) else "wait_reduce"
-                yield Row(phase, action, bucket_label(members(node)), nbytes, live_bytes=live)
-            elif role(node) is Role.COMPUTE and node.target is not operator.getitem:
-                # Gradient sums and the like belong to no module: they continue the run they stand in.
-                name = block_of(info(node).fqn) or block
-                if num_ops and name != block:
-                    yield Row(phase, "compute", block or ROOT, num_ops=num_ops, live_bytes=live)
-                    num_ops = 0
-                block, num_ops = name, num_ops + 1
+            is_line = role(node) in _LINES
+            computes = role(node) is Role.COMPUTE and node.target is not operator.getitem
+            # Gradient sums and the like belong to no module: they continue the run they stand in.
+            name = (block_of(info(node).fqn) or block) if computes else block
+            if num_ops and (is_line or name != block):
+                yield Row(phase, "compute", block or ROOT, num_ops=num_ops, live_bytes=live[last])
+                num_ops = 0
+            if is_line:
+                yield _line(step, phase, node, live[node])
+            block, num_ops, last = "" if is_line else name, num_ops + computes, node
         if num_ops:
-            yield Row(phase, "compute", block or ROOT, num_ops=num_ops, live_bytes=live)
+            yield Row(phase, "compute", block or ROOT, num_ops=num_ops, live_bytes=live[last])
+
+
+def _line(step: StepGraph, phase: Phase, node: fx.Node, live: int) -> Row:
+    """The line of a start, a wait or a release."""
+    is_start = started_by(node) is node
+    action = role(node).value if is_start or is_gather(node) else "wait_reduce"
+    nbytes = step.bucket_of(node).nbytes if is_start else 0
+    return Row(phase, action, bucket_label(members(node)), nbytes, live_bytes=live)
 
 
 def header(step: StepGraph) -> str:
-    """The first line: the totals of the step."""
+    """The first line: the totals of the step, per rank."""
     t = totals(step)
-    text = (
-        f"world_size={step.world_size}  all_gather x{t.num_all_gathers} {format_bytes(t.gathered_bytes)}"
-        f"  reduce_scatter x{t.num_reduce_scatters} {format_bytes(t.reduced_bytes)}"
-        f"  gathered peak {format_bytes(t.gathered_peak_bytes)}"
-    )
-    if step.has_backward and not step.synchronize:
+    parts = [
+        f"world_size={step.world_size}",
+        f"{_count(t.num_all_gathers, 'all_gather')}, {format_bytes(t.gathered_bytes)} received",
+        f"{_count(t.num_reduce_scatters, 'reduce_scatter')}, {format_bytes(t.reduced_bytes)} sent",
+        f"gathered peak {format_bytes(t.gathered_peak_bytes)}",
+    ]
+    if not step.has_backward:
+        del parts[2]
+    elif not step.synchronize:
         held = sum(step.bucket_of(start).nbytes for start in _trained_gathers(step))
-        text += f"  no_sync: unsharded gradients {format_bytes(held)}"
-    return text
+        parts[2] = f"no_sync: unsharded gradients {format_bytes(held)}"
+    return "  ".join(parts)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _trained_gathers(step: StepGraph) -> list[fx.Node]:
@@ -156,7 +186,7 @@ def format_schedule(step: StepGraph, *, memory: bool = False) -> str:
     for index, row in enumerate(all_rows):
         if row.phase is Phase.BACKWARD and (index == 0 or all_rows[index - 1].phase is Phase.FORWARD):
             lines.append("--- end of forward ---")
-        amount = format_bytes(row.nbytes) if row.nbytes else f"{row.num_ops} ops" if row.num_ops else ""
+        amount = format_bytes(row.nbytes) if row.nbytes else format_ops(row.num_ops) if row.num_ops else ""
         line = f"{row.action:<{actions}}  {row.name:<{width}}  {amount:>9}"
         if memory:
             line += f"  {format_bytes(row.live_bytes):>9}"
@@ -184,3 +214,68 @@ def format_table(step: StepGraph) -> str:
 def format_diff(before: str, after: str) -> str:
     """A unified diff of two schedules."""
     return "\n".join(difflib.unified_diff(before.splitlines(), after.splitlines(), "before", "after", lineterm="", n=2))
+
+
+class Schedule:
+    """What will happen in a step; print it.
+
+    Args:
+        step: the planned step; None before anything was traced.
+        code: the source that was generated from it.
+    """
+
+    def __init__(self, step: StepGraph | None = None, code: str = "") -> None:
+        self._step = step
+        self._code = code
+
+    @property
+    def step(self) -> StepGraph:
+        """The step in fxzero's own terms.
+
+        Raises:
+            FxzeroError: nothing was traced yet; it says how to. So do all other members, but `str()`.
+        """
+        if self._step is None:
+            raise FxzeroError(str(self))
+        return self._step
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The torch.fx graph of the step, its collectives included."""
+        return self.step.graph
+
+    @property
+    def code(self) -> str:
+        """The generated source that runs."""
+        return self._code if self.step else ""
+
+    @property
+    def totals(self) -> Totals:
+        """Collectives and bytes per step and rank."""
+        return totals(self.step)
+
+    @property
+    def gathered_bytes_per_step(self) -> int:
+        """Bytes that a rank receives from all-gathers in one step."""
+        return self.totals.gathered_bytes
+
+    def table(self) -> str:
+        """The schedule as a table, with phases, bytes and live bytes."""
+        return format_table(self.step)
+
+    def text(self, *, memory: bool = False) -> str:
+        """The schedule line by line.
+
+        Args:
+            memory: add the bytes of gathered and gradient buckets that are live after each line.
+        """
+        return format_schedule(self.step, memory=memory)
+
+    def __str__(self) -> str:
+        if self._step is None:
+            return (
+                "Nothing is traced yet: call the module once, or pass example= to fxzero.compile, to see the schedule."
+            )
+        return self.text()
+
+    __repr__ = __str__

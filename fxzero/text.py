@@ -18,16 +18,14 @@ def format_bytes(nbytes: float) -> str:
     return f"{nbytes:.0f} {unit}" if nbytes >= 100 or float(nbytes).is_integer() else f"{nbytes:.1f} {unit}"
 
 
+def format_ops(num_ops: int) -> str:
+    """A number of operators, of equal width in singular and plural: '1 op ', '12 ops'."""
+    return f"{num_ops} op " if num_ops == 1 else f"{num_ops} ops"
+
+
 def bucket_label(fqns: tuple[str, ...]) -> str:
-    """A bucket in one word: its only member, the common prefix, or the first and the last member; and the count."""
-    if len(fqns) == 1:
-        return fqns[0]
-    parts = [fqn.split(".")[:-1] for fqn in fqns]
-    common = 0
-    while all(len(p) > common for p in parts) and len({p[common] for p in parts}) == 1:
-        common += 1
-    name = ".".join(parts[0][:common]) or f"{fqns[0]} .. {fqns[-1]}"
-    return f"{name} ({len(fqns)} params)"
+    """A bucket by its first member, which no other bucket has, and the number of the others: 'layers.0.w +3'."""
+    return fqns[0] if len(fqns) == 1 else f"{fqns[0]} +{len(fqns) - 1}"
 
 
 def block_of(fqn: str) -> str:

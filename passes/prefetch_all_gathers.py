@@ -33,10 +33,10 @@ class PrefetchAllGathers:
             raise ValueError(f"max_inflight_bytes is {self.max_inflight_bytes}; it must be at least 0")
 
     def __call__(self, step: StepGraph, /) -> None:
+        if not step.nodes(Role.ALL_GATHER) and any(param.users for param in step.param_nodes().values()):
+            raise PassOrderError("no all_gather in the graph; run InsertAllGathers first")
         for _, nodes in step.phases():
             starts = [node for node in nodes if role(node) is Role.ALL_GATHER]
-            if not starts and any(param.users for param in step.param_nodes().values()):
-                raise PassOrderError("no all_gather in the graph; run InsertAllGathers first")
             nbytes = [step.bucket_of(start).nbytes for start in starts]
             head = next((node for node in nodes if node not in starts), None)
             first = 0

@@ -28,7 +28,7 @@ def test_read_before_its_input_is_refused() -> None:
     step = planned()
     start = step.nodes(Role.ALL_GATHER)[0]
     start.prepend(wait_of(start))
-    with pytest.raises(errors.MalformedGraphError, match="'wait layers .2 params.' stands before"):
+    with pytest.raises(errors.MalformedGraphError, match="'wait layers.0.w .1' stands before"):
         verify_graph(step)
 
 

@@ -23,28 +23,28 @@ def test_gradients_of_a_bucket_are_reduced_together_when_the_last_is_ready() -> 
     step = toy_step()
     run_passes(step, [*BEFORE, BucketAllGathers(bucket_bytes=2**15), BucketReduceScatters()])
     assert_expected_inline(format_schedule(step), """\
-world_size=8  all_gather x4 84 KiB  reduce_scatter x2 42 KiB  gathered peak 48 KiB
-all_gather      layers (2 params)     32 KiB
-wait            layers (2 params)
-compute         layers.0               2 ops
-compute         layers.1               2 ops
-all_gather      layers.2.w            16 KiB
+world_size=8  4 all_gathers, 84 KiB received  2 reduce_scatters, 42 KiB sent  gathered peak 48 KiB
+all_gather      layers.0.w +1     32 KiB
+wait            layers.0.w +1
+compute         layers.0           2 ops
+compute         layers.1           2 ops
+all_gather      layers.2.w        16 KiB
 wait            layers.2.w
-compute         layers.2               2 ops
+compute         layers.2           2 ops
 --- end of forward ---
-compute         layers.2               2 ops
-reduce_scatter  layers.2.w            16 KiB
+compute         layers.2           2 ops
+reduce_scatter  layers.2.w        16 KiB
 wait_reduce     layers.2.w
-all_gather      layers.2.w            16 KiB
+all_gather      layers.2.w        16 KiB
 wait            layers.2.w
-compute         layers.2               3 ops
-compute         layers.1               2 ops
-all_gather      layers (2 params)     32 KiB
-wait            layers (2 params)
-compute         layers.1               3 ops
-compute         layers.0               2 ops
-reduce_scatter  layers (2 params)     32 KiB
-wait_reduce     layers (2 params)""")
+compute         layers.2           3 ops
+compute         layers.1           2 ops
+all_gather      layers.0.w +1     32 KiB
+wait            layers.0.w +1
+compute         layers.1           3 ops
+compute         layers.0           2 ops
+reduce_scatter  layers.0.w +1     32 KiB
+wait_reduce     layers.0.w +1""")
 
 
 def test_member_that_the_step_does_not_reach_gets_zeros() -> None:

@@ -12,7 +12,7 @@ def test_each_param_is_gathered_once_per_phase() -> None:
     step = toy_step(num_layers=2)
     run_passes(step, [RematerializeViews(), InsertAllGathers()])
     assert_expected_inline(format_schedule(step), """\
-world_size=8  all_gather x3 42 KiB  reduce_scatter x0 0 B  gathered peak 32 KiB
+world_size=8  3 all_gathers, 42 KiB received  0 reduce_scatters, 0 B sent  gathered peak 32 KiB
 all_gather  layers.0.w     16 KiB
 wait        layers.0.w
 compute     layers.0        2 ops

@@ -13,7 +13,7 @@ def test_each_gradient_is_reduced_where_it_is_ready() -> None:
     step = toy_step(num_layers=2)
     run_passes(step, [InsertReduceScatters()])
     assert_expected_inline(format_schedule(step), """\
-world_size=8  all_gather x0 0 B  reduce_scatter x2 28 KiB  gathered peak 0 B
+world_size=8  0 all_gathers, 0 B received  2 reduce_scatters, 28 KiB sent  gathered peak 0 B
 compute         layers.0        2 ops
 compute         layers.1        2 ops
 --- end of forward ---

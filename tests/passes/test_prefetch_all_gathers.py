@@ -5,6 +5,7 @@ from expecttest import assert_expected_inline
 from tests.toy import toy_step
 
 from fxzero.errors import PassOrderError
+from fxzero.ir import Role
 from fxzero.passes import InsertAllGathers, PrefetchAllGathers, RematerializeViews
 from fxzero.pipeline import run_passes
 from fxzero.schedule import format_diff, format_schedule
@@ -21,7 +22,7 @@ def test_gathers_start_early_within_the_budget() -> None:
 --- before
 +++ after
 @@ -1,13 +1,13 @@
- world_size=8  all_gather x4 56 KiB  reduce_scatter x0 0 B  gathered peak 64 KiB
+ world_size=8  4 all_gathers, 56 KiB received  gathered peak 64 KiB
  all_gather  layers.0.w     16 KiB
 +all_gather  layers.1.w     16 KiB
  wait        layers.0.w
@@ -43,7 +44,7 @@ def test_one_gather_is_always_ahead_whatever_the_budget() -> None:
     step = toy_step(backward=False)
     run_passes(step, [*BEFORE, PrefetchAllGathers(max_inflight_bytes=0)])
     assert_expected_inline(format_schedule(step), """\
-world_size=8  all_gather x3 42 KiB  reduce_scatter x0 0 B  gathered peak 48 KiB
+world_size=8  3 all_gathers, 42 KiB received  gathered peak 48 KiB
 all_gather  layers.0.w     16 KiB
 all_gather  layers.1.w     16 KiB
 wait        layers.0.w
@@ -61,6 +62,12 @@ def test_nothing_moves_when_there_is_one_gather() -> None:
     before = format_schedule(step)
     PrefetchAllGathers()(step)
     assert format_schedule(step) == before
+
+
+def test_nothing_moves_in_backward_when_only_forward_gathers() -> None:
+    step = toy_step(num_layers=1)
+    run_passes(step, [*BEFORE, PrefetchAllGathers()])
+    assert len(step.nodes(Role.ALL_GATHER)) == 1 and step.has_backward
 
 
 def test_order_mistake_is_refused() -> None:

@@ -14,7 +14,7 @@ def test_bucket_is_released_after_the_last_reader_of_a_view() -> None:
     step = toy_step(num_layers=2, backward=False)
     run_passes(step, [RematerializeViews(), InsertAllGathers(), ReleaseParams()])
     assert_expected_inline(format_schedule(step), """\
-world_size=8  all_gather x2 28 KiB  reduce_scatter x0 0 B  gathered peak 16 KiB
+world_size=8  2 all_gathers, 28 KiB received  gathered peak 16 KiB
 all_gather  layers.0.w     16 KiB
 wait        layers.0.w
 compute     layers.0        2 ops

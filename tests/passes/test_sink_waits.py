@@ -14,7 +14,7 @@ def test_reductions_are_waited_for_at_the_end_when_the_budget_allows() -> None:
     step = toy_step()
     run_passes(step, [InsertReduceScatters(), SinkWaits()])
     assert_expected_inline(format_schedule(step), """\
-world_size=8  all_gather x0 0 B  reduce_scatter x3 42 KiB  gathered peak 0 B
+world_size=8  0 all_gathers, 0 B received  3 reduce_scatters, 42 KiB sent  gathered peak 0 B
 compute         layers.0        2 ops
 compute         layers.1        2 ops
 compute         layers.2        2 ops
@@ -36,7 +36,7 @@ def test_oldest_reduction_is_waited_for_when_the_budget_needs_its_memory() -> No
     step = toy_step()
     run_passes(step, [InsertReduceScatters(), SinkWaits(max_inflight_bytes=2**15)])
     assert_expected_inline(format_schedule(step), """\
-world_size=8  all_gather x0 0 B  reduce_scatter x3 42 KiB  gathered peak 0 B
+world_size=8  0 all_gathers, 0 B received  3 reduce_scatters, 42 KiB sent  gathered peak 0 B
 compute         layers.0        2 ops
 compute         layers.1        2 ops
 compute         layers.2        2 ops
