@@ -6,12 +6,12 @@ import dataclasses
 import logging
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -21,11 +21,12 @@ from fxzero import agree, compat, state
 from fxzero.autograd import Call, StepFunction
 from fxzero.capture import Captured, capture
 from fxzero.comm import Comm, PlanningComm, make_comm
-from fxzero.errors import PlanError
+from fxzero.errors import FxzeroError, InputMismatchError
 from fxzero.gradients import Gradients
 from fxzero.layout import Layout, ParamSpec
 from fxzero.materialize import check_meta_model
 from fxzero.memory import Arena
+from fxzero.modes import Mode, Orders
 from fxzero.optim import ParamShard
 from fxzero.passes import Pass
 from fxzero.planner import describe_layout, layout_in_registration_order, layout_of, make_plan, warn_if_out_of_order
@@ -40,6 +41,9 @@ MAX_PLANS = 64
 """Plans kept; the least recently used is dropped beyond."""
 MANY_SHAPES = 9
 """The number of different shapes at which a warning advises padding."""
+
+Pattern: TypeAlias = tuple[int, ...]
+"""Which of the flat outputs receive a gradient."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,17 @@ class Signature:
     autocast: tuple[bool, Any]
     synchronize: bool
 
+    @property
+    def tensor_leaves(self) -> list[tuple[Any, ...]]:
+        """Geometry of the tensors among the arguments."""
+        return [leaf for leaf in self.call.leaves if is_tensor_leaf(leaf)]
+
+    @property
+    def flags(self) -> tuple[Any, ...]:
+        """What the same script sets on all ranks alike: the arguments that are no tensors, and train or eval."""
+        plain = tuple(None if is_tensor_leaf(leaf) else leaf for leaf in self.call.leaves)
+        return self.call.structure, plain, self.training
+
 
 @dataclass
 class Engine:
@@ -88,9 +103,11 @@ class Engine:
     """False inside no_sync()."""
     last: Executable | None = None
     """The plan that ran last: the one that `zero.schedule` shows."""
-    _plans: OrderedDict[tuple[Signature, tuple[int, ...] | None], Executable] = field(default_factory=OrderedDict)
-    _patterns: dict[Signature, tuple[int, ...]] = field(default_factory=dict[Signature, "tuple[int, ...]"])
-    _orders: dict[tuple[Any, ...], list[str]] = field(default_factory=dict[Any, "list[str]"])
+    _plans: OrderedDict[tuple[Signature, Pattern], Executable] = field(
+        default_factory=OrderedDict[tuple[Signature, Pattern], Executable]
+    )
+    _patterns: dict[Signature, Pattern] = field(default_factory=dict[Signature, Pattern])
+    """For which pattern a kind of call was differentiated last: its next forward runs that plan."""
     _warned: bool = False
 
     def __post_init__(self) -> None:
@@ -102,15 +119,31 @@ class Engine:
         self.shards: Shards | None = None
         self.gradients: Gradients | None = None
         self.arena = Arena(self.options.device)
-        self._modules = list(self.model.modules())
+        self._orders = Orders(self.group, self.comm.rank, self.options.timeout)
         self._param_list = list(self.params.values())
         self._anchor = torch.empty(0, requires_grad=True)
+        self._look_at_modules()
+        check_meta_model(self.model, self.options.init_fn, set(self.model.state_dict()))
+
+    def _look_at_modules(self) -> None:
+        """Note the modules and who owns which buffer.
+
+        Raises:
+            FxzeroError: the parameters are not those that were there at compile.
+        """
+        now = dict(self.model.named_parameters())
+        changed = sorted(fqn for fqn in {*now, *self.params} if now.get(fqn) is not self.params.get(fqn))
+        if changed:
+            raise FxzeroError(
+                f"{changed[0]} was added, removed or replaced after fxzero.compile, which fixes the parameters of a "
+                "model. Change the model before compile."
+            )
+        self._modules = list(self.model.modules())
         self._buffer_owners = {
             f"{prefix}.{name}" if prefix else name: (module, name)
             for prefix, module in self.model.named_modules()
             for name in compat.buffers_of(module)
         }
-        check_meta_model(self.model, self.options.init_fn, set(self.model.state_dict()))
 
     # -- a call --------------------------------------------------------------------------------------------------
 
@@ -121,12 +154,18 @@ class Engine:
         inputs, spec = flatten_call(args, kwargs)
         signature = self._signature(spec)
         pattern = self._patterns.get(signature)
-        executable = self._plans.get((signature, pattern)) or self._make(signature, pattern, args, kwargs)
+        executable = None if pattern is None else self._plans.get((signature, pattern))
+        if executable is None:
+            executable = self._make(signature, pattern, args, kwargs)
+        elif pattern is not None:
+            self._plans.move_to_end((signature, pattern))
         self.last = executable
         return inputs, signature, executable
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inputs, signature, executable = self.prepare(args, kwargs)
+        if executable.example_only:
+            raise InputMismatchError("An input is on the meta device: it can be an example, not a batch to run on.")
         call = Call(self, executable, inputs, lambda pattern: self._replan(signature, pattern, args, kwargs))
         device_type = self.options.device.type
         if torch.is_autocast_enabled(device_type):
@@ -145,20 +184,26 @@ class Engine:
 
     def _signature(self, spec: CallSpec) -> Signature:
         device_type = self.options.device.type
-        autocast = torch.is_autocast_enabled(device_type)
+        autocast, grad = torch.is_autocast_enabled(device_type), torch.is_grad_enabled()
         return Signature(
             spec,
             tuple([module.training for module in self._modules]),
             tuple([param.requires_grad for param in self._param_list]),
-            torch.is_grad_enabled(),
+            grad,
             (autocast, torch.get_autocast_dtype(device_type) if autocast else None),
-            self.synchronize,
+            self.synchronize or not grad,
         )
 
     def buffers(self, executable: Executable) -> list[torch.Tensor]:
         """The module's buffers of now, as the generated forward takes them."""
         owners = self._buffer_owners
-        return [compat.buffers_of(module)[name] for fqn in executable.buffers for module, name in [owners[fqn]]]  # type: ignore[misc]
+        buffers = [compat.buffers_of(module)[name] for fqn in executable.buffers for module, name in [owners[fqn]]]
+        if [(buffer.shape, buffer.dtype) for buffer in buffers] != executable.buffer_geometry:  # type: ignore[union-attr]
+            raise InputMismatchError(
+                f"A buffer among {', '.join(executable.buffers)} has another shape or dtype than when this kind of call "
+                "was traced. Keep them, and write into the buffer."
+            )
+        return buffers  # type: ignore[return-value]
 
     def named_buffers(self) -> list[tuple[str, torch.Tensor]]:
         """The model's buffers of now by canonical name, each once."""
@@ -200,47 +245,79 @@ class Engine:
     # -- plans ---------------------------------------------------------------------------------------------------
 
     def _replan(
-        self, signature: Signature, pattern: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, signature: Signature, pattern: Pattern, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Executable:
         """The plan for another pattern of arriving gradients; later calls of this kind start with it."""
+        executable = self._plans.get((signature, pattern))
+        if executable is None:
+            with self._as_in(signature):
+                executable = self._make(signature, pattern, args, kwargs)
         self._patterns[signature] = pattern
-        self.last = self._plans.get((signature, pattern)) or self._make(signature, pattern, args, kwargs)
-        return self.last
+        self.last = executable
+        return executable
+
+    @contextmanager
+    def _as_in(self, signature: Signature) -> Iterator[None]:
+        """Autocast and training flags as they were at the call, for a trace that comes later."""
+        flags = [module.training for module in self._modules]
+        enabled, dtype = signature.autocast
+        try:
+            for module, training in zip(self._modules, signature.training, strict=True):
+                module.training = training
+            with torch.autocast(self.options.device.type, dtype=dtype, enabled=enabled):
+                yield
+        finally:
+            for module, training in zip(self._modules, flags, strict=True):
+                module.training = training
 
     def _make(
-        self,
-        signature: Signature,
-        pattern: tuple[int, ...] | None,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, signature: Signature, pattern: Pattern | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Executable:
         """Trace, plan and bind; fix the layout if this is the first plan."""
-        with agree.reporting_failure(self.group, "layout") if self.shards is None else nullcontext():
-            captured = self._capture(signature, pattern, args, kwargs)
-            plan = make_plan(captured, self.options.passes, self.shards.layout if self.shards else None)
-            order = collectives(plan.step)
-        if self.shards is None:
-            self.fix_layout(layout_of(plan.step, self.options.passes), order)
-        elif not self._orders:
-            warn_if_out_of_order(plan.step, self.shards.layout)
-        self._check_order(plan.step.has_backward, signature, captured.differentiated, order)
-        assert self.shards is not None and self.gradients is not None
-        executable = Executable(plan, self.shards, self.gradients, self.comm, self.arena)
+        self._look_at_modules()
+        with torch.inference_mode(False):
+            executable, pattern = self._plan(signature, pattern, args, kwargs)
         self._plans[signature, pattern] = executable
-        if pattern is None:
-            self._patterns.setdefault(signature, captured.differentiated)
-            self._plans[signature, captured.differentiated] = executable
+        self._patterns.setdefault(signature, pattern)
         self._bound_cache(signature)
         return executable
 
+    def _plan(
+        self, signature: Signature, pattern: Pattern | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Executable, Pattern]:
+        needs_grad = any(signature.trained) or any(leaf[4] for leaf in signature.tensor_leaves)
+        kind = (signature.grad and needs_grad, signature.trained, signature.synchronize)
+        fixes_layout = self.shards is None
+        others_wait = fixes_layout or self._orders.expects_agreement(*kind)
+        reporting = agree.reporting_failure(self.group, "layout" if fixes_layout else "mode")
+        with reporting if others_wait else nullcontext():
+            captured = self._capture(signature, pattern, args, kwargs, with_backward=kind[0])
+            plan = make_plan(captured, self.options.passes, self.shards.layout if self.shards else None)
+            order = collectives(plan.step)
+        if fixes_layout:
+            self.fix_layout(layout_of(plan.step, self.options.passes), order)
+        assert self.shards is not None and self.gradients is not None
+        if self._orders.is_empty and not fixes_layout:
+            warn_if_out_of_order(plan.step, self.shards.layout)
+        mode = Mode(plan.step.has_backward, *kind[1:], captured.differentiated)
+        self._orders.check(mode, signature.flags, order, agreed=fixes_layout)
+        executable = Executable(plan, self.shards, self.gradients, self.comm, self.arena)
+        executable.example_only = any(leaf[3].type == "meta" for leaf in signature.tensor_leaves)
+        return executable, captured.differentiated
+
     def _capture(
-        self, signature: Signature, pattern: tuple[int, ...] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        signature: Signature,
+        pattern: Pattern | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        with_backward: bool,
     ) -> Captured:
         specs = {
-            fqn: ParamSpec(fqn, spec.shape, spec.dtype, self.params[fqn].requires_grad)
-            for fqn, spec in self.specs.items()
+            fqn: dataclasses.replace(spec, requires_grad=trained)
+            for (fqn, spec), trained in zip(self.specs.items(), signature.trained, strict=True)
         }
-        needs_grad = any(signature.trained) or any(leaf[4] for leaf in signature.call.leaves if is_tensor_leaf(leaf))
         captured = capture(
             self.model,
             self.forward,
@@ -249,7 +326,7 @@ class Engine:
             specs,
             device=self.options.device,
             world_size=self.comm.world_size,
-            with_backward=signature.grad and needs_grad,
+            with_backward=with_backward,
             differentiated=pattern,
         )
         captured.step.synchronize = signature.synchronize
@@ -261,9 +338,9 @@ class Engine:
         """Decide which rank owns what, on all ranks alike, make the storage for it, and fill it."""
         lines = describe_layout(layout, self.options.agreed()) + [f"collective {line}" for line in order]
         agree.agree(self.group, "layout", lines, timeout=self.options.timeout)
-        self.shards = Shards(layout, self.comm.rank, self.options.device)
-        self.gradients = Gradients(self.shards, self.params)
-        state.fill_shards(self, self.shards, loaded)
+        shards = Shards(layout, self.comm.rank, self.options.device)
+        state.fill_shards(self, shards, loaded)
+        self.shards, self.gradients = shards, Gradients(shards, self.params)
 
     def fix_layout_without_trace(self, loaded: AbstractSet[str] = frozenset()) -> None:
         """Fix the layout in registration order, if it is not fixed yet."""
@@ -271,36 +348,9 @@ class Engine:
             layout = layout_in_registration_order(self.specs.values(), self.comm.world_size, self.options.passes)
             self.fix_layout(layout, loaded=loaded)
 
-    def _check_order(
-        self, has_backward: bool, signature: Signature, differentiated: tuple[int, ...], order: list[str]
-    ) -> None:
-        """A new plan must have the collectives of the first one of its mode; the first is agreed on by all ranks.
-
-        Raises:
-            PlanError: it has others, so running it would mismatch collectives with ranks that do not meet this shape.
-        """
-        mode = (has_backward, signature.trained, signature.synchronize, differentiated)
-        first = self._orders.get(mode)
-        if first is None:
-            if self._orders:
-                agree.agree(self.group, "mode", order, timeout=self.options.timeout)
-            self._orders[mode] = order
-        elif first != order:
-            common = min(len(first), len(order))
-            place = next((i for i in range(common) if first[i] != order[i]), common)
-            there = first[place] if place < len(first) else "nothing more"
-            here = order[place] if place < len(order) else "nothing more"
-            raise PlanError(
-                f"rank {self.comm.rank}: this call needs other collectives than the first one of its mode: number "
-                f"{place} is '{here}' instead of '{there}'. Ranks that do not meet this shape would wait for other "
-                "bytes. Make the model use the same parameters in the same order for every input."
-            )
-
     def _bound_cache(self, signature: Signature) -> None:
         shapes = dict.fromkeys(
-            tuple(tuple(leaf[0]) for leaf in key.call.leaves if is_tensor_leaf(leaf))
-            for key, _ in self._plans
-            if key.grad == signature.grad
+            tuple(tuple(leaf[0]) for leaf in key.tensor_leaves) for key, _ in self._plans if key.grad == signature.grad
         )
         if len(shapes) >= MANY_SHAPES and not self._warned:
             self._warned = True
@@ -308,7 +358,9 @@ class Engine:
             warnings.warn(
                 f"{len(shapes)} different input shapes so far, each traced and planned for itself: {listed}. Pad the "
                 "inputs to a multiple (of 64 tokens, say) so that few shapes remain.",
-                stacklevel=4,
+                stacklevel=8,
             )
         while len(self._plans) > MAX_PLANS:
-            self._plans.popitem(last=False)
+            (oldest, pattern), _ = self._plans.popitem(last=False)
+            if self._patterns.get(oldest) == pattern:
+                del self._patterns[oldest]

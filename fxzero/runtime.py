@@ -63,25 +63,34 @@ class Plan:
 def plan_arena(step: StepGraph, comm: Comm, variant: Variant) -> tuple[MemoryPlan, Placed]:
     """Place the communication memory of one variant of a step.
 
+    What all variants need lies at the same place in all of them, so that a bucket that forward keeps is found by whichever
+    backward follows; what only an accumulating backward needs lies behind it.
+
     Returns:
         The plan, and each buffer and its offset in bytes, by kind and the start of its collective.
     """
-    needed: dict[tuple[str, fx.Node], Buffer] = {}
-    if not comm.gathers_in_place:
-        needed |= {("gather", start): buffer for start, buffer in gather_buffers(step).items()}
-    if variant.accumulate or not comm.gathers_in_place:
-        needed |= {("gradient", start): buffer for start, buffer in gradient_buffers(step).items()}
-    scratch = {
-        start: comm.reduce_scratch_numel(bucket, accumulate=variant.accumulate) * bucket.dtype.itemsize
-        for start in step.nodes(Role.REDUCE_SCATTER)
-        for bucket in [step.bucket_of(start)]
-    }
-    needed |= {("scratch", start): buffer for start, buffer in working_buffers(step, "scratch", scratch).items()}
-    kept = {start: step.bucket_of(start).shard_nbytes for start in scratch if _is_partial(step, start)}
-    needed |= {("partial", start): buffer for start, buffer in working_buffers(step, "partial", kept).items()}
-    plan = plan_memory(list(needed.values()))
+    common: dict[tuple[str, fx.Node], Buffer] = {}
+    extra: dict[tuple[str, fx.Node], Buffer] = {}
+    gradients = {("gradient", start): buffer for start, buffer in gradient_buffers(step).items()}
+    if comm.gathers_in_place:
+        extra |= gradients if variant.accumulate else {}
+    else:
+        common |= {("gather", start): buffer for start, buffer in gather_buffers(step).items()} | gradients
+    reduces = {start: step.bucket_of(start) for start in step.nodes(Role.REDUCE_SCATTER)}
+    for needed, accumulate in ((common, False), (extra, True)):
+        if variant.accumulate or not accumulate:
+            nbytes = {
+                start: comm.reduce_scratch_numel(bucket, accumulate=accumulate) * bucket.dtype.itemsize
+                for start, bucket in reduces.items()
+            }
+            needed |= {("scratch", start): buffer for start, buffer in working_buffers(step, "scratch", nbytes).items()}
+    some = {start: bucket.shard_nbytes for start, bucket in reduces.items() if _is_partial(step, start)}
+    common |= {("partial", start): buffer for start, buffer in working_buffers(step, "partial", some).items()}
+    first, second = plan_memory(list(common.values())), plan_memory(list(extra.values()))
+    offsets = (*first.offsets, *(first.peak_bytes + offset for offset in second.offsets))
+    plan = MemoryPlan((*first.buffers, *second.buffers), offsets)
     plan.verify()
-    return plan, dict(zip(needed, zip(plan.buffers, plan.offsets, strict=True), strict=True))
+    return plan, dict(zip([*common, *extra], zip(plan.buffers, plan.offsets, strict=True), strict=True))
 
 
 class Executable:
@@ -99,6 +108,9 @@ class Executable:
             gradients.view(fqn)
         self.buffers = [info(node).fqn for node in step.nodes(Role.BUFFER)]
         """The names of the buffers that forward takes, in order."""
+        self.buffer_geometry = [(node.meta["val"].shape, node.meta["val"].dtype) for node in step.nodes(Role.BUFFER)]
+        self.example_only = False
+        """True for a plan that was made from tensors without values."""
         written = {node.args[0] for node in step.graph.nodes if node.target is torch.ops.aten.copy_.default}
         self.written_buffers = [i for i, node in enumerate(step.nodes(Role.BUFFER)) if node in written]
         self.written_inputs = [i for i, node in enumerate(step.nodes(Role.INPUT)) if node in written]
