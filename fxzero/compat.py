@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, cast
 
 import torch
@@ -13,6 +13,7 @@ from torch import fx, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.distributed.distributed_c10d import Store
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.node import map_arg
 
 
 def direct_call(op: Any) -> Any:
@@ -49,6 +50,17 @@ def default_store() -> Store:
 # -- tracing: capture/ ---------------------------------------------------------------------------------------------
 
 
+def is_operator(target: Any) -> bool:
+    """True for an ATen operator, as traced graphs call them. `torch._ops.OpOverload`: 2.11 to 2.13."""
+    return isinstance(target, cast(Any, torch)._ops.OpOverload)
+
+
+def tensor_tables(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The parameters and buffers that a module itself holds, by attribute. `_parameters`, `_buffers`: 2.11 to 2.13."""
+    private = cast(Any, module)
+    return private._parameters, private._buffers
+
+
 def fake_tensor_mode() -> Any:
     """Tensors without memory; real ones that a model holds become constants. `FakeTensorMode`: 2.11 to 2.13."""
     return FakeTensorMode(allow_non_fake_inputs=True)
@@ -60,10 +72,10 @@ def is_fake(tensor: torch.Tensor) -> bool:
 
 
 def fake_result(node: fx.Node) -> Any:
-    """What a new node of a traced graph gives, from the values of its arguments. `FakeTensor.fake_mode`: 2.11 to 2.13."""
+    """What a new node of a traced graph gives, by the values of its arguments. `FakeTensor.fake_mode`: 2.11 to 2.13."""
     arguments = [argument.meta["val"] for argument in node.all_input_nodes]
     modes = [cast(Any, value).fake_mode for value in arguments if isinstance(value, FakeTensor)]
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])
+    args, kwargs = map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])
     with torch.no_grad(), modes[0] if modes else contextlib.nullcontext():
         return cast(Any, node.target)(*args, **kwargs)
 
@@ -93,7 +105,7 @@ def traced_graph() -> fx.Graph:
 
 
 @contextlib.contextmanager
-def eager_checkpoints() -> Iterator[None]:
+def eager_checkpoints() -> Generator[None]:
     """Let selective checkpoints recompute while they are traced; under a tracer they would only annotate nodes.
 
     `torch.utils.checkpoint._is_compiling`: 2.11 to 2.13.
@@ -109,7 +121,7 @@ def eager_checkpoints() -> Iterator[None]:
 
 def next_sequence_number() -> int:
     """The number that the next autograd node of this thread gets. `_get_sequence_nr`: 2.11 to 2.13."""
-    return torch.autograd._get_sequence_nr()
+    return cast(Any, torch.autograd)._get_sequence_nr()
 
 
 def sequence_number(node: Any) -> int:
@@ -119,8 +131,9 @@ def sequence_number(node: Any) -> int:
 
 def apply_pending_updates(tensor: torch.Tensor) -> None:
     """Trace the updates that functionalization still holds back. `torch._sync`: 2.11 to 2.13."""
-    if torch._is_functional_tensor(tensor):
-        torch._sync(tensor)
+    private = cast(Any, torch)
+    if private._is_functional_tensor(tensor):
+        private._sync(tensor)
 
 
 # -- graphs, storage, modules --------------------------------------------------------------------------------------

@@ -113,6 +113,6 @@ def _eager_in(ambient, module, args, kwargs, differentiated):
     if not chosen or not leaves:
         return output, {}, [None] * len(tensors)
     grads = torch.autograd.grad(chosen, leaves, [torch.ones_like(t) for t in chosen], allow_unused=True)
-    by_name = {name: g for name, g in zip(params, grads, strict=False) if g is not None}
+    by_name = {name: grads[i] for i, name in enumerate(params) if grads[i] is not None}  # pyright: ignore
     rest = iter(grads[len(params) :])
     return output, by_name, [next(rest) if t.requires_grad else None for t in tensors]

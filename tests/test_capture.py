@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections import namedtuple
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -159,9 +159,9 @@ class Double(torch.autograd.Function):
         return x.sin()
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, *grads):
         (x,) = ctx.saved_tensors
-        return 2 * grad * x.cos()
+        return 2 * grads[0] * x.cos()
 
 
 def test_custom_autograd_function():
@@ -323,7 +323,7 @@ def test_buffers_are_written_at_the_end_of_forward():
 def test_tied_buffers_are_one_placeholder():
     model = module_of(count_in_place, n=torch.ones(4))
     model.other = nn.Module()
-    model.other.register_buffer("same", model.n)
+    model.other.register_buffer("same", model.get_buffer("n"))
     assert len(check_against_eager(model, torch.randn(2, 4)).step.nodes(Role.BUFFER)) == 1
 
 
@@ -348,7 +348,9 @@ class Result:
     name: str = "result"
 
 
-Pair = namedtuple("Pair", "a b")
+class Pair(NamedTuple):
+    a: Any
+    b: Any
 
 
 @pytest.mark.parametrize(
@@ -481,7 +483,7 @@ def test_hooks_run_and_a_disabled_forward_is_restored():
         raise AssertionError("disabled")
 
     model.forward = disabled
-    model.register_forward_hook(lambda module, args, output: output * 2)
+    model.register_forward_hook(lambda module, args, output: output * 2)  # pyright: ignore
     from capture_helpers import param_specs
 
     from fxzero.capture import capture

@@ -19,6 +19,11 @@ def module_of(forward, **tensors):
     """A module with one linear layer `lin` and this forward."""
 
     class Written(nn.Module):
+        held: list
+        last: None
+        history: list
+        table: dict
+
         def __init__(self):
             super().__init__()
             self.lin = nn.Linear(4, 4)
@@ -218,7 +223,7 @@ def test_a_tensor_cached_outside_the_module():
 
 
 def test_sparse_inputs():
-    with pytest.raises(InputMismatchError, match="args.0. is a tensor of layout"):
+    with pytest.raises(InputMismatchError, match=r"args\[0\] is a tensor of layout"):
         trace(nn.Linear(4, 4), X.to_sparse())
 
 
@@ -247,7 +252,7 @@ def raises_value_error(self, x):
 
 
 def raises_type_error(self, x):
-    return len(3)
+    return len(3)  # pyright: ignore[reportArgumentType]
 
 
 def raises_key_error(self, x):

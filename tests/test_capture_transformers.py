@@ -63,7 +63,7 @@ def test_language_models(make, masked):
     model = make().train()
     mask = {"attention_mask": MASK} if masked else {}
     no_cache = {"use_cache": False} if model.config.model_type in ("gpt2", "llama", "t5") else {}
-    # Without a mask, transformers lets eager Llama leave the causal mask to the kernel, but gives a tracer an explicit one.
+    # Without a mask, transformers leaves Llama's causal mask to the kernel in eager; for a tracer it makes one.
     exact = masked or make is not llama
     captured = check_against_eager(model, input_ids=IDS, labels=IDS, **mask, **no_cache, exact=exact)
     loss = captured.step.model_outputs[captured.differentiated[0]]

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import enum
-from collections import namedtuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -10,6 +10,11 @@ from fxzero.errors import InputMismatchError
 from fxzero.signature import flatten_call, is_tensor_leaf, replace_tensors
 
 X = torch.ones(2, 3)
+
+
+class Pair(NamedTuple):
+    a: Any
+    b: Any
 
 
 def spec(*args, **kwargs):
@@ -26,7 +31,6 @@ def test_tensors_come_in_order_of_arguments_then_keywords():
 
 
 def test_nested_arguments_are_named_by_their_path():
-    Pair = namedtuple("Pair", "a b")
     tensors, call = flatten_call(([X, 1],), {"batch": {"x": (X, X)}, "pair": Pair(X, None)})
     assert len(tensors) == 4
     assert call.paths == ("args[0][0]", "args[0][1]", "batch['x'][0]", "batch['x'][1]", "pair.a", "pair.b")

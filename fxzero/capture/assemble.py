@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxzero import compat
+from fxzero.capture.batch_norm import writes_undeclared
 from fxzero.capture.joint import Joint
 from fxzero.errors import CaptureError
 from fxzero.ir import META_KEY, NodeInfo, Role, StepGraph, info, is_view, role
@@ -60,7 +61,7 @@ def _copy_graph(root: fx.GraphModule) -> tuple[fx.Graph, dict[str, Tensor], list
     for node in sorted(root.graph.nodes, key=lambda node: ("placeholder", "get_attr").index(node.op)
                        if node.op in ("placeholder", "get_attr") else 2):  # fmt: skip
         if node.op == "output":
-            results = [copies.get(cast(fx.Node, result)) for result in cast(Any, node.args[0])]
+            results = [copies.get(cast(fx.Node, result)) for result in node.args[0]]
             graph.output(())
             continue
         if node.op == "get_attr":
@@ -107,7 +108,9 @@ def _check_dense(grads: dict[str, fx.Node]) -> None:
     for name, grad in grads.items():
         layout = grad.meta["val"].layout
         if layout is not torch.strided:
-            raise CaptureError(f"The gradient of {name} is {layout}; only dense gradients are reduced. Use sparse=False.")
+            raise CaptureError(
+                f"The gradient of {name} is {layout}; only dense gradients are reduced. Use sparse=False."
+            )
 
 
 def _line_of(graph: fx.Graph, target: str) -> str:
@@ -203,6 +206,8 @@ def _is_undone_transpose(node: fx.Node) -> bool:
 def _is_idle_clone(node: fx.Node, fixed: set[fx.Node]) -> bool:
     """True for a clone in the same memory format of a value that nothing writes: dropout that drops nothing."""
     source = cast(fx.Node, node.args[0])
+    if any(writes_undeclared(user.target) for user in node.users):
+        return False
     return not any(alias in fixed for alias in _origins(source)) and _strides(source) == _strides(node)
 
 

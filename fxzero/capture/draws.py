@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
@@ -75,16 +75,15 @@ class Draws:
     def _fused_dropout(self, x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
         """CUDA's dropout; its kernel computes x * mask * scale, as its backward's does, so only the mask is kept."""
         op = aten.native_dropout.default
-        result: tuple[Tensor, Tensor] | None = None
+        fresh: list[tuple[Tensor, Tensor]] = []
 
         def draw() -> _Drawn:
-            nonlocal result
-            result = op(x, p, train)
-            return [result[1]], []
+            fresh.append(op(x, p, train))
+            return [fresh[0][1]], []
 
         (mask,), _ = self._once(op, draw)
-        if result is not None:
-            return result
+        if fresh:
+            return fresh[0]
         return aten.native_dropout_backward.default(x, mask, 1 / (1 - p)), aten.alias.default(mask)
 
     def _once(self, op: Any, draw: Callable[[], _Drawn]) -> _Drawn:
@@ -123,7 +122,7 @@ def _named_arguments(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 @contextlib.contextmanager
-def numbered_draws() -> Iterator[None]:
+def numbered_draws() -> Generator[None]:
     """The CPU generator numbers draws inside, and is as before afterwards."""
     state = torch.default_generator.get_state()
     torch.default_generator.manual_seed(_FIRST_KEY)

@@ -11,15 +11,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from fxzero import compat
 from fxzero.capture.provenance import is_user_file
 from fxzero.errors import CaptureError, FxzeroError, InputMismatchError
 
 _REPLACE_BRANCH = (
-    "the step would depend on a tensor's values, which are not known when it is compiled. Replace .item(), bool(tensor), "
-    "int(tensor) and tensor.tolist() by tensor operations (torch.where), or compute the value before the call and "
-    "pass it in"
+    "the step would depend on a tensor's values, which are not known when it is compiled. Replace .item(), "
+    "bool(tensor), int(tensor) and tensor.tolist() by tensor operations (torch.where), or compute the value before the "
+    "call and pass it in"
 )
 _REPLACE_SHAPE = (
     "the shape of its result depends on a tensor's values. Replace nonzero, unique and indexing with a boolean mask by "
@@ -47,8 +46,11 @@ _CURES: tuple[tuple[str, str], ...] = (
     (r"Mixing fake modes|from different FakeTensorMode", LEAKED),
     (r"[Ss]parse", _SPARSE),
 )
-_TRACING = re.compile(r"torch[/\\](_subclasses|_dispatch|_ops\.py|_meta_registrations|_decomp|_refs|_prims|fx[/\\]|_functorch"
-                      r"|utils[/\\]_python_dispatch|utils[/\\]checkpoint)")  # fmt: skip
+_TRACING = re.compile(
+    r"torch[/\\](_subclasses|_dispatch|_ops\.py|_meta_registrations|_decomp|_refs|_prims|fx[/\\]|_functorch|"
+    r"utils[/\\]_python_dispatch|utils[/\\]checkpoint)"
+)
+"""Files of torch that raise on behalf of the tracer, not of the model."""
 
 _CHECKS = os.path.join("torch", "__init__.py")
 """torch._check, which raises on behalf of its caller."""
@@ -116,7 +118,7 @@ def _with_place(error: CaptureError) -> CaptureError | None:
 def _operator(error: Exception, text: str) -> str:
     """The name of the operator that failed, "" if unknown."""
     for candidate in (getattr(error, "func", None), *error.args[:1]):
-        if isinstance(candidate, torch._ops.OpOverload):
+        if compat.is_operator(candidate):
             return str(candidate)
     found = re.search(r"aten(?:::|\.)\w+(?:\.\w+)?", text)
     return found.group().replace("::", ".") if found else ""

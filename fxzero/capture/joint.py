@@ -9,7 +9,7 @@ Every tensor is fake and of full size; no memory is used, nothing is drawn, and 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,7 +116,7 @@ def _fake_like(name: str, tensor: Tensor, device: torch.device, requires_grad: b
 
 
 @contextlib.contextmanager
-def _own_autocast_cache() -> Iterator[None]:
+def _own_autocast_cache() -> Generator[None]:
     """Neither read casts of real parameters from autocast's cache, nor leave fake ones in it."""
     torch.clear_autocast_cache()
     try:
@@ -134,8 +134,8 @@ class _Interceptor(TorchDispatchMode):
         self._recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:
-            return func(*args)
+        if device := compat.answer_device(func, args):
+            return device
         run = run_declared if writes_undeclared(func) else self._draws.run
         result = run(func, args, kwargs or {})
         self._recorder.label_line()
@@ -240,7 +240,7 @@ def _choose(
 
 
 @contextlib.contextmanager
-def no_autocast(device: torch.device) -> Iterator[None]:
+def no_autocast(device: torch.device) -> Generator[None]:
     """No autocast inside: backward runs without it, as eager's does outside the `with`."""
     with contextlib.ExitStack() as stack:
         for kind in {"cpu", device.type}:

@@ -12,7 +12,7 @@ import contextlib
 import linecache
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,6 +27,7 @@ from fxzero.ir import META_KEY, NodeInfo, Role
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _FXZERO = str(Path(__file__).resolve().parent.parent) + os.sep
 _MODELS = _FXZERO + "models" + os.sep
+_TRACER = str(Path(__file__).with_name("joint.py"))
 _STANDARD_LIBRARY = os.path.dirname(os.__file__) + os.sep
 
 
@@ -83,7 +84,7 @@ class Recorder:
         self._last_with_line = next(iter(reversed(self._graph.nodes)))
 
     def _user_line(self) -> str:
-        frame: FrameType | None = sys._getframe(2)
+        frame: FrameType | None = sys._getframe(2)  # pyright: ignore[reportPrivateUsage]
         while frame is not None:
             filename = frame.f_code.co_filename
             user = self._is_user.get(filename)
@@ -92,14 +93,13 @@ class Recorder:
             if user:
                 code = linecache.getline(filename, frame.f_lineno).strip()
                 return f'File "{filename}", line {frame.f_lineno}, in {frame.f_code.co_name}\n    {code}'
-            if filename.endswith("joint.py") and filename.startswith(_FXZERO):
-                if frame.f_code.co_name == "call_module":
-                    return ""
+            if frame.f_code.co_name == "call_module" and filename == _TRACER:
+                return ""
             frame = frame.f_back
         return ""
 
     @contextlib.contextmanager
-    def following(self) -> Iterator[None]:
+    def following(self) -> Generator[None]:
         """Follow which module is running."""
         before = register_module_forward_pre_hook(self._enter)
         after = register_module_forward_hook(self._leave, always_call=True)
@@ -126,7 +126,7 @@ class Recorder:
         self._change()
 
     @contextlib.contextmanager
-    def backward_from(self, outputs: list[Tensor]) -> Iterator[None]:
+    def backward_from(self, outputs: list[Tensor]) -> Generator[None]:
         """Follow which module's backward is running, in the autograd graph of these outputs."""
         self.label()
         self.in_backward = True

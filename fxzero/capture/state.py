@@ -7,15 +7,15 @@ reported to the caller, a tensor kept in a plain attribute is refused, because n
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fxzero import compat
 from fxzero.errors import CaptureError
-
 
 _RNN_CACHES = ("_flat_weights", "_flat_weight_refs")
 """What nn.RNNBase makes anew of its parameters in every call."""
@@ -32,7 +32,7 @@ class FakeState:
 
 
 @contextlib.contextmanager
-def swapped_tensors(module: nn.Module, state: FakeState) -> Iterator[None]:
+def swapped_tensors(module: nn.Module, state: FakeState) -> Generator[None]:
     """Let every parameter and buffer slot of the module hold its stand-in; tied slots hold the same one.
 
     Raises:
@@ -43,7 +43,7 @@ def swapped_tensors(module: nn.Module, state: FakeState) -> Iterator[None]:
     stand_ins.update({id(b): (name, state.buffers[name]) for name, b in module.named_buffers()})
     slots: list[tuple[str, dict[str, Any], str, Any]] = []
     for prefix, owner in module.named_modules():
-        for table in (owner._parameters, owner._buffers):
+        for table in compat.tensor_tables(owner):
             slots.extend((prefix, table, key, value) for key, value in table.items() if value is not None)
     try:
         for _, table, key, value in slots:
@@ -51,7 +51,7 @@ def swapped_tensors(module: nn.Module, state: FakeState) -> Iterator[None]:
         yield
         for prefix, table, key, value in slots:
             name, stand_in = stand_ins[id(value)]
-            now = table.get(key)
+            now: Any = table.get(key)
             if now is not stand_in:
                 _check_rebound(f"{prefix}.{key}".removeprefix("."), stand_in, now, name in state.params)
                 state.rebound[name] = now
@@ -75,7 +75,7 @@ def _check_rebound(name: str, before: Tensor, now: Any, is_param: bool) -> None:
 
 
 @contextlib.contextmanager
-def unchanged_attributes(module: nn.Module) -> Iterator[None]:
+def unchanged_attributes(module: nn.Module) -> Generator[None]:
     """Take back what the code inside binds to the module's attributes if it holds tensors, and refuse it.
 
     Raises:
@@ -116,7 +116,7 @@ def _restore(owner: nn.Module, attributes: dict[str, Any], contents: dict[str, A
         else:
             del now[key]
     for key, content in contents.items():
-        container = now.get(key)
+        container: Any = now.get(key)
         if container is attributes[key] and _differs(container, content) and _holds_new_tensor(container, content):
             changed.append(_entry(key, container, content))
             container.clear()

@@ -23,7 +23,7 @@ _ALIASES = frozenset({aten.detach.default, aten.alias.default, aten.lift_fresh.d
 
 def is_in_place(node: fx.Node) -> bool:
     """True if the node writes into its arguments."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return compat.is_operator(node.target) and cast(Any, node.target)._schema.is_mutable
 
 
 def aliases_argument(node: fx.Node) -> bool:
@@ -69,17 +69,17 @@ def _is_unshared(node: fx.Node, positions: dict[fx.Node, int], made: set[fx.Node
 
 def _makes_temporary(node: fx.Node) -> bool:
     """True if the node's result is one new tensor."""
-    op = node.target
-    if not isinstance(op, torch._ops.OpOverload) or aliases_argument(node) or is_in_place(node):
+    if not compat.is_operator(node.target) or aliases_argument(node) or is_in_place(node):
         return False
-    return len(op._schema.returns) == 1 and isinstance(node.meta.get("val"), Tensor)
+    return len(cast(Any, node.target)._schema.returns) == 1 and isinstance(node.meta.get("val"), Tensor)
 
 
 def _functional_form(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     target = cast(fx.Node, node.args[0])
     if node.target is aten.copy_.default:
-        source = cast(fx.Node, node.args[1])
-        return source if _same_geometry(source, target) else None
+        if not _same_geometry(cast(fx.Node, node.args[1]), target):
+            return None
+        return _with_value(graph, graph.call_function(aten.clone.default, (node.args[1],)), node)
     if node.target is aten.bernoulli_.float:
         return _bernoulli(graph, node, target)
     op = _functional_operator(cast(Any, node.target))
