@@ -204,6 +204,12 @@ class ZeroModule(nn.Module):
         finally:
             engine.synchronize = before
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, also those that no_sync() holds (which an optimizer's zero_grad does not know of)."""
+        super().zero_grad(set_to_none)
+        if self._fxzero_engine.gradients is not None:
+            self._fxzero_engine.gradients.drop_held()
+
     def clip_grad_norm_(
         self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
     ) -> torch.Tensor:

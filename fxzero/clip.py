@@ -19,9 +19,10 @@ def clip_grad_norm_(
     gradients: Gradients | None, comm: Comm, max_norm: float, norm_type: float, error_if_nonfinite: bool
 ) -> torch.Tensor:
     """See ZeroModule.clip_grad_norm_. Padding is zero, so a norm over whole segments is that of the gradients."""
+    norm_type = float(norm_type)
     if norm_type not in (2.0, math.inf):
         raise ValueError(f"norm_type is {norm_type}; it must be 2.0 or inf")
-    if gradients is None:
+    if gradients is None or not gradients.are_there:
         raise PlanError("There are no gradients before the first backward. Call the module and backward first.")
     segments = gradients.settle()
     norms = [_norm(segment, norm_type) for segment in segments]

@@ -22,7 +22,7 @@ from fxzero.autograd import Call, StepFunction
 from fxzero.capture import Captured, capture
 from fxzero.comm import Comm, PlanningComm, make_comm
 from fxzero.errors import FxzeroError, InputMismatchError
-from fxzero.gradients import Gradients
+from fxzero.gradients import Gradients, Stash
 from fxzero.layout import Layout, ParamSpec
 from fxzero.materialize import check_meta_model
 from fxzero.memory import Arena
@@ -235,6 +235,8 @@ class Engine:
         assert gradients is not None
         synchronize = executable.step.synchronize
         variant = gradients.variant(synchronize=synchronize)
+        if variant.stash is Stash.FLUSH:
+            gradients.check_flush(executable.reduced)
         input_grads = executable.backward(variant, saved, tangents)
         if not synchronize:
             gradients.hold(executable.reached, variant)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from fxzero import compat
+from fxzero.errors import FxzeroError, PlanError
 from fxzero.layout import Bucket
 from fxzero.shards import FlatBuffer, Shards, unflatten
 
@@ -46,6 +48,8 @@ class Gradients:
         self._unsharded: FlatBuffer | None = None
         self._held: dict[str, None] = {}
         """Parameters whose unsharded gradients wait for the next synchronised backward."""
+        self.are_there = False
+        """True once a backward has reduced gradients."""
 
     def view(self, fqn: str) -> torch.Tensor:
         """The one tensor object that is ever `.grad` of a parameter."""
@@ -68,15 +72,25 @@ class Gradients:
         return Variant(accumulate, Stash.FLUSH if self._held else Stash.NONE)
 
     def publish(self, reached: Sequence[str], variant: Variant) -> None:
-        """Point `.grad` of every parameter that a backward reached at its slice, and run hooks that wait for it."""
+        """Point `.grad` of every parameter that a backward reached at its slice, and run hooks that wait for it.
+
+        Raises:
+            FxzeroError: a parameter has a hook on its gradient, which is nowhere whole.
+        """
         views = self._views
         fqns = reached
         if variant.stash is Stash.FLUSH:
             fqns = [*reached, *(fqn for fqn in self._held if fqn not in reached)]
             self._held = {}
+        self.are_there = True
         for fqn in fqns:
             param = self._params[fqn]
             param.grad = views[fqn]
+            if param._backward_hooks:  # pyright: ignore[reportPrivateUsage]
+                raise FxzeroError(
+                    f"{fqn} has a hook (register_hook), which would get its whole gradient; that is nowhere whole. Use "
+                    "register_post_accumulate_grad_hook, which gets the parameter with the gradient of its shard."
+                )
             hooks = param._post_accumulate_grad_hooks  # pyright: ignore[reportPrivateUsage]
             if hooks:
                 for hook in hooks.values():
@@ -109,6 +123,8 @@ class Gradients:
         if self._unsharded is None:
             trained = [bucket for bucket in self._shards.layout.buckets if bucket.requires_grad]
             self._unsharded = FlatBuffer(trained, self._shards.device, whole=True)
+        if bucket not in self._unsharded.parts:  # frozen when the layout was fixed
+            self._unsharded.extend(FlatBuffer([bucket], self._shards.device, whole=True))
         return self._unsharded.parts[bucket]
 
     @property
@@ -118,14 +134,34 @@ class Gradients:
 
     def hold(self, fqns: Sequence[str], variant: Variant) -> None:
         """Note that a backward under no_sync() wrote these gradients; the first one clears all others."""
-        if variant.stash is Stash.FIRST:
+        if variant.stash is Stash.FIRST and self._unsharded is not None:
             others = [
                 slot
-                for bucket in self._shards.layout.buckets
-                if bucket.requires_grad
-                for fqn, slot in unflatten(bucket, self.unsharded_bucket(bucket)).items()
+                for bucket, part in self._unsharded.parts.items()
+                for fqn, slot in unflatten(bucket, part).items()
                 if fqn not in fqns
             ]
             if others:
                 compat.zero_all(others)
         self._held.update(dict.fromkeys(fqns))
+
+    def check_flush(self, reduced: AbstractSet[str]) -> None:
+        """Refuse to leave unsharded gradients behind.
+
+        Args:
+            reduced: the parameters in the buckets that the coming backward reduces.
+
+        Raises:
+            PlanError: some that are held are not among them.
+        """
+        left = [fqn for fqn in self._held if fqn not in reduced]
+        if left:
+            raise PlanError(
+                f"no_sync() holds the gradient of {left[0]} (and {len(left) - 1} more), but this call, outside it, does "
+                "not reduce the bucket. Let the last call of an accumulation, outside no_sync(), use every parameter "
+                "that those inside used; zero.zero_grad() drops what is held."
+            )
+
+    def drop_held(self) -> None:
+        """Forget what no_sync() holds."""
+        self._held = {}

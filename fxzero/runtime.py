@@ -106,6 +106,8 @@ class Executable:
         self.reached = list(step.grads)
         for fqn in self.reached:
             gradients.view(fqn)
+        self.reduced = {fqn for start in step.nodes(Role.REDUCE_SCATTER) for fqn in members(start)}
+        """The parameters in the buckets that backward reduces."""
         self.buffers = [info(node).fqn for node in step.nodes(Role.BUFFER)]
         """The names of the buffers that forward takes, in order."""
         self.buffer_geometry = [(node.meta["val"].shape, node.meta["val"].dtype) for node in step.nodes(Role.BUFFER)]

@@ -62,6 +62,12 @@ class FlatBuffer:
                 offset += numel[bucket] * dtype.itemsize
             self.segments.append(storage_view(storage, begin, (offset - begin) // dtype.itemsize, dtype, device))
 
+    def extend(self, other: FlatBuffer) -> None:
+        """Take over the buckets of another buffer, in a block of their own."""
+        self.parts.update(other.parts)
+        self.segments += other.segments
+        self.nbytes += other.nbytes
+
 
 class Shards:
     """This rank's slice of every parameter, and of every gradient."""
@@ -76,10 +82,7 @@ class Shards:
     def grad_shard(self, bucket: Bucket) -> torch.Tensor:
         """The gradient shard of a bucket; that of one frozen when the layout was fixed is made on demand."""
         if bucket not in self.grads.parts:
-            extra = FlatBuffer([bucket], self.device)
-            self.grads.parts.update(extra.parts)
-            self.grads.segments += extra.segments
-            self.grads.nbytes += extra.nbytes
+            self.grads.extend(FlatBuffer([bucket], self.device))
         return self.grads.parts[bucket]
 
     def param_view(self, fqn: str) -> torch.Tensor:
