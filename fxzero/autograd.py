@@ -31,6 +31,8 @@ class Call:
         self._replan: Replan | None = replan
         self._saved: list[Any] | None = None
         self._param_version = 0
+        self._generation = 0
+        """Of the arena after forward: it still has the buckets that forward keeps if that is its generation."""
         self._versions: list[int] = []
         """Of what backward reads and the user can reach."""
         self._rng_state: torch.Tensor | None = None
@@ -55,7 +57,7 @@ class Call:
             _copy_some(buffers, executable.written_buffers),
         )
         outputs, saved = executable.forward(self._inputs, buffers)
-        self._saved = saved
+        self._saved, self._generation = saved, executable.generation
         self._versions = _versions(saved, executable.reachable)
         for index in executable.saved_outputs:  # what is saved must not lead back to this call: that would be a cycle
             outputs = (*outputs[:index], outputs[index].detach(), *outputs[index + 1 :])
@@ -75,6 +77,7 @@ class Call:
         assert saved is not None
         self._drop()
         tangents = [grad for grad in arriving if grad is not None]
+        self._executable.restore_kept(self._generation)
         input_grads = self._engine.backward(self._executable, saved, tangents)
         return [input_grads[index] for index in self.trained_inputs]
 
@@ -125,6 +128,7 @@ class Call:
             set_rng_state(self._rng_state, device)
         try:
             _, self._saved = executable.forward(inputs, buffers)
+            self._generation = executable.generation
         finally:
             set_rng_state(now, device)
 

@@ -96,6 +96,8 @@ class StepGraph:
     """Tensors that the model's code made from Python values while it was traced: the targets of get_attr nodes."""
     synchronize: bool = True
     """False under no_sync(): gradients are written to unsharded buckets and not reduced."""
+    kept: set[tuple[str, ...]] = field(default_factory=set[tuple[str, ...]])
+    """Buckets that stay gathered from forward to backward, by their members."""
     _buckets: dict[tuple[str, ...], Bucket] = field(default_factory=dict[tuple[str, ...], Bucket], repr=False)
 
     # -- phases --------------------------------------------------------------------------------------------------

@@ -148,6 +148,8 @@ class Arena:
     def __init__(self, device: torch.device) -> None:
         self._storage = torch.empty(0, dtype=torch.uint8, device=device).untyped_storage()
         self._device = device
+        self.generation = 0
+        """Counts the phases that ran: what one of them left is there only until the next."""
 
     @property
     def nbytes(self) -> int:

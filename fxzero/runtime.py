@@ -137,13 +137,28 @@ class Executable:
         unused = Variant(False, Stash.NONE if self.step.synchronize else Stash.FIRST)
         outputs = self._bound(next(iter(self._functions), unused))["forward"](inputs, buffers)
         self._comm.drain()
+        self._arena.generation += 1
         return outputs
 
     def backward(self, variant: Variant, saved: list[Any], tangents: list[torch.Tensor]) -> tuple[Any, ...]:
         """Run the backward phase: the gradients of the inputs; both lists are emptied as values are used."""
         input_grads = self._bound(variant)["backward"](saved, tangents)
         self._comm.drain()
+        self._arena.generation += 1
         return input_grads
+
+    @property
+    def generation(self) -> int:
+        """Of the arena; it changes with every phase of any plan."""
+        return self._arena.generation
+
+    def restore_kept(self, generation: int) -> None:
+        """Gather again what a forward kept, if other phases have run since and may have used its memory."""
+        if self.step.kept and generation != self._arena.generation:
+            if self._shards.device.type == "cuda":
+                torch.cuda.synchronize(self._shards.device)  # the events of the schedule do not cover this rare gather
+            next(iter(self._functions.values()))["gather_kept"]()
+            self._comm.drain()
 
     def pattern_of(self, arriving: Sequence[torch.Tensor | None]) -> tuple[int, ...]:
         """Which outputs receive a gradient, as indices of the flat outputs."""
@@ -188,9 +203,12 @@ class Executable:
         if events is not None:
             for start in self.step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER):
                 names[start.name] = events.start(start, names[start.name])
+        kept = [start for start in self.step.nodes(Role.ALL_GATHER) if members(start) in self.step.kept]
+        gather_kept = [names[start.name] for start in kept] + [names[f"wait_{start.name}"] for start in kept]
         exec(compile(code.source, "<fxzero schedule>", "exec"), names)
         # A function holds its globals; were it one of them, only the garbage collector would free the shards.
-        return {name: names.pop(name) for name in ("forward", "backward") if name in names}
+        functions = {name: names.pop(name) for name in ("forward", "backward") if name in names}
+        return {**functions, "gather_kept": _in_turn(*gather_kept)}
 
     def _layout_bucket(self, start: fx.Node) -> Bucket:
         """The bucket of a collective as the layout has it.

@@ -81,7 +81,7 @@ def live_until(step: StepGraph, start: fx.Node) -> fx.Node:
         return wait
     if release := release_of(wait):
         return release
-    return end_of_phase(step, start)
+    return step.output if members(start) in step.kept else end_of_phase(step, start)
 
 
 def end_of_phase(step: StepGraph, node: fx.Node) -> fx.Node:

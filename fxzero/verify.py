@@ -44,6 +44,7 @@ class _Walk:
 
     phase: Phase = Phase.FORWARD
     has_gathers: bool = False
+    kept: frozenset[tuple[str, ...]] = frozenset()
     seen: set[fx.Node] = field(default_factory=set[fx.Node])
     waited: dict[fx.Node, Phase] = field(default_factory=dict[fx.Node, Phase])
     started: dict[fx.Node, Phase] = field(default_factory=dict[fx.Node, Phase])
@@ -59,7 +60,7 @@ def verify_graph(step: StepGraph) -> None:
         ScheduleError: the subclass names the rule that is broken.
     """
     _check_buckets(step)
-    walk = _Walk(has_gathers=bool(step.nodes(Role.ALL_GATHER)))
+    walk = _Walk(has_gathers=bool(step.nodes(Role.ALL_GATHER)), kept=frozenset(step.kept))
     for node in step.graph.nodes:
         _check_order(walk, node)
         if role(node) is Role.END_FORWARD:
@@ -140,7 +141,7 @@ def _check_reads(walk: _Walk, node: fx.Node) -> None:
                 f"{fqn} is read by {describe(node)} after its release.\n"
                 "Release a parameter after its last reader, or gather it again."
             )
-        if walk.started[start] is not walk.phase:
+        if walk.started[start] is not walk.phase and members(start) not in walk.kept:
             raise PhaseError(f"{fqn} is gathered in forward and read by {describe(node)} in backward. Gather it again.")
 
 

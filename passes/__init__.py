@@ -10,6 +10,7 @@ from fxzero.passes.bucket_all_gathers import BucketAllGathers
 from fxzero.passes.bucket_reduce_scatters import BucketReduceScatters
 from fxzero.passes.insert_all_gathers import InsertAllGathers
 from fxzero.passes.insert_reduce_scatters import InsertReduceScatters
+from fxzero.passes.keep_gathered import KeepGathered
 from fxzero.passes.prefetch_all_gathers import PrefetchAllGathers
 from fxzero.passes.release_params import ReleaseParams
 from fxzero.passes.rematerialize_views import RematerializeViews
@@ -22,6 +23,7 @@ Pass: TypeAlias = Callable[[StepGraph], None]
 def default_passes(
     *,
     bucket_bytes: int = BucketAllGathers.bucket_bytes,
+    max_kept_bytes: int | None = 0,
     prefetch_bytes: int = PrefetchAllGathers.max_inflight_bytes,
     reduce_bytes: int = SinkWaits.max_inflight_bytes,
 ) -> tuple[Pass, ...]:
@@ -29,6 +31,8 @@ def default_passes(
 
     Args:
         bucket_bytes: upper bound on the parameter bytes of one bucket.
+        max_kept_bytes: upper bound on gathered bytes kept from forward to backward; 0 gathers all again (ZeRO stage 3),
+            None keeps all (the residency of stage 2).
         prefetch_bytes: upper bound on gathered bytes in flight.
         reduce_bytes: upper bound on gradient-bucket bytes in flight.
     """
@@ -38,6 +42,7 @@ def default_passes(
         InsertReduceScatters(),
         BucketAllGathers(bucket_bytes),
         BucketReduceScatters(),
+        KeepGathered(max_kept_bytes),
         PrefetchAllGathers(prefetch_bytes),
         SinkWaits(reduce_bytes),
         ReleaseParams(),
@@ -50,6 +55,7 @@ __all__ = [
     "BucketReduceScatters",
     "InsertAllGathers",
     "InsertReduceScatters",
+    "KeepGathered",
     "Pass",
     "PrefetchAllGathers",
     "ReleaseParams",

@@ -209,4 +209,30 @@ def train_prefixes(rank: int, world_size: int, name: str, prefixes: Sequence[int
         train(rank, world_size, name, num_passes=num_passes, steps=2)
 
 
+def two_forwards_then_backwards(rank: int, world_size: int) -> None:
+    """Two calls and an evaluation before both backwards, with every bucket kept: gradients as in eager."""
+    case = CASES["gpt"]
+    torch.manual_seed(0)
+    model = case.build()
+    reference = copy.deepcopy(model)
+    zero = fxzero.compile(model, passes=default_passes(bucket_bytes=8192, max_kept_bytes=None))
+    batches = [case.batch(seed, 16) for seed in (1, 2)]
+    first, second = [_without_dropout(zero, batch) for batch in batches]
+    with torch.no_grad():
+        _loss(zero(**batches[0]))
+    (first * 2).backward()
+    second.backward()
+    for batch, scale in zip(batches, (2, 1), strict=True):
+        (_without_dropout(reference, batch) * scale).backward()
+    for fqn, param in zero.named_parameters():
+        full = dict(reference.named_parameters())[fqn].grad
+        assert full is not None and param.grad is not None
+        torch.testing.assert_close(param.grad, own_slice(zero, fqn, full), rtol=1e-6, atol=1e-8)
+
+
+def _without_dropout(module: nn.Module, batch: Batch) -> Tensor:
+    module.eval()
+    return _loss(module(**batch))
+
+
 __all__ = ["CASES", "OPTIMIZERS", "Replicated", "train", "train_prefixes"]

@@ -25,8 +25,7 @@ def test_training_equals_replicated_training_for_each_kind_of_optimizer(optimize
     run_ranks(3, replicated.train, "mlp", optimizer)
 
 
-@pytest.mark.parametrize("name", replicated.CASES)
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize(("world_size", "name"), [(2, "mlp"), (4, "mlp"), *((3, name) for name in replicated.CASES)])
 def test_every_prefix_of_the_passes_trains_the_same(world_size: int, name: str) -> None:
     run_ranks(
         world_size, replicated.train_prefixes, name, range(FIRST_COMPLETE_PREFIX, len(default_passes()) + 1), timeout=120
@@ -55,3 +54,13 @@ def test_rank_0_wins_when_ranks_are_seeded_differently() -> None:
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_clipping_is_within_1e_6_of_replicated_training(world_size: int) -> None:
     run_ranks(world_size, replicated.train, "roberta", "adamw", None, 1, 1, False, ((16,),), 0, 0.01)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_training_is_the_same_when_buckets_are_kept_until_backward(world_size: int) -> None:
+    sizes = {"bucket_bytes": 8192, "max_kept_bytes": None}
+    run_ranks(world_size, replicated.train, "gpt", "adamw", None, 3, 1, False, ((16,), (12, 16)), 0, None, sizes)
+
+
+def test_kept_buckets_are_gathered_again_when_another_phase_ran_between() -> None:
+    run_ranks(2, replicated.two_forwards_then_backwards)

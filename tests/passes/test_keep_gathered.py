@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import pytest
+from expecttest import assert_expected_inline
+from tests.toy import toy_step
+
+from fxzero.errors import PassOrderError
+from fxzero.passes import InsertAllGathers, KeepGathered, RematerializeViews, default_passes
+from fxzero.pipeline import run_passes
+from fxzero.schedule import format_schedule, totals
+
+BEFORE = (RematerializeViews(), InsertAllGathers())
+
+
+def test_buckets_used_first_in_backward_are_kept_within_the_budget() -> None:
+    step = toy_step()
+    run_passes(step, [*BEFORE, KeepGathered(max_kept_bytes=2**14)])
+    assert step.kept == {("layers.2.w",)}
+    assert_expected_inline(format_schedule(step), """\
+world_size=8  4 all_gathers, 56 KiB received  0 reduce_scatters, 0 B sent  gathered peak 48 KiB
+all_gather  layers.0.w     16 KiB
+wait        layers.0.w
+compute     layers.0        2 ops
+all_gather  layers.1.w     16 KiB
+wait        layers.1.w
+compute     layers.1        2 ops
+all_gather  layers.2.w     16 KiB
+wait        layers.2.w
+compute     layers.2        2 ops
+--- end of forward ---
+compute     layers.2        5 ops
+compute     layers.1        2 ops
+all_gather  layers.1.w     16 KiB
+wait        layers.1.w
+compute     layers.1        3 ops
+compute     layers.0        2 ops""")
+
+
+def test_all_are_kept_without_a_budget() -> None:
+    step = toy_step()
+    run_passes(step, default_passes(bucket_bytes=2**14, max_kept_bytes=None))
+    assert totals(step).num_all_gathers == 3
+    assert totals(step).gathered_peak_bytes == 3 * 2**14
+
+
+def test_nothing_changes_with_a_budget_of_zero_or_without_backward() -> None:
+    for step in (toy_step(), toy_step(backward=False)):
+        run_passes(step, BEFORE)
+        before = str(step.graph)
+        KeepGathered(max_kept_bytes=0 if step.has_backward else None)(step)
+        assert str(step.graph) == before
+
+
+def test_order_mistake_is_refused() -> None:
+    with pytest.raises(PassOrderError, match="run InsertAllGathers first"):
+        KeepGathered()(toy_step())
+
+
+def test_negative_budget_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_kept_bytes is -1; it must be at least 0, or None"):
+        KeepGathered(max_kept_bytes=-1)
