@@ -222,6 +222,22 @@ def test_a_tensor_cached_outside_the_module():
     assert "functools.cache" in refused(model, X)
 
 
+@pytest.mark.parametrize(
+    "forward", [lambda self, x: self.lin(x) * x.detach().numpy().sum(), lambda self, x: self.lin(x) * x.data_ptr()]
+)
+def test_code_that_leaves_torch(forward):
+    message = refused(module_of(forward), X)
+    assert "out of PyTorch" in message and "test_capture_errors.py:" in message
+
+
+def test_an_operator_without_fake_implementation():
+    @torch.library.custom_op("fxzero_test::twice", mutates_args=())
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    assert "register_fake" in refused(module_of(lambda self, x: self.lin(twice(x))), X)
+
+
 def test_sparse_inputs():
     with pytest.raises(InputMismatchError, match=r"args\[0\] is a tensor of layout"):
         trace(nn.Linear(4, 4), X.to_sparse())
@@ -271,6 +287,18 @@ def test_errors_of_the_models_own_code_are_raised_unchanged(forward, kind):
 def test_errors_of_torchs_argument_checks_are_raised_unchanged():
     with pytest.raises(ValueError, match="dropout probability"):
         trace(module_of(lambda self, x: F.dropout(x, 2.0)), X)
+
+
+def test_registered_caches_of_transformers_come_back_as_none_too():
+    class Cache:
+        def __init__(self, x):
+            self.x = x
+
+    Cache.__module__ = "transformers.cache_utils"
+    torch.utils._pytree.register_pytree_node(Cache, lambda c: ([c.x], None), lambda xs, _: Cache(*xs))
+    with pytest.warns(UserWarning, match=r"cache \(a .*Cache\)"):
+        captured = trace(module_of(lambda self, x: {"loss": self.lin(x).sum(), "cache": Cache(x)}), X)
+    assert captured.output.rebuild([1]) == {"loss": 1, "cache": None}
 
 
 class Odd:

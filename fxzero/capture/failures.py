@@ -32,6 +32,14 @@ LEAKED = (
     "a tensor made while the model was traced before is used again. Cache none in functools.cache or globals; make it "
     "a buffer"
 )
+_NO_FAKE = (
+    "it has no fake implementation, which computes the shape of its result. Register one with "
+    "torch.library.register_fake"
+)
+_LEAVES_TORCH = (
+    "it takes a tensor's memory out of PyTorch (numpy, data_ptr, a C extension), where no tracer can follow. Stay with "
+    "tensors, or wrap it in a torch.library.custom_op"
+)
 _GENERAL = (
     "If the same call of the plain model fails too, fix it there; if not, the operator cannot be traced: replace it by "
     "others"
@@ -45,7 +53,11 @@ _CURES: tuple[tuple[str, str], ...] = (
     (r"[Dd]evice ?[Mm]ismatch|different devices|same device|Device Propagation", _DEVICES),
     (r"Mixing fake modes|from different FakeTensorMode", LEAKED),
     (r"[Ss]parse", _SPARSE),
+    (r"no fake impl|UnsupportedOperator|Meta. backend|fake (class|kernel)", _NO_FAKE),
 )
+_FAKE_ONLY = re.compile(r"numpy\(\) is not supported for tensor subclasses|data_ptr|data pointer|\.numpy\(\)")
+"""Messages that only a tensor without memory provokes."""
+
 _TRACING = re.compile(
     r"torch[/\\](_subclasses|_dispatch|_ops\.py|_meta_registrations|_decomp|_refs|_prims|fx[/\\]|_functorch|"
     r"utils[/\\]_python_dispatch|utils[/\\]checkpoint)"
@@ -93,9 +105,13 @@ def explain(error: Exception) -> CaptureError | None:
     cure = next((cure for pattern, cure in _CURES if re.search(pattern, text)), None)
     frames = traceback.extract_tb(error.__traceback__)
     last_user = max((i for i, frame in enumerate(frames) if is_user_file(frame.filename)), default=-1)
+    if _FAKE_ONLY.search(text):
+        cure = _LEAVES_TORCH
     below = [frame for frame in frames[last_user + 1 :] if not frame.filename.endswith(_CHECKS)]
     # With a known cure, it is enough that the tracer was at work; else the tracer itself must have raised it.
-    if not any(_TRACING.search(frame.filename) for frame in (below if cure else below[-1:])):
+    if cure is not _LEAVES_TORCH and not any(
+        _TRACING.search(frame.filename) for frame in (below if cure else below[-1:])
+    ):
         return None
     place = f" at {Place(frames[last_user].filename, frames[last_user].lineno or 0)}" if last_user >= 0 else ""
     operator = _operator(error, text)

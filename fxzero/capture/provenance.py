@@ -13,7 +13,6 @@ import linecache
 import os
 import sys
 from collections.abc import Generator
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -25,9 +24,9 @@ from fxzero import compat
 from fxzero.ir import META_KEY, NodeInfo, Role
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
-_FXZERO = str(Path(__file__).resolve().parent.parent) + os.sep
+_FXZERO = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _MODELS = _FXZERO + "models" + os.sep
-_TRACER = str(Path(__file__).with_name("joint.py"))
+_TRACER = os.path.join(os.path.dirname(__file__), "joint.py")
 _STANDARD_LIBRARY = os.path.dirname(os.__file__) + os.sep
 
 
