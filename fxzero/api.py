@@ -232,16 +232,24 @@ class ZeroModule(nn.Module):
 
     # -- weights -------------------------------------------------------------------------------------------------
 
-    def state_dict(self, *args: Any, rank0_only: bool = False, prefix: str = "", **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(  # type: ignore[override]
+        self,
+        destination: dict[str, Any] | None = None,
+        prefix: str = "",
+        keep_vars: bool = False,
+        *,
+        rank0_only: bool = False,
+    ) -> dict[str, Any]:
         """The full state dict with the model's own names: a collective, to be called on every rank.
 
         Holds no more than the result and one bucket. Buffers are rank 0's.
 
         Args:
+            destination, prefix: as of nn.Module: where to put it, and what is prepended to each name.
+            keep_vars: has no effect: the tensors are copies.
             rank0_only: only rank 0 gets it; the others get an empty dict.
-            prefix: prepended to each name.
         """
-        return state.state_dict(self._fxzero_engine, rank0_only=rank0_only, prefix=prefix)
+        return state.state_dict(self._fxzero_engine, rank0_only=rank0_only, prefix=prefix, destination=destination)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a full state dict with the model's own names; every rank passes it and keeps its slices.

@@ -159,6 +159,17 @@ def buffers_of(module: nn.Module) -> dict[str, torch.Tensor | None]:
     return module._buffers  # pyright: ignore[reportPrivateUsage]
 
 
+def load_hooks(module: nn.Module) -> list[Callable[..., object]]:
+    """What a module runs on a state dict before it loads it. `Module._load_state_dict_pre_hooks`: 2.11 to 2.13."""
+    return list(module._load_state_dict_pre_hooks.values())  # pyright: ignore[reportPrivateUsage]
+
+
+def forget_flat_weights(module: nn.Module) -> None:
+    """Drop the weak references of RNNs to their weights, which they make anew. `_flat_weight_refs`: 2.11 to 2.13."""
+    if isinstance(module, nn.RNNBase):
+        module._flat_weight_refs = []
+
+
 def incompatible_keys(missing: list[str], unexpected: list[str]) -> Any:
     """What `Module.load_state_dict` returns. `_IncompatibleKeys`: 2.11 to 2.13."""
     return nn.modules.module._IncompatibleKeys(missing, unexpected)  # pyright: ignore[reportPrivateUsage]

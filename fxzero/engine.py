@@ -31,7 +31,7 @@ from fxzero.optim import ParamShard
 from fxzero.passes import Pass
 from fxzero.planner import describe_layout, layout_in_registration_order, layout_of, make_plan, warn_if_out_of_order
 from fxzero.runtime import Executable
-from fxzero.shards import Shards, spec_of
+from fxzero.shards import Shards, check_storage, spec_of
 from fxzero.signature import CallSpec, flatten_call, is_tensor_leaf
 from fxzero.verify import collectives
 
@@ -113,6 +113,7 @@ class Engine:
     def __post_init__(self) -> None:
         self.params: dict[str, nn.Parameter] = dict(self.model.named_parameters())
         self.specs: dict[str, ParamSpec] = {fqn: spec_of(fqn, param) for fqn, param in self.params.items()}
+        check_storage(self.params)
         self.comm: Comm = make_comm(self.group, self.options.device)
         if isinstance(self.comm, PlanningComm):  # nobody is there to send rank 0's values
             self.options = dataclasses.replace(self.options, sync_init=False)
@@ -340,9 +341,10 @@ class Engine:
         """Decide which rank owns what, on all ranks alike, make the storage for it, and fill it."""
         lines = describe_layout(layout, self.options.agreed()) + [f"collective {line}" for line in order]
         agree.agree(self.group, "layout", lines, timeout=self.options.timeout)
-        shards = Shards(layout, self.comm.rank, self.options.device)
-        state.fill_shards(self, shards, loaded)
-        self.shards, self.gradients = shards, Gradients(shards, self.params)
+        with torch.inference_mode(False):  # shards made in it could not be trained
+            shards = Shards(layout, self.comm.rank, self.options.device)
+            state.fill_shards(self, shards, loaded)
+            self.shards, self.gradients = shards, Gradients(shards, self.params)
 
     def fix_layout_without_trace(self, loaded: AbstractSet[str] = frozenset()) -> None:
         """Fix the layout in registration order, if it is not fixed yet."""

@@ -6,6 +6,8 @@ The user's Parameter objects live on: `p.data` is this rank's slice of the param
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -21,10 +23,15 @@ def spec_of(fqn: str, param: nn.Parameter) -> ParamSpec:
     """Describe a parameter at full size.
 
     Raises:
-        InputMismatchError: it is not contiguous, not of a floating dtype, or not initialised yet (lazy modules).
+        InputMismatchError: it is not contiguous, not of a floating dtype, no plain tensor, or not initialised yet.
     """
     if isinstance(param, nn.parameter.UninitializedParameter):
         raise InputMismatchError(f"{fqn} is an uninitialised lazy parameter. Run the model once before compile.")
+    if type(param.data) is not torch.Tensor:
+        raise InputMismatchError(
+            f"{fqn} is a {type(param.data).__name__}. Only plain tensors can be sharded: compile the model before other "
+            "libraries shard or quantize it."
+        )
     if not param.dtype.is_floating_point:
         raise InputMismatchError(
             f"{fqn} is a parameter of dtype {param.dtype}. Only floating parameters can be sharded; register it as a "
@@ -36,6 +43,23 @@ def spec_of(fqn: str, param: nn.Parameter) -> ParamSpec:
             f"before compile: p.data = p.data.contiguous()."
         )
     return ParamSpec(fqn, tuple(param.shape), param.dtype, param.requires_grad)
+
+
+def check_storage(params: Mapping[str, nn.Parameter]) -> None:
+    """Refuse parameters that share memory without being one: after sharding they would no longer.
+
+    Raises:
+        InputMismatchError: names two.
+    """
+    real = [(param.untyped_storage().data_ptr(), fqn, param) for fqn, param in params.items() if not param.is_meta]
+    begins = [(storage, param.data_ptr(), param.data_ptr() + param.nbytes, fqn) for storage, fqn, param in real]
+    in_order = sorted(begin for begin in begins if begin[1] < begin[2])
+    for (storage, _, end, fqn), (other_storage, begin, _, other) in itertools.pairwise(in_order):
+        if storage == other_storage and begin < end:
+            raise InputMismatchError(
+                f"{fqn} and {other} share memory, but are two parameters. To tie them, register the same Parameter object "
+                "in both places; else copy one."
+            )
 
 
 class FlatBuffer:
@@ -140,7 +164,7 @@ def shard_full_params(shards: Shards, params: Mapping[str, nn.Parameter], comm: 
             for param in real:
                 shards.store(param.fqn, params[param.fqn])
         for param in real:
-            install(params[param.fqn], shards.param_view(param.fqn))
+            install(param.fqn, params[param.fqn], shards.param_view(param.fqn))
 
 
 def _flatten(bucket: Bucket, params: Mapping[str, nn.Parameter], device: torch.device) -> torch.Tensor:
@@ -152,9 +176,18 @@ def _flatten(bucket: Bucket, params: Mapping[str, nn.Parameter], device: torch.d
     return full
 
 
-def install(param: nn.Parameter, view: torch.Tensor) -> None:
-    """Make a view of the parameter buffer the data of the user's Parameter object, which stays the same object."""
+def install(fqn: str, param: nn.Parameter, view: torch.Tensor) -> None:
+    """Make a view of the parameter buffer the data of the user's Parameter object, which stays the same object.
+
+    Raises:
+        InputMismatchError: something holds a weak reference to a parameter on the meta device.
+    """
     if param.is_meta:
+        if weakref.getweakrefs(param):
+            raise InputMismatchError(
+                f"Something holds a weak reference to {fqn}, which is on the meta device, so that it cannot become a "
+                "real tensor. Drop the reference, or build the model on a real device."
+            )
         real = type(param)(view, requires_grad=param.requires_grad)
         vars(real).update(vars(param))
         torch.utils.swap_tensors(param, real)

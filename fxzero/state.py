@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
-from fxzero import compat
+from fxzero import agree, compat
 from fxzero.comm import PlanningComm
 from fxzero.errors import CheckpointError
 from fxzero.materialize import check_meta_model, initialize, rng_state
 from fxzero.optim import ParamShard, cut_state
 from fxzero.shards import Shards, install, shard_full_params, unflatten
+from fxzero.slots import join
 
 if TYPE_CHECKING:
     from fxzero.engine import Engine
@@ -26,8 +29,13 @@ def fill_shards(engine: Engine, shards: Shards, loaded: AbstractSet[str]) -> Non
     Args:
         loaded: names that a checkpoint is about to fill: they get shards and buffers, but no values.
     """
-    for optimizer in engine.optimizers:
-        cut_state(optimizer, param_shards(engine, shards))
+    with_grad = [fqn for fqn, param in engine.params.items() if param.grad is not None]
+    if with_grad:
+        warnings.warn(
+            f"{with_grad[0]} and {len(with_grad) - 1} more parameters have gradients from before they were sharded, "
+            "which are dropped. Step or zero them before the first call.",
+            stacklevel=2,
+        )
     if any(tensor.is_meta for tensor in [*engine.params.values(), *engine.model.buffers()]):
         check_meta_model(engine.model, engine.options.init_fn, loaded)
         initialize(
@@ -38,10 +46,14 @@ def fill_shards(engine: Engine, shards: Shards, loaded: AbstractSet[str]) -> Non
             skip=loaded,
             generator_state=_rng_state_of_rank0(engine),
         )
+    for optimizer in engine.optimizers:
+        cut_state(optimizer, param_shards(engine, shards))
     shard_full_params(shards, engine.params, engine.comm, sync_init=engine.options.sync_init)
+    for module in engine.model.modules():
+        compat.forget_flat_weights(module)
     for fqn, param in engine.params.items():
         if param.is_meta:
-            install(param, shards.param_view(fqn))
+            install(fqn, param, shards.param_view(fqn))
     for fqn, buffer in engine.named_buffers():
         if buffer.is_meta:
             assert fqn in loaded, fqn
@@ -96,85 +108,120 @@ def full_params(engine: Engine, *, rank0_only: bool) -> Iterator[tuple[str, torc
         yield from unflatten(bucket, full).items()
 
 
-def state_dict(engine: Engine, *, rank0_only: bool, prefix: str = "") -> dict[str, Any]:
+def state_dict(
+    engine: Engine, *, rank0_only: bool, prefix: str = "", destination: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The full state dict, with the model's own names; tied parameters share one tensor. See ZeroModule.state_dict."""
-    if engine.shards is None and not engine.has_meta_params():
-        return {f"{prefix}{name}": _copied(value) for name, value in nn.Module.state_dict(engine.model).items()}
-    engine.fix_layout_without_trace()
     keep = engine.comm.rank == 0 or not rank0_only
-    full = {fqn: value.clone() for fqn, value in full_params(engine, rank0_only=rank0_only) if value is not None}
-    canonical = {id(param): fqn for fqn, param in engine.params.items()}
-    aliases = {
-        name: canonical[id(param)] for name, param in engine.model.named_parameters(remove_duplicate=False)
-    }
-    result: dict[str, Any] = {}
-    for name, value in nn.Module.state_dict(engine.model).items():
-        if name in aliases:
-            if keep:
-                result[f"{prefix}{name}"] = full[aliases[name]]
+    full = _full_copies(engine, rank0_only=rank0_only)
+    names = {id(param): fqn for fqn, param in engine.params.items()}
+    local = nn.Module.state_dict(engine.model, prefix=prefix, keep_vars=True)
+    result: dict[str, Any] = OrderedDict() if destination is None else destination
+    for name, value in local.items():
+        if id(value) in names:
+            copy = full.get(names[id(value)])
         else:
-            kept = _copied(value)
-            if isinstance(kept, torch.Tensor) and not rank0_only:
-                engine.comm.broadcast_from_rank0(kept)
-            if keep:
-                result[f"{prefix}{name}"] = kept
+            copy = value.detach().clone() if isinstance(value, torch.Tensor) else value
+            if isinstance(copy, torch.Tensor) and not rank0_only and _has_rank0(engine):
+                engine.comm.broadcast_from_rank0(copy)
+        if keep:
+            result[name] = copy
+    if hasattr(result, "_metadata"):
+        cast(Any, result)._metadata.update(cast(Any, local)._metadata)
+    elif isinstance(result, OrderedDict):
+        cast(Any, result)._metadata = cast(Any, local)._metadata
     return result
 
 
-def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+def _has_rank0(engine: Engine) -> bool:
+    """False where this rank's own values count: before the layout is fixed, if the user says that all are equal."""
+    return engine.shards is not None or engine.options.sync_init
+
+
+def _full_copies(engine: Engine, *, rank0_only: bool) -> dict[str, torch.Tensor]:
+    """A copy of each parameter, at full size, by canonical name; empty on other ranks if `rank0_only`."""
+    if engine.shards is None and not engine.has_meta_params():  # nothing is sharded yet
+        if rank0_only:
+            params = engine.params if engine.comm.rank == 0 else {}
+            return {fqn: param.detach().clone() for fqn, param in params.items()}
+        copies = {fqn: param.detach().clone() for fqn, param in engine.params.items()}
+        if _has_rank0(engine):
+            lines = [f"{fqn}: {copy.dtype} {tuple(copy.shape)}" for fqn, copy in copies.items()]
+            agree.agree(engine.group, "state dict", lines, timeout=engine.options.timeout)
+            for copy in copies.values():
+                engine.comm.broadcast_from_rank0(copy)
+        return copies
+    engine.fix_layout_without_trace()
+    return {fqn: value.clone() for fqn, value in full_params(engine, rank0_only=rank0_only) if value is not None}
 
 
 def load_state_dict(engine: Engine, state: Mapping[str, Any], *, strict: bool) -> Any:
     """Load a full state dict that every rank has; each keeps its slices. See ZeroModule.load_state_dict."""
-    if engine.shards is None and not engine.has_meta_params():
-        return nn.Module.load_state_dict(engine.model, state, strict=strict)
-    names = _names(engine)
-    missing = [name for name in names if name not in state]
-    tied_elsewhere = {names[name] for name in state if name in names}
-    missing = [name for name in missing if names[name] not in tied_elsewhere]
-    unexpected = [name for name in state if name not in names and not name.endswith("_extra_state")]
-    _check_shapes(engine, state, names)
+    state, names, extra = dict(state), _names(engine), _extra_states(engine)
+    missing, unexpected = _run_load_hooks(engine, state)
+    given = {names[name] for name in state if name in names}
+    missing += [name for name, fqn in names.items() if name not in state and fqn not in given]
+    missing += [name for name in extra if name not in state]
+    unexpected += [name for name in state if name not in names and name not in extra]
     if strict and (missing or unexpected):
         raise CheckpointError(
             f"The state dict does not fit: missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}. Pass "
             "strict=False to load what fits."
         )
-    engine.fix_layout_without_trace(loaded={names[name] for name in state if name in names})
-    assert engine.shards is not None
-    buffers = dict(engine.named_buffers())
+    tensors = {name: value for name, value in state.items() if name in names}
+    _check_tensors(engine, tensors, names)
+    if engine.has_meta_params():
+        engine.fix_layout_without_trace(loaded=given)
+    shards, buffers = engine.shards, dict(engine.named_buffers())
     with torch.no_grad():
-        for name, value in state.items():
-            fqn = names.get(name)
-            if fqn in engine.params:
-                held = engine.params[fqn]
-                held.copy_(engine.shards.cut(fqn, value))
-            elif fqn is not None:
+        for name, value in tensors.items():
+            fqn = names[name]
+            if fqn not in engine.params:
                 buffers[fqn].copy_(value)
+            elif shards is None:
+                engine.params[fqn].copy_(value)
+            else:
+                engine.params[fqn].copy_(shards.cut(fqn, value))
+    for name, module in extra.items():
+        if name in state:
+            module.set_extra_state(state[name])
     return compat.incompatible_keys(missing, unexpected)
 
 
 def _names(engine: Engine) -> dict[str, str]:
-    """Every name a state dict may use, to the canonical name of its parameter or buffer."""
+    """Every name of a tensor in a state dict, to the canonical name of its parameter or buffer."""
     canonical = {id(tensor): fqn for fqn, tensor in [*engine.params.items(), *engine.named_buffers()]}
-    names: dict[str, str] = {}
-    tensors = {
-        **dict(engine.model.named_parameters(remove_duplicate=False)),
-        **dict(engine.model.named_buffers(remove_duplicate=False)),
+    local = nn.Module.state_dict(engine.model, keep_vars=True)
+    return {name: canonical[id(value)] for name, value in local.items() if id(value) in canonical}
+
+
+def _extra_states(engine: Engine) -> dict[str, nn.Module]:
+    """The modules that put something of their own into a state dict, by its name there."""
+    return {
+        join(path, "_extra_state"): module
+        for path, module in engine.model.named_modules()
+        if type(module).get_extra_state is not nn.Module.get_extra_state
     }
-    for name in nn.Module.state_dict(engine.model, keep_vars=True):
-        if name in tensors:
-            names[name] = canonical[id(tensors[name])]
-    return names
 
 
-def _check_shapes(engine: Engine, state: Mapping[str, Any], names: Mapping[str, str]) -> None:
+def _run_load_hooks(engine: Engine, state: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Let the model's modules rename and convert what they read from older state dicts; missing, unexpected."""
+    missing, unexpected, errors = list[str](), list[str](), list[str]()
+    for path, module in engine.model.named_modules():
+        for hook in compat.load_hooks(module):
+            hook(state, f"{path}." if path else "", {}, True, missing, unexpected, errors)
+    if errors:
+        raise CheckpointError(f"The state dict does not fit: {'; '.join(errors)}")
+    return missing, unexpected
+
+
+def _check_tensors(engine: Engine, tensors: Mapping[str, Any], names: Mapping[str, str]) -> None:
     buffers = dict(engine.named_buffers())
-    for name, value in state.items():
-        fqn = names.get(name)
-        if fqn is None:
-            continue
+    for name, value in tensors.items():
+        fqn = names[name]
         wanted = engine.specs[fqn].shape if fqn in engine.specs else tuple(buffers[fqn].shape)
         if not isinstance(value, torch.Tensor) or tuple(value.shape) != wanted:
-            found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            found = tuple(value.shape) if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
             raise CheckpointError(f"{name} is {found} in the state dict and {wanted} in the model. Load a full one.")
+        if value.is_meta:
+            raise CheckpointError(f"{name} is on the meta device in the state dict: it has no values.")
