@@ -1,4 +1,7 @@
-"""From a traced step to a plan: passes, layout, code. What ranks must agree on is written down here as text."""
+"""From a traced step to a plan: passes, layout, code. What ranks must agree on is written down here as text.
+
+`plan()` is the entry point for a cluster that is not there; a model that trains comes here through its engine.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,21 @@ import dataclasses
 import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
 
-from fxzero.capture import Captured
+import torch
+from torch import nn
+
+from fxzero.capture import Captured, capture
 from fxzero.codegen import generate
 from fxzero.ir import Role, StepGraph, members
 from fxzero.layout import Bucket, Layout, ParamSpec, group_into_buckets
-from fxzero.passes import BucketAllGathers, Pass
+from fxzero.passes import BucketAllGathers, Pass, default_passes
 from fxzero.pipeline import Observer, run_passes
 from fxzero.runtime import Plan
+from fxzero.schedule import Schedule
+from fxzero.shards import spec_of
 from fxzero.text import bucket_label
 
 logger = logging.getLogger(__name__)
@@ -36,6 +46,52 @@ def make_plan(
         ]
     run_passes(captured.step, passes, observers=observers)
     return Plan(captured, generate(captured.step))
+
+
+def plan(
+    model: nn.Module,
+    example: Any,
+    *,
+    world_size: int,
+    passes: Sequence[Pass] | None = None,
+) -> Schedule:
+    """The schedule of a model on ranks that are not there: no process group, no device, no memory for any tensor.
+
+    The model is only read, and traced as on the CPU. Under `torch.no_grad()` the step is forward only.
+
+    Args:
+        model: on any device, also meta.
+        example: one batch, as `fxzero.compile` takes it; its tensors may be on meta.
+        world_size: the number of ranks.
+        passes: the compiler passes, in order. Default: `fxzero.passes.default_passes()`.
+
+    Raises:
+        CaptureError: the model cannot be traced.
+        ScheduleError: a pass left the schedule unsafe.
+    """
+    args, kwargs = as_arguments(example)
+    params = {fqn: spec_of(fqn, param) for fqn, param in model.named_parameters()}
+    captured = capture(
+        model,
+        model.forward,
+        args,
+        kwargs,
+        params,
+        device=torch.device("cpu"),
+        world_size=world_size,
+        with_backward=torch.is_grad_enabled() and any(param.requires_grad for param in params.values()),
+    )
+    made = make_plan(captured, default_passes() if passes is None else passes, None)
+    return Schedule(made.step, made.code.source)
+
+
+def as_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and keyword arguments that an example batch stands for."""
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    if isinstance(example, (tuple, list)):
+        return tuple(example), {}
+    return (example,), {}
 
 
 def _bucket_bytes(passes: Sequence[Pass]) -> int:
@@ -65,7 +121,7 @@ def warn_if_out_of_order(step: StepGraph, layout: Layout) -> None:
         order.setdefault(step.bucket_of(start))
     position = {bucket.fqns: index for index, bucket in enumerate(order)}
     laid_out = [bucket for bucket in layout.buckets if bucket.fqns in position]
-    for before, after in zip(laid_out, laid_out[1:], strict=False):
+    for before, after in pairwise(laid_out):
         if position[after.fqns] < position[before.fqns]:
             interleaved.append(after)
     late = sum(bucket.nbytes for bucket in interleaved)
@@ -73,8 +129,8 @@ def warn_if_out_of_order(step: StepGraph, layout: Layout) -> None:
     if total and late > total // 4:
         warnings.warn(
             f"The layout was fixed before the first trace, in registration order; {len(interleaved)} of "
-            f"{len(laid_out)} buckets (from {bucket_label(interleaved[0].fqns)}) are used in another order, which costs "
-            "overlap. Pass example= to fxzero.compile, or call the module before loading weights.",
+            f"{len(laid_out)} buckets (from {bucket_label(interleaved[0].fqns)}) are used in another order, which "
+            "costs overlap. Pass example= to fxzero.compile, or call the module before loading weights.",
             stacklevel=2,
         )
 
