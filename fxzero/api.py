@@ -17,6 +17,7 @@ from fxzero.engine import Engine, Options
 from fxzero.errors import FxzeroError, InputMismatchError, OptimizerError
 from fxzero.optim import OptimizerGuard, check_optimizer
 from fxzero.passes import Pass, default_passes
+from fxzero.planner import as_arguments
 from fxzero.schedule import Schedule
 
 _REFUSED_METHODS = ("generate",)
@@ -80,7 +81,7 @@ def compile(
     engine = Engine(model, model.forward, options, process_group, optimizers)
     zero = ZeroModule(model, engine)
     if example is not None:
-        args, kwargs = _as_arguments(example)
+        args, kwargs = as_arguments(example)
         try:
             engine.prepare(args, kwargs)
         except BaseException:
@@ -105,14 +106,6 @@ def _check_holds_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) 
         )
 
 
-def _as_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    if isinstance(example, (tuple, list)):
-        return tuple(example), {}
-    return (example,), {}
-
-
 def _choose_device(model: nn.Module, device: torch.device | str | None) -> torch.device:
     found = {tensor.device for tensor in [*model.parameters(), *model.buffers()] if not tensor.is_meta}
     if device is not None:
@@ -123,8 +116,12 @@ def _choose_device(model: nn.Module, device: torch.device | str | None) -> torch
         chosen = next(iter(found))
     else:
         chosen = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    if chosen.type != "cpu" and not str(chosen).endswith(tuple("0123456789")):
-        chosen = torch.device(chosen.type, torch.accelerator.current_device_index())
+    try:
+        if chosen.type != "cpu" and not str(chosen).endswith(tuple("0123456789")):
+            chosen = torch.device(chosen.type, torch.accelerator.current_device_index())
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:  # tracing for a device that is not there ends the process
+        raise InputMismatchError(f"The device {chosen} cannot be used: {str(error).splitlines()[0]}") from error
     return chosen
 
 
