@@ -1,7 +1,7 @@
 """On two streams, every conflicting pair of accesses to the arena is ordered by the events that the code records.
 
-A fake `torch.cuda` keeps a vector clock per stream: an event holds the clock of the stream that recorded it, and a stream
-that waits for an event knows all that the event knew. Then each access is checked against all earlier ones to its bytes.
+A fake `torch.cuda` keeps a vector clock per stream: an event holds the clock of the stream that recorded it, and a
+stream that waits for an event knows all that the event knew. Each access is checked against all earlier ones to its bytes.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from tests.toy import toy_step
 from torch import fx
 
+from fxzero.binding import plan_arena
 from fxzero.codegen import generate
 from fxzero.comm import PlanningComm
 from fxzero.cuda import Events, Placed, plan_cuda_events
@@ -22,8 +22,8 @@ from fxzero.gradients import Stash, Variant
 from fxzero.ir import Role, StepGraph, first_write, is_gather, operands, role, started_by
 from fxzero.passes import default_passes
 from fxzero.pipeline import run_passes
-from fxzero.runtime import plan_arena
 from fxzero.streams import readers_of
+from tests.toy import toy_step
 
 COMPUTE, COMMUNICATION = "compute", "communication"
 
@@ -61,7 +61,7 @@ class Clocks:
             def wait_event(self, event: Event) -> None:
                 clocks.learn(COMMUNICATION, event.clock)
 
-        class stream:  # noqa: N801 (as torch.cuda has it)
+        class stream:
             def __init__(self, which: Stream) -> None:
                 pass
 
@@ -176,7 +176,9 @@ def test_conflicting_accesses_are_ordered_when_buffers_share_bytes(accumulate: b
 def test_missing_event_is_noticed() -> None:
     def forget_one(events: Events) -> None:
         waits = events.streams._waits
-        start = next(op for op, before in waits.items() if any(op_ in events.streams._events for op_ in before) and op > 12)
+        start = next(
+            op for op, before in waits.items() if any(op_ in events.streams._events for op_ in before) and op > 12
+        )
         waits[start] = []
 
     with pytest.raises(AssertionError, match="races with"):

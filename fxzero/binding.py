@@ -1,0 +1,243 @@
+"""Bind generated code to the storage of a rank: the globals that it names, at addresses that never change.
+
+Parameters and views of them at their places in the arena, gradient slots, collectives, operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import fx
+
+from fxzero import compat
+from fxzero.codegen import NAMES_IN_SOURCE, Code, generate
+from fxzero.comm import Bound, Comm
+from fxzero.cuda import Events, Placed, plan_cuda_events
+from fxzero.errors import PlanError
+from fxzero.gradients import Gradients, Stash, Variant
+from fxzero.ir import Role, StepGraph, grad_fqn, is_gathered_param, members, operands, role, started_by
+from fxzero.layout import Bucket
+from fxzero.memory import Arena, Buffer, MemoryPlan, gather_buffers, gradient_buffers, plan_memory, working_buffers
+from fxzero.shards import Shards, unflatten
+
+
+def plan_arena(step: StepGraph, comm: Comm, variant: Variant) -> tuple[MemoryPlan, Placed]:
+    """Place the communication memory of one variant of a step.
+
+    What all variants need lies at the same place in all of them, so that a bucket that forward keeps is found by
+    whichever backward follows; what only an accumulating backward needs lies behind it.
+
+    Returns:
+        The plan, and each buffer and its offset in bytes, by kind and the start of its collective.
+    """
+    common: dict[tuple[str, fx.Node], Buffer] = {}
+    extra: dict[tuple[str, fx.Node], Buffer] = {}
+    gradients = {("gradient", start): buffer for start, buffer in gradient_buffers(step).items()}
+    if comm.gathers_in_place:
+        extra |= gradients if variant.accumulate else {}
+    else:
+        common |= {("gather", start): buffer for start, buffer in gather_buffers(step).items()} | gradients
+    reduces = {start: step.bucket_of(start) for start in step.nodes(Role.REDUCE_SCATTER)}
+    for needed, accumulate in ((common, False), (extra, True)):
+        if variant.accumulate or not accumulate:
+            nbytes = {
+                start: comm.reduce_scratch_numel(bucket, accumulate=accumulate) * bucket.dtype.itemsize
+                for start, bucket in reduces.items()
+            }
+            needed |= {("scratch", start): buffer for start, buffer in working_buffers(step, "scratch", nbytes).items()}
+    some = {start: bucket.shard_nbytes for start, bucket in reduces.items() if is_partial(step, start)}
+    common |= {("partial", start): buffer for start, buffer in working_buffers(step, "partial", some).items()}
+    first, second = plan_memory(list(common.values())), plan_memory(list(extra.values()))
+    offsets = (*first.offsets, *(first.peak_bytes + offset for offset in second.offsets))
+    plan = MemoryPlan((*first.buffers, *second.buffers), offsets)
+    plan.verify()
+    return plan, dict(zip([*common, *extra], zip(plan.buffers, plan.offsets, strict=True), strict=True))
+
+
+@dataclass
+class Binder:
+    """Binds one plan for one variant of its backward."""
+
+    code: Code
+    step: StepGraph
+    shards: Shards
+    gradients: Gradients
+    comm: Comm
+    arena: Arena
+    placed: Placed
+    variant: Variant
+    names: dict[str, Any] = field(default_factory=dict[str, Any])
+    """The globals of the code."""
+    gathered: dict[fx.Node, dict[str, torch.Tensor]] = field(default_factory=dict[fx.Node, "dict[str, torch.Tensor]"])
+    """The parameters of each all_gather, by name."""
+    slots: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    """The slot of each gradient, by parameter."""
+
+    def bind(self) -> dict[str, Callable[..., Any]]:
+        """Make the globals of the generated code and define its functions in them: forward, backward, gather_kept."""
+        code, names, events = self.code, self.names, self._events()
+        names |= NAMES_IN_SOURCE
+        if events is not None:
+            code = generate(self.step, events.recorded, record_begin=events.begin is not None)
+            names |= {"record_begin": events.begin}
+            names |= {f"record_{node.name}": record for node, record in events.recorded.items()}
+        names |= {name: compat.direct_call(target) for name, target in code.operators.items()}
+        for start in self.step.nodes(Role.ALL_GATHER):
+            self._bind_gather(start)
+        for start in self.step.nodes(Role.REDUCE_SCATTER):
+            self._bind_reduce(start)
+        if not self.step.synchronize:
+            self._bind_unsharded()
+        self._bind_static()
+        if events is not None:
+            for start in self.step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER):
+                names[start.name] = events.start(start, names[start.name])
+        kept = [start for start in self.step.nodes(Role.ALL_GATHER) if members(start) in self.step.kept]
+        gather_kept = [names[start.name] for start in kept] + [names[f"wait_{start.name}"] for start in kept]
+        exec(compile(code.source, "<fxzero schedule>", "exec"), names)
+        # A function holds its globals; were it one of them, only the garbage collector would free the shards.
+        functions = {name: names.pop(name) for name in ("forward", "backward") if name in names}
+        return {**functions, "gather_kept": _in_turn(*gather_kept)}
+
+    def _events(self) -> Events | None:
+        """The events of two CUDA streams; None where one thread does all."""
+        if self.shards.device.type != "cuda" or self.comm.world_size == 1:
+            return None
+        accumulate = self.variant.accumulate
+        return plan_cuda_events(self.step, self.placed, torch.cuda, self.shards.device, accumulate=accumulate)
+
+    def _layout_bucket(self, start: fx.Node) -> Bucket:
+        """The bucket of a collective as the layout has it.
+
+        Raises:
+            PlanError: the graph has a bucket that the layout does not have.
+        """
+        fqns = self.step.bucket_of(start).fqns
+        bucket = self.shards.layout.bucket_of[fqns[0]]
+        if bucket.fqns != fqns:
+            raise PlanError(f"The plan gathers {fqns} together; the layout has {bucket.fqns}. Keep the buckets fixed.")
+        return bucket
+
+    def _bind_gather(self, start: fx.Node) -> None:
+        """Bind one all-gather, and note where its parameters lie."""
+        bucket = self._layout_bucket(start)
+        shard = full = self.shards.params.parts[bucket]
+        if not self.comm.gathers_in_place:
+            full = self._view("gather", start, bucket.numel)
+        self.gathered[start] = unflatten(bucket, full)
+        self._bind_collective(start, self.comm.bind_gather(bucket, shard, full))
+
+    def _view(self, kind: str, start: fx.Node, numel: int) -> torch.Tensor:
+        """The memory of a collective in the arena, flat."""
+        return self.arena.view(self.placed[kind, start][1], numel, self.step.bucket_of(start).dtype)
+
+    def _bind_collective(self, start: fx.Node, bound: Bound) -> None:
+        self.names[start.name] = bound.start or _nothing
+        self.names[f"wait_{start.name}"] = bound.wait or _nothing
+
+    def _bind_reduce(self, start: fx.Node) -> None:
+        """Bind one reduce-scatter, and the slots of its bucket."""
+        bucket, variant = self._layout_bucket(start), self.variant
+        shard = full = self.shards.grad_shard(bucket)
+        scratch = None
+        if ("scratch", start) in self.placed:
+            numel = self.comm.reduce_scratch_numel(bucket, accumulate=variant.accumulate)
+            scratch = self._view("scratch", start, numel)
+        in_arena = ("gradient", start) in self.placed
+        if in_arena:
+            full = self._view("gradient", start, bucket.numel)
+        clear = _padding(bucket, full) if in_arena else []
+        if in_arena and is_partial(self.step, start):
+            bound = self._bind_partial(bucket, start, full, scratch)
+            clear += [view for fqn, view in unflatten(bucket, full).items() if fqn not in members(start)]
+        else:
+            bound = self.comm.bind_reduce(bucket, full, scratch, shard, accumulate=variant.accumulate)
+        before: list[Callable[[], object]] = [partial(compat.zero_all, clear)] if clear else []
+        if variant.stash is Stash.FLUSH:
+            before.append(partial(full.add_, self.gradients.unsharded_bucket(bucket)))
+        if before:
+            bound = Bound(_in_turn(*before, bound.start), bound.wait)
+        self._bind_collective(start, bound)
+        views = unflatten(bucket, full)
+        for slot in operands(start):
+            fqn = grad_fqn(slot)
+            self.slots[fqn] = views[fqn]
+            self.names[slot.name] = _writer(views[fqn], slot, add=False)
+
+    def _bind_partial(self, bucket: Bucket, start: fx.Node, full: torch.Tensor, scratch: torch.Tensor | None) -> Bound:
+        """Reduce a whole bucket aside and keep the slices of some members."""
+        room = self._view("partial", start, bucket.shard_numel)
+        bound = self.comm.bind_reduce(bucket, full, scratch, room, accumulate=False)
+        keep: list[Callable[[], object]] = []
+        for param in bucket.params:
+            if param.fqn in members(start):
+                part = bucket.slice_of(param, self.comm.rank)
+                mine = self.shards.grad_view(param.fqn)
+                write = mine.add_ if self.variant.accumulate else mine.copy_
+                keep.append(partial(write, room[part.offset : part.offset + part.numel]))
+        return Bound(bound.start, _in_turn(bound.wait, *keep))
+
+    def _bind_unsharded(self) -> None:
+        """Bind the slots of a step under no_sync()."""
+        for slot in self.step.nodes(Role.WRITE_GRAD):
+            fqn = grad_fqn(slot)
+            bucket = self.shards.layout.bucket_of[fqn]
+            view = unflatten(bucket, self.gradients.unsharded_bucket(bucket))[fqn]
+            self.names[slot.name] = _writer(view, slot, add=self.variant.stash is Stash.MORE)
+
+    def _bind_static(self) -> None:
+        """Evaluate parameters, gradient slots, views of them and constants, once."""
+        values: dict[fx.Node, Any] = {}
+        with torch.no_grad():
+            for node in self.code.static:
+                if role(node) is Role.CONSTANT:
+                    values[node] = self.step.constants[cast(str, node.target)]
+                elif role(node) is Role.GRAD_SLOT:
+                    fqn, shape = cast(tuple[str, tuple[int, ...]], node.args)
+                    values[node] = self.slots[fqn].view(shape)
+                elif is_gathered_param(node):
+                    wait = cast(fx.Node, node.args[0])
+                    fqns = self.step.bucket_of(wait).fqns
+                    values[node] = self.gathered[started_by(wait)][fqns[cast(int, node.args[1])]]
+                else:
+                    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+                    values[node] = cast(Any, node.target)(*args, **kwargs)
+                self.names[node.name] = values[node]
+
+
+def _nothing() -> None:
+    """A collective that has nothing to do at world size 1."""
+
+
+def _in_turn(*functions: Callable[[], object] | None) -> Callable[[], object]:
+    """One function that calls those that are there, in order."""
+    calls = [function for function in functions if function is not None]
+
+    def all_of_them() -> None:
+        for call in calls:
+            call()
+
+    return all_of_them
+
+
+def is_partial(step: StepGraph, start: fx.Node) -> bool:
+    """True for a reduce_scatter of some members of the bucket of its gather."""
+    return members(start) != step.bucket_of(start).fqns
+
+
+def _writer(slot: torch.Tensor, node: fx.Node, *, add: bool) -> Callable[..., object]:
+    """What writes a gradient to its slot; a gradient the step does not reach is zeros."""
+    if not node.all_input_nodes:
+        return _nothing if add else slot.zero_
+    return slot.add_ if add else slot.copy_
+
+
+def _padding(bucket: Bucket, full: torch.Tensor) -> list[torch.Tensor]:
+    """The elements of a bucket that belong to no parameter: they would enter the norm of the gradients."""
+    ends = [(bucket.offsets[p.fqn], bucket.offsets[p.fqn] + p.numel) for p in bucket.params]
+    begins = [begin for begin, _ in ends[1:]] + [bucket.numel]
+    return [full[end:begin] for (_, end), begin in zip(ends, begins, strict=True) if end < begin]
