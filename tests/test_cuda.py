@@ -1,7 +1,7 @@
 """On two streams, every conflicting pair of accesses to the arena is ordered by the events that the code records.
 
 A fake `torch.cuda` keeps a vector clock per stream: an event holds the clock of the stream that recorded it, and a
-stream that waits for an event knows all that the event knew. Each access is checked against all earlier ones to its bytes.
+stream that waits for an event knows all that the event knew. Each access is checked against all earlier ones.
 """
 
 from __future__ import annotations
