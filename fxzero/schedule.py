@@ -20,6 +20,8 @@ from fxzero.ir import (
     Role,
     StepGraph,
     first_write,
+    grad_fqn,
+    grad_of,
     info,
     is_gather,
     members,
@@ -28,6 +30,7 @@ from fxzero.ir import (
     role,
     started_by,
     wait_of,
+    written_in_place,
 )
 from fxzero.text import block_of, bucket_label, format_bytes, format_ops
 
@@ -65,6 +68,8 @@ class Totals:
     """Bytes sent by reduce-scatters."""
     gathered_peak_bytes: int
     """Largest sum of the bytes of gathered buckets, from a start to its release."""
+    copied_grad_bytes: int
+    """Bytes of gradients that are computed elsewhere and copied to their bucket; the others are computed in it."""
 
 
 def live_from(step: StepGraph, start: fx.Node, positions: dict[fx.Node, int]) -> fx.Node:
@@ -116,6 +121,11 @@ def totals(step: StepGraph) -> Totals:
         gathered_bytes=sum(step.bucket_of(start).shard_nbytes * others for start in gathers),
         reduced_bytes=sum(step.bucket_of(start).shard_nbytes * others for start in reduces),
         gathered_peak_bytes=max(live_bytes(step, Role.ALL_GATHER).values(), default=0),
+        copied_grad_bytes=sum(
+            step.params[grad_fqn(slot)].nbytes
+            for slot in step.nodes(Role.WRITE_GRAD)
+            if grad_of(slot) is not None and not written_in_place(slot)
+        ),
     )
 
 
