@@ -1,0 +1,357 @@
+"""Backwards that cannot be run, forwards whose backward never comes, and plans for other kinds of calls. World size 1."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from tests.pairs import Net, assert_same, both, pair, points, sgd
+from torch import Tensor, nn
+
+import fxzero
+from fxzero.errors import InputMismatchError, StaleBackwardError
+
+# -- refused -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("retain", [False, True])
+def test_a_second_backward_is_refused(retain: bool) -> None:
+    zero, plain = pair()
+    own, other = both(zero, plain, points())
+    own.loss.backward(retain_graph=retain)
+    other.loss.backward()
+    with pytest.raises(StaleBackwardError, match="second backward"):
+        own.loss.backward()
+    assert_same(zero, plain)
+
+
+def test_create_graph_is_refused() -> None:
+    zero, _ = pair()
+    loss = zero(points()).loss
+    with pytest.raises(StaleBackwardError, match="create_graph=True"):
+        torch.autograd.backward(loss, create_graph=True)
+    assert all(param.grad is None for param in zero.parameters())
+
+
+@pytest.mark.parametrize("what", ["step", "load"])
+def test_a_backward_after_the_shards_changed_is_refused(what: str) -> None:
+    zero, plain = pair()
+    optimizer = sgd(zero)
+    zero(points()).loss.backward()
+    late = zero(points()).loss
+    if what == "step":
+        optimizer.step()
+    else:
+        zero.load_state_dict(plain.state_dict())
+    with pytest.raises(StaleBackwardError, match="parameters changed between this forward and its backward"):
+        late.backward()
+    zero(points()).loss.backward()
+
+
+def test_gradients_of_some_tensors_only_are_refused() -> None:
+    zero, _ = pair()
+    x = points().requires_grad_()
+    with pytest.raises(StaleBackwardError, match=r"Call loss.backward\(\) and read .grad"):
+        torch.autograd.grad(zero(x).loss, x)
+    with pytest.raises(StaleBackwardError, match=r"Call loss.backward\(\) and read .grad"):
+        zero(x).loss.backward(inputs=[x])
+    with pytest.raises(RuntimeError, match="not have been used in the graph"):
+        torch.autograd.grad(zero(x).loss, list(zero.parameters()))
+    assert all(param.grad is None for param in zero.parameters())
+
+
+@pytest.mark.parametrize("what", ["input", "output"])
+def test_a_backward_after_what_it_needs_was_overwritten_is_refused_as_in_eager(what: str) -> None:
+    zero, plain = pair()
+    for module, error in ((zero, StaleBackwardError), (plain, RuntimeError)):
+        x = points()
+        output = module(x)
+        (x if what == "input" else output.logits.detach()).zero_()
+        with pytest.raises(error, match="in.?place"):
+            output.loss.backward()
+
+
+# -- nothing left behind -----------------------------------------------------------------------------------------
+
+
+def test_a_forward_whose_backward_never_comes_changes_nothing_but_buffers() -> None:
+    zero, plain = pair()
+    own_optimizer, optimizer = sgd(zero), sgd(plain)
+    for step in range(2):
+        for seed in (1, 2):
+            both(zero, plain, points(seed))
+        own, other = both(zero, plain, points(step))
+        own.loss.backward()
+        other.loss.backward()
+        assert_same(zero, plain)
+        own_optimizer.step()
+        optimizer.step()
+        assert_same(zero, plain)
+        zero.zero_grad()
+        plain.zero_grad()
+
+
+class Failing(nn.Module):
+    """Fails where an index is too large, which only the run of the step can see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(4, 6)
+        self.net = Net()
+
+    def forward(self, ids: Tensor) -> Any:
+        return self.net(self.table(ids))
+
+
+def test_training_goes_on_after_an_exception_inside_the_step() -> None:
+    torch.manual_seed(0)
+    zero, plain = pair(Failing())
+    good, bad = torch.tensor([0, 1, 3, 3]), torch.tensor([0, 1, 2, 9])
+    for ids in (good, bad, good):
+        if ids is bad:
+            for module in (zero, plain):
+                with pytest.raises(IndexError):
+                    module(ids)
+            continue
+        own, other = both(zero, plain, ids)
+        own.loss.backward()
+        other.loss.backward()
+        assert_same(zero, plain)
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Only reference counts free memory inside."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+class Hidden(nn.Module):
+    """Returns what backward needs, and a view of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.second = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        hidden = torch.tanh(self.first(x))
+        return self.second(hidden).sum(), hidden, hidden.view(-1)
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_outputs_free_the_activations_when_they_go() -> None:
+    torch.manual_seed(0)
+    zero, _ = pair(Hidden())
+    zero(points())[0].backward()
+    outputs = zero(points())
+    call = weakref.ref(outputs[0].grad_fn.call)
+    assert call() is not None
+    del outputs
+    assert call() is None
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_backward_frees_the_activations_while_the_loss_lives_on() -> None:
+    torch.manual_seed(0)
+    zero, _ = pair(Hidden())
+    x = points()
+    seen = weakref.ref(x)
+    loss = zero(x)[0]
+    loss.backward()
+    del x
+    assert seen() is None
+    assert loss.item() == loss.item()
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_a_deleted_module_frees_its_shards() -> None:
+    zero, _ = pair()
+    optimizer = sgd(zero)
+    zero(points()).loss.backward()
+    with torch.no_grad(), zero.no_sync():
+        zero(points())
+    engine = weakref.ref(zero._fxzero_engine)
+    shards = weakref.ref(zero._fxzero_engine.shards)
+    arena = weakref.ref(zero._fxzero_engine.arena)
+    optimizer.step()
+    del zero, optimizer
+    assert (engine(), shards(), arena()) == (None, None, None)
+
+
+# -- outputs -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Mixed:
+    """All kinds of outputs."""
+
+    loss: Tensor
+    again: Tensor
+    view: Tensor
+    parts: dict[str, Any]
+
+
+class Many(nn.Module):
+    """Returns one tensor twice, views, its input, integers, None and plain values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 4)
+        self.register_buffer("scale", torch.tensor(2.0))
+
+    def forward(self, x: Tensor, ids: Tensor) -> Mixed:
+        y = self.linear(x) * self.scale
+        parts = {"x": x, "ids": ids, "next": ids + 1, "none": None, "name": "y", "scale": self.scale, "n": 3}
+        return Mixed(y, y, y.view(-1), {**parts, "weight": self.linear.weight, "list": [y[0], (y.argmax(-1),)]})
+
+
+@pytest.mark.parametrize("field", ["loss", "again", "view", "x", "weight"])
+def test_every_kind_of_output_is_that_of_eager(field: str) -> None:
+    torch.manual_seed(0)
+    zero, plain = pair(Many())
+    grads: list[Any] = []
+    for module in (zero, plain):
+        x = points().requires_grad_()
+        output = module(x * 1, torch.arange(4))
+        parts = output.parts
+        assert output.loss is output.again
+        assert (parts["none"], parts["name"], parts["n"]) == (None, "y", 3)
+        assert parts["next"].tolist() == [1, 2, 3, 4]
+        assert torch.equal(output.view, output.loss.flatten())
+        assert not parts["ids"].requires_grad
+        if field == "weight":
+            break  # a parameter as an output has no gradient of its own: it may be a copy
+        value = parts["x"] if field == "x" else getattr(output, field)
+        (value * torch.arange(float(value.numel())).view(value.shape)).sum().backward()
+        grads.append(x.grad)
+    if field == "weight":
+        assert torch.equal(parts["weight"], plain.linear.weight)
+    else:
+        assert torch.equal(grads[0], grads[1])
+        if field != "x":
+            assert_same(zero, plain)
+
+
+def test_the_loss_keeps_its_value_after_the_step() -> None:
+    zero, _ = pair()
+    optimizer = sgd(zero)
+    losses = []
+    for seed in range(3):
+        output = zero(points(seed))
+        output.loss.backward()
+        losses.append((output, output.loss.item(), output.logits.clone()))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(output.loss.item() == loss and torch.equal(output.logits, logits) for output, loss, logits in losses)
+
+
+# -- kinds of calls ----------------------------------------------------------------------------------------------
+
+
+def test_eval_and_no_grad_have_plans_of_their_own() -> None:
+    zero, plain = pair()
+    for training in (True, False, True):
+        for grad in (True, False):
+            zero.train(training)
+            plain.train(training)
+            with torch.set_grad_enabled(grad):
+                own, other = both(zero, plain, points())
+            assert torch.equal(own.logits, other.logits)
+            assert own.loss.requires_grad == other.loss.requires_grad == grad
+            if grad:
+                own.loss.backward()
+                other.loss.backward()
+            assert_same(zero, plain)
+
+
+def test_inference_mode_first_and_training_afterwards() -> None:
+    zero, plain = pair()
+    with torch.inference_mode():
+        own, other = both(zero, plain, points())
+        assert torch.equal(own.logits, other.logits)
+        own.logits.add_(1)
+    optimizer, other_optimizer = sgd(zero), sgd(plain)
+    for seed in range(2):
+        own, other = both(zero, plain, points(seed))
+        own.loss.backward()
+        other.loss.backward()
+        assert_same(zero, plain)
+        optimizer.step()
+        other_optimizer.step()
+        with torch.inference_mode():
+            own, other = both(zero, plain, points(seed))
+        assert torch.equal(own.logits, other.logits)
+
+
+@pytest.mark.parametrize("differentiate", ["loss", "logits"])
+def test_autocast_around_the_call_also_where_another_output_is_differentiated(differentiate: str) -> None:
+    zero, plain = pair()
+    for module in (zero, plain):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = module(points())
+        assert output.logits.dtype is torch.bfloat16
+        getattr(output, differentiate).sum().backward()
+    assert_same(zero, plain)
+
+
+def test_a_late_trace_has_the_training_flags_of_its_call() -> None:
+    zero, plain = pair()
+    for module in (zero, plain):
+        for _ in range(2):  # the second time with the plan that the first made late
+            module.train()
+            torch.manual_seed(0)
+            output = module(points())
+            module.eval()
+            output.logits.square().sum().backward()
+            assert not module.training and not module.norm.training
+    assert_same(zero, plain)
+
+
+def test_flags_choose_plans_also_positional_ones() -> None:
+    zero, plain = pair()
+    for flag in (True, False, 1, 0, True):
+        own, other = both(zero, plain, points(), flag)
+        assert torch.equal(own.logits, other.logits)
+
+
+def test_many_shapes_warn_once_and_name_them() -> None:
+    torch.manual_seed(0)
+    zero, _ = pair(nn.Linear(2, 2))
+    for batch in range(1, 9):
+        zero(torch.ones(batch, 2))
+    with pytest.warns(UserWarning, match=r"9 different input shapes.*\(\(9, 2\),\).*[Pp]ad") as caught:
+        zero(torch.ones(9, 2))
+    assert caught[0].filename == __file__
+    zero(torch.ones(10, 2))
+
+
+def test_the_cache_is_bounded_and_a_backward_may_come_after_its_plan_went(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxzero.engine.MAX_PLANS", 2)
+    torch.manual_seed(0)
+    zero, plain = pair(nn.Linear(2, 2))
+    engine = zero._fxzero_engine
+    for module in (zero, plain):
+        pending = [module(torch.ones(batch, 2)).square().sum() for batch in (1, 2, 3, 1, 4)]
+        for loss in pending:
+            loss.backward()
+    assert_same(zero, plain)
+    assert len(engine._plans) == len(engine._patterns) == 2
+
+
+def test_an_input_on_meta_is_an_example_only() -> None:
+    torch.manual_seed(0)
+    model = Net()
+    zero = fxzero.compile(model, example=points().to("meta"))
+    assert "all_gather" in str(zero.schedule)
+    with pytest.raises(InputMismatchError, match="on the meta device"):
+        zero(points().to("meta"))
+    zero(points()).loss.backward()
