@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fxzero.errors import OptimizerError
 from fxzero.layout import ParamSpec, Slice
+from fxzero.rehome import rehome_state
 
 ELEMENTWISE: tuple[type[torch.optim.Optimizer], ...] = (
     torch.optim.Adadelta,
@@ -142,6 +143,10 @@ class OptimizerGuard:
         self.shards = shards
         self.elementwise_optimizer = elementwise_optimizer
         self._num_groups_checked: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._to_rehome: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        """Optimizers that took their first step, in which they made their state."""
+        self.state_nbytes = 0
+        """Bytes of the buffers that optimizer state was moved to."""
         self._owner = weakref.ref(owner)
         _install_hook()
         _guards[owner] = self
@@ -153,12 +158,16 @@ class OptimizerGuard:
             del _guards[owner]
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Check an optimizer, if that was not done yet."""
+        """Check an optimizer, if that was not done yet; before its second step, move its state into one buffer."""
+        if optimizer in self._to_rehome:
+            self._to_rehome.discard(optimizer)
+            self.state_nbytes += rehome_state(optimizer, self.shards().keys())
         if self._num_groups_checked.get(optimizer) != len(optimizer.param_groups):
             shards = self.shards()
             self.check(optimizer, shards)
             if shards:
                 self._num_groups_checked[optimizer] = len(optimizer.param_groups)
+                self._to_rehome.add(optimizer)
 
     def check(self, optimizer: torch.optim.Optimizer, shards: Mapping[int, ParamShard]) -> None:
         """Refuse an optimizer that would step the shards wrongly.

@@ -16,7 +16,9 @@ KIB = 1024
 def test_neighbours_share_a_gather_within_the_size() -> None:
     step = toy_step()
     run_passes(step, [RematerializeViews(), InsertAllGathers(), BucketAllGathers(bucket_bytes=32 * KIB)])
-    assert_expected_inline(format_schedule(step), """\
+    assert_expected_inline(
+        format_schedule(step),
+        """\
 world_size=8  4 all_gathers, 84 KiB received  0 reduce_scatters, 0 B sent  gathered peak 48 KiB
 all_gather  layers.0.w +1     32 KiB
 wait        layers.0.w +1
@@ -34,7 +36,8 @@ compute     layers.1           2 ops
 all_gather  layers.0.w +1     32 KiB
 wait        layers.0.w +1
 compute     layers.1           3 ops
-compute     layers.0           2 ops""")
+compute     layers.0           2 ops""",
+    )
 
 
 def test_nothing_changes_when_each_param_fills_a_bucket() -> None:

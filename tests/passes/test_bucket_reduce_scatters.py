@@ -22,7 +22,9 @@ BEFORE = (RematerializeViews(), InsertAllGathers(), InsertReduceScatters())
 def test_gradients_of_a_bucket_are_reduced_together_when_the_last_is_ready() -> None:
     step = toy_step()
     run_passes(step, [*BEFORE, BucketAllGathers(bucket_bytes=2**15), BucketReduceScatters()])
-    assert_expected_inline(format_schedule(step), """\
+    assert_expected_inline(
+        format_schedule(step),
+        """\
 world_size=8  4 all_gathers, 84 KiB received  2 reduce_scatters, 42 KiB sent  gathered peak 48 KiB
 all_gather      layers.0.w +1     32 KiB
 wait            layers.0.w +1
@@ -44,7 +46,8 @@ wait            layers.0.w +1
 compute         layers.1           3 ops
 compute         layers.0           2 ops
 reduce_scatter  layers.0.w +1     32 KiB
-wait_reduce     layers.0.w +1""")
+wait_reduce     layers.0.w +1""",
+    )
 
 
 def test_member_that_the_step_does_not_reach_gets_zeros() -> None:

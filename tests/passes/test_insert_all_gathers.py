@@ -11,7 +11,9 @@ from fxzero.schedule import format_schedule
 def test_each_param_is_gathered_once_per_phase() -> None:
     step = toy_step(num_layers=2)
     run_passes(step, [RematerializeViews(), InsertAllGathers()])
-    assert_expected_inline(format_schedule(step), """\
+    assert_expected_inline(
+        format_schedule(step),
+        """\
 world_size=8  3 all_gathers, 42 KiB received  0 reduce_scatters, 0 B sent  gathered peak 32 KiB
 all_gather  layers.0.w     16 KiB
 wait        layers.0.w
@@ -24,7 +26,8 @@ compute     layers.1        2 ops
 all_gather  layers.1.w     16 KiB
 wait        layers.1.w
 compute     layers.1        3 ops
-compute     layers.0        2 ops""")
+compute     layers.0        2 ops""",
+    )
 
 
 def test_nothing_is_inserted_when_all_is_gathered_already() -> None:

@@ -12,7 +12,9 @@ from fxzero.schedule import format_schedule
 def test_each_gradient_is_reduced_where_it_is_ready() -> None:
     step = toy_step(num_layers=2)
     run_passes(step, [InsertReduceScatters()])
-    assert_expected_inline(format_schedule(step), """\
+    assert_expected_inline(
+        format_schedule(step),
+        """\
 world_size=8  0 all_gathers, 0 B received  2 reduce_scatters, 28 KiB sent  gathered peak 0 B
 compute         layers.0        2 ops
 compute         layers.1        2 ops
@@ -23,7 +25,8 @@ wait_reduce     layers.1.w
 compute         layers.1        2 ops
 compute         layers.0        2 ops
 reduce_scatter  layers.0.w     16 KiB
-wait_reduce     layers.0.w""")
+wait_reduce     layers.0.w""",
+    )
 
 
 def test_gradients_stay_unsharded_under_no_sync() -> None:

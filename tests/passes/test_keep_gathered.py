@@ -16,7 +16,9 @@ def test_buckets_used_first_in_backward_are_kept_within_the_budget() -> None:
     step = toy_step()
     run_passes(step, [*BEFORE, KeepGathered(max_kept_bytes=2**14)])
     assert step.kept == {("layers.2.w",)}
-    assert_expected_inline(format_schedule(step), """\
+    assert_expected_inline(
+        format_schedule(step),
+        """\
 world_size=8  4 all_gathers, 56 KiB received  0 reduce_scatters, 0 B sent  gathered peak 48 KiB
 all_gather  layers.0.w     16 KiB
 wait        layers.0.w
@@ -33,7 +35,8 @@ compute     layers.1        2 ops
 all_gather  layers.1.w     16 KiB
 wait        layers.1.w
 compute     layers.1        3 ops
-compute     layers.0        2 ops""")
+compute     layers.0        2 ops""",
+    )
 
 
 def test_all_are_kept_without_a_budget() -> None:

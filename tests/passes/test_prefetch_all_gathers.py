@@ -18,7 +18,9 @@ def test_gathers_start_early_within_the_budget() -> None:
     run_passes(step, BEFORE)
     before = format_schedule(step)
     PrefetchAllGathers(max_inflight_bytes=2**15)(step)
-    assert_expected_inline(format_diff(before, format_schedule(step)), """\
+    assert_expected_inline(
+        format_diff(before, format_schedule(step)),
+        """\
 --- before
 +++ after
 @@ -1,13 +1,13 @@
@@ -37,13 +39,16 @@ def test_gathers_start_early_within_the_budget() -> None:
  compute     layers.2        2 ops
 -all_gather  layers.3.w     16 KiB
  wait        layers.3.w
- compute     layers.3        2 ops""")
+ compute     layers.3        2 ops""",
+    )
 
 
 def test_one_gather_is_always_ahead_whatever_the_budget() -> None:
     step = toy_step(backward=False)
     run_passes(step, [*BEFORE, PrefetchAllGathers(max_inflight_bytes=0)])
-    assert_expected_inline(format_schedule(step), """\
+    assert_expected_inline(
+        format_schedule(step),
+        """\
 world_size=8  3 all_gathers, 42 KiB received  gathered peak 48 KiB
 all_gather  layers.0.w     16 KiB
 all_gather  layers.1.w     16 KiB
@@ -53,7 +58,8 @@ all_gather  layers.2.w     16 KiB
 wait        layers.1.w
 compute     layers.1        2 ops
 wait        layers.2.w
-compute     layers.2        2 ops""")
+compute     layers.2        2 ops""",
+    )
 
 
 def test_nothing_moves_when_there_is_one_gather() -> None:

@@ -13,7 +13,9 @@ from fxzero.schedule import format_schedule
 def test_bucket_is_released_after_the_last_reader_of_a_view() -> None:
     step = toy_step(num_layers=2, backward=False)
     run_passes(step, [RematerializeViews(), InsertAllGathers(), ReleaseParams()])
-    assert_expected_inline(format_schedule(step), """\
+    assert_expected_inline(
+        format_schedule(step),
+        """\
 world_size=8  2 all_gathers, 28 KiB received  gathered peak 16 KiB
 all_gather  layers.0.w     16 KiB
 wait        layers.0.w
@@ -22,7 +24,8 @@ release     layers.0.w
 all_gather  layers.1.w     16 KiB
 wait        layers.1.w
 compute     layers.1        2 ops
-release     layers.1.w""")
+release     layers.1.w""",
+    )
 
 
 def test_nothing_changes_the_second_time() -> None:

@@ -24,16 +24,22 @@ def test_views_of_params_are_not_saved_when_backward_reads_them() -> None:
     before = backward_reads(step)
     RematerializeViews()(step)
     step.graph.lint()
-    assert_expected_inline(before, """\
+    assert_expected_inline(
+        before,
+        """\
 layers.2: aten.mm.default
 layers.2: aten.t.default
 layers.1: aten.mm.default
-layers.1: aten.t.default""")
-    assert_expected_inline(backward_reads(step), """\
+layers.1: aten.t.default""",
+    )
+    assert_expected_inline(
+        backward_reads(step),
+        """\
 layers.2: aten.mm.default
 layers.2: w2
 layers.1: aten.mm.default
-layers.1: w1""")
+layers.1: w1""",
+    )
 
 
 def test_forward_only_step_is_left_alone() -> None:

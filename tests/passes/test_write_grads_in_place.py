@@ -21,14 +21,17 @@ def test_matmul_writes_to_the_slot() -> None:
     step = toy_step(num_layers=1)
     run_passes(step, [InsertReduceScatters(), WriteGradsInPlace()])
     backward = str(step.graph).split("end_forward", 1)[1].split("\n", 1)[1]
-    assert_expected_inline(backward, """\
+    assert_expected_inline(
+        backward,
+        """\
     %t_default_1 : [num_users=1] = call_function[target=torch.ops.aten.t.default](args = (%tangent,), kwargs = {})
     %grad_slot : [num_users=1] = call_function[target=fxzero.ops.grad_slot](args = (layers.0.w, (64, 64)), kwargs = {})
     %mm_out : [num_users=1] = call_function[target=torch.ops.aten.mm.out](args = (%t_default_1, %x), kwargs = {out: %grad_slot})
     %write_grad : [num_users=1] = call_function[target=fxzero.ops.write_grad](args = (%mm_out, layers.0.w), kwargs = {})
     %reduce_scatter : [num_users=1] = call_function[target=fxzero.ops.reduce_scatter](args = (%write_grad,), kwargs = {})
     %wait : [num_users=1] = call_function[target=fxzero.ops.wait](args = (%reduce_scatter,), kwargs = {})
-    return ((mm_default,), {'layers.0.w': wait}, (None,))""")
+    return ((mm_default,), {'layers.0.w': wait}, (None,))""",
+    )
 
 
 def test_gradients_are_copied_under_no_sync() -> None:
