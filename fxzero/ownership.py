@@ -42,7 +42,7 @@ def check_model(model: object) -> None:
         raise InputMismatchError(f"fxzero.compile takes an nn.Module, not a {type(model).__qualname__}.")
     for name, module in model.named_modules():
         part = f"{name} of this model" if name else "This model"
-        if _TAKEN in module.__dict__:
+        if _TAKEN in module.__dict__ or "_fxzero_model" in module.__dict__:
             raise InputMismatchError(
                 f"{part} was given to fxzero.compile already. Use the module that it returned, and compile a model as "
                 "a whole."
