@@ -1,7 +1,7 @@
 """Host work of a step: Python calls (cProfile) and seconds, against eager; 4 pre-norm blocks, hidden 64, 67 parameters.
 
-    OMP_NUM_THREADS=1 python benchmarks/host_work.py --world-size 2
-    OMP_NUM_THREADS=1 python benchmarks/host_work.py --world-size 1
+OMP_NUM_THREADS=1 python benchmarks/host_work.py --world-size 2
+OMP_NUM_THREADS=1 python benchmarks/host_work.py --world-size 1
 """
 
 from __future__ import annotations
@@ -102,7 +102,9 @@ def main() -> None:
     from host_work import measure as importable  # ranks import this file by its name
 
     results = run_ranks(arguments.world_size, importable, arguments.rounds, timeout=300)
-    print(f"torch {torch.__version__}, world size {arguments.world_size}, {arguments.rounds} rounds, rank 0, no optimizer")
+    print(
+        f"torch {torch.__version__}, world size {arguments.world_size}, {arguments.rounds} rounds, rank 0, no optimizer"
+    )
     for name, value in results[0].items():
         print(f"{name:40s} {value:10.2f}")
 

@@ -1,6 +1,6 @@
 """A step at world size 1 against eager PyTorch, in turns: 12 layers, 47M parameters, batch 4 x 128, fused AdamW.
 
-    OMP_NUM_THREADS=1 python benchmarks/single_rank.py --rounds 12
+OMP_NUM_THREADS=1 python benchmarks/single_rank.py --rounds 12
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from torch import Tensor, nn
 import fxzero
 from fxzero.models import ROBERTA_PRESETS, RobertaForMaskedLM
 
-CONFIG = replace(
-    ROBERTA_PRESETS["small"], vocab_size=8192, max_positions=130, num_layers=12, dropout=0.0
-)
+CONFIG = replace(ROBERTA_PRESETS["small"], vocab_size=8192, max_positions=130, num_layers=12, dropout=0.0)
 
 
 def make_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]) -> Callable[[], float]:
@@ -60,7 +58,9 @@ def main() -> None:
             if round_ >= 2:
                 times[name].append(seconds)
     count = sum(p.numel() for p in eager.parameters())
-    print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s)")
+    print(
+        f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s)"
+    )
     print(f"{count / 1e6:.1f}M parameters; compile {compile_s:.2f} s; {arguments.rounds} rounds")
     for name, seconds in times.items():
         print(f"{name:8s} median {statistics.median(seconds):.3f} s  minimum {min(seconds):.3f} s")

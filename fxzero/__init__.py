@@ -1,8 +1,8 @@
 """fxzero: ZeRO-3 training whose every communication is scheduled at compile time.
 
-    zero = fxzero.compile(model, optimizer=optimizer)
-    loss = zero(**batch).loss
-    loss.backward()
+zero = fxzero.compile(model, optimizer=optimizer)
+loss = zero(**batch).loss
+loss.backward()
 """
 
 from __future__ import annotations

@@ -38,14 +38,15 @@ def compile(
 ) -> ZeroModule:
     """Take a model over and train it by ZeRO stage 3 on a schedule that is written before it runs.
 
-    The model's parameters become this rank's shards (1-D, a slice of each) and the full storages are freed; the Parameter
-    objects stay the same, so an optimizer built before or afterwards from `zero.parameters()` steps the shards.
+    The model's parameters become this rank's shards (1-D, a slice of each) and the full storages are freed; the
+    Parameter objects stay the same, so an optimizer built before or afterwards from `zero.parameters()` steps the
+    shards.
 
     Args:
         model: any nn.Module that torch.fx can trace with fake tensors, on the meta device or a real one.
         optimizer: the optimizer(s) that hold the model's parameters already; state they have is cut into shards.
-        example: one batch: a mapping is passed as keyword arguments, a tuple or list as positional ones, anything else as
-            the only argument. With it, tracing, planning and sharding happen now; else at the first call.
+        example: one batch: a mapping is passed as keyword arguments, a tuple or list as positional ones, anything else
+            as the only argument. With it, tracing, planning and sharding happen now; else at the first call.
         device: where a meta model goes. Default: the device of a real model; the rank's accelerator, else the CPU.
         process_group: the ranks to shard over. Default: the default group if torch.distributed is initialised, else
             none (world size 1).
@@ -172,7 +173,9 @@ class ZeroModule(nn.Module):
             return
         holds_parameters = isinstance(value, nn.Module) and next(value.parameters(), None) is not None
         if isinstance(value, nn.Parameter) or holds_parameters or name in self._parameters:
-            raise FxzeroError(f"{name}: compile fixes the parameters of a model. Change the model before fxzero.compile.")
+            raise FxzeroError(
+                f"{name}: compile fixes the parameters of a model. Change the model before fxzero.compile."
+            )
         setattr(self._fxzero_model, name, value)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ZeroModule:  # type: ignore[override]
@@ -280,8 +283,8 @@ class ZeroModule(nn.Module):
 def _refuse_new_shapes(name: str) -> Callable[..., NoReturn]:
     def refused(*args: Any, **kwargs: Any) -> NoReturn:
         raise FxzeroError(
-            f"{name}() calls the model with ever new shapes, each of which would be traced. Gather the weights into the "
-            f"plain model instead: plain.load_state_dict(zero.state_dict()); plain.{name}(...)."
+            f"{name}() calls the model with ever new shapes, each of which would be traced. Gather the weights into "
+            f"the plain model instead: plain.load_state_dict(zero.state_dict()); plain.{name}(...)."
         )
 
     return refused

@@ -160,7 +160,7 @@ class StepFunction(torch.autograd.Function):
     def backward(ctx: Any, *arriving: torch.Tensor | None) -> tuple[Any, ...]:
         if not compat.runs_in_this_backward(ctx.next_functions[0][0]):
             raise StaleBackwardError(
-                "torch.autograd.grad, or backward(inputs=...), asks for some gradients only; a compiled backward computes "
-                "those of all parameters. Call loss.backward() and read .grad, also that of the inputs."
+                "torch.autograd.grad, or backward(inputs=...), asks for some gradients only; a compiled backward "
+                "computes those of all parameters. Call loss.backward() and read .grad, also that of the inputs."
             )
         return (None, None, *ctx.call.backward(arriving))

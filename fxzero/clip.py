@@ -48,8 +48,8 @@ def clip_grad_norm_(
 def _norm(segment: torch.Tensor, norm_type: float) -> torch.Tensor:
     """The norm of one flat tensor whose length is a multiple of the alignment, in fp32 at least.
 
-    Row by row, then over the rows in fp64: one pass over memory. Over 23 million elements in one go, torch's fp32 norm on
-    the CPU is off by 1e-3; by rows of 64 it is off by 1e-11, in the same time.
+    Row by row, then over the rows in fp64: one pass over memory. Over 23 million elements in one go, torch's fp32 norm
+    on the CPU is off by 1e-3; by rows of 64 it is off by 1e-11, in the same time.
     """
     dtype = torch.promote_types(segment.dtype, torch.float32)
     rows = torch.linalg.vector_norm(segment.view(-1, _ROW_NUMEL), norm_type, dim=1, dtype=dtype)

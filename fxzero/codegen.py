@@ -84,9 +84,7 @@ def generate(step: StepGraph, recorded: Collection[fx.Node] = (), *, record_begi
     return Code("\n".join(lines) + "\n", writer.operators, tuple(writer.static), saved)
 
 
-def _saved(
-    step: StepGraph, phases: dict[Phase, list[fx.Node]], static: dict[fx.Node, None]
-) -> tuple[fx.Node, ...]:
+def _saved(step: StepGraph, phases: dict[Phase, list[fx.Node]], static: dict[fx.Node, None]) -> tuple[fx.Node, ...]:
     """The nodes before backward that backward reads, in order; views of parameters are never among them."""
     backward = set(phases.get(Phase.BACKWARD, ()))
     read = {source for node in backward for source in node.all_input_nodes}

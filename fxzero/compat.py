@@ -167,7 +167,7 @@ def load_hooks(module: nn.Module) -> list[Callable[..., object]]:
 def forget_flat_weights(module: nn.Module) -> None:
     """Drop the weak references of RNNs to their weights, which they make anew. `_flat_weight_refs`: 2.11 to 2.13."""
     if isinstance(module, nn.RNNBase):
-        module._flat_weight_refs = []
+        module._flat_weight_refs = []  # pyright: ignore[reportPrivateUsage]
 
 
 def incompatible_keys(missing: list[str], unexpected: list[str]) -> Any:

@@ -62,7 +62,9 @@ def plan_cuda_events(step: StepGraph, placed: Placed, cuda: Any, device: Any, *,
     """
     queues = queues_of(step, accumulate=accumulate)
     occupied = occupied_before(step, placed, accumulate=accumulate)
-    streams = CudaStreams(queues, plan_events(queues, requirements(step, occupied, accumulate=accumulate)), cuda, device)
+    streams = CudaStreams(
+        queues, plan_events(queues, requirements(step, occupied, accumulate=accumulate)), cuda, device
+    )
     at = step.positions()
     recorded: dict[fx.Node, Callable[[], object]] = {}
     for node in step.graph.nodes:

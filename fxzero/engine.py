@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -201,8 +201,8 @@ class Engine:
         buffers = [compat.buffers_of(module)[name] for fqn in executable.buffers for module, name in [owners[fqn]]]
         if [(buffer.shape, buffer.dtype) for buffer in buffers] != executable.buffer_geometry:  # type: ignore[union-attr]
             raise InputMismatchError(
-                f"A buffer among {', '.join(executable.buffers)} has another shape or dtype than when this kind of call "
-                "was traced. Keep them, and write into the buffer."
+                f"A buffer among {', '.join(executable.buffers)} has another shape or dtype than when this kind of "
+                "call was traced. Keep them, and write into the buffer."
             )
         return buffers  # type: ignore[return-value]
 
@@ -260,7 +260,7 @@ class Engine:
         return executable
 
     @contextmanager
-    def _as_in(self, signature: Signature) -> Iterator[None]:
+    def _as_in(self, signature: Signature) -> Generator[None]:
         """Autocast and training flags as they were at the call, for a trace that comes later."""
         flags = [module.training for module in self._modules]
         enabled, dtype = signature.autocast
@@ -335,9 +335,7 @@ class Engine:
         captured.step.synchronize = signature.synchronize
         return captured
 
-    def fix_layout(
-        self, layout: Layout, order: Sequence[str] = (), loaded: AbstractSet[str] = frozenset()
-    ) -> None:
+    def fix_layout(self, layout: Layout, order: Sequence[str] = (), loaded: AbstractSet[str] = frozenset()) -> None:
         """Decide which rank owns what, on all ranks alike, make the storage for it, and fill it."""
         lines = describe_layout(layout, self.options.agreed()) + [f"collective {line}" for line in order]
         agree.agree(self.group, "layout", lines, timeout=self.options.timeout)

@@ -157,9 +157,9 @@ class Gradients:
         left = [fqn for fqn in self._held if fqn not in reduced]
         if left:
             raise PlanError(
-                f"no_sync() holds the gradient of {left[0]} (and {len(left) - 1} more), but this call, outside it, does "
-                "not reduce the bucket. Let the last call of an accumulation, outside no_sync(), use every parameter "
-                "that those inside used; zero.zero_grad() drops what is held."
+                f"no_sync() holds the gradient of {left[0]} (and {len(left) - 1} more), but this call, outside it, "
+                "does not reduce the bucket. Let the last call of an accumulation, outside no_sync(), use every "
+                "parameter that those inside used; zero.zero_grad() drops what is held."
             )
 
     def drop_held(self) -> None:

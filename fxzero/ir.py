@@ -2,8 +2,8 @@
 
 placeholders (params, buffers, inputs, tangents) and constants | forward | end_forward | backward | output
 
-The output is `(model outputs, parameter gradients by name, input gradients)`; a forward-only step has no end_forward and
-no gradients. Passes read and write collectives through the accessors here, never through `node.args[i]`.
+The output is `(model outputs, parameter gradients by name, input gradients)`; a forward-only step has no end_forward
+and no gradients. Passes read and write collectives through the accessors here, never through `node.args[i]`.
 """
 
 from __future__ import annotations

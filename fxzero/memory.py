@@ -1,9 +1,11 @@
 """Lifetimes to offsets: where each gathered bucket and gradient bucket lies in the arena, planned once.
 
+A buffer lives from `start` to `end`, both included; two that live at the same time never share a byte:
+
     position:   0    1    2    3    4    5
     gather 0    [=========]
-    gather 1         [=========]               a buffer lives from `start` to `end`, both included;
-    gradient 1                 [=========]     two that live at the same time never share a byte.
+    gather 1         [=========]
+    gradient 1                 [=========]
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The order of collectives of each kind of call: agreed on by all ranks the first time, then checked by each alone.
 
-Ranks may meet different shapes in one step, so no rank may wait for others because a shape is new to it. What a call has
-in common on all ranks is its mode; whatever else it has may change nothing about its collectives, with one exception:
-flags, which the same script sets on every rank (`use_head=False`, `model.eval()`), may lead to other collectives.
+Ranks may meet different shapes in one step, so no rank may wait for others because a shape is new to it. What a call
+has in common on all ranks is its mode; whatever else it has may change nothing about its collectives, with one
+exception: flags, which the same script sets on every rank (`use_head=False`, `model.eval()`), may lead to other
+collectives.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     start  = all_gather(shard, ...)             shards of the members of one bucket -> a collective in flight
     params = wait(start)                        the unsharded parameters, one output per member
     release(params)                             nobody reads them any more
-    memory = grad_slot(fqn, shape)              the place of a gradient in its bucket, for operators that write to `out=`
-    slot   = write_grad(grad, fqn)              the gradient is in its place: copied there unless it was computed there
+    memory = grad_slot(fqn, shape)              the place of a gradient in its bucket, for operators with `out=`
+    slot   = write_grad(grad, fqn)              the gradient is in its place: copied, unless it was computed there
     start  = reduce_scatter(slot, ...)          the slots of one bucket -> a collective in flight
     shards = wait(start)                        this rank's gradient shards
     end_forward()                               what comes after it is the backward phase

@@ -29,8 +29,8 @@ def spec_of(fqn: str, param: nn.Parameter) -> ParamSpec:
         raise InputMismatchError(f"{fqn} is an uninitialised lazy parameter. Run the model once before compile.")
     if type(param.data) is not torch.Tensor:
         raise InputMismatchError(
-            f"{fqn} is a {type(param.data).__name__}. Only plain tensors can be sharded: compile the model before other "
-            "libraries shard or quantize it."
+            f"{fqn} is a {type(param.data).__name__}. Only plain tensors can be sharded: compile the model before "
+            "other libraries shard or quantize it."
         )
     if not param.dtype.is_floating_point:
         raise InputMismatchError(
@@ -57,8 +57,8 @@ def check_storage(params: Mapping[str, nn.Parameter]) -> None:
     for (storage, _, end, fqn), (other_storage, begin, _, other) in itertools.pairwise(in_order):
         if storage == other_storage and begin < end:
             raise InputMismatchError(
-                f"{fqn} and {other} share memory, but are two parameters. To tie them, register the same Parameter object "
-                "in both places; else copy one."
+                f"{fqn} and {other} share memory, but are two parameters. To tie them, register the same Parameter "
+                "object in both places; else copy one."
             )
 
 
@@ -139,9 +139,7 @@ class Shards:
 
 def unflatten(bucket: Bucket, full: torch.Tensor) -> dict[str, torch.Tensor]:
     """The members of a gathered bucket at their full shapes: views of `full`, `[bucket.numel]`."""
-    return {
-        param.fqn: full[bucket.offsets[param.fqn] :][: param.numel].view(param.shape) for param in bucket.params
-    }
+    return {param.fqn: full[bucket.offsets[param.fqn] :][: param.numel].view(param.shape) for param in bucket.params}
 
 
 def shard_full_params(shards: Shards, params: Mapping[str, nn.Parameter], comm: Comm, *, sync_init: bool) -> None:

@@ -86,7 +86,8 @@ def _rng_state_of_rank0(engine: Engine) -> torch.Tensor:
 def full_params(engine: Engine, *, rank0_only: bool) -> Iterator[tuple[str, torch.Tensor | None]]:
     """Gather the parameters bucket by bucket: `(name, full tensor)`, None on other ranks if `rank0_only`.
 
-    A tensor is a view of memory that the next bucket overwrites: copy what you keep. Every rank must iterate to the end.
+    A tensor is a view of memory that the next bucket overwrites: copy what you keep. Every rank must iterate to the
+    end.
     """
     assert engine.shards is not None
     shards, comm = engine.shards, engine.comm

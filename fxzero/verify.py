@@ -191,6 +191,5 @@ def _check_buckets(step: StepGraph) -> None:
 def collectives(step: StepGraph) -> list[str]:
     """The order of collectives, as text that is equal on two ranks exactly if the order and the buckets are."""
     return [
-        f"{role(start).value} {','.join(members(start))}"
-        for start in step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER)
+        f"{role(start).value} {','.join(members(start))}" for start in step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER)
     ]

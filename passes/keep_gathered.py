@@ -18,9 +18,9 @@ class KeepGathered:
     Before:  all_gather w | wait w | mm(x, w) | end_forward | all_gather w | wait w | mm(grad, w)
     After:   all_gather w | wait w | mm(x, w) | end_forward | mm(grad, w)
 
-    Chosen in the order of their first use in backward: a bucket that forward uses last and backward first is held for the
-    shortest time, so it adds the least to what is live. With every bucket kept, a step moves two thirds of the bytes, at
-    the residency of ZeRO stage 2; parameters, gradients and optimizer state stay sharded.
+    Chosen in the order of their first use in backward: a bucket that forward uses last and backward first is held for
+    the shortest time, so it adds the least to what is live. With every bucket kept, a step moves two thirds of the
+    bytes, at the residency of ZeRO stage 2; parameters, gradients and optimizer state stay sharded.
 
     Needs: BucketAllGathers (or InsertAllGathers alone). Numerics: unchanged, bit for bit.
     Source: FSDP2's reshard_after_forward; deviation: chosen per bucket under a budget, not per module by hand.

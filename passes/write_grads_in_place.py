@@ -43,12 +43,12 @@ class WriteGradsInPlace:
     Before:  dw = mm(x, dy) | write_grad dw                dw = embedding_dense_backward(dy, ids) | write_grad dw
     After:   mm.out(x, dy, out=slot) | write_grad          zero_(slot) | index_add_(slot, ids, dy) | write_grad
 
-    Also for addmm, bmm, add (the last addition of a tied weight's gradients) and sum, through reshapes. Elsewhere the one
-    copy stays; `zero.schedule` counts its bytes. Under no_sync() gradients are added up, and all are copied.
+    Also for addmm, bmm, add (the last addition of a tied weight's gradients) and sum, through reshapes. Elsewhere the
+    one copy stays; `zero.schedule` counts its bytes. Under no_sync() gradients are added up, and all are copied.
 
     Needs: InsertReduceScatters. Numerics: unchanged, bit for bit.
-    Source: Megatron-LM's gradient accumulation fusion writes weight gradients to their bucket in a fused kernel; here the
-    operators' own `out=` forms do, and never `beta=1`, which is not bitwise.
+    Source: Megatron-LM's gradient accumulation fusion writes weight gradients to their bucket in a fused kernel; here
+    the operators' own `out=` forms do, and never `beta=1`, which is not bitwise.
     """
 
     def __call__(self, step: StepGraph, /) -> None:

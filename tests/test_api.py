@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.pairs import Net, assert_same, both, pair, points, sgd
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fxzero
 from fxzero.errors import CaptureError, FxzeroError, InputMismatchError
+from tests.pairs import Net, assert_same, both, pair, points, sgd
 
 
 class Configured(Net):
@@ -259,9 +259,15 @@ def _with(param: nn.Parameter) -> nn.Module:
     ("param", "text"),
     [
         (nn.Parameter(torch.ones(3, 2).t()), r"extra of shape \(2, 3\) is not contiguous.*p.data.contiguous\(\)"),
-        (nn.Parameter(torch.ones(2, dtype=torch.int64), requires_grad=False), "extra is a parameter of dtype torch.int64"),
+        (
+            nn.Parameter(torch.ones(2, dtype=torch.int64), requires_grad=False),
+            "extra is a parameter of dtype torch.int64",
+        ),
         (nn.Parameter(torch.ones(2, dtype=torch.complex64)), "extra is a parameter of dtype torch.complex64"),
-        (nn.Parameter(TwoTensor(torch.ones(2), torch.ones(2))), "extra is a TwoTensor. Only plain tensors can be sharded"),
+        (
+            nn.Parameter(TwoTensor(torch.ones(2), torch.ones(2))),
+            "extra is a TwoTensor. Only plain tensors can be sharded",
+        ),
         (nn.UninitializedParameter(), "extra is an uninitialised lazy parameter"),
     ],
 )

@@ -1,4 +1,5 @@
-"""Backwards that cannot be run, forwards whose backward never comes, and plans for other kinds of calls. World size 1."""
+"""Backwards that cannot be run, forwards whose backward never comes, and plans for other kinds of calls. World size
+1."""
 
 from __future__ import annotations
 
@@ -10,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.pairs import Net, assert_same, both, pair, points, sgd
 from torch import Tensor, nn
 
 import fxzero
 from fxzero.errors import InputMismatchError, StaleBackwardError
+from tests.pairs import Net, assert_same, both, pair, points, sgd
 
 # -- refused -----------------------------------------------------------------------------------------------------
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.pairs import assert_same, both, pair, points, sgd
 from torch import nn
 
 from fxzero.errors import FxzeroError, PlanError
+from tests.pairs import assert_same, both, pair, points, sgd
 
 
 def backward_both(zero: nn.Module, plain: nn.Module, seed: int = 0, **kwargs: Any) -> None:

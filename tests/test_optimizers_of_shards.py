@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.pairs import Net, assert_same, both, pair, points
 from torch import nn
 from torch.optim import SGD, AdamW
 
 import fxzero
 from fxzero.errors import OptimizerError
+from tests.pairs import Net, assert_same, both, pair, points
 
 Make = Callable[[Any], torch.optim.Optimizer]
 
@@ -170,7 +170,9 @@ def test_closures_and_gradients_scaled_before_the_step() -> None:
     for seed in range(2):
         for module, optimizer in ((zero, own), (plain, other)):
 
-            def closure(module: nn.Module = module, optimizer: torch.optim.Optimizer = optimizer) -> torch.Tensor:
+            def closure(
+                module: nn.Module = module, optimizer: torch.optim.Optimizer = optimizer, seed: int = seed
+            ) -> torch.Tensor:
                 optimizer.zero_grad()
                 torch.manual_seed(seed)
                 loss = module(points(seed)).loss

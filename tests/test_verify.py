@@ -5,13 +5,13 @@ from __future__ import annotations
 import operator
 
 import pytest
-from tests.toy import toy_step
 
 from fxzero import errors, ops
 from fxzero.ir import Role, StepGraph, gathered_params, operands, release_of, wait_of
 from fxzero.passes import InsertAllGathers, ReleaseParams, RematerializeViews, default_passes
 from fxzero.pipeline import run_passes
 from fxzero.verify import verify_graph, verify_plan
+from tests.toy import toy_step
 
 
 def planned() -> StepGraph:
@@ -76,7 +76,9 @@ def test_read_after_release_is_refused() -> None:
     wait.append(release)
     for output in reversed(gathered_params(wait).values()):
         wait.append(output)
-    with pytest.raises(errors.UseAfterReleaseError, match=r"layers\.0\.w is read by 'compute layers\.0' after its release"):
+    with pytest.raises(
+        errors.UseAfterReleaseError, match=r"layers\.0\.w is read by 'compute layers\.0' after its release"
+    ):
         verify_graph(step)
 
 

@@ -14,7 +14,9 @@ from fxzero.layout import ParamSpec
 aten = torch.ops.aten
 
 
-def toy_step(num_layers: int = 3, width: int = 64, world_size: int = 8, backward: bool = True, frozen: int = -1) -> StepGraph:
+def toy_step(
+    num_layers: int = 3, width: int = 64, world_size: int = 8, backward: bool = True, frozen: int = -1
+) -> StepGraph:
     """`num_layers` layers `x @ w.t()`; each weight has `width * width * 4` bytes."""
     graph = fx.Graph()
 

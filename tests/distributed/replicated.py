@@ -1,7 +1,7 @@
 """Train the same model by fxzero and by replicated training, on every rank, and compare bit for bit.
 
-Replicated training: each rank's gradient on a full copy, `((g_0 + g_1) + ...) / W`, one optimizer step. Every rank computes
-all ranks' gradients by itself, so nothing of what is tested is used to test it.
+Replicated training: each rank's gradient on a full copy, `((g_0 + g_1) + ...) / W`, one optimizer step. Every rank
+computes all ranks' gradients by itself, so nothing of what is tested is used to test it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import fxzero
-from fxzero.passes import default_passes
 from fxzero.models import GPT, GPT_PRESETS, MLP, MLP_PRESETS, ROBERTA_PRESETS, RobertaForMaskedLM
+from fxzero.passes import default_passes
 
 Batch = dict[str, Tensor]
 
@@ -105,7 +105,8 @@ class Replicated:
             loss = _loss(replica(**batches[rank]))
             grads = torch.autograd.grad(loss, list(replica.parameters()), allow_unused=True)
             losses.append(loss.detach())
-            total = list(grads) if rank == 0 else [a if b is None else a + b for a, b in zip(total, grads, strict=True)]
+            pairs = zip(total, grads, strict=True)
+            total = list(grads) if rank == 0 else [None if a is None else a + b for a, b in pairs]
         return losses, [None if grad is None else grad / self.world_size for grad in total]
 
 
@@ -114,7 +115,9 @@ def own_slice(zero: fxzero.ZeroModule, fqn: str, full: Tensor) -> Tensor:
     return zero._fxzero_engine.shards.cut(fqn, full)
 
 
-def assert_same(zero: fxzero.ZeroModule, reference: nn.Module, what: str, read: Callable[[Tensor], Tensor | None]) -> None:
+def assert_same(
+    zero: fxzero.ZeroModule, reference: nn.Module, what: str, read: Callable[[Tensor], Tensor | None]
+) -> None:
     """Compare what `read` gives of each sharded parameter with its slice of the reference's."""
     expected = dict(reference.named_parameters())
     for fqn, param in zero.named_parameters():
@@ -160,9 +163,7 @@ def train(
     for step in range(steps):
         for micro in range(micro_batches):
             row = lengths[(step + micro) % len(lengths)]
-            batches = [
-                case.batch(seed_of(step, r, micro), row[r % len(row)]) for r in range(world_size)
-            ]
+            batches = [case.batch(seed_of(step, r, micro), row[r % len(row)]) for r in range(world_size)]
             seeds = [seed_of(step, r, micro) for r in range(world_size)]
             losses, grads = reference.losses_and_grads(batches, seeds)
             for param, grad in zip(reference.model.parameters(), grads, strict=True):

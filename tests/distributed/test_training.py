@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from tests.distributed import replicated
 
 from fxzero.passes import default_passes
 from fxzero.testing import run_ranks
+from tests.distributed import replicated
 
 WORLD_SIZES = [1, 2, 3, 4]
 FIRST_COMPLETE_PREFIX = 3
@@ -28,7 +28,11 @@ def test_training_equals_replicated_training_for_each_kind_of_optimizer(optimize
 @pytest.mark.parametrize(("world_size", "name"), [(2, "mlp"), (4, "mlp"), *((3, name) for name in replicated.CASES)])
 def test_every_prefix_of_the_passes_trains_the_same(world_size: int, name: str) -> None:
     run_ranks(
-        world_size, replicated.train_prefixes, name, range(FIRST_COMPLETE_PREFIX, len(default_passes()) + 1), timeout=120
+        world_size,
+        replicated.train_prefixes,
+        name,
+        range(FIRST_COMPLETE_PREFIX, len(default_passes()) + 1),
+        timeout=120,
     )
 
 

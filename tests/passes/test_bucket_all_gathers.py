@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import pytest
 from expecttest import assert_expected_inline
-from tests.toy import toy_step
 
 from fxzero.errors import PassOrderError
 from fxzero.ir import Role, members
 from fxzero.passes import BucketAllGathers, InsertAllGathers, RematerializeViews
 from fxzero.pipeline import run_passes
 from fxzero.schedule import format_schedule
+from tests.toy import toy_step
 
 KIB = 1024
 

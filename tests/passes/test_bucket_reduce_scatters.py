@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 from expecttest import assert_expected_inline
-from tests.toy import toy_step
 
 from fxzero.errors import PassOrderError
 from fxzero.ir import Role, members
@@ -15,6 +14,7 @@ from fxzero.passes import (
 )
 from fxzero.pipeline import run_passes
 from fxzero.schedule import format_schedule
+from tests.toy import toy_step
 
 BEFORE = (RematerializeViews(), InsertAllGathers(), InsertReduceScatters())
 

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 from expecttest import assert_expected_inline
-from tests.toy import toy_step
 
 from fxzero.passes import InsertAllGathers, RematerializeViews
 from fxzero.pipeline import run_passes
 from fxzero.schedule import format_schedule
+from tests.toy import toy_step
 
 
 def test_each_param_is_gathered_once_per_phase() -> None:

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 from expecttest import assert_expected_inline
-from tests.toy import toy_step
 
 from fxzero.ir import Role
 from fxzero.passes import InsertReduceScatters
 from fxzero.pipeline import run_passes
 from fxzero.schedule import format_schedule
+from tests.toy import toy_step
 
 
 def test_each_gradient_is_reduced_where_it_is_ready() -> None:

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 from expecttest import assert_expected_inline
-from tests.toy import toy_step
 
 from fxzero.errors import PassOrderError
 from fxzero.passes import InsertAllGathers, KeepGathered, RematerializeViews, default_passes
 from fxzero.pipeline import run_passes
 from fxzero.schedule import format_schedule, totals
+from tests.toy import toy_step
 
 BEFORE = (RematerializeViews(), InsertAllGathers())
 

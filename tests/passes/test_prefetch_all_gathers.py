@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import pytest
 from expecttest import assert_expected_inline
-from tests.toy import toy_step
 
 from fxzero.errors import PassOrderError
 from fxzero.ir import Role
 from fxzero.passes import InsertAllGathers, PrefetchAllGathers, RematerializeViews
 from fxzero.pipeline import run_passes
 from fxzero.schedule import format_diff, format_schedule
+from tests.toy import toy_step
 
 BEFORE = (RematerializeViews(), InsertAllGathers())
 

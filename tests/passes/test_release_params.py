@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 from expecttest import assert_expected_inline
-from tests.toy import toy_step
 
 from fxzero.errors import PassOrderError
 from fxzero.passes import InsertAllGathers, ReleaseParams, RematerializeViews
 from fxzero.pipeline import run_passes
 from fxzero.schedule import format_schedule
+from tests.toy import toy_step
 
 
 def test_bucket_is_released_after_the_last_reader_of_a_view() -> None:

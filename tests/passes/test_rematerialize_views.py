@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 from expecttest import assert_expected_inline
-from tests.toy import toy_step
 
 from fxzero.ir import Phase, Role, info, role
 from fxzero.passes import RematerializeViews
+from tests.toy import toy_step
 
 
 def backward_reads(step) -> str:

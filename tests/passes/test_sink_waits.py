@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 from expecttest import assert_expected_inline
-from tests.toy import toy_step
 
 from fxzero.errors import PassOrderError
 from fxzero.passes import InsertReduceScatters, SinkWaits
 from fxzero.pipeline import run_passes
 from fxzero.schedule import format_schedule
+from tests.toy import toy_step
 
 
 def test_reductions_are_waited_for_at_the_end_when_the_budget_allows() -> None:
