@@ -92,6 +92,13 @@ class Comm(ABC):
         """End a phase: everything this rank has to send is out, so its shards may change."""
         return
 
+    def abandon(self) -> None:
+        """End a phase in the middle, after an error: take in what peers have sent, so that none takes it for the next.
+
+        Peers that failed in the same place can then go on together.
+        """
+        return
+
 
 class LocalComm(Comm):
     """One rank: the shard is the whole bucket."""

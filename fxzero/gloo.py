@@ -12,12 +12,14 @@ reduce-scatter is an all-reduce inside: twice the bytes, in no fixed order.
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 
 import torch.distributed as dist
 from torch import Tensor
 
 from fxzero.comm import Bound, GroupComm
+from fxzero.errors import CommunicationError
 from fxzero.layout import Bucket
 
 
@@ -34,6 +36,8 @@ class GlooComm(GroupComm):
         self._peers = [(self.rank + step) % self.world_size for step in range(1, self.world_size)]
         """Who is sent to, in order; every rank starts with another one."""
         self._unsent: list[tuple[dist.Work, str]] = []
+        self._in_flight: list[list[dist.Work]] = []
+        """Of each collective that was started in this phase: what is still waited for."""
 
     def reduce_scratch_numel(self, bucket: Bucket, *, accumulate: bool = True) -> int:
         return (self.world_size - 2 + accumulate) * bucket.shard_numel
@@ -47,10 +51,11 @@ class GlooComm(GroupComm):
         receives = [([slices[peer]], peer) for peer in self._peers]
         message, peers = [shard], self._peers
         received: list[dist.Work] = []
+        in_flight, entry = self._in_flight, (received,)
 
         def start() -> None:
-            nonlocal received, unsent
-            received = []
+            nonlocal received, unsent, in_flight
+            in_flight += entry
             try:
                 for into, peer in receives:
                     received += (recv(into, peer, tag),)
@@ -67,6 +72,8 @@ class GlooComm(GroupComm):
                     work.wait()
             except RuntimeError as error:
                 raise lost(what, error) from error
+            finally:
+                del received[:]
 
         return Bound(start, wait)
 
@@ -82,10 +89,11 @@ class GlooComm(GroupComm):
         total = terms[1 if self.rank == 0 else 0]  # of two terms the order does not matter: g1 + g0 is g0 + g1
         addends = [term for term in terms if term is not total]
         works: list[dist.Work] = []
+        in_flight, entry = self._in_flight, (works,)
 
         def start() -> None:
-            nonlocal works
-            works = []
+            nonlocal works, in_flight
+            in_flight += entry
             try:
                 for into, peer in receives:
                     works += (recv(into, peer, tag),)
@@ -100,6 +108,8 @@ class GlooComm(GroupComm):
                     work.wait()
             except RuntimeError as error:
                 raise lost(what, error) from error
+            finally:
+                del works[:]
             for term in addends:
                 total.add_(term)
             total.div_(world_size)
@@ -131,3 +141,13 @@ class GlooComm(GroupComm):
             raise self.lost(what, error) from error
         finally:
             del unsent[:]
+            del self._in_flight[:]
+
+    def abandon(self) -> None:
+        for works in self._in_flight:
+            for work in works:
+                with contextlib.suppress(RuntimeError):
+                    work.wait()
+            del works[:]
+        with contextlib.suppress(CommunicationError):
+            self.drain()

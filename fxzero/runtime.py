@@ -16,6 +16,7 @@ from fxzero.binding import Binder, plan_arena
 from fxzero.capture import Captured
 from fxzero.codegen import Code
 from fxzero.comm import Comm
+from fxzero.errors import CommunicationError
 from fxzero.gradients import Gradients, Stash, Variant
 from fxzero.ir import (
     Role,
@@ -90,7 +91,11 @@ class Executable:
     def forward(self, inputs: list[torch.Tensor], buffers: list[torch.Tensor]) -> tuple[tuple[Any, ...], list[Any]]:
         """Run the forward phase: the flat outputs and what backward needs."""
         unused = Variant(False, Stash.NONE if self.step.synchronize else Stash.FIRST)
-        outputs = self._bound(next(iter(self._functions), unused))["forward"](inputs, buffers)
+        try:
+            outputs = self._bound(next(iter(self._functions), unused))["forward"](inputs, buffers)
+        except Exception as error:
+            self._abandon(error)
+            raise
         self._comm.drain()
         self._arena.generation += 1
         return outputs
@@ -100,10 +105,20 @@ class Executable:
         for index, (tangent, strides) in enumerate(zip(tangents, self._tangents, strict=True)):
             if tangent.stride() != strides:  # an expanded gradient, of sum() say: operators were traced for dense ones
                 tangents[index] = tangent.new_empty_strided(tangent.shape, strides).copy_(tangent)
-        input_grads = self._bound(variant)["backward"](saved, tangents)
+        try:
+            input_grads = self._bound(variant)["backward"](saved, tangents)
+        except Exception as error:
+            self._abandon(error)
+            raise
         self._comm.drain()
         self._arena.generation += 1
         return input_grads
+
+    def _abandon(self, error: Exception) -> None:
+        """Leave nothing in flight behind an error of the model's own."""
+        self._arena.generation += 1
+        if not isinstance(error, CommunicationError):
+            self._comm.abandon()
 
     @property
     def generation(self) -> int:

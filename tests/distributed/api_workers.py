@@ -1,0 +1,252 @@
+"""What ranks do in test_api_ranks.py: real gloo ranks against what every rank computes by itself."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tests.pairs import Net, points, sgd
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fxzero
+from fxzero.passes import default_passes
+
+Loss = Callable[[nn.Module, int], Tensor]
+"""The loss of one rank; called with the module and the rank, after seeding for both."""
+
+
+class Pair:
+    """A compiled net, and one plain replica for each rank; all of them share parameters, not buffers."""
+
+    def __init__(self, rank: int, world_size: int, build: Callable[[], nn.Module] = Net, **options: Any) -> None:
+        self.rank = rank
+        torch.manual_seed(0)
+        self.plain = build()
+        self.replicas = [copy.deepcopy(self.plain) for _ in range(world_size)]
+        for replica in self.replicas:
+            for mine, shared in zip(replica.parameters(), self.plain.parameters(), strict=True):
+                mine.data = shared.data
+        torch.manual_seed(rank)
+        model = build()
+        if rank == 0:
+            model.load_state_dict(self.plain.state_dict())
+        self.zero = fxzero.compile(model, **options)
+        self.optimizers = [sgd(self.zero), sgd(self.plain)]
+
+    def backward(self, loss: Loss, seed: int = 0) -> None:
+        """One backward of both; gradients of the replicas are averaged in rank order and added to the plain model's."""
+        total: list[Tensor | None] = []
+        for rank, replica in enumerate(self.replicas):
+            torch.manual_seed(100 * seed + rank)
+            grads = torch.autograd.grad(loss(replica, rank), list(replica.parameters()), allow_unused=True)
+            total = list(grads) if rank == 0 else [a if b is None else a + b for a, b in zip(total, grads, strict=True)]
+        for param, grad in zip(self.plain.parameters(), total, strict=True):
+            if grad is not None:
+                mean = grad / len(self.replicas)
+                param.grad = mean if param.grad is None else param.grad + mean
+        torch.manual_seed(100 * seed + self.rank)
+        loss(self.zero, self.rank).backward()
+
+    def step(self) -> None:
+        """An optimizer step of both, and a comparison before and after."""
+        self.check()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.check()
+
+    def check(self) -> None:
+        """Shards and their gradients are slices of the plain model's, and buffers are this rank's replica's."""
+        shards = self.zero._fxzero_engine.shards
+        assert shards is not None
+        full = dict(self.plain.named_parameters())
+        for name, param in self.zero.named_parameters():
+            assert torch.equal(param, shards.cut(name, full[name].detach())), f"{name} differs"
+            grad = full[name].grad
+            assert (param.grad is None) == (grad is None), f"gradient of {name}"
+            if grad is not None:
+                assert torch.equal(param.grad, shards.cut(name, grad)), f"gradient of {name} differs"
+        for (name, own), (_, other) in zip(
+            self.zero.named_buffers(), self.replicas[self.rank].named_buffers(), strict=True
+        ):
+            assert torch.equal(own, other), f"buffer {name} differs"
+
+
+def data(rank: int, seed: int) -> Tensor:
+    """A batch of one rank; batches of ranks have different sizes."""
+    return points(10 * seed + rank, batch=3 + rank)
+
+
+def train_by_other_outputs(rank: int, world_size: int) -> None:
+    """The loss, then the logits, then both, then the loss again."""
+    both = Pair(rank, world_size)
+    losses: list[Loss] = [
+        lambda m, r: m(data(r, 0)).loss,
+        lambda m, r: m(data(r, 1)).logits.abs().sum(),
+        lambda m, r: (lambda out: out.loss * 2 + out.logits.exp().mean())(m(data(r, 2))),
+        lambda m, r: m(data(r, 3)).loss,
+    ]
+    for seed, loss in enumerate(losses):
+        both.backward(loss, seed)
+        both.step()
+
+
+def train_with_flags(rank: int, world_size: int, bucket_bytes: int) -> None:
+    """Micro-batches that reach different parameters; with small buckets they have different collectives."""
+    both = Pair(rank, world_size, passes=default_passes(bucket_bytes=bucket_bytes))
+    for step in range(2):
+        for micro, use_extra in enumerate((False, True, False)):
+            seed = 3 * step + micro
+            both.backward(lambda m, r, seed=seed, use=use_extra: m(data(r, seed), use).loss, seed)
+        both.step()
+
+
+def train_with_calls_in_between(rank: int, world_size: int) -> None:
+    """Forwards without a backward, eval, and state dicts in between."""
+    both = Pair(rank, world_size)
+    for seed in range(2):
+        torch.manual_seed(0)
+        both.zero(data(rank, 5))
+        for r, replica in enumerate(both.replicas):
+            torch.manual_seed(0)
+            replica(data(r, 5))
+        both.zero.eval()
+        with torch.inference_mode():
+            both.zero(data(rank, 6))
+        both.zero.train()
+        both.backward(lambda m, r, seed=seed: m(data(r, seed), use_extra=True).loss * 2, seed)
+        both.zero.state_dict()
+        both.step()
+
+
+class Failing(nn.Module):
+    """Fails in the step where an index is too large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(4, 6)
+        self.net = Net()
+
+    def forward(self, ids: Tensor) -> Any:
+        return self.net(self.table(ids))
+
+
+def fail_and_go_on(rank: int, world_size: int) -> None:
+    """Every rank fails in the middle of its forward, with gathers in flight; then training goes on."""
+    both = Pair(rank, world_size, Failing, passes=default_passes(bucket_bytes=1))
+    good, bad = torch.tensor([0, 1, 3, 3]), torch.tensor([0, 1, 2, 9])
+    for seed in range(3):
+        both.backward(lambda m, r: m(good).loss, seed)
+        both.step()
+        try:
+            both.zero(bad)
+        except IndexError:
+            continue
+        raise AssertionError("the index was not refused")
+
+
+def clip(rank: int, world_size: int, norm_type: float) -> tuple[float, float, int]:
+    """The norm, that of the plain model, and how many of this rank's shards are empty."""
+    both = Pair(rank, world_size)
+    both.backward(lambda m, r: m(data(r, 0), use_extra=True).loss)
+    for module in (both.zero, both.plain):
+        module.zero_grad()
+    both.backward(lambda m, r: m(data(r, 0)).loss)
+    norm = both.zero.clip_grad_norm_(0.01, norm_type)
+    expected = nn.utils.clip_grad_norm_(both.plain.parameters(), 0.01, norm_type)
+    shards = both.zero._fxzero_engine.shards
+    assert shards is not None
+    for name, param in both.plain.named_parameters():
+        own = both.zero.get_parameter(name).grad
+        assert (own is None) == (param.grad is None)
+        if own is not None and param.grad is not None:
+            torch.testing.assert_close(own, shards.cut(name, param.grad), rtol=1e-5, atol=1e-9)
+    return norm.item(), expected.item(), sum(param.numel() == 0 for param in both.zero.parameters())
+
+
+def refuse_late_backward(rank: int, world_size: int) -> str:
+    """Also a rank all of whose shards are empty notices that the parameters changed."""
+    torch.manual_seed(0)
+    zero = fxzero.compile(nn.Linear(2, 2))
+    optimizer = sgd(zero)
+    zero(torch.ones(1, 2)).sum().backward()
+    late = zero(torch.ones(1, 2)).sum()
+    optimizer.step()
+    try:
+        late.backward()
+    except fxzero.StaleBackwardError as error:
+        return str(error)
+    return "nothing"
+
+
+def states(rank: int, world_size: int, when: str) -> list[Any]:
+    """The state dict of rank 0's weights and buffers on all ranks, or on rank 0 only."""
+    torch.manual_seed(rank)
+    model = Net()
+    model.norm.running_mean.fill_(rank)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    zero = fxzero.compile(model)
+    if when == "after":
+        with torch.no_grad():
+            zero.eval()(points())
+    full = zero.state_dict()
+    alone = zero.state_dict(rank0_only=True)
+    assert list(full) == list(expected)
+    assert list(alone) == (list(expected) if rank == 0 else [])
+    assert all(torch.equal(alone[name], full[name]) for name in alone)
+    if rank == 0:
+        assert all(torch.equal(full[name], value) for name, value in expected.items())
+    names = [(name, full is None) for name, full in zero.iter_full_params(rank0_only=True)]
+    assert all(is_none == (rank != 0) for _, is_none in names)
+    torch.manual_seed(7)
+    other = Net().state_dict()
+    zero.load_state_dict(other)
+    assert all(torch.equal(value, other[name]) for name, value in zero.state_dict().items())
+    return [value.double().sum().item() for value in full.values()]
+
+
+class Storages(TorchDispatchMode):
+    """The largest storage that any operator returned: bytes."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else [result]:
+            if type(value) is Tensor and not value.is_meta:
+                self.nbytes = max(self.nbytes, value.untyped_storage().nbytes())
+        return result
+
+
+def build_from_meta(rank: int, world_size: int) -> tuple[int, int, list[float]]:
+    """The largest storage and what is allowed, and sums of the parameters; ranks have different generators."""
+    layer_bytes = 64 * 64 * 4
+    with torch.device("meta"):
+        model = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(8)])
+    torch.manual_seed(rank)
+    zero = fxzero.compile(model, passes=default_passes(bucket_bytes=layer_bytes))
+    with Storages() as storages:
+        assert sum(full is not None for _, full in zero.iter_full_params()) == 8
+    torch.manual_seed(0)
+    plain = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(8)])
+    full = zero.state_dict()
+    assert all(torch.equal(full[name], value) for name, value in plain.state_dict().items())
+    allowed = 8 * layer_bytes // world_size + layer_bytes
+    return storages.nbytes, allowed, [value.sum().item() for value in full.values()]
+
+
+def train_in_a_subgroup(rank: int, world_size: int, members: Sequence[int]) -> None:
+    """Some ranks of the world train; rank 0 of the group is not rank 0 of the world."""
+    group = dist.new_group(list(members))
+    if rank in members:
+        assert isinstance(group, dist.ProcessGroup)
+        both = Pair(group.rank(), group.size(), process_group=group)
+        for seed in range(2):
+            both.backward(lambda m, r, seed=seed: m(data(r, seed)).loss, seed)
+            both.step()
+        assert torch.equal(both.zero.state_dict()["head.weight"], both.plain.head.weight)
+    dist.barrier()

@@ -1,0 +1,62 @@
+"""The trained module on real gloo ranks: every kind of call in any order, weights in and out, clipping."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from tests.distributed import api_workers
+
+from fxzero.testing import run_ranks
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_gradients_of_other_outputs_are_those_of_replicated_training(world_size: int) -> None:
+    run_ranks(world_size, api_workers.train_by_other_outputs)
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 2**20])
+def test_flags_may_reach_different_parameters_in_each_micro_batch(bucket_bytes: int) -> None:
+    run_ranks(2, api_workers.train_with_flags, bucket_bytes)
+
+
+def test_calls_in_between_leave_training_as_it_is() -> None:
+    run_ranks(3, api_workers.train_with_calls_in_between)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_training_goes_on_after_every_rank_failed_inside_a_step(world_size: int) -> None:
+    run_ranks(world_size, api_workers.fail_and_go_on, group_timeout=10.0)
+
+
+@pytest.mark.parametrize("norm_type", [2.0, math.inf])
+def test_the_norm_is_the_same_on_all_ranks_also_where_shards_are_empty(norm_type: float) -> None:
+    results = run_ranks(4, api_workers.clip, norm_type)
+    assert len({norm for norm, _, _ in results}) == 1
+    assert results[0][0] == pytest.approx(results[0][1], rel=1e-6)
+    assert max(num_empty for _, _, num_empty in results) > 0
+
+
+def test_a_late_backward_is_refused_on_every_rank() -> None:
+    errors = run_ranks(4, api_workers.refuse_late_backward)
+    assert len(set(errors)) == 1
+    assert "parameters changed between this forward and its backward" in errors[0]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_state_dicts_are_rank_0s_on_all_ranks(world_size: int, when: str) -> None:
+    sums = run_ranks(world_size, api_workers.states, when)
+    assert all(each == sums[0] for each in sums)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_meta_model_is_built_alike_in_the_memory_of_shards_and_one_bucket(world_size: int) -> None:
+    results = run_ranks(world_size, api_workers.build_from_meta)
+    for nbytes, allowed, sums in results:
+        assert nbytes <= allowed
+        assert sums == results[0][2]
+
+
+def test_a_process_group_of_some_ranks() -> None:
+    run_ranks(3, api_workers.train_in_a_subgroup, (2, 1))
