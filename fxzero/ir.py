@@ -99,6 +99,7 @@ class StepGraph:
     kept: set[tuple[str, ...]] = field(default_factory=set[tuple[str, ...]])
     """Buckets that stay gathered from forward to backward, by their members."""
     _buckets: dict[tuple[str, ...], Bucket] = field(default_factory=dict[tuple[str, ...], Bucket], repr=False)
+    _param_nodes: dict[str, fx.Node] = field(default_factory=dict[str, fx.Node], repr=False)
 
     # -- phases --------------------------------------------------------------------------------------------------
 
@@ -140,8 +141,11 @@ class StepGraph:
         return [node for node in self.graph.nodes if role(node) in roles]
 
     def param_nodes(self) -> dict[str, fx.Node]:
-        """The placeholder of each parameter that the graph has."""
-        return {info(node).fqn: node for node in self.graph.nodes if role(node) is Role.PARAM}
+        """The placeholder of each parameter that the graph has; no pass adds or removes one."""
+        if not self._param_nodes:
+            placeholders = self.graph.find_nodes(op="placeholder")
+            self._param_nodes = {info(node).fqn: node for node in placeholders if role(node) is Role.PARAM}
+        return self._param_nodes
 
     @property
     def output(self) -> fx.Node:
@@ -181,8 +185,8 @@ class StepGraph:
         """
         fqns = members(collective)
         if len(fqns) == 1 and not is_gather(collective):
-            gathers = self.nodes(Role.ALL_GATHER)
-            fqns = next((members(start) for start in gathers if fqns[0] in members(start)), fqns)
+            param = self.param_nodes()[fqns[0]]
+            fqns = next((members(user) for user in param.users if role(user) is Role.ALL_GATHER), fqns)
         return self.bucket(fqns)
 
 
