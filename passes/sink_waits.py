@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 from torch import fx
@@ -52,11 +53,15 @@ class SinkWaits:
                 first.prepend(output)
 
     def _sink_reductions(self, step: StepGraph) -> None:
-        in_flight: list[fx.Node] = []
+        in_flight: deque[fx.Node] = deque()
+        nbytes = 0
         for start in step.nodes(Role.REDUCE_SCATTER):
             in_flight.append(start)
-            while len(in_flight) > 1 and sum(step.bucket_of(s).nbytes for s in in_flight) > self.max_inflight_bytes:
-                start.prepend(wait_of(in_flight.pop(0)))
+            nbytes += step.bucket_of(start).nbytes
+            while len(in_flight) > 1 and nbytes > self.max_inflight_bytes:
+                first = in_flight.popleft()
+                nbytes -= step.bucket_of(first).nbytes
+                start.prepend(wait_of(first))
         for start in in_flight:
             assert role(start) is Role.REDUCE_SCATTER
             step.output.prepend(wait_of(start))
