@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fxzero import ownership, state
+from fxzero import agree, ownership, state
 from fxzero.clip import clip_grad_norm_
 from fxzero.engine import Engine, Options
 from fxzero.errors import FxzeroError, InputMismatchError, OptimizerError
@@ -64,32 +64,38 @@ def compile(
         OptimizerError: the optimizer cannot step shards.
         CaptureError, RankMismatchError: with `example`; else the first call raises them.
     """
-    ownership.check_model(model)
-    optimizers = _as_tuple(optimizer)
-    for each in optimizers:
-        check_optimizer(each, elementwise_optimizer=elementwise_optimizer)
-        _check_holds_parameters(each, model)
-    options = Options(
-        passes=tuple(default_passes() if passes is None else passes),
-        device=_choose_device(model, device),
-        sync_init=sync_init,
-        init_fn=init_fn,
-        elementwise_optimizer=elementwise_optimizer,
-        timeout=timeout,
-    )
     if process_group is None and dist.is_available() and dist.is_initialized():
         process_group = dist.group.WORLD
-    engine = Engine(model, model.forward, options, process_group, optimizers)
-    zero = ZeroModule(model, engine)
-    if example is not None:
-        args, kwargs = as_arguments(example)
-        try:
-            engine.prepare(args, kwargs)
-        except BaseException:
-            if engine.shards is None:  # the parameters are what they were
-                ownership.give_back(model)
-            raise
+    with agree.reporting_failure(process_group, "layout"):  # the other ranks wait for this one with what they compiled
+        ownership.check_model(model)
+        optimizers = _as_tuple(optimizer)
+        for each in optimizers:
+            check_optimizer(each, elementwise_optimizer=elementwise_optimizer)
+            _check_holds_parameters(each, model)
+        options = Options(
+            passes=tuple(default_passes() if passes is None else passes),
+            device=_choose_device(model, device),
+            sync_init=sync_init,
+            init_fn=init_fn,
+            elementwise_optimizer=elementwise_optimizer,
+            timeout=timeout,
+        )
+        zero = ZeroModule(model, Engine(model, model.forward, options, process_group, optimizers))
+        if example is not None:
+            _prepare(zero, example)
     return zero
+
+
+def _prepare(zero: ZeroModule, example: Any) -> None:
+    """Trace, plan and shard now; give the model back if that fails."""
+    engine = zero._fxzero_engine
+    args, kwargs = as_arguments(example)
+    try:
+        engine.prepare(args, kwargs)
+    except BaseException:
+        if engine.shards is None:  # the parameters are what they were
+            ownership.give_back(engine.model)
+        raise
 
 
 def _as_tuple(optimizer: Any) -> tuple[torch.optim.Optimizer, ...]:

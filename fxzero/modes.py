@@ -30,7 +30,6 @@ class Mode:
     differentiated: tuple[int, ...]
     """Which outputs receive a gradient."""
 
-
 @dataclass
 class Orders:
     """The collectives that ranks agreed on."""
@@ -61,9 +60,8 @@ class Orders:
             PlanError: calls with these flags had others: a new shape changed them.
             RankMismatchError: other ranks have others.
         """
-        is_first = mode not in self._first
         known = self._of_flags.get((mode, flags))
-        if known is None and not agreed and (is_first or order != self._first[mode]):
+        if known is None and not agreed and order != self._first.get(mode):
             agree.agree(self.group, "mode", order, timeout=self.timeout)
         elif known is not None and known != order:
             raise PlanError(f"rank {self.rank}: {_difference(known, order)}")

@@ -16,6 +16,7 @@ from fxzero.comm import PlanningComm
 from fxzero.errors import CheckpointError
 from fxzero.materialize import check_meta_model, initialize, rng_state
 from fxzero.optim import ParamShard, cut_state
+from fxzero.planner import describe_options, describe_params
 from fxzero.shards import Shards, install, shard_full_params, unflatten
 from fxzero.slots import join
 
@@ -145,10 +146,10 @@ def _full_copies(engine: Engine, *, rank0_only: bool) -> dict[str, torch.Tensor]
         if rank0_only:
             params = engine.params if engine.comm.rank == 0 else {}
             return {fqn: param.detach().clone() for fqn, param in params.items()}
+        lines = describe_options(engine.options.agreed()) + describe_params(engine.specs.values())
+        agree.agree(engine.group, "state dict", lines, timeout=engine.options.timeout)
         copies = {fqn: param.detach().clone() for fqn, param in engine.params.items()}
         if _has_rank0(engine):
-            lines = [f"{fqn}: {copy.dtype} {tuple(copy.shape)}" for fqn, copy in copies.items()]
-            agree.agree(engine.group, "state dict", lines, timeout=engine.options.timeout)
             for copy in copies.values():
                 engine.comm.broadcast_from_rank0(copy)
         return copies
