@@ -32,7 +32,7 @@ from fxzero.ir import (
     wait_of,
     written_in_place,
 )
-from fxzero.text import block_of, bucket_label, format_bytes, format_ops
+from fxzero.text import block_depth, block_of, bucket_label, format_bytes, format_ops
 
 ROOT = "(model)"
 """The block of what the model itself computes, outside of its submodules."""
@@ -132,13 +132,14 @@ def totals(step: StepGraph) -> Totals:
 def rows(step: StepGraph) -> Iterator[Row]:
     """The lines of a schedule, in order."""
     live = live_bytes(step, Role.ALL_GATHER, Role.REDUCE_SCATTER)
+    depth = block_depth(step.params)
     for phase, nodes in step.phases():
         block, num_ops, last = "", 0, nodes[0] if nodes else step.output
         for node in nodes:
             is_line = role(node) in _LINES
             computes = role(node) is Role.COMPUTE and node.target is not operator.getitem
             # Gradient sums and the like belong to no module: they continue the run they stand in.
-            name = (block_of(info(node).fqn) or block) if computes else block
+            name = (block_of(info(node).fqn, depth) or block) if computes else block
             if num_ops and (is_line or name != block):
                 yield Row(phase, "compute", block or ROOT, num_ops=num_ops, live_bytes=live[last])
                 num_ops = 0

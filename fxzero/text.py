@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import fx
 
 from fxzero.ir import Role, grad_fqn, info, members, role
@@ -28,13 +30,22 @@ def bucket_label(fqns: tuple[str, ...]) -> str:
     return fqns[0] if len(fqns) == 1 else f"{fqns[0]} +{len(fqns) - 1}"
 
 
-def block_of(fqn: str) -> str:
-    """The block a module belongs to: its path up to the first index, else its first two parts."""
+def block_depth(fqns: Iterable[str]) -> int:
+    """How many parts of a path name a block that has no index: as many as lead to the indexed ones, 1 or 2.
+
+    1 beside `layers.0`, 2 beside `transformer.h.0` or `model.encoder.layer.0`.
+    """
+    positions = [next((i for i, part in enumerate(fqn.split(".")) if part.isdigit()), 2) for fqn in fqns]
+    return max(1, min(positions, default=1))
+
+
+def block_of(fqn: str, depth: int) -> str:
+    """The block a module belongs to: its path up to the first index, else its first `depth` parts."""
     parts = fqn.split(".")
     for index, part in enumerate(parts):
         if part.isdigit():
             return ".".join(parts[: index + 1])
-    return ".".join(parts[:2])
+    return ".".join(parts[:depth])
 
 
 def describe(node: fx.Node) -> str:

@@ -1,0 +1,115 @@
+"""The schedules of whole models at several world sizes, as text in golden/; `FXZERO_ACCEPT=1` rewrites the files.
+
+One process, no process group, no memory: the models are on the meta device.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fxzero
+from fxzero.errors import PlanError
+from fxzero.models import (
+    GPT,
+    GPT_PRESETS,
+    LLAMA_PRESETS,
+    MLP,
+    MLP_PRESETS,
+    ROBERTA_PRESETS,
+    Llama,
+    RobertaForMaskedLM,
+)
+from fxzero.passes import Pass, default_passes
+from fxzero.planner import plan
+
+GOLDEN = Path(__file__).parent / "golden"
+KIB = 1024
+
+
+class Regression(nn.Module):
+    """An MLP and its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = MLP(MLP_PRESETS["tiny"])
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(self.mlp(x), target)
+
+
+def points() -> dict[str, Tensor]:
+    return {"x": torch.empty(4, 16), "target": torch.empty(4, 8)}
+
+
+def tokens() -> dict[str, Tensor]:
+    ids = torch.zeros(2, 16, dtype=torch.int64)
+    return {"input_ids": ids, "labels": ids}
+
+
+def small_buckets(bucket_bytes: int) -> tuple[Pass, ...]:
+    return default_passes(bucket_bytes=bucket_bytes, prefetch_bytes=2 * bucket_bytes, reduce_bytes=2 * bucket_bytes)
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]], int]] = {
+    "mlp": (Regression, points, 4 * KIB),
+    "gpt": (lambda: GPT(GPT_PRESETS["tiny"]), tokens, 32 * KIB),
+    "llama": (lambda: Llama(LLAMA_PRESETS["tiny"]), tokens, 32 * KIB),
+    "roberta": (lambda: RobertaForMaskedLM(ROBERTA_PRESETS["tiny"]), tokens, 32 * KIB),
+}
+
+
+def schedule_of(name: str, world_size: int) -> fxzero.Schedule:
+    build, batch, bucket_bytes = CASES[name]
+    with torch.device("meta"):
+        model, example = build(), batch()
+    return plan(model, example, world_size=world_size, passes=small_buckets(bucket_bytes))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_schedule_is_the_accepted_one(name: str) -> None:
+    sections = [schedule_of(name, world_size).text(memory=True) for world_size in (1, 2, 8)]
+    with torch.no_grad():
+        sections.append(schedule_of(name, 8).text(memory=True))
+    actual = "\n\n".join(sections) + "\n"
+    path = GOLDEN / f"{name}.txt"
+    if os.environ.get("FXZERO_ACCEPT"):
+        path.write_text(actual)
+    expected = path.read_text() if path.exists() else ""
+    changes = difflib.unified_diff(expected.splitlines(), actual.splitlines(), str(path.name), "now", lineterm="")
+    assert actual == expected, "review, then accept with FXZERO_ACCEPT=1:\n" + "\n".join(changes)
+
+
+def test_compiled_schedule_is_the_planned_one_when_the_process_group_is_fake() -> None:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    build, batch, bucket_bytes = CASES["gpt"]
+    dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=8)
+    try:
+        zero = fxzero.compile(build(), example=batch(), passes=small_buckets(bucket_bytes))
+        assert str(zero.schedule) == str(schedule_of("gpt", 8))
+        with pytest.raises(PlanError, match="rank 3 of 8 of a process group that is not there"):
+            zero(**batch())
+    finally:
+        dist.destroy_process_group()
+
+
+def test_planning_only_reads_the_model() -> None:
+    torch.manual_seed(0)
+    model = GPT(GPT_PRESETS["tiny"])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    draws = torch.get_rng_state()
+    planned = plan(model, tokens(), world_size=3)
+    assert planned.totals.num_all_gathers > 0
+    assert torch.equal(torch.get_rng_state(), draws)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(param.grad is None and type(param) is nn.Parameter for param in model.parameters())
+    assert model(**tokens()).loss.requires_grad
