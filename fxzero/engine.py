@@ -28,7 +28,7 @@ from fxzero.materialize import check_meta_model
 from fxzero.memory import Arena
 from fxzero.modes import Mode, Orders
 from fxzero.optim import ParamShard
-from fxzero.passes import Pass
+from fxzero.pipeline import Pass
 from fxzero.planner import describe_layout, layout_in_registration_order, layout_of, make_plan, warn_if_out_of_order
 from fxzero.runtime import Executable
 from fxzero.shards import Shards, check_storage, spec_of
