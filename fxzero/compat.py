@@ -178,6 +178,26 @@ def incompatible_keys(missing: list[str], unexpected: list[str]) -> Any:
 # -- autograd ------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def outside_of_autograd_modes() -> Generator[None]:
+    """Let a trace see nothing of anomaly detection and of hooks on saved tensors (a checkpoint, save_on_cpu).
+
+    `torch._C._autograd._top_saved_tensors_default_hooks`: 2.11 to 2.13.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore
+    with contextlib.ExitStack() as stack:
+        if hooks is not None:
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved))
+        if torch.is_anomaly_enabled():
+            stack.enter_context(torch.autograd.set_detect_anomaly(False))
+        yield
+
+
+def in_function_transform() -> bool:
+    """True inside torch.func.grad, vmap and the like. `torch._C._functorch`: 2.11 to 2.13."""
+    return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
+
+
 def runs_in_this_backward(node: Any) -> bool:
     """Whether the running backward will come to a node of its graph. `_will_engine_execute_node`: 2.11 to 2.13."""
     return torch._C._will_engine_execute_node(node)  # pyright: ignore[reportPrivateUsage]

@@ -21,7 +21,7 @@ from fxzero import agree, compat, state
 from fxzero.autograd import Call, StepFunction
 from fxzero.capture import Captured, capture
 from fxzero.comm import Comm, PlanningComm, make_comm
-from fxzero.errors import FxzeroError, InputMismatchError
+from fxzero.errors import CaptureError, FxzeroError, InputMismatchError
 from fxzero.gradients import Gradients, Stash
 from fxzero.layout import Layout, ParamSpec
 from fxzero.materialize import check_meta_model
@@ -278,7 +278,9 @@ class Engine:
     ) -> Executable:
         """Trace, plan and bind; fix the layout if this is the first plan."""
         self._look_at_modules()
-        with torch.inference_mode(False):
+        if compat.in_function_transform():
+            raise CaptureError("A compiled module cannot be called inside torch.func transforms. Use loss.backward().")
+        with torch.inference_mode(False), compat.outside_of_autograd_modes():
             executable, pattern = self._plan(signature, pattern, args, kwargs)
         self._plans[signature, pattern] = executable
         self._patterns.setdefault(signature, pattern)
@@ -347,7 +349,8 @@ class Engine:
     def fix_layout_without_trace(self, loaded: AbstractSet[str] = frozenset()) -> None:
         """Fix the layout in registration order, if it is not fixed yet."""
         if self.shards is None:
-            layout = layout_in_registration_order(self.specs.values(), self.comm.world_size, self.options.passes)
+            now = [dataclasses.replace(s, requires_grad=self.params[s.fqn].requires_grad) for s in self.specs.values()]
+            layout = layout_in_registration_order(now, self.comm.world_size, self.options.passes)
             self.fix_layout(layout, loaded=loaded)
 
     def _bound_cache(self, signature: Signature) -> None:

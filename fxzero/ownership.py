@@ -32,6 +32,10 @@ _COPY = (
 )
 
 
+_taken: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""The models that are taken over."""
+
+
 def check_model(model: object) -> None:
     """Refuse what cannot be taken over.
 
@@ -49,6 +53,14 @@ def check_model(model: object) -> None:
             )
         if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             raise InputMismatchError(f"{part} is a {type(module).__name__}. Compile the module inside it: .module.")
+    own = {id(param): name for name, param in model.named_parameters()}
+    for other in _taken:
+        shared = next((name for name, param in other.named_parameters() if id(param) in own), None)
+        if shared is not None:
+            raise InputMismatchError(
+                f"{shared} of a {type(other).__name__} that was given to fxzero.compile is a parameter of this model too. "
+                "A parameter belongs to one compiled model: compile one that contains both."
+            )
 
 
 def take_over(model: nn.Module) -> None:
@@ -62,12 +74,14 @@ def take_over(model: nn.Module) -> None:
     own = {name: model.__dict__[name] for name in refusals if name in model.__dict__}
     model.__dict__.update(refusals)
     model.__dict__[_TAKEN] = own
+    _taken.add(model)
     for module in model.modules():
         module.__dict__["_apply"] = _refuse_conversion_of(module)
 
 
 def give_back(model: nn.Module) -> None:
     """Undo `take_over`."""
+    _taken.discard(model)
     own = model.__dict__.pop(_TAKEN)
     for name in ("forward", "state_dict", "load_state_dict", "__reduce_ex__"):
         del model.__dict__[name]
