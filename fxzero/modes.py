@@ -30,6 +30,7 @@ class Mode:
     differentiated: tuple[int, ...]
     """Which outputs receive a gradient."""
 
+
 @dataclass
 class Orders:
     """The collectives that ranks agreed on."""

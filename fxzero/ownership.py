@@ -58,8 +58,8 @@ def check_model(model: object) -> None:
         shared = next((name for name, param in other.named_parameters() if id(param) in own), None)
         if shared is not None:
             raise InputMismatchError(
-                f"{shared} of a {type(other).__name__} that was given to fxzero.compile is a parameter of this model too. "
-                "A parameter belongs to one compiled model: compile one that contains both."
+                f"{shared} of a {type(other).__name__} that was given to fxzero.compile is a parameter of this model "
+                "too. A parameter belongs to one compiled model: compile one that contains both."
             )
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.pairs import Net, points
 from torch import Tensor, nn
 
 import fxzero
 from fxzero import errors
 from fxzero.errors import CaptureError, FxzeroError, InputMismatchError
+from tests.pairs import Net, points
 
 
 class Item(nn.Module):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
 import torch
-from tests.pairs import Net, assert_same, both, pair, points
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.optim import Adam
@@ -15,10 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 import fxzero
 from fxzero.errors import CaptureError, InputMismatchError
+from tests.pairs import Net, assert_same, both, pair, points
 
 
 def net(*widths: int) -> nn.Sequential:
-    return nn.Sequential(*[nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)])
+    return nn.Sequential(*[nn.Linear(a, b) for a, b in itertools.pairwise(widths)])
 
 
 def test_two_compiled_modules_train_against_each_other() -> None:

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tests.pairs import Net, points, sgd
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxzero
 from fxzero.passes import default_passes
+from tests.pairs import Net, points, sgd
 
 Loss = Callable[[nn.Module, int], Tensor]
 """The loss of one rank; called with the module and the rank, after seeding for both."""
@@ -39,10 +39,10 @@ class Pair:
 
     def backward(self, loss: Loss, seed: int = 0) -> None:
         """One backward of both; gradients of the replicas are averaged in rank order and added to the plain model's."""
-        total: list[Tensor | None] = []
+        total: list[Any] = []
         for rank, replica in enumerate(self.replicas):
             torch.manual_seed(100 * seed + rank)
-            grads = torch.autograd.grad(loss(replica, rank), list(replica.parameters()), allow_unused=True)
+            grads: Any = torch.autograd.grad(loss(replica, rank), list(replica.parameters()), allow_unused=True)
             total = list(grads) if rank == 0 else [a if b is None else a + b for a, b in zip(total, grads, strict=True)]
         for param, grad in zip(self.plain.parameters(), total, strict=True):
             if grad is not None:

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tests.pairs import Net, points, sgd
 from torch import Tensor, nn
 
 import fxzero
 from fxzero.passes import default_passes
+from tests.pairs import Net, points, sgd
 
 PATIENCE = timedelta(seconds=20)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
-from tests.distributed import api_workers
 
 from fxzero.testing import run_ranks
+from tests.distributed import api_workers
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from tests.distributed import error_workers
 
 from fxzero.testing import run_ranks
+from tests.distributed import error_workers
 
 DIFFERENCES = {
     "shape": ("parameter head.weight: torch.float32 5x8 ", "parameter head.weight: torch.float32 4x8 "),

@@ -1,0 +1,62 @@
+"""clip_grad_norm_ is that of torch. World size 1; tests/distributed/test_api_ranks.py has the rest."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fxzero.errors import PlanError
+from tests.pairs import both, pair, points
+
+
+def _backward(zero: nn.Module, plain: nn.Module, seed: int = 0, use_extra: bool = False) -> None:
+    for output in both(zero, plain, points(seed), use_extra, seed=seed):
+        output.loss.backward()
+
+
+@pytest.mark.parametrize("norm_type", [2, 2.0, float("inf")])
+def test_clipping_is_that_of_torch(norm_type: float) -> None:
+    zero, plain = pair()
+    _backward(zero, plain)
+    norm = zero.clip_grad_norm_(0.01, norm_type)
+    expected = nn.utils.clip_grad_norm_(plain.parameters(), 0.01, norm_type)
+    torch.testing.assert_close(norm, expected, rtol=1e-6, atol=0)
+    for own, other in zip(zero.parameters(), plain.parameters(), strict=True):
+        if own.grad is not None:
+            torch.testing.assert_close(own.grad, other.grad.flatten(), rtol=1e-6, atol=0)
+
+
+def test_clipping_leaves_out_what_zero_grad_took_back() -> None:
+    zero, plain = pair()
+    _backward(zero, plain, 0, use_extra=True)
+    zero.zero_grad()
+    plain.zero_grad()
+    _backward(zero, plain, 1)  # does not reach extra, whose bytes are still in the buffer
+    torch.testing.assert_close(
+        zero.clip_grad_norm_(1.0), nn.utils.clip_grad_norm_(plain.parameters(), 1.0), rtol=1e-6, atol=0
+    )
+    assert zero.extra.weight.grad is None
+
+
+def test_clipping_counts_a_gradient_of_the_users_own() -> None:
+    zero, plain = pair()
+    _backward(zero, plain)
+    zero.head.bias.grad, plain.head.bias.grad = torch.full((5,), 7.0), torch.full((5,), 7.0)
+    torch.testing.assert_close(
+        zero.clip_grad_norm_(1.0), nn.utils.clip_grad_norm_(plain.parameters(), 1.0), rtol=1e-6, atol=0
+    )
+    torch.testing.assert_close(zero.head.bias.grad, plain.head.bias.grad, rtol=1e-6, atol=0)
+
+
+def test_clipping_refuses_what_it_cannot_do() -> None:
+    zero, _ = pair()
+    with pytest.raises(PlanError, match="no gradients before the first backward"):
+        zero.clip_grad_norm_(1.0)
+    zero(points()).loss.backward()
+    with pytest.raises(ValueError, match=r"norm_type is 1.0; it must be 2.0 or inf"):
+        zero.clip_grad_norm_(1.0, 1)
+    zero.head.bias.grad[0] = float("nan")
+    with pytest.raises(RuntimeError, match="not finite"):
+        zero.clip_grad_norm_(1.0, error_if_nonfinite=True)
+    assert zero.clip_grad_norm_(1.0).isnan()
