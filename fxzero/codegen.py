@@ -26,8 +26,9 @@ from fxzero import compat
 from fxzero.ir import Phase, Role, StepGraph, is_gathered_param, is_view, role, started_by, written_in_place
 from fxzero.text import describe
 
-_LITERALS = (bool, int, float, complex, str, type(None))
+_LITERALS = (bool, int, float, str, type(None))
 _TORCH_LITERALS = (torch.dtype, torch.layout, torch.memory_format)
+_RESERVED = ("forward", "backward", "record_begin", "torch", "device", "inf", "nan", "complex", "slice")
 NAMES_IN_SOURCE: dict[str, Any] = {"torch": torch, "device": torch.device, "inf": float("inf"), "nan": float("nan")}
 
 
@@ -68,7 +69,9 @@ def generate(step: StepGraph, recorded: Collection[fx.Node] = (), *, record_begi
     saved = _saved(step, phases, writer.static)
     inputs, buffers = step.nodes(Role.INPUT), step.nodes(Role.BUFFER)
     outputs = [writer.literal(value) for value in step.model_outputs]
-    lines = ["def forward(inputs, buffers):", *_unpack(inputs, "inputs"), *_unpack(buffers, "buffers")]
+    arguments = [writer.free("inputs"), writer.free("buffers")]
+    lines = [f"def forward({', '.join(arguments)}):"]
+    lines += [*_unpack(inputs, arguments[0]), *_unpack(buffers, arguments[1])]
     lines += ["    record_begin()"] if record_begin else []
     keep = {*saved, *(value for value in step.model_outputs if isinstance(value, fx.Node))}
     lines += writer.body(phases[Phase.FORWARD], [*inputs, *buffers], keep)
@@ -76,8 +79,10 @@ def generate(step: StepGraph, recorded: Collection[fx.Node] = (), *, record_begi
     if step.has_backward:
         tangents = step.nodes(Role.TANGENT)
         grads = [grad for grad in step.input_grads if isinstance(grad, fx.Node)]
-        lines += ["", "", "def backward(saved, tangents):"]
-        lines += [*_unpack(saved, "saved"), "    saved.clear()", *_unpack(tangents, "tangents"), "    tangents.clear()"]
+        arguments = [writer.free("saved"), writer.free("tangents")]
+        lines += ["", "", f"def backward({', '.join(arguments)}):"]
+        for nodes, argument in zip((saved, tangents), arguments, strict=True):
+            lines += [*_unpack(nodes, argument), f"    {argument}.clear()"]
         lines += [f"    {line}" for line in writer.record(step.end_forward)]
         lines += writer.body(phases[Phase.BACKWARD], [*saved, *tangents], set(grads))
         lines += [f"    return {_tuple([writer.literal(grad) for grad in step.input_grads])}"]
@@ -121,6 +126,13 @@ class _Writer:
 
     def __post_init__(self) -> None:
         self.static = dict.fromkeys(static_nodes(self.step))
+        self._taken = {*_RESERVED, *(node.name for node in self.step.graph.nodes)}
+
+    def free(self, name: str) -> str:
+        """A name that no node has."""
+        while name in self._taken:
+            name += "_"
+        return name
 
     def body(self, nodes: Sequence[fx.Node], given: Iterable[fx.Node], keep: set[fx.Node]) -> list[str]:
         """The statements of one phase; each local is deleted after its last reader, except those in `keep`."""
@@ -172,9 +184,9 @@ class _Writer:
         """The global that stands for the node's operator."""
         target = node.target
         is_overload = compat.is_overload(target)
-        name = str(target).replace(".", "_") if is_overload else getattr(target, "__name__", "operator")
+        name = self.free(str(target).replace(".", "_") if is_overload else getattr(target, "__name__", "operator"))
         while self.operators.setdefault(name, target) is not target:
-            name += "_"
+            name = self.free(f"{name}_")
         return name
 
     def literal(self, value: Any) -> str:
@@ -190,6 +202,8 @@ class _Writer:
             return f"device({str(value)!r})"
         if type(value) in _LITERALS or isinstance(value, _TORCH_LITERALS):
             return repr(value)
-        name = f"constant_{len(self.operators)}"
+        if isinstance(value, complex):
+            return f"complex({value.real!r}, {value.imag!r})"
+        name = self.free(f"constant_{len(self.operators)}")
         self.operators[name] = value
         return name
