@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -209,34 +210,78 @@ def states(rank: int, world_size: int, when: str) -> list[Any]:
     return [value.double().sum().item() for value in full.values()]
 
 
-class Storages(TorchDispatchMode):
-    """The largest storage that any operator returned: bytes."""
+class Peak(TorchDispatchMode):
+    """The largest sum of bytes of the storages that operators made inside and that live at the same time."""
 
-    nbytes = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.nbytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [arg.untyped_storage() if isinstance(arg, Tensor) else arg for arg in args]
         result = func(*args, **(kwargs or {}))
         for value in result if isinstance(result, (tuple, list)) else [result]:
             if type(value) is Tensor and not value.is_meta:
-                self.nbytes = max(self.nbytes, value.untyped_storage().nbytes())
+                storage = value.untyped_storage()
+                if any(storage is each for each in given):
+                    continue
+                if id(storage) not in self.live:
+                    weakref.finalize(storage, self.live.pop, id(storage), None)
+                self.live[id(storage)] = storage.nbytes()
+                self.nbytes = max(self.nbytes, sum(self.live.values()))
         return result
 
 
-def build_from_meta(rank: int, world_size: int) -> tuple[int, int, list[float]]:
-    """The largest storage and what is allowed, and sums of the parameters; ranks have different generators."""
-    layer_bytes = 64 * 64 * 4
+def measure_memory(rank: int, world_size: int) -> dict[str, float]:
+    """Peaks in units of one of 8 layers, which are 8 buckets; on every rank the same weights, of rank 0's generator."""
+    layer_bytes = 256 * 256 * 4
+
+    def build() -> nn.Module:
+        return nn.Sequential(*[nn.Linear(256, 256, bias=False) for _ in range(8)])
+
+    torch.manual_seed(0)
+    expected = build().state_dict()
     with torch.device("meta"):
-        model = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(8)])
+        model = build()
     torch.manual_seed(rank)
     zero = fxzero.compile(model, passes=default_passes(bucket_bytes=layer_bytes))
-    with Storages() as storages:
-        assert sum(full is not None for _, full in zero.iter_full_params()) == 8
-    torch.manual_seed(0)
-    plain = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(8)])
-    full = zero.state_dict()
-    assert all(torch.equal(full[name], value) for name, value in plain.state_dict().items())
-    allowed = 8 * layer_bytes // world_size + layer_bytes
-    return storages.nbytes, allowed, [value.sum().item() for value in full.values()]
+    peaks: dict[str, float] = {}
+
+    def measure(what: str, do: Callable[[], Any]) -> Any:
+        with Peak() as peak:
+            result = do()
+        peaks[what] = peak.nbytes / layer_bytes
+        return result
+
+    measure("initialise", lambda: [None for _ in zero.iter_full_params()])
+    full = measure("state_dict", zero.state_dict)
+    measure("rank0_only", lambda: zero.state_dict(rank0_only=True))
+    measure("load", lambda: zero.load_state_dict(full))
+    assert all(torch.equal(full[name], value) for name, value in expected.items())
+    with torch.device("meta"):
+        other = fxzero.compile(build(), passes=default_passes(bucket_bytes=layer_bytes))
+    measure("load on meta", lambda: other.load_state_dict(full))
+    assert all(torch.equal(value, full[name]) for name, value in other.state_dict().items())
+    return peaks
+
+
+def accumulate_without_sync(rank: int, world_size: int) -> None:
+    """Micro-batches under no_sync() that reach other parameters than the last one, outside; then clipping."""
+    both = Pair(rank, world_size)
+    for step in range(2):
+        for micro, use_extra in enumerate((True, False)):
+            with both.zero.no_sync():
+                both.backward(lambda m, r, s=micro, use=use_extra: m(data(r, s), use).loss, 10 * step + micro)
+        both.backward(lambda m, r: m(data(r, 2)).loss, 10 * step + 2)
+        shards = both.zero._fxzero_engine.shards
+        assert shards is not None
+        for name, param in both.plain.named_parameters():
+            assert param.grad is not None
+            expected = shards.cut(name, param.grad)
+            torch.testing.assert_close(both.zero.get_parameter(name).grad, expected, rtol=1e-5, atol=1e-7)
+        for module in (both.zero, both.plain):
+            module.zero_grad()
 
 
 def train_in_a_subgroup(rank: int, world_size: int, members: Sequence[int]) -> None:

@@ -50,12 +50,20 @@ def test_state_dicts_are_rank_0s_on_all_ranks(world_size: int, when: str) -> Non
     assert all(each == sums[0] for each in sums)
 
 
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_weights_come_and_go_in_the_memory_of_the_result_and_one_bucket(world_size: int) -> None:
+    shards = 8 / world_size
+    for rank, peaks in enumerate(run_ranks(world_size, api_workers.measure_memory)):
+        assert peaks["initialise"] <= 2 * shards + 1.1, peaks  # of parameters and of gradients
+        assert peaks["load on meta"] <= 2 * shards + 1.1, peaks
+        assert peaks["state_dict"] <= 9.1, peaks
+        assert peaks["rank0_only"] <= (9.1 if rank == 0 else 0.1), peaks
+        assert peaks["load"] <= 0.1, peaks
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_a_meta_model_is_built_alike_in_the_memory_of_shards_and_one_bucket(world_size: int) -> None:
-    results = run_ranks(world_size, api_workers.build_from_meta)
-    for nbytes, allowed, sums in results:
-        assert nbytes <= allowed
-        assert sums == results[0][2]
+def test_no_sync_adds_up_what_different_micro_batches_reach(world_size: int) -> None:
+    run_ranks(world_size, api_workers.accumulate_without_sync)
 
 
 def test_a_process_group_of_some_ranks() -> None:
