@@ -89,11 +89,29 @@ def live_bytes(buffers: Sequence[Buffer]) -> list[int]:
 
 
 def plan_memory(buffers: Sequence[Buffer]) -> MemoryPlan:
-    """Place every buffer at the lowest aligned offset that is free during its life, the largest first.
+    """Place every buffer at the lowest aligned offset that is free during its life, in the best of a few orders.
 
-    Deterministic: ties are broken by length of life, then by position and order.
+    Deterministic: the orders are tried in turn until one meets the lower bound; ties go to the earlier one. In the
+    order of starts, buffers of one size always meet it.
     """
-    order = sorted(range(len(buffers)), key=lambda i: (-buffers[i].nbytes, buffers[i].start - buffers[i].end, i))
+    indices = range(len(buffers))
+    orders = (
+        sorted(indices, key=lambda i: (-buffers[i].nbytes, buffers[i].start)),
+        sorted(indices, key=lambda i: (buffers[i].start, -buffers[i].nbytes)),
+        sorted(indices, key=lambda i: (buffers[i].start - buffers[i].end, -buffers[i].nbytes)),
+    )
+    best: MemoryPlan | None = None
+    for order in orders:
+        plan = MemoryPlan(tuple(buffers), _place(buffers, order))
+        if best is None or plan.peak_bytes < best.peak_bytes:
+            best = plan
+        if best.peak_bytes == best.lower_bound_bytes:
+            break
+    assert best is not None
+    return best
+
+
+def _place(buffers: Sequence[Buffer], order: Sequence[int]) -> tuple[int, ...]:
     offsets = [0] * len(buffers)
     placed: list[int] = []
     for index in order:
@@ -105,7 +123,7 @@ def plan_memory(buffers: Sequence[Buffer]) -> MemoryPlan:
             offset = max(offset, align(begin + nbytes, ALIGNMENT_BYTES))
         offsets[index] = offset
         placed.append(index)
-    return MemoryPlan(tuple(buffers), tuple(offsets))
+    return tuple(offsets)
 
 
 def gather_buffers(step: StepGraph) -> dict[fx.Node, Buffer]:

@@ -1,0 +1,76 @@
+"""The arena: random lifetimes against a checker of its own, broken plans, growth in place."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fxzero.errors import MemoryOverlapError
+from fxzero.layout import ALIGNMENT_BYTES
+from fxzero.memory import Arena, Buffer, MemoryPlan, gather_buffers, gradient_buffers, plan_memory
+from fxzero.passes import default_passes
+from fxzero.pipeline import run_passes
+from tests.toy import toy_step
+
+CPU = torch.device("cpu")
+
+
+@st.composite
+def lifetimes(draw: st.DrawFn) -> list[Buffer]:
+    number = draw(st.integers(0, 25))
+    buffers: list[Buffer] = []
+    for index in range(number):
+        start = draw(st.integers(0, 30))
+        buffers.append(
+            Buffer("gather", f"b{index}", draw(st.integers(1, 5000)), start, start + draw(st.integers(0, 12)))
+        )
+    return buffers
+
+
+@given(lifetimes())
+@settings(max_examples=200, deadline=None)
+def test_live_buffers_never_share_a_byte_and_the_peak_is_at_least_the_bound(buffers: list[Buffer]) -> None:
+    plan = plan_memory(buffers)
+    plan.verify()
+    last = max((buffer.end for buffer in buffers), default=-1)
+    for position in range(last + 1):
+        live = sorted(
+            (offset, offset + buffer.nbytes)
+            for offset, buffer in zip(plan.offsets, buffers, strict=True)
+            if buffer.start <= position <= buffer.end
+        )
+        assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(live))
+        assert sum(end - begin for begin, end in live) <= plan.lower_bound_bytes <= plan.peak_bytes
+    assert all(offset % ALIGNMENT_BYTES == 0 for offset in plan.offsets)
+    assert plan.offsets == plan_memory(buffers).offsets
+
+
+def test_plan_with_overlapping_live_buffers_is_refused() -> None:
+    first, second = Buffer("gather", "a", 512, 0, 5), Buffer("gradient", "b", 512, 5, 9)
+    with pytest.raises(MemoryOverlapError, match="gradient b at 256 and gather a at 0 are live together"):
+        MemoryPlan((first, second), (0, 256)).verify()
+    MemoryPlan((first, second), (0, 512)).verify()
+    MemoryPlan((first, Buffer("gradient", "b", 512, 6, 9)), (0, 256)).verify()
+
+
+def test_schedule_of_equal_layers_meets_the_lower_bound() -> None:
+    step = toy_step(num_layers=8)
+    run_passes(step, default_passes(bucket_bytes=2**14, prefetch_bytes=2**15, reduce_bytes=2**15))
+    plan = plan_memory([*gather_buffers(step).values(), *gradient_buffers(step).values()])
+    assert plan.peak_bytes == plan.lower_bound_bytes
+
+
+def test_views_stay_valid_when_the_arena_grows() -> None:
+    arena = Arena(CPU)
+    assert arena.reserve(1024)
+    view = arena.view(256, 4, torch.float32)
+    view.copy_(torch.arange(4.0))
+    assert arena.reserve(1 << 20)
+    assert not arena.reserve(1024)
+    assert view.tolist() == [0.0, 1.0, 2.0, 3.0]
+    arena.view(256, 4, torch.float32).fill_(7)
+    assert view.tolist() == [7.0] * 4
