@@ -1,11 +1,13 @@
 """Run a list of passes over a StepGraph: verify before the first and after each, and tell observers.
 
 Printing, dumping and timing are observers; a pass does none of it. `FXZERO_DUMP=dir` adds one that writes
-`00_capture.txt`, `01_rematerialize_views.txt`, ... and a `.diff` for each step.
+`00_capture.txt`, `01_rematerialize_views.txt`, ... and a `.diff` for each pass. Only rank 0 writes; its second plan
+(another shape, eval) goes to `dir/plan_1`, the third to `dir/plan_2`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -13,6 +15,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
+
+import torch.distributed as dist
 
 from fxzero.ir import Role, StepGraph
 from fxzero.schedule import format_diff, format_schedule
@@ -54,14 +58,27 @@ class DumpSchedules:
         self._before = text
 
 
+_num_dumped: dict[str, int] = {}
+"""How many plans this process has written, by folder."""
+
+
+def _dump() -> list[DumpSchedules]:
+    """What FXZERO_DUMP asks for: an observer on rank 0, each with a folder of its own."""
+    folder = os.environ.get("FXZERO_DUMP")
+    if not folder or (dist.is_available() and dist.is_initialized() and dist.get_rank() != 0):
+        return []
+    number = _num_dumped[folder] = _num_dumped.get(folder, -1) + 1
+    return [DumpSchedules(Path(folder, f"plan_{number}") if number else folder)]
+
+
 def run_passes(step: StepGraph, passes: Sequence[Pass], *, observers: Sequence[Observer] = ()) -> None:
     """Run `passes` in order over `step`, in place.
 
     Raises:
         ScheduleError: a pass left the graph unsafe; a note names the pass and those before it.
     """
-    dump = os.environ.get("FXZERO_DUMP")
-    watching = [*observers, *([DumpSchedules(dump)] if dump else [])]
+    dump = _dump()
+    watching = [*observers, *dump]
     verify_graph(step)
     for observer in watching:
         observer(0, "capture", step)
@@ -72,6 +89,9 @@ def run_passes(step: StepGraph, passes: Sequence[Pass], *, observers: Sequence[O
         except Exception as error:
             before = ", ".join(repr(p) for p in passes[: index - 1])
             add_note(error, f"In pass {index} of {len(passes)}: {pass_!r}; before it: [{before}]")
+            for observer in dump:
+                with contextlib.suppress(Exception):  # a graph that is broken may have no text
+                    observer(index, f"{pass_name(pass_)}_failed", step)
             raise
         logger.info("%s: %d nodes", pass_name(pass_), len(step.graph.nodes))
         for observer in watching:

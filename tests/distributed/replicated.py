@@ -103,10 +103,13 @@ class Replicated:
         for rank, replica in enumerate(self.replicas):
             torch.manual_seed(seeds[rank])
             loss = _loss(replica(**batches[rank]))
-            grads = torch.autograd.grad(loss, list(replica.parameters()), allow_unused=True)
+            params = list(replica.parameters())
+            trained = [param for param in params if param.requires_grad]
+            by_id = dict(zip(map(id, trained), torch.autograd.grad(loss, trained, allow_unused=True), strict=True))
+            grads = [by_id.get(id(param)) for param in params]
             losses.append(loss.detach())
             pairs = zip(total, grads, strict=True)
-            total = list(grads) if rank == 0 else [None if a is None else a + b for a, b in pairs]
+            total = grads if rank == 0 else [None if a is None or b is None else a + b for a, b in pairs]
         return losses, [None if grad is None else grad / self.world_size for grad in total]
 
 
