@@ -85,9 +85,12 @@ class Signature:
 
     @property
     def flags(self) -> tuple[Any, ...]:
-        """What the same script sets on all ranks alike: the arguments that are no tensors, and train or eval."""
-        plain = tuple(None if is_tensor_leaf(leaf) else leaf for leaf in self.call.leaves)
-        return self.call.structure, plain, self.training
+        """What the same script sets on all ranks alike.
+
+        Which inputs require grad, the arguments that are no tensors, autocast, and train or eval.
+        """
+        plain = tuple(leaf[4] if is_tensor_leaf(leaf) else leaf for leaf in self.call.leaves)
+        return self.call.structure, plain, self.autocast, self.training
 
 
 @dataclass
