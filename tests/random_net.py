@@ -9,23 +9,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 WIDTH = 5
 """Divides by no world size that is tested."""
-OPS = (
-    "linear",
-    "linear_bias",
-    "transposed",
-    "add",
-    "mul",
-    "gelu",
-    "tanh",
-    "norm",
-    "concatenated",
-    "scaled",
-    "cast",
-    "dropout",
-)
 
 
 @dataclass(frozen=True)
@@ -103,5 +90,16 @@ class RandomNet(nn.Module):
             "scaled": lambda: x * w.sum(),
             "cast": lambda: F.linear(x.bfloat16(), w.bfloat16()).float(),
             "dropout": lambda: F.dropout(x, 0.3, self.training),
+            "row": lambda: x * w[0] + other[1:2],
+            "regularized": lambda: x + w.square().mean() + v[0],
+            "detached": lambda: x.detach() * v,
+            "in_place": lambda: (x * v).mul_(bias).add_(y),
+            "checkpointed": lambda: checkpoint(lambda z: F.dropout(F.linear(z, w).tanh(), 0.3), x, use_reentrant=False),
         }
         return compute[op.kind]()
+
+
+OPS = (
+    *("linear", "linear_bias", "transposed", "add", "mul", "gelu", "tanh", "norm", "concatenated", "scaled", "cast"),
+    *("dropout", "row", "regularized", "detached", "in_place", "checkpointed"),
+)
