@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.distributed as dist
@@ -64,8 +66,7 @@ def compile(
         OptimizerError: the optimizer cannot step shards.
         CaptureError, RankMismatchError: with `example`; else the first call raises them.
     """
-    if process_group is None and dist.is_available() and dist.is_initialized():
-        process_group = dist.group.WORLD
+    process_group = _choose_group(process_group)
     with agree.reporting_failure(process_group, "layout"):  # the other ranks wait for this one with what they compiled
         ownership.check_model(model)
         optimizers = _as_tuple(optimizer)
@@ -96,6 +97,21 @@ def _prepare(zero: ZeroModule, example: Any) -> None:
         if engine.shards is None:  # the parameters are what they were
             ownership.give_back(engine.model)
         raise
+
+
+def _choose_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    if cast(Any, group) == dist.GroupMember.NON_GROUP_MEMBER:
+        raise InputMismatchError("This rank is no member of the process group. Compile on its members only.")
+    if group is None and dist.is_available() and dist.is_initialized():
+        return dist.group.WORLD
+    num_started = int(os.environ.get("WORLD_SIZE", "1"))
+    if group is None and num_started > 1:
+        warnings.warn(
+            f"{num_started} ranks were started (WORLD_SIZE), but torch.distributed is not initialised, so this one "
+            "trains alone. Call torch.distributed.init_process_group() before fxzero.compile.",
+            stacklevel=3,
+        )
+    return group
 
 
 def _as_tuple(optimizer: Any) -> tuple[torch.optim.Optimizer, ...]:

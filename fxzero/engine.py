@@ -26,13 +26,13 @@ from fxzero.gradients import Gradients, Stash
 from fxzero.layout import Layout, ParamSpec
 from fxzero.materialize import check_meta_model
 from fxzero.memory import Arena
-from fxzero.modes import Mode, Orders
+from fxzero.modes import Mode, Orders, Signature
 from fxzero.optim import ParamShard
 from fxzero.pipeline import Pass
 from fxzero.planner import describe_layout, layout_in_registration_order, layout_of, make_plan, warn_if_out_of_order
 from fxzero.runtime import Executable
 from fxzero.shards import Shards, check_storage, spec_of
-from fxzero.signature import CallSpec, flatten_call, is_tensor_leaf
+from fxzero.signature import CallSpec, flatten_call
 from fxzero.verify import collectives
 
 logger = logging.getLogger(__name__)
@@ -67,32 +67,6 @@ class Options:
         }
 
 
-@dataclass(frozen=True)
-class Signature:
-    """What chooses a plan."""
-
-    call: CallSpec
-    training: tuple[bool, ...]
-    trained: tuple[bool, ...]
-    grad: bool
-    autocast: tuple[bool, Any]
-    synchronize: bool
-
-    @property
-    def tensor_leaves(self) -> list[tuple[Any, ...]]:
-        """Geometry of the tensors among the arguments."""
-        return [leaf for leaf in self.call.leaves if is_tensor_leaf(leaf)]
-
-    @property
-    def flags(self) -> tuple[Any, ...]:
-        """What the same script sets on all ranks alike.
-
-        Which inputs require grad, the arguments that are no tensors, autocast, and train or eval.
-        """
-        plain = tuple(leaf[4] if is_tensor_leaf(leaf) else leaf for leaf in self.call.leaves)
-        return self.call.structure, plain, self.autocast, self.training
-
-
 @dataclass
 class Engine:
     """See the module docstring. `model` is the user's; its Parameter objects become the shards."""
@@ -125,6 +99,8 @@ class Engine:
         self.arena = Arena(self.options.device)
         self._orders = Orders(self.group, self.comm.rank, self.options.timeout)
         self._param_list = list(self.params.values())
+        self._addresses: list[int] = []
+        """Where the shard of each parameter lies; empty before the layout is fixed."""
         self._anchor = torch.empty(0, requires_grad=True)
         self._look_at_modules()
         check_meta_model(self.model, self.options.init_fn, set(self.model.state_dict()))
@@ -167,6 +143,8 @@ class Engine:
         return inputs, signature, executable
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if [param.data_ptr() for param in self._param_list] != self._addresses and self._addresses:
+            self.adopt_replaced_data()
         inputs, signature, executable = self.prepare(args, kwargs)
         if executable.example_only:
             raise InputMismatchError("An input is on the meta device: it can be an example, not a batch to run on.")
@@ -342,15 +320,42 @@ class Engine:
 
     def fix_layout(self, layout: Layout, order: Sequence[str] = (), loaded: AbstractSet[str] = frozenset()) -> None:
         """Decide which rank owns what, on all ranks alike, make the storage for it, and fill it."""
+        if self.group is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise FxzeroError(
+                "torch.distributed was initialised after fxzero.compile, which took this rank for the only one. Call "
+                "init_process_group() first."
+            )
         lines = describe_layout(layout, self.options.agreed()) + [f"collective {line}" for line in order]
         agree.agree(self.group, "layout", lines, timeout=self.options.timeout)
         with torch.inference_mode(False):  # shards made in it could not be trained
             shards = Shards(layout, self.comm.rank, self.options.device)
             state.fill_shards(self, shards, loaded)
             self.shards, self.gradients = shards, Gradients(shards, self.params)
+            self._addresses = [param.data_ptr() for param in self._param_list]
+
+    def adopt_replaced_data(self) -> None:
+        """Copy what the user put in the place of a shard (`param.data = ...`) into it.
+
+        Raises:
+            FxzeroError: it is no shard.
+        """
+        for fqn, param, address in zip(self.params, self._param_list, self._addresses, strict=False):
+            if param.data_ptr() == address:
+                continue
+            assert self.shards is not None
+            data, shard = param.data, self.shards.param_view(fqn)
+            if (data.shape, data.dtype, data.device) != (shard.shape, shard.dtype, shard.device):
+                raise FxzeroError(
+                    f"The data of {fqn} was replaced by {data.dtype} {tuple(data.shape)} on {data.device}; its shard "
+                    f"here is {shard.dtype} {tuple(shard.shape)}. Load full weights with load_state_dict()."
+                )
+            param.data = shard
+            with torch.no_grad():
+                param.copy_(data)
 
     def fix_layout_without_trace(self, loaded: AbstractSet[str] = frozenset()) -> None:
         """Fix the layout in registration order, if it is not fixed yet."""
+        self.adopt_replaced_data()
         if self.shards is None:
             now = [dataclasses.replace(s, requires_grad=self.params[s.fqn].requires_grad) for s in self.specs.values()]
             layout = layout_in_registration_order(now, self.comm.world_size, self.options.passes)

@@ -327,3 +327,23 @@ def test_the_modes_of_a_user_do_not_reach_what_persists() -> None:
     other.loss.backward()
     assert_same(zero, plain)
     sgd(zero).step()
+
+
+def test_data_that_replaces_a_shard_is_taken_over() -> None:
+    zero, plain = pair(example=points())
+    optimizers = sgd(zero), sgd(plain)
+    for module in (zero, plain):
+        vector = nn.utils.parameters_to_vector(module.parameters()).detach()
+        nn.utils.vector_to_parameters(vector * 0.5, module.parameters())
+        if module is zero:
+            assert torch.equal(zero.state_dict()["head.bias"], zero.head.bias)
+    for seed in range(2):
+        for output in both(zero, plain, points(seed)):
+            output.loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        assert_same(zero, plain)
+        zero.head.bias.data = zero.head.bias.data.clone()
+    zero.head.bias.data = torch.zeros(1, 5)
+    with pytest.raises(FxzeroError, match=r"data of head.bias was replaced by torch.float32 \(1, 5\).*load_state_dict"):
+        zero(points())

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import fxzero
 from fxzero import errors
@@ -191,3 +193,23 @@ def test_every_error_is_documented_and_exported() -> None:
     assert all(cls.__doc__ for cls in classes)
     public = {cls.__name__ for cls in classes if not issubclass(cls, errors.ScheduleError)} | {"ScheduleError"}
     assert public <= set(fxzero.__all__)
+
+
+def test_ranks_that_were_started_but_do_not_know_each_other_are_warned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.warns(
+        UserWarning, match=r"2 ranks were started .* Call torch.distributed.init_process_group"
+    ) as caught:
+        fxzero.compile(Net())
+    assert caught[0].filename == __file__
+
+
+def test_a_process_group_that_comes_after_compile_is_refused() -> None:
+    zero = fxzero.compile(Net())
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with pytest.raises(FxzeroError, match="initialised after fxzero.compile"):
+            zero(points())
+    finally:
+        dist.destroy_process_group()
+    zero(points()).loss.backward()

@@ -145,3 +145,12 @@ def skip_a_rank(rank: int, world_size: int) -> str:
     error = error_of(lambda: zero(points())) if rank != 1 else ""
     dist.barrier()
     return error
+
+
+def use_wrong_groups(rank: int, world_size: int) -> str:
+    """Rank 1 compiles for a group that it is not in; the others train in it."""
+    group = dist.new_group([0, 2])
+    torch.manual_seed(0)
+    error = error_of(lambda: fxzero.compile(Net(), process_group=group)(points()).loss.backward())
+    dist.barrier()
+    return error

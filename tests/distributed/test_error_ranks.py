@@ -68,3 +68,9 @@ def test_a_rank_that_never_comes_is_named() -> None:
 def test_parameters_that_others_sharded_are_refused() -> None:
     errors = run_ranks(2, error_workers.compile_distributed_tensors)
     assert all("is a DTensor. Only plain tensors can be sharded" in error for error in errors)
+
+
+def test_a_rank_outside_the_process_group_is_told() -> None:
+    errors = run_ranks(3, error_workers.use_wrong_groups)
+    assert errors[0] == errors[2] == "nothing"
+    assert errors[1].startswith("InputMismatchError: This rank is no member of the process group")
