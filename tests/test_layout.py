@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxzero.layout import ALIGNMENT_BYTES, Bucket, ParamSpec, group_into_buckets
+from fxzero.layout import ALIGNMENT_BYTES, Bucket, Layout, ParamSpec, align, group_into_buckets
+from fxzero.shards import unflatten
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 shapes = st.lists(st.integers(0, 40), max_size=3).map(tuple)
@@ -54,3 +57,57 @@ def test_members_do_not_overlap_when_sizes_are_odd() -> None:
     ends = [bucket.offsets[spec.fqn] + spec.numel for spec in specs]
     begins = [bucket.offsets[spec.fqn] for spec in specs[1:]] + [bucket.numel]
     assert all(end <= begin for end, begin in zip(ends, begins, strict=True))
+
+
+@given(params(), st.integers(1, 17), st.integers(1, 20_000))
+@settings(max_examples=100, deadline=None)
+def test_gathered_shards_are_the_parameters(specs: list[ParamSpec], world_size: int, bucket_bytes: int) -> None:
+    """Cut each parameter by its slices, put the shards of all ranks one after another: the views are the parameters."""
+    for bucket in group_into_buckets(specs, world_size, bucket_bytes):
+        full = {param.fqn: torch.randn(param.shape).to(bucket.dtype) for param in bucket.params}
+        shards = torch.full((world_size, bucket.shard_numel), torch.nan, dtype=bucket.dtype)
+        for rank, param in itertools.product(range(world_size), bucket.params):
+            part = bucket.slice_of(param, rank)
+            piece = full[param.fqn].reshape(-1)[part.start : part.stop]
+            shards[rank, part.offset : part.offset + part.numel] = piece
+        for fqn, view in unflatten(bucket, shards.view(-1)).items():
+            assert view.shape == full[fqn].shape and torch.equal(view, full[fqn])
+
+
+@given(params(), st.integers(1, 9), st.integers(1, 20_000))
+@settings(max_examples=100, deadline=None)
+def test_buckets_keep_the_order_and_are_no_more_than_needed(
+    specs: list[ParamSpec], world_size: int, bucket_bytes: int
+) -> None:
+    layout = Layout(group_into_buckets(specs, world_size, bucket_bytes), world_size)
+    position = {param.fqn: index for index, param in enumerate(specs)}
+    members = [[position[fqn] for fqn in bucket.fqns] for bucket in layout.buckets]
+    assert all(each == sorted(each) for each in members)
+    assert [each[0] for each in members] == sorted(each[0] for each in members)
+    for one, two in itertools.pairwise(layout.buckets):
+        same = one.params[0].bucket_key == two.params[0].bucket_key
+        fits = sum(param.nbytes for param in one.params) + two.params[0].nbytes <= bucket_bytes
+        assert not (same and fits), "two buckets where one would do"
+    assert layout.bucket_of.keys() == position.keys()
+    assert all(fqn in bucket.fqns for fqn, bucket in layout.bucket_of.items())
+    assert layout.shard_nbytes == sum(bucket.shard_nbytes for bucket in layout.buckets)
+
+
+@given(params(), st.integers(1, 17))
+@settings(max_examples=100, deadline=None)
+def test_padding_is_less_than_one_alignment_for_each_member_and_rank(specs: list[ParamSpec], world_size: int) -> None:
+    for bucket in group_into_buckets(specs, world_size, 1 << 20):
+        padding = bucket.nbytes - sum(param.nbytes for param in bucket.params)
+        assert 0 <= padding < ALIGNMENT_BYTES * (len(bucket.params) + world_size)
+
+
+def test_frozen_parameter_between_trained_ones_cuts_nothing() -> None:
+    specs = [ParamSpec(name, (4,), torch.float32, name != "frozen") for name in ("first", "frozen", "last")]
+    buckets = group_into_buckets(specs, 2, 1 << 20)
+    assert [bucket.fqns for bucket in buckets] == [("first", "last"), ("frozen",)]
+
+
+@given(st.integers(0, 10**6), st.integers(1, 1000))
+def test_align_gives_the_least_multiple(value: int, multiple: int) -> None:
+    assert value <= align(value, multiple) < value + multiple
+    assert align(value, multiple) % multiple == 0

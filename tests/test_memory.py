@@ -9,11 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fxzero.binding import plan_arena
+from fxzero.comm import PlanningComm
 from fxzero.errors import MemoryOverlapError
+from fxzero.gradients import Stash, Variant
 from fxzero.layout import ALIGNMENT_BYTES
 from fxzero.memory import Arena, Buffer, MemoryPlan, gather_buffers, gradient_buffers, plan_memory
 from fxzero.passes import default_passes
 from fxzero.pipeline import run_passes
+from tests.test_golden import CASES, schedule_of
 from tests.toy import toy_step
 
 CPU = torch.device("cpu")
@@ -57,6 +61,44 @@ def test_plan_with_overlapping_live_buffers_is_refused() -> None:
     MemoryPlan((first, Buffer("gradient", "b", 512, 6, 9)), (0, 256)).verify()
 
 
+@given(lifetimes(), st.data())
+@settings(max_examples=200, deadline=None)
+def test_verify_refuses_exactly_the_plans_in_which_live_buffers_share_a_byte(
+    buffers: list[Buffer], data: st.DataObject
+) -> None:
+    offsets = data.draw(st.lists(st.integers(0, 8000), min_size=len(buffers), max_size=len(buffers)))
+    plan = MemoryPlan(tuple(buffers), tuple(offsets))
+    if shared_bytes(plan):
+        with pytest.raises(MemoryOverlapError):
+            plan.verify()
+    else:
+        plan.verify()
+
+
+def shared_bytes(plan: MemoryPlan) -> int:
+    """Bytes that two buffers own at one position, painted position by position."""
+    shared = 0
+    for position in range(max((buffer.end for buffer in plan.buffers), default=-1) + 1):
+        owners = torch.zeros(20_000, dtype=torch.int64)
+        for buffer, offset in zip(plan.buffers, plan.offsets, strict=True):
+            if buffer.start <= position <= buffer.end:
+                owners[offset : offset + buffer.nbytes] += 1
+        shared += int((owners > 1).sum())
+    return shared
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("name", CASES)
+def test_arena_of_a_model_is_near_the_lower_bound(name: str, world_size: int, accumulate: bool) -> None:
+    step = schedule_of(name, world_size).step
+    plan, placed = plan_arena(step, PlanningComm(0, world_size), Variant(accumulate, Stash.NONE))
+    assert {start for kind, start in placed if kind == "gather"} == (
+        {*gather_buffers(step)} if world_size > 1 else set()
+    )
+    assert plan.lower_bound_bytes <= plan.peak_bytes <= 1.2 * plan.lower_bound_bytes
+
+
 def test_schedule_of_equal_layers_meets_the_lower_bound() -> None:
     step = toy_step(num_layers=8)
     run_passes(step, default_passes(bucket_bytes=2**14, prefetch_bytes=2**15, reduce_bytes=2**15))
@@ -74,3 +116,12 @@ def test_views_stay_valid_when_the_arena_grows() -> None:
     assert view.tolist() == [0.0, 1.0, 2.0, 3.0]
     arena.view(256, 4, torch.float32).fill_(7)
     assert view.tolist() == [7.0] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8])
+def test_view_lies_at_its_offset_in_bytes(dtype: torch.dtype) -> None:
+    arena = Arena(CPU)
+    arena.reserve(2048)
+    view = arena.view(512, 16, dtype)
+    assert view.dtype == dtype and view.shape == (16,)
+    assert view.data_ptr() - arena.view(0, 1, torch.uint8).data_ptr() == 512
