@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -213,3 +215,19 @@ def test_a_process_group_that_comes_after_compile_is_refused() -> None:
     finally:
         dist.destroy_process_group()
     zero(points()).loss.backward()
+
+
+@pytest.mark.parametrize("source", [random.random, np.random.rand])
+def test_draws_outside_of_torch_are_refused_and_taken_back(source: Any) -> None:
+    class Dropping(Net):
+        def forward(self, x: Tensor, use_extra: bool = False) -> Any:
+            return super().forward(x, use_extra=source() < 0.5)
+
+    random.seed(0)
+    np.random.seed(0)
+    expected = source()
+    random.seed(0)
+    np.random.seed(0)
+    with pytest.raises(CaptureError, match=r"draws from (numpy.)?random, outside of torch.*pass the value in"):
+        fxzero.compile(Dropping())(points())
+    assert source() == expected

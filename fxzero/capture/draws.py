@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import random
 from collections.abc import Callable, Generator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -119,6 +121,30 @@ def _named_arguments(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     schema = op._schema.arguments
     named = {arg.name: arg.default_value for arg in schema if arg.has_default_value()}
     return {**named, **{arg.name: value for arg, value in zip(schema, args, strict=False)}, **kwargs}
+
+
+@contextlib.contextmanager
+def no_draws_of_python() -> Generator[None]:
+    """Refuse draws that the trace would make constants of the step; the generators are as before afterwards.
+
+    Raises:
+        CaptureError: the code inside drew from Python's generator, or from numpy's.
+    """
+    state, numpy_state = random.getstate(), np.random.get_state()
+    yield
+    now = np.random.get_state()
+    if random.getstate() != state:
+        drawn = "random"
+    elif now[2:] != numpy_state[2:] or not np.array_equal(now[1], numpy_state[1]):
+        drawn = "numpy.random"
+    else:
+        return
+    random.setstate(state)
+    np.random.set_state(numpy_state)
+    raise CaptureError(
+        f"The forward draws from {drawn}, outside of torch: every step would use the value drawn at its trace. Draw with "
+        "torch (torch.rand), or before the call, and pass the value in."
+    )
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxzero import compat, ops
 from fxzero.capture.batch_norm import run_declared, writes_undeclared
-from fxzero.capture.draws import Draws, numbered_draws
+from fxzero.capture.draws import Draws, no_draws_of_python, numbered_draws
 from fxzero.capture.outputs import OutputSpec, flatten_output, loss_index
 from fxzero.capture.provenance import Recorder, autograd_nodes
 from fxzero.capture.state import FakeState, swapped_tensors, unchanged_attributes
@@ -83,6 +83,7 @@ def trace_joint(request: Request) -> Joint:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(_own_autocast_cache())
         stack.enter_context(unchanged_attributes(request.module))
+        stack.enter_context(no_draws_of_python())
         stack.enter_context(numbered_draws())
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(compat.eager_checkpoints())
