@@ -12,7 +12,7 @@ import contextlib
 import functools
 import random
 from collections.abc import Callable, Generator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -130,9 +130,9 @@ def no_draws_of_python() -> Generator[None]:
     Raises:
         CaptureError: the code inside drew from Python's generator, or from numpy's.
     """
-    state, numpy_state = random.getstate(), np.random.get_state()
+    state, numpy_state = random.getstate(), cast("tuple[Any, ...]", np.random.get_state())
     yield
-    now = np.random.get_state()
+    now = cast("tuple[Any, ...]", np.random.get_state())
     if random.getstate() != state:
         drawn = "random"
     elif now[2:] != numpy_state[2:] or not np.array_equal(now[1], numpy_state[1]):
@@ -142,8 +142,8 @@ def no_draws_of_python() -> Generator[None]:
     random.setstate(state)
     np.random.set_state(numpy_state)
     raise CaptureError(
-        f"The forward draws from {drawn}, outside of torch: every step would use the value drawn at its trace. Draw with "
-        "torch (torch.rand), or before the call, and pass the value in."
+        f"The forward draws from {drawn}, outside of torch: every step would use the value drawn at its trace. Draw "
+        "with torch (torch.rand), or before the call, and pass the value in."
     )
 
 
