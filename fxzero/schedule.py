@@ -167,6 +167,8 @@ def header(step: StepGraph) -> str:
         f"{_count(t.num_reduce_scatters, 'reduce_scatter')}, {format_bytes(t.reduced_bytes)} sent",
         f"gathered peak {format_bytes(t.gathered_peak_bytes)}",
     ]
+    if step.kept:
+        parts.append(f"kept for backward {format_bytes(sum(step.bucket(fqns).nbytes for fqns in step.kept))}")
     if not step.has_backward:
         del parts[2]
     elif not step.synchronize:
