@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxzero
@@ -295,3 +297,65 @@ def train_in_a_subgroup(rank: int, world_size: int, members: Sequence[int]) -> N
             both.step()
         assert torch.equal(both.zero.state_dict()["head.weight"], both.plain.head.weight)
     dist.barrier()
+
+
+def trust_equal_seeds(rank: int, world_size: int) -> None:
+    """With sync_init=False nothing is sent at the start: here rank 1 has another value, and keeps it."""
+    torch.manual_seed(0)
+    model = nn.Linear(64, 4, bias=False)
+    full = torch.full((4, 64), float(rank))
+    with torch.no_grad():
+        model.weight.copy_(full)
+    zero = fxzero.compile(model, sync_init=False, example=torch.ones(1, 64))
+    assert (zero.weight == rank).all()
+    assert zero.state_dict()["weight"].flatten().tolist() == [
+        float(each) for each in range(world_size) for _ in range(256 // world_size)
+    ]
+
+
+def train_against_each_other(rank: int, world_size: int) -> list[float]:
+    """Two compiled modules with the same names: the collectives of one are not taken for those of the other."""
+    torch.manual_seed(0)
+    zeros = [
+        fxzero.compile(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), passes=default_passes(bucket_bytes=1))
+        for _ in range(2)
+    ]
+    optimizers = [sgd(zero) for zero in zeros]
+    generator, critic = zeros
+    losses: list[float] = []
+    for seed in range(3):
+        fake = generator(data(rank, seed))
+        gap = critic(fake.detach()).tanh().mean() - critic(data(rank, seed + 5)).tanh().mean()
+        gap.backward()
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+        critic.requires_grad_(False)
+        loss = critic(fake).tanh().mean()
+        loss.backward()
+        critic.requires_grad_(True)
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+        losses += [gap.item(), loss.item()]
+    assert all(math.isfinite(loss) for loss in losses)
+    return [value.sum().item() for zero in zeros for value in zero.state_dict().values()]
+
+
+def scale_gradients(rank: int, world_size: int) -> list[bool]:
+    """In which of three steps the parameters changed; rank 1 alone has an infinite gradient in the second."""
+    torch.manual_seed(0)
+    zero = fxzero.compile(Net())
+    optimizer, scaler = sgd(zero), ShardedGradScaler("cpu")
+    largest = max(zero.parameters(), key=Tensor.numel)
+    changed: list[bool] = []
+    for step in range(3):
+        scaler.scale(zero(points()).loss).backward()
+        if step == 1 and rank == 1:
+            assert largest.grad is not None
+            largest.grad.fill_(math.inf)
+        before = largest.detach().clone()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        changed.append(not torch.equal(largest, before))
+    return changed

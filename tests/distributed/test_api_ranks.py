@@ -68,3 +68,16 @@ def test_no_sync_adds_up_what_different_micro_batches_reach(world_size: int) -> 
 
 def test_a_process_group_of_some_ranks() -> None:
     run_ranks(3, api_workers.train_in_a_subgroup, (2, 1))
+
+
+def test_equal_seeds_are_trusted_where_the_user_says_so() -> None:
+    run_ranks(2, api_workers.trust_equal_seeds)
+
+
+def test_two_compiled_modules_with_the_same_names_train_against_each_other() -> None:
+    sums = run_ranks(2, api_workers.train_against_each_other)
+    assert sums[0] == sums[1]
+
+
+def test_a_sharded_grad_scaler_skips_the_step_on_all_ranks() -> None:
+    assert run_ranks(2, api_workers.scale_gradients) == [[True, False, True]] * 2
