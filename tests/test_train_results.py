@@ -59,14 +59,13 @@ def test_tied_names_are_found_on_meta() -> None:
 
 
 def test_learning_rate_rises_and_falls() -> None:
-    options = TrainOptions(lr=1.0, warmup=10, steps=110)
-    rates = [learning_rate(step, options) for step in range(110)]
+    rates = [learning_rate(step, peak=1.0, warmup=10, steps=110) for step in range(110)]
     assert rates[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
     assert rates[10] == 1.0
     assert rates[60] == pytest.approx(0.5)
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert 0 < rates[-1] < 0.001
-    assert learning_rate(0, TrainOptions(lr=1.0, warmup=0, steps=1)) == 1.0
+    assert learning_rate(0, peak=1.0, warmup=0, steps=1) == 1.0
 
 
 def _metrics() -> Metrics:
@@ -133,7 +132,7 @@ def test_options_without_meaning_are_refused(options: TrainOptions, message: str
 
 
 def test_presets_and_lengths_that_a_model_has_not_are_refused() -> None:
-    with pytest.raises(TrainError, match="--preset nano is not known for gpt; choose one of: tiny, mini, small"):
+    with pytest.raises(TrainError, match="--preset nano is not known for gpt; choose one of: micro, tiny, mini, small"):
         config_of("gpt", "nano", 16)
     with pytest.raises(TrainError, match="--seq 129 is more than roberta mini has positions for; at most 128"):
         config_of("roberta", "mini", 129)

@@ -29,7 +29,7 @@ library or on your own text. Weights, tokenizer, metrics, a picture of the loss 
 _OPTIONS: dict[str, tuple[tuple[str, type[Any], str | tuple[str, ...], str], ...]] = {
     "what is trained": (
         ("model", str, MODELS, "the model"),
-        ("preset", str, "NAME", "its size"),
+        ("preset", str, "NAME", "its size: micro, and those of fxzero.models"),
         ("data", Path, "PATH", "a text file or a folder of them (default: the standard library's sources)"),
         ("vocab_size", int, "N", "tokens of the BPE that is learned from the text; 261 is bytes"),
     ),
@@ -38,8 +38,8 @@ _OPTIONS: dict[str, tuple[tuple[str, type[Any], str | tuple[str, ...], str], ...
         ("batch", int, "N", "sequences per rank"),
         ("accumulate", int, "N", "batches per rank and optimizer step"),
         ("seq", int, "N", "tokens per sequence"),
-        ("lr", float, "X", "largest learning rate, of AdamW"),
-        ("warmup", int, "N", "steps until it is reached; from there it falls to 0 as a cosine"),
+        ("lr", float, "X", "largest learning rate, of AdamW (default: 3e-3 for micro, less for larger ones)"),
+        ("warmup", int, "N", "steps until it is reached; then it falls as a cosine (default: a quarter of the steps)"),
         ("weight_decay", float, "X", "of matrices and tables"),
         ("clip", float, "X", "largest norm of the gradient"),
         ("seed", int, "N", "of weights, order, masks and dropout"),

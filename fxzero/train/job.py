@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import signal
+import sys
 import threading
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ def run(options: TrainOptions, world: World) -> int:
         TrainError: on every rank alike, if the options do not fit each other, the text or the machine.
     """
     world.share(options.check_files)
-    say = tqdm.write if world.is_main else lambda text: None
+    say = _say if world.is_main else lambda text: None
     text = read_text(options, world)
     metrics = Metrics()
     trainer = Trainer(options, world, text, metrics)
@@ -76,6 +77,12 @@ def run(options: TrainOptions, world: World) -> int:
             draw_loss(metrics, f"{options.model} {options.preset}, {ranks}", out / PICTURE_FILE)
             say(format_summary(metrics, peaks, schedule, out))
     return stop.signum if trainer.step < options.steps else 0
+
+
+def _say(text: str) -> None:
+    """Print above the progress bar, at once also into a pipe."""
+    tqdm.write(text)
+    sys.stdout.flush()
 
 
 def _make_folder(options: TrainOptions) -> Path:

@@ -15,7 +15,7 @@ import fxzero
 from fxzero.text import format_bytes
 from fxzero.train.batches import IGNORED, Batches, Windows, generator_of
 from fxzero.train.export import TensorSpec, tied_names
-from fxzero.train.models import ARCHITECTURES, build, config_of
+from fxzero.train.models import ARCHITECTURES, build, config_of, default_lr, initializer
 from fxzero.train.options import TrainError, TrainOptions, learning_rate
 from fxzero.train.report import HeldOutMetrics, Metrics, StepMetrics
 from fxzero.train.text import Text
@@ -62,8 +62,13 @@ class Trainer:
         for name in self.tied:
             del self.stored[name]
         self.num_params = sum(parameter.numel() for parameter in self.model.parameters())
-        self.optimizer = torch.optim.AdamW(_groups(self.model, options.weight_decay), lr=options.lr, fused=True)
-        self.zero = fxzero.compile(self.model, optimizer=self.optimizer, device=world.device)
+        self.peak_lr = default_lr(self.config) if options.lr is None else options.lr
+        self.warmup = options.steps // 4 if options.warmup is None else options.warmup
+        groups = _groups(self.model, options.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=self.peak_lr, betas=(0.9, 0.98), fused=True)
+        self.zero = fxzero.compile(
+            self.model, optimizer=self.optimizer, device=world.device, init_fn=initializer(text.vocab_size)
+        )
 
     @property
     def tokens_per_step(self) -> int:
@@ -120,7 +125,7 @@ class Trainer:
     def _train_step(self) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step; its mean loss on this rank and the norm of its gradient, neither waited for."""
         options = self.options
-        lr = learning_rate(self.step, options)
+        lr = learning_rate(self.step, peak=self.peak_lr, warmup=self.warmup, steps=options.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         loss_sum = torch.zeros((), device=self.world.device)

