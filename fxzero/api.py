@@ -237,8 +237,8 @@ class ZeroModule(nn.Module):
     ) -> torch.Tensor:
         """Clip the gradients of all ranks by their global norm, without a host synchronisation.
 
-        `torch.nn.utils.clip_grad_norm_` would take this rank's shards for the whole, and `torch.amp.GradScaler` looks for
-        infinities in them only: on several ranks use `torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler`.
+        `torch.nn.utils.clip_grad_norm_` would take this rank's shards for the whole, and `torch.amp.GradScaler` looks
+        for infinities in them only: on several ranks use `torch.distributed.fsdp.sharded_grad_scaler`.
 
         Args:
             max_norm: upper bound on the norm.
