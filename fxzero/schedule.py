@@ -168,7 +168,7 @@ def header(step: StepGraph) -> str:
         f"gathered peak {format_bytes(t.gathered_peak_bytes)}",
     ]
     if step.kept:
-        parts.append(f"kept for backward {format_bytes(sum(step.bucket(fqns).nbytes for fqns in step.kept))}")
+        parts.append(f"kept {format_bytes(sum(step.bucket(fqns).nbytes for fqns in step.kept))}")
     if not step.has_backward:
         del parts[2]
     elif not step.synchronize:

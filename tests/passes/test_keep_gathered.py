@@ -19,7 +19,7 @@ def test_buckets_used_first_in_backward_are_kept_within_the_budget() -> None:
     assert_expected_inline(
         format_schedule(step),
         """\
-world_size=8  4 all_gathers, 56 KiB received  0 reduce_scatters, 0 B sent  gathered peak 48 KiB  kept for backward 16 KiB
+world_size=8  4 all_gathers, 56 KiB received  0 reduce_scatters, 0 B sent  gathered peak 48 KiB  kept 16 KiB
 all_gather  layers.0.w     16 KiB
 wait        layers.0.w
 compute     layers.0        2 ops
