@@ -149,6 +149,18 @@ def is_mutable(overload: Any) -> bool:
     return overload._schema.is_mutable
 
 
+def argument(node: Any, name: str) -> Any:
+    """What a node passes for an argument of its operator, or the default; None if there is no such argument.
+
+    `OpOverload._schema`: 2.11 to 2.13.
+    """
+    for index, declared in enumerate(node.target._schema.arguments):
+        if declared.name == name:
+            given = node.args[index] if index < len(node.args) else declared.default_value
+            return node.kwargs.get(name, given)
+    return None
+
+
 def zero_all(tensors: Sequence[torch.Tensor]) -> None:
     """Write zeros to all tensors in one call. `torch._foreach_zero_`: 2.11 to 2.13."""
     torch._foreach_zero_(list(tensors))  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]

@@ -267,9 +267,17 @@ def is_view(node: fx.Node) -> bool:
 
 
 def is_random(node: fx.Node) -> bool:
-    """True for an operator that draws from a random generator."""
+    """True for an operator that draws from a random generator; attention without dropout does not."""
     target = cast(Any, node.target)
-    return compat.is_overload(target) and torch.Tag.nondeterministic_seeded in target.tags
+    if not compat.is_overload(target) or torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    return compat.argument(node, "dropout_p") != 0.0
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """True for an operator that computes each element of its output from one element of each input."""
+    target = cast(Any, node.target)
+    return compat.is_overload(target) and torch.Tag.pointwise in target.tags
 
 
 def is_pure(node: fx.Node) -> bool:
@@ -285,6 +293,27 @@ def base(node: fx.Node) -> fx.Node:
     return node
 
 
+def memory_of(node: fx.Node) -> fx.Node:
+    """The node whose memory a node's value lies in: through views, and operators that write into an argument."""
+    while (source := _given_memory(node)) is not None:
+        node = source
+    return node
+
+
+def _given_memory(node: fx.Node) -> fx.Node | None:
+    """The argument whose memory the node returns; None if it makes its own."""
+    target = cast(Any, node.target)
+    if target is operator.getitem:
+        source = cast(fx.Node, node.args[0])
+        return source if is_view(source) or role(source) is Role.WAIT else None
+    if not compat.is_overload(target) or not node.args:
+        return None
+    if is_view(node) or target is torch.ops.aten._unsafe_view.default or compat.is_mutable(target):
+        into = node.kwargs.get("out", node.args[0])
+        return into if isinstance(into, fx.Node) else None
+    return None
+
+
 def aliases(node: fx.Node) -> list[fx.Node]:
     """The node and everything that shares its memory: views of it, and views of those, in discovery order."""
     found = [node]
@@ -294,6 +323,14 @@ def aliases(node: fx.Node) -> list[fx.Node]:
             if (from_view or (is_view(user) and user.args[0] is alias)) and user not in found:
                 found.append(user)
     return found
+
+
+def tensor_bytes(value: Any) -> int:
+    """Bytes that a tensor's elements span; 0 for anything else."""
+    if not isinstance(value, torch.Tensor) or value.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    return (last + 1) * value.dtype.itemsize
 
 
 def new_value(node: fx.Node, value: Any) -> fx.Node:

@@ -23,7 +23,7 @@ from fxzero.layout import ALIGNMENT_BYTES, align
 from fxzero.schedule import live_until
 from fxzero.text import bucket_label, format_bytes
 
-Kind: TypeAlias = Literal["gather", "gradient", "scratch", "partial"]
+Kind: TypeAlias = Literal["gather", "gradient", "scratch", "partial", "saved", "temporary"]
 
 
 @dataclass(frozen=True)

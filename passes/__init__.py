@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from fxzero.ir import StepGraph
 from fxzero.passes.bucket_all_gathers import BucketAllGathers
@@ -12,6 +12,7 @@ from fxzero.passes.insert_all_gathers import InsertAllGathers
 from fxzero.passes.insert_reduce_scatters import InsertReduceScatters
 from fxzero.passes.keep_gathered import KeepGathered
 from fxzero.passes.prefetch_all_gathers import PrefetchAllGathers
+from fxzero.passes.recompute_activations import RecomputeActivations
 from fxzero.passes.release_params import ReleaseParams
 from fxzero.passes.rematerialize_views import RematerializeViews
 from fxzero.passes.sink_waits import SinkWaits
@@ -25,6 +26,7 @@ def default_passes(
     bucket_bytes: int = BucketAllGathers.bucket_bytes,
     max_kept_bytes: int | None = 0,
     prefetch_bytes: int = PrefetchAllGathers.max_inflight_bytes,
+    recompute: Literal["none", "full"] | int = "none",
     reduce_bytes: int = SinkWaits.max_inflight_bytes,
 ) -> tuple[Pass, ...]:
     """The passes of a plan, in order; all keep numerics bit for bit.
@@ -34,10 +36,12 @@ def default_passes(
         max_kept_bytes: upper bound on gathered bytes kept from forward to backward; 0 gathers all again (ZeRO stage 3),
             None keeps all (the residency of stage 2).
         prefetch_bytes: upper bound on gathered bytes in flight.
+        recompute: "none", "full" (whole repeated blocks), or an upper bound on the bytes saved for backward.
         reduce_bytes: upper bound on gradient-bucket bytes in flight.
     """
     return (
         RematerializeViews(),
+        RecomputeActivations(recompute),
         InsertAllGathers(),
         InsertReduceScatters(),
         BucketAllGathers(bucket_bytes),
@@ -58,6 +62,7 @@ __all__ = [
     "KeepGathered",
     "Pass",
     "PrefetchAllGathers",
+    "RecomputeActivations",
     "ReleaseParams",
     "RematerializeViews",
     "SinkWaits",

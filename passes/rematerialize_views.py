@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from fxzero.ir import NodeInfo, Phase, Role, StepGraph, info, is_pure, role
+from fxzero.ir import Phase, Role, StepGraph, is_pure, role
+from fxzero.recompute import Copies
 
 
 def computed_from_params(step: StepGraph) -> set[fx.Node]:
@@ -40,25 +41,4 @@ class RematerializeViews:
     def __call__(self, step: StepGraph, /) -> None:
         if not step.has_backward:
             return
-        derived = computed_from_params(step)
-        copies: dict[fx.Node, fx.Node] = {}
-        *_, (_, backward) = step.phases()
-        for node in backward:
-            for source in node.all_input_nodes:
-                if source in derived:
-                    with step.graph.inserting_before(node):
-                        node.replace_input_with(source, self._copy(step, source, copies))
-        for source in reversed([n for n in step.graph.nodes if n in derived and not n.users]):
-            step.graph.erase_node(source)
-
-    def _copy(self, step: StepGraph, source: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
-        """Copy `source` and what it is computed from to the current insertion point; each node once."""
-        if role(source) in (Role.PARAM, Role.CONSTANT):
-            return source
-        if source not in copies:
-            for before in source.all_input_nodes:
-                self._copy(step, before, copies)
-            copy = step.graph.node_copy(source, lambda n: copies.get(n, n))
-            copy.meta = {**source.meta, "fxzero": NodeInfo(Role.COMPUTE, info(source).fqn)}
-            copies[source] = copy
-        return copies[source]
+        Copies(step, computed_from_params(step)).replace_inputs()

@@ -9,7 +9,7 @@ import networkx as nx
 import pytest
 
 ROOT = Path(__file__).parents[1]
-VOCABULARY = {"fxzero.ir", "fxzero.layout", "fxzero.ops", "fxzero.costs", "fxzero.errors"}
+VOCABULARY = {"fxzero.ir", "fxzero.layout", "fxzero.ops", "fxzero.recompute", "fxzero.text", "fxzero.errors"}
 """What a pass may know, beside other passes."""
 RUN_TIME = (
     "runtime",

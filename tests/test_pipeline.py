@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from tests.distributed import replicated
 from tests.random_net import WIDTH, NetSpec, RandomNet, choose_net, random_net
 from tests.toy import toy_step
 
-BOTH_INSERTED = 3
+BOTH_INSERTED = 4
 """The shortest prefix that has all collectives."""
 NUM_PASSES = len(default_passes())
 SIZES = st.sampled_from([1, 64, 256, 1024, 2**20])
@@ -47,15 +48,26 @@ def point(seed: int) -> torch.Tensor:
     prefetch_bytes=SIZES,
     reduce_bytes=SIZES,
     kept_bytes=st.sampled_from([0, 512, None]),
+    recompute=st.sampled_from(["none", "full", 0, 100]),
 )
 def test_random_model_is_bitwise_equal_to_eager_after_every_prefix_of_the_passes(
-    spec: NetSpec, num_passes: int, bucket_bytes: int, prefetch_bytes: int, reduce_bytes: int, kept_bytes: int | None
+    spec: NetSpec,
+    num_passes: int,
+    bucket_bytes: int,
+    prefetch_bytes: int,
+    reduce_bytes: int,
+    kept_bytes: int | None,
+    recompute: Any,
 ) -> None:
     torch.manual_seed(0)
     model = RandomNet(spec)
     reference = copy.deepcopy(model)
     passes = default_passes(
-        bucket_bytes=bucket_bytes, prefetch_bytes=prefetch_bytes, reduce_bytes=reduce_bytes, max_kept_bytes=kept_bytes
+        bucket_bytes=bucket_bytes,
+        prefetch_bytes=prefetch_bytes,
+        reduce_bytes=reduce_bytes,
+        max_kept_bytes=kept_bytes,
+        recompute=recompute,
     )
     zero = fxzero.compile(model, passes=passes[:num_passes])
     for step in range(2):
@@ -142,7 +154,7 @@ def test_dump_has_a_text_and_a_diff_for_each_pass(tmp_path: Path, monkeypatch: p
     expected = ["00_capture.txt", *(f"{stem}.{ending}" for stem in stems for ending in ("diff", "txt"))]
     assert names_in(tmp_path / "made") == sorted(expected)
     assert (tmp_path / "made" / f"{stems[-1]}.txt").read_text() == f"{schedule}\n"
-    diff = (tmp_path / "made" / "02_insert_all_gathers.diff").read_text().splitlines()
+    diff = (tmp_path / "made" / "03_insert_all_gathers.diff").read_text().splitlines()
     assert diff[:2] == ["--- before", "+++ after"]
     assert any(line.startswith("+all_gather") for line in diff)
 

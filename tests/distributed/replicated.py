@@ -142,7 +142,7 @@ def train(
     lengths: Sequence[Sequence[int]] = ((16,),),
     seed_offset: int = 0,
     clip: float | None = None,
-    sizes: dict[str, int] | None = None,
+    sizes: dict[str, Any] | None = None,
 ) -> str:
     """Train both ways and compare losses, gradients, parameters and buffers after every step; the last schedule.
 
@@ -152,6 +152,7 @@ def train(
         lengths: the sequence length by step and rank, both cyclic.
         seed_offset: seed this rank's model differently by so much times the rank: rank 0's weights must win.
         clip: clip by this norm; then compared within 1e-6.
+        sizes: arguments of `default_passes`.
     """
     case = CASES[name] if isinstance(name, str) else name
     torch.manual_seed(seed_offset * rank)

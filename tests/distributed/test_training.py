@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from fxzero.passes import default_passes
@@ -9,7 +11,7 @@ from fxzero.testing import run_ranks
 from tests.distributed import replicated
 
 WORLD_SIZES = [1, 2, 3, 4]
-FIRST_COMPLETE_PREFIX = 3
+FIRST_COMPLETE_PREFIX = 4
 """The passes up to InsertReduceScatters: a graph with all its collectives, if not yet in a good order."""
 
 
@@ -64,6 +66,13 @@ def test_clipping_is_within_1e_6_of_replicated_training(world_size: int) -> None
 def test_training_is_the_same_when_buckets_are_kept_until_backward(world_size: int) -> None:
     sizes = {"bucket_bytes": 8192, "max_kept_bytes": None}
     run_ranks(world_size, replicated.train, "gpt", "adamw", None, 3, 1, False, ((16,), (12, 16)), 0, None, sizes)
+
+
+@pytest.mark.parametrize("recompute", ["full", 20000])
+@pytest.mark.parametrize("name", ["gpt", "roberta", "net"])
+def test_training_is_the_same_when_activations_are_recomputed(name: str, recompute: str | int) -> None:
+    sizes: dict[str, Any] = {"bucket_bytes": 8192, "recompute": recompute}
+    run_ranks(2, replicated.train, name, "adamw", None, 3, 1, False, ((16,), (12, 16)), 0, None, sizes)
 
 
 def test_kept_buckets_are_gathered_again_when_another_phase_ran_between() -> None:

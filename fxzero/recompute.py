@@ -1,0 +1,159 @@
+"""Which forward values to save for backward and which to compute again: a minimum cut by bytes, for given pins.
+
+    x (pinned) --> linear (pinned) --> gelu --> dropout mask * ... --> backward reads both ends
+                        ^ cut here: save this, recompute gelu in backward
+
+A pinned node is never recomputed: if backward needs it, or something computed from it, its value is saved, or a value
+on the way. Parameters, inputs and constants are there in backward anyway.
+
+Source: Chen et al. (arXiv:1604.06174) for recomputing blocks; the minimum cut is that of torch's partitioner (functorch,
+min_cut_rematerialization_partition); deviation: pins instead of a ban list per backend, cut piece by piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+import networkx as nx
+from torch import fx
+
+from fxzero import compat
+from fxzero.ir import NodeInfo, Phase, Role, StepGraph, info, is_pure, memory_of, role, tensor_bytes
+
+Side: TypeAlias = "tuple[fx.Node, str] | str"
+"""A node of the flow network: the value before ("in") and after ("out") it is saved, or one of the two ends."""
+
+
+class Copies:
+    """Copies of forward nodes in backward, each made once, in front of its first reader.
+
+    Args:
+        again: the nodes to copy; others are read where they are.
+    """
+
+    def __init__(self, step: StepGraph, again: set[fx.Node]) -> None:
+        self._step = step
+        self._again = again
+        self._copies: dict[fx.Node, fx.Node] = {}
+
+    def replace_inputs(self) -> None:
+        """Let backward read copies; forward nodes that nothing reads any more are dropped."""
+        *_, (_, backward) = self._step.phases()
+        for node in backward:
+            for source in node.all_input_nodes:
+                if source in self._again:
+                    with self._step.graph.inserting_before(node):
+                        node.replace_input_with(source, self._copy(source))
+        for source in reversed([node for node in self._step.graph.nodes if node in self._again and not node.users]):
+            self._step.graph.erase_node(source)
+
+    def _copy(self, source: fx.Node) -> fx.Node:
+        if source not in self._copies:
+            for needed in self._missing(source):
+                copy = self._step.graph.node_copy(needed, lambda n: self._copies.get(n, n))
+                copy.meta = {**needed.meta, "fxzero": NodeInfo(Role.COMPUTE, info(needed).fqn)}
+                self._copies[needed] = copy
+        return self._copies[source]
+
+    def _missing(self, source: fx.Node) -> list[fx.Node]:
+        """The node and all it is computed from that has no copy yet, in the order of forward."""
+        found = {source}
+        waiting = [source]
+        while waiting:
+            for before in waiting.pop().all_input_nodes:
+                if before in self._again and before not in self._copies and before not in found:
+                    found.add(before)
+                    waiting.append(before)
+        return sorted(found)
+
+
+def read_in_backward(step: StepGraph) -> set[fx.Node]:
+    """The forward compute nodes that backward reads, or that are gradients themselves."""
+    phase_of = step.phase_of()
+    read = {source for node, phase in phase_of.items() if phase is Phase.BACKWARD for source in node.all_input_nodes}
+    read |= {grad for grad in (*step.grads.values(), *step.input_grads) if isinstance(grad, fx.Node)}
+    return {node for node in read if role(node) is Role.COMPUTE and phase_of[node] is Phase.FORWARD}
+
+
+def recomputable(step: StepGraph) -> set[fx.Node]:
+    """Forward compute nodes that give the same bits when they run again in backward.
+
+    Not those that draw, that write, or that read what is written.
+    """
+    written = {
+        memory_of(node) for node in step.nodes(Role.COMPUTE) if compat.is_overload(node.target) and not is_pure(node)
+    }
+    written = {memory for memory in written if any(_writes(node, memory) for node in step.nodes(Role.COMPUTE))}
+    _, forward = next(step.phases())
+    return {
+        node
+        for node in forward
+        if is_pure(node) and not any(memory_of(value) in written for value in (node, *node.all_input_nodes))
+    }
+
+
+def _writes(node: fx.Node, memory: fx.Node) -> bool:
+    return compat.is_overload(node.target) and compat.is_mutable(node.target) and memory_of(node) is memory
+
+
+def choose_saved(step: StepGraph, is_pinned: Callable[[fx.Node], bool]) -> tuple[set[fx.Node], set[fx.Node]]:
+    """The forward values that cost the fewest bytes to save.
+
+    Args:
+        is_pinned: true for a node that must not be recomputed; those that cannot be are pinned in any case.
+
+    Returns:
+        The values to save, and the nodes that backward computes again from them.
+    """
+    _, forward = next(step.phases())
+    can = recomputable(step)
+    needed = read_in_backward(step)
+    above = _all_above(needed)
+    compute = [node for node in forward if role(node) is Role.COMPUTE and node in above]
+    pinned = {node for node in compute if node not in can or is_pinned(node)}
+    network: nx.DiGraph[Any] = nx.DiGraph()
+    for node in compute:
+        # Without a capacity, views and tuples of outputs are never cut: the bytes are those of what they come from.
+        nbytes = tensor_bytes(node.meta.get("val"))
+        can_be_saved = nbytes > 0 and (memory_of(node) is node or node in pinned)
+        capacity = {"capacity": nbytes} if can_be_saved or (node in pinned and node in needed) else {}
+        network.add_edge((node, "in"), (node, "out"), **capacity)
+        for source in node.all_input_nodes:
+            if source in above and role(source) is Role.COMPUTE and node not in pinned:
+                network.add_edge((source, "out"), (node, "in"))
+    again: set[fx.Node] = set()
+    for piece in nx.weakly_connected_components(network):
+        again |= _recomputed(network.subgraph(piece), pinned, needed)
+    used = _all_above(needed & again, through=again) | (needed - again)
+    saved = {node for node in used if node not in again and role(node) is Role.COMPUTE}
+    return saved, used & again
+
+
+def _recomputed(piece: nx.DiGraph[Any], pinned: set[fx.Node], needed: set[fx.Node]) -> set[fx.Node]:
+    """The nodes of one piece of the network that lie behind its minimum cut."""
+    nodes = [node for node, side in piece if side == "in"]
+    if all(node in pinned for node in nodes) or not any(node in needed for node in nodes):
+        return set()
+    flow: nx.DiGraph[Any] = nx.DiGraph(piece)
+    sources = [node for node in nodes if node in pinned]
+    flow.add_nodes_from(("source", "sink"))
+    flow.add_edges_from(("source", (node, "in")) for node in sources)
+    flow.add_edges_from(((node, "out"), "sink") for node in nodes if node in needed)
+    _, (_, behind) = nx.minimum_cut(flow, "source", "sink")
+    return {node for node in nodes if (node, "in") in behind}
+
+
+def _all_above(nodes: Iterable[fx.Node], *, through: set[fx.Node] | None = None) -> set[fx.Node]:
+    """The nodes and what they are computed from; with `through`, only as far as these reach, and one further."""
+    found = set(nodes)
+    waiting = list(found)
+    while waiting:
+        node = waiting.pop()
+        if through is not None and node not in through:
+            continue
+        for source in node.all_input_nodes:
+            if source not in found:
+                found.add(source)
+                waiting.append(source)
+    return found
