@@ -6,7 +6,7 @@
 A pinned node is never recomputed: if backward needs it, or something computed from it, its value is saved, or a value
 on the way. Parameters, inputs and constants are there in backward anyway.
 
-Source: Chen et al. (arXiv:1604.06174) for recomputing blocks; the minimum cut is that of torch's partitioner (functorch,
+Source: Chen et al. (arXiv:1604.06174) for recomputing blocks; the cut is that of torch's partitioner (functorch,
 min_cut_rematerialization_partition); deviation: pins instead of a ban list per backend, cut piece by piece.
 """
 
