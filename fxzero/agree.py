@@ -54,10 +54,28 @@ def agree(group: dist.ProcessGroup | None, topic: str, lines: Sequence[str], *, 
         if agreement is not None:
             agreement.run(list(lines), timeout.total_seconds())
     except RuntimeError as error:
-        raise CommunicationError(
-            f"Rank {dist.get_rank()} lost the store of the process group while ranks compared their {topic}: {error}\n"
-            "The process that hosts it (rank 0, where torchrun does not) has ended: its own error says why."
-        ) from error
+        raise _lost_store(topic, error) from error
+
+
+def exchange(
+    group: dist.ProcessGroup | None, topic: str, lines: Sequence[str], *, timeout: timedelta
+) -> list[list[str]]:
+    """The lines of all ranks of the group, in its order, once all have called this; they may differ.
+
+    Raises: as `agree`, but for a difference.
+    """
+    try:
+        agreement = _enter(group, topic)
+        return [list(lines)] if agreement is None else agreement.exchange(list(lines), timeout.total_seconds())
+    except RuntimeError as error:
+        raise _lost_store(topic, error) from error
+
+
+def _lost_store(topic: str, error: RuntimeError) -> CommunicationError:
+    return CommunicationError(
+        f"Rank {dist.get_rank()} lost the store of the process group while ranks compared their {topic}: {error}\n"
+        "The process that hosts it (rank 0, where torchrun does not) has ended: its own error says why."
+    )
 
 
 def report_failure(group: dist.ProcessGroup | None, topic: str, error: BaseException) -> None:
@@ -132,22 +150,36 @@ class Agreement:
 
     def run(self, lines: list[str], timeout_s: float) -> None:
         """Post the lines and wait for the others; raises what `agree` raises."""
+        self._post_and_wait(lines, timeout_s, may_differ=False)
+        self._leave()
+
+    def exchange(self, lines: list[str], timeout_s: float) -> list[list[str]]:
+        """Post the lines and wait for the others: what each of them has."""
+        self._post_and_wait(lines, timeout_s, may_differ=True)
+        posts = [self._read(rank) for rank in self.members]
+        self._leave()
+        return [post for post in posts if isinstance(post, list)]
+
+    def _post_and_wait(self, lines: list[str], timeout_s: float, *, may_differ: bool) -> None:
         waiting_key = f"fxzero/{self.topic}/waiting/{self.rank}"
         self.job.set(waiting_key, json.dumps([self.members, self.number]))
-        self.post(lines)
+        self.post(lines, may_differ=may_differ)
         self._wait_for_all(timeout_s)
         self.job.set(waiting_key, "")
+
+    def _leave(self) -> None:
+        """Remove all keys, as the last one to read them."""
         if self.store.add("left", 1) == len(self.members):
             for key in (*map(str, self.members), "first", "arrived", "left"):
                 self.store.delete_key(key)
 
-    def post(self, posted: Posted) -> None:
-        """Say what this rank has, and raise the alarm if it is not what the first one had."""
+    def post(self, posted: Posted, *, may_differ: bool = False) -> None:
+        """Say what this rank has, and raise the alarm if that is an error, or not what the first one had."""
         data = json.dumps(posted).encode()
         digest = hashlib.sha256(data).hexdigest()
         self.store.set(str(self.rank), base64.b64encode(zlib.compress(data)).decode())
         first: bytes = self.store.compare_set("first", "", digest)
-        if isinstance(posted, str) or first.decode() != digest:
+        if isinstance(posted, str) or not (may_differ or first.decode() == digest):
             self.store.set("alarm", "1")
         self.store.add("arrived", 1)
 

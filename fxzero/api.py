@@ -6,8 +6,10 @@ import os
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
-from typing import Any, NoReturn, cast
+from functools import partial
+from typing import Any, Literal, NoReturn, cast
 
 import torch
 import torch.distributed as dist
@@ -20,6 +22,8 @@ from fxzero.errors import FxzeroError, InputMismatchError, OptimizerError
 from fxzero.optim import OptimizerGuard, check_optimizer
 from fxzero.passes import Pass, default_passes
 from fxzero.planner import as_arguments
+from fxzero.report import MemoryReport
+from fxzero.runtime import Executable
 from fxzero.schedule import Schedule
 
 _REFUSED_METHODS = ("generate",)
@@ -35,6 +39,10 @@ def compile(
     init_fn: Callable[[nn.Module], object] | None = None,
     sync_init: bool = True,
     elementwise_optimizer: bool = False,
+    memory_budget: int | Literal["auto"] | None = None,
+    reshard_after_forward: bool | None = None,
+    stage: Literal[2, 3] | None = None,
+    recompute: Literal["none", "full"] | int = "none",
     passes: Sequence[Pass] | None = None,
     timeout: timedelta = timedelta(minutes=5),
 ) -> ZeroModule:
@@ -55,7 +63,15 @@ def compile(
         init_fn: initialises the modules of a meta model, as `model.apply(init_fn)` would.
         sync_init: start from rank 0's parameters and buffers; False trusts that all ranks have equal ones.
         elementwise_optimizer: vouch that an optimizer class that fxzero does not know updates each element by itself.
-        passes: the compiler passes, in order. Default: `fxzero.passes.default_passes()`.
+        memory_budget: bytes that a rank may use for everything that fxzero plans (`zero.schedule.memory`); "auto" is
+            what is free. What fits stays gathered from forward to backward, and under gradient accumulation until the
+            shards change. Decided at the first call, for its shapes. Default: everything is gathered again.
+        reshard_after_forward: True gathers every parameter again in backward; False keeps all from forward to backward.
+        stage: the same in the terms of ZeRO: 3 is True, and 2, at whose residency parameters stay, is False.
+        recompute: "none", "full" (whole repeated blocks run again in backward), or an upper bound on the bytes of
+            activations saved for backward, for which cheap operators are recomputed first. Numerics do not change.
+        passes: the compiler passes, in order, instead of those that these options make. Default:
+            `fxzero.passes.default_passes()`.
         timeout: how long ranks wait for each other when they compare what they compiled.
 
     Returns:
@@ -64,8 +80,10 @@ def compile(
     Raises:
         InputMismatchError: a parameter is not contiguous, not floating, or the model is compiled already.
         OptimizerError: the optimizer cannot step shards.
-        CaptureError, RankMismatchError: with `example`; else the first call raises them.
+        ValueError: options contradict each other.
+        CaptureError, RankMismatchError, PlanError: with `example`; else the first call raises them.
     """
+    chosen = _choose_passes(passes, memory_budget, reshard_after_forward, stage, recompute)
     process_group = _choose_group(process_group)
     with agree.reporting_failure(process_group, "layout"):  # the other ranks wait for this one with what they compiled
         ownership.check_model(model)
@@ -74,12 +92,13 @@ def compile(
             check_optimizer(each, elementwise_optimizer=elementwise_optimizer)
             _check_holds_parameters(each, model)
         options = Options(
-            passes=tuple(default_passes() if passes is None else passes),
+            passes=chosen,
             device=_choose_device(model, device),
             sync_init=sync_init,
             init_fn=init_fn,
             elementwise_optimizer=elementwise_optimizer,
             timeout=timeout,
+            memory_budget=memory_budget,
         )
         zero = ZeroModule(model, Engine(model, model.forward, options, process_group, optimizers))
         if example is not None:
@@ -97,6 +116,36 @@ def _prepare(zero: ZeroModule, example: Any) -> None:
         if engine.shards is None:  # the parameters are what they were
             ownership.give_back(engine.model)
         raise
+
+
+def _choose_passes(
+    passes: Sequence[Pass] | None,
+    memory_budget: int | Literal["auto"] | None,
+    reshard_after_forward: bool | None,
+    stage: int | None,
+    recompute: Literal["none", "full"] | int,
+) -> tuple[Pass, ...]:
+    """The passes that the options ask for.
+
+    Raises:
+        ValueError: two options contradict each other, or one has no such value.
+    """
+    if stage not in (None, 2, 3):
+        raise ValueError(f"stage is {stage!r}; fxzero shards everything: 3, or 2 to keep parameters until backward.")
+    if stage is not None and reshard_after_forward not in (None, stage == 3):
+        raise ValueError(f"stage={stage} means reshard_after_forward={stage == 3}; pass one of the two.")
+    reshard = stage == 3 if stage is not None else reshard_after_forward
+    if memory_budget is not None:
+        is_bytes = isinstance(memory_budget, int) and not isinstance(memory_budget, bool) and memory_budget > 0
+        if not is_bytes and memory_budget != "auto":
+            raise ValueError(f'memory_budget is {memory_budget!r}; it must be a number of bytes, or "auto".')
+        if reshard is not None:
+            raise ValueError("memory_budget chooses what is kept; pass it without reshard_after_forward and stage.")
+    if passes is not None:
+        if reshard is not None or recompute != "none":
+            raise ValueError("passes= is the whole list: drop stage, reshard_after_forward and recompute, or passes.")
+        return tuple(passes)
+    return default_passes(max_kept_bytes=None if reshard is False else 0, recompute=recompute)
 
 
 def _choose_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
@@ -163,7 +212,10 @@ class ZeroModule(nn.Module):
         for shared in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[shared] = model.__dict__[shared]
         self._fxzero_guard = OptimizerGuard(
-            self, engine.held_shards, elementwise_optimizer=engine.options.elementwise_optimizer
+            self,
+            engine.held_shards,
+            elementwise_optimizer=engine.options.elementwise_optimizer,
+            on_step=engine.residency.expire,
         )
         ownership.take_over(model)
 
@@ -302,7 +354,14 @@ class ZeroModule(nn.Module):
     def schedule(self) -> Schedule:
         """The schedule of the plan that ran last, or that `example` made."""
         last = self._fxzero_engine.last
-        return Schedule() if last is None else Schedule(last.step, last.plan.code.source)
+        return Schedule() if last is None else Schedule(last.step, last.plan.code.source, partial(self._memory, last))
+
+    def _memory(self, executable: Executable) -> MemoryReport:
+        engine = self._fxzero_engine
+        needed = engine.footprint(executable)
+        if state := self._fxzero_guard.state_nbytes:
+            needed = replace(needed, held=replace(needed.held, optimizer_state=state))
+        return MemoryReport(needed, executable.step, engine.gauge.read() if executable.memory else None)
 
 
 def _refuse_new_shapes(name: str) -> Callable[..., NoReturn]:

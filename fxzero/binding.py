@@ -20,21 +20,31 @@ from fxzero.cuda import Events, Placed, plan_cuda_events
 from fxzero.errors import PlanError
 from fxzero.gradients import Gradients, Stash, Variant
 from fxzero.ir import Role, StepGraph, grad_fqn, is_gathered_param, members, operands, role, started_by
-from fxzero.layout import Bucket
-from fxzero.memory import Arena, Buffer, MemoryPlan, gather_buffers, gradient_buffers, plan_memory, working_buffers
+from fxzero.layout import ALIGNMENT_BYTES, Bucket, align
+from fxzero.memory import (
+    Arena,
+    Buffer,
+    MemoryPlan,
+    gather_buffers,
+    gradient_buffers,
+    plan_around,
+    plan_memory,
+    resident_buffers,
+    working_buffers,
+)
 from fxzero.shards import Shards, unflatten
 
 
 def plan_arena(step: StepGraph, comm: Comm, variant: Variant) -> tuple[MemoryPlan, Placed]:
     """Place the communication memory of one variant of a step.
 
-    What all variants need lies at the same place in all of them, so that a bucket that forward keeps is found by
-    whichever backward follows; what only an accumulating backward needs lies behind it.
+    If forward keeps buckets, what all variants need lies at the same place in all of them, so that whichever backward
+    follows finds them; what only an accumulating backward needs is placed around it.
 
     Returns:
         The plan, and each buffer and its offset in bytes, by kind and the start of its collective.
     """
-    common: dict[tuple[str, fx.Node], Buffer] = {}
+    common: dict[tuple[str, fx.Node], Buffer] = {}  # what all variants need
     extra: dict[tuple[str, fx.Node], Buffer] = {}
     gradients = {("gradient", start): buffer for start, buffer in gradient_buffers(step).items()}
     if comm.gathers_in_place:
@@ -51,11 +61,18 @@ def plan_arena(step: StepGraph, comm: Comm, variant: Variant) -> tuple[MemoryPla
             needed |= {("scratch", start): buffer for start, buffer in working_buffers(step, "scratch", nbytes).items()}
     some = {start: bucket.shard_nbytes for start, bucket in reduces.items() if is_partial(step, start)}
     common |= {("partial", start): buffer for start, buffer in working_buffers(step, "partial", some).items()}
-    first, second = plan_memory(list(common.values())), plan_memory(list(extra.values()))
-    offsets = (*first.offsets, *(first.peak_bytes + offset for offset in second.offsets))
-    plan = MemoryPlan((*first.buffers, *second.buffers), offsets)
+    resident = {} if comm.gathers_in_place else resident_buffers(step)
+    if not step.kept:
+        common, extra = common | extra, {}
+    own = MemoryPlan(tuple(buffer for buffer, _ in resident.values()), tuple(at for _, at in resident.values()))
+    rest, begin = plan_memory(list(common.values())), align(own.peak_bytes, ALIGNMENT_BYTES)
+    offsets = (*own.offsets, *(begin + offset for offset in rest.offsets))
+    plan = plan_around(MemoryPlan((*own.buffers, *rest.buffers), offsets), list(extra.values()))
     plan.verify()
-    return plan, dict(zip([*common, *extra], zip(plan.buffers, plan.offsets, strict=True), strict=True))
+    placed = list(zip(plan.buffers, plan.offsets, strict=True))
+    gathers = {members(start): start for start in step.nodes(Role.ALL_GATHER)}
+    homes = {("gather", gathers[fqns]): placed[i] for i, fqns in enumerate(resident) if fqns in gathers}
+    return plan, homes | dict(zip([*common, *extra], placed[len(resident) :], strict=True))
 
 
 @dataclass
@@ -78,7 +95,12 @@ class Binder:
     """The slot of each gradient, by parameter."""
 
     def bind(self) -> dict[str, Callable[..., Any]]:
-        """Make the globals of the generated code and define its functions in them: forward, backward, gather_kept."""
+        """Make the globals of the generated code and define its functions in them.
+
+        Returns:
+            forward, backward; gather_kept, which gathers what forward keeps; forward_again, which is forward for when
+            the buckets that stay gathered until the shards change are there.
+        """
         code, names, events = self.code, self.names, self._events()
         names |= NAMES_IN_SOURCE
         if events is not None:
@@ -96,12 +118,26 @@ class Binder:
         if events is not None:
             for start in self.step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER):
                 names[start.name] = events.start(start, names[start.name])
-        kept = [start for start in self.step.nodes(Role.ALL_GATHER) if members(start) in self.step.kept]
+        step = self.step
+        kept = [s for s in step.nodes(Role.ALL_GATHER) if members(s) in step.kept and members(s) not in step.resident]
         gather_kept = [names[start.name] for start in kept] + [names[f"wait_{start.name}"] for start in kept]
-        exec(compile(code.source, "<fxzero schedule>", "exec"), names)
-        # A function holds its globals; were it one of them, only the garbage collector would free the shards.
-        functions = {name: names.pop(name) for name in ("forward", "backward") if name in names}
-        return {**functions, "gather_kept": _in_turn(*gather_kept)}
+        functions = _define(code, names) | {"gather_kept": _in_turn(*gather_kept)}
+        if step.resident:
+            again = names | self._skip_resident(events)
+            functions["forward_again"] = _define(code, again)["forward"]
+        return functions
+
+    def _skip_resident(self, events: Events | None) -> dict[str, Callable[..., object]]:
+        """Globals that skip the gathers of buckets that are there; on CUDA, an event stands for each."""
+        names: dict[str, Callable[..., object]] = {}
+        for start in self.step.nodes(Role.ALL_GATHER):
+            if members(start) not in self.step.resident:
+                continue
+            names |= {start.name: _nothing, f"wait_{start.name}": _nothing}
+            if events is not None:
+                passed = torch.cuda.Event()
+                names |= {start.name: events.start(start, passed.record), f"wait_{start.name}": passed.wait}
+        return names
 
     def _events(self) -> Events | None:
         """The events of two CUDA streams; None where one thread does all."""
@@ -207,6 +243,13 @@ class Binder:
                     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
                     values[node] = cast(Any, node.target)(*args, **kwargs)
                 self.names[node.name] = values[node]
+
+
+def _define(code: Code, names: dict[str, Any]) -> dict[str, Callable[..., Any]]:
+    """Run the source in its globals: the functions that it defines."""
+    exec(compile(code.source, "<fxzero schedule>", "exec"), names)
+    # A function holds its globals; were it one of them, only the garbage collector would free the shards.
+    return {name: names.pop(name) for name in ("forward", "backward") if name in names}
 
 
 def _nothing() -> None:

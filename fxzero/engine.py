@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Sequence
@@ -11,7 +12,8 @@ from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeAlias
+from functools import partial
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -19,20 +21,33 @@ from torch import nn
 
 from fxzero import agree, compat, state
 from fxzero.autograd import Call, StepFunction
+from fxzero.budget import AUTO_SHARE, Choice, choose, free_bytes, least
 from fxzero.capture import Captured, capture
 from fxzero.comm import Comm, PlanningComm, make_comm
 from fxzero.errors import CaptureError, FxzeroError, InputMismatchError
+from fxzero.footprint import Footprint, Held, footprint, held_by
+from fxzero.gauge import MemoryGauge
 from fxzero.gradients import Gradients, Stash
+from fxzero.ir import StepGraph
 from fxzero.layout import Layout, ParamSpec
 from fxzero.materialize import check_meta_model
 from fxzero.memory import Arena
 from fxzero.modes import Mode, Orders, Signature
-from fxzero.optim import ParamShard
+from fxzero.optim import ParamShard, state_per_element
 from fxzero.pipeline import Pass
-from fxzero.planner import describe_layout, layout_in_registration_order, layout_of, make_plan, warn_if_out_of_order
+from fxzero.planner import (
+    describe_layout,
+    in_layout,
+    layout_in_registration_order,
+    layout_of,
+    make_plan,
+    warn_if_out_of_order,
+)
+from fxzero.residency import Residency
 from fxzero.runtime import Executable
 from fxzero.shards import Shards, check_storage, spec_of
 from fxzero.signature import CallSpec, flatten_call
+from fxzero.text import format_bytes
 from fxzero.verify import collectives
 
 logger = logging.getLogger(__name__)
@@ -56,6 +71,7 @@ class Options:
     init_fn: Callable[[nn.Module], object] | None = None
     elementwise_optimizer: bool = False
     timeout: timedelta = timedelta(minutes=5)
+    memory_budget: int | Literal["auto"] | None = None
 
     def agreed(self) -> dict[str, object]:
         """The options that must be the same on all ranks."""
@@ -63,6 +79,7 @@ class Options:
             "passes": ", ".join(map(repr, self.passes)),
             "device": self.device.type,
             "sync_init": self.sync_init,
+            "memory_budget": self.memory_budget,
             "torch": torch.__version__.split("+")[0],
         }
 
@@ -97,6 +114,14 @@ class Engine:
         self.shards: Shards | None = None
         self.gradients: Gradients | None = None
         self.arena = Arena(self.options.device)
+        self.gauge = MemoryGauge(self.options.device)
+        self.residency = Residency(
+            lambda: self.gradients is not None and self.gradients.are_added_to,
+            lambda: (self.version(), 0 if self.gradients is None else self.gradients.version),
+        )
+        self._choice: Choice | None = None
+        """What the memory budget decided at the first plan with a backward."""
+        self._budget: int | None = None
         self._orders = Orders(self.group, self.comm.rank, self.options.timeout)
         self._param_list = list(self.params.values())
         self._addresses: list[int] = []
@@ -215,15 +240,17 @@ class Engine:
         """Run a backward and bring `.grad` of every parameter it reached up to date."""
         gradients = self.gradients
         assert gradients is not None
+        self.residency.look()
         synchronize = executable.step.synchronize
         variant = gradients.variant(synchronize=synchronize)
         if variant.stash is Stash.FLUSH:
             gradients.check_flush(executable.reduced)
         input_grads = executable.backward(variant, saved, tangents)
-        if not synchronize:
+        if synchronize:
+            gradients.publish(executable.reached, variant)
+        else:
             gradients.hold(executable.reached, variant)
-            return input_grads
-        gradients.publish(executable.reached, variant)
+        self.residency.end_backward()
         return input_grads
 
     # -- plans ---------------------------------------------------------------------------------------------------
@@ -275,10 +302,16 @@ class Engine:
         kind = (signature.grad and needs_grad, signature.trained, signature.synchronize)
         fixes_layout = self.shards is None
         others_wait = fixes_layout or self._orders.expects_agreement(*kind)
-        reporting = agree.reporting_failure(self.group, "layout" if fixes_layout else "mode")
-        with reporting if others_wait else nullcontext():
+        topic = "layout" if fixes_layout else "mode"
+        reporting = partial(agree.reporting_failure, self.group, topic)
+        with reporting() if others_wait else nullcontext():
             captured = self._capture(signature, pattern, args, kwargs, with_backward=kind[0])
-            plan = make_plan(captured, self.options.passes, self.shards.layout if self.shards else None)
+            passes = in_layout(captured.step, self.options.passes, self.shards.layout if self.shards else None)
+            choice = self._choose(captured.step, passes)
+        if choice is not None:
+            self._choice = self._choice_of_all(choice, topic)
+        with reporting() if others_wait else nullcontext():
+            plan = make_plan(captured, passes, self._choice)
             order = collectives(plan.step)
         if fixes_layout:
             self.fix_layout(layout_of(plan.step, self.options.passes), order)
@@ -287,9 +320,64 @@ class Engine:
             warn_if_out_of_order(plan.step, self.shards.layout)
         mode = Mode(plan.step.has_backward, *kind[1:], captured.differentiated)
         self._orders.check(mode, signature.flags, order, agreed=fixes_layout)
-        executable = Executable(plan, self.shards, self.gradients, self.comm, self.arena)
+        executable = Executable(plan, self.shards, self.gradients, self.comm, self.arena, self.residency)
+        self._warn_if_over_budget(executable.step)
         executable.example_only = any(leaf[3].type == "meta" for leaf in signature.tensor_leaves)
         return executable, captured.differentiated
+
+    # -- memory --------------------------------------------------------------------------------------------------
+
+    def held(self, step: StepGraph) -> Held:
+        """What this rank holds from step to step beside the arena, under a plan."""
+        layout = self.shards.layout if self.shards is not None else layout_of(step, self.options.passes)
+        buffers = sum(buffer.nbytes for _, buffer in self.named_buffers())
+        state = state_per_element(self.optimizers)
+        return held_by(layout, state_per_element=state, buffers=buffers, synchronize=step.synchronize)
+
+    def footprint(self, executable: Executable) -> Footprint:
+        """The memory of a plan: of the variant of its backward that needs the most of those that ran."""
+        arenas = sorted(executable.memory.values(), key=lambda plan: plan.peak_bytes)
+        arena = arenas[-1] if arenas else None
+        step = executable.step
+        return footprint(step, self.comm, self.held(step), arena=arena, arena_bytes=self.arena.nbytes)
+
+    def _budget_bytes(self) -> int | None:
+        budget = self.options.memory_budget
+        if budget != "auto":
+            return budget
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", self.comm.world_size))
+        free = int(AUTO_SHARE * free_bytes(self.options.device, ranks_here))
+        if self.shards is None:  # what is taken now will be given back
+            return free + sum(param.nbytes for param in self._param_list if not param.is_meta)
+        return free + self.arena.nbytes + self.shards.params.nbytes + self.shards.grads.nbytes
+
+    def _choose(self, step: StepGraph, passes: Sequence[Pass]) -> Choice | None:
+        """What this rank would keep within its memory budget; None if there is nothing to choose any more."""
+        if self._choice is not None or self.options.memory_budget is None or not step.has_backward:
+            return None
+        self._budget = self._budget_bytes()
+        assert self._budget is not None
+        return choose(step, passes, self.comm, self.held, self._budget)
+
+    def _choice_of_all(self, own: Choice, topic: str) -> Choice:
+        """The choice of all ranks, whose shapes and free memory may differ."""
+        lines = agree.exchange(self.group, topic, own.lines(), timeout=self.options.timeout)
+        choices = [Choice.of_lines(each) for each in lines]
+        buckets = {fqns for each in choices for fqns in (*each.kept, *each.resident)}
+        nbytes = {fqns: sum(self.specs[fqn].nbytes for fqn in fqns) for fqns in buckets}
+        return least(choices, nbytes)
+
+    def _warn_if_over_budget(self, step: StepGraph) -> None:
+        """Say that a plan for a later, larger shape needs more than the budget it was not chosen for."""
+        if self._budget is None:
+            return
+        needed = footprint(step, self.comm, self.held(step)).planned_peak_bytes
+        if needed > self._budget:
+            logger.warning(
+                "A step with these inputs needs %s on a rank; memory_budget is %s.",
+                format_bytes(needed),
+                format_bytes(self._budget),
+            )
 
     def _capture(
         self,

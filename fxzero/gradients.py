@@ -58,15 +58,24 @@ class Gradients:
             self._pairs.append((self._params[fqn], self._views[fqn]))
         return self._views[fqn]
 
+    @property
+    def version(self) -> int:
+        """A number that changes when a `.grad` is changed in place by anything but a backward."""
+        return sum([view._version for _, view in self._pairs])  # pyright: ignore[reportPrivateUsage]
+
+    @property
+    def are_added_to(self) -> bool:
+        """True if the next backward adds to gradients that are there."""
+        return bool(self._held) or self._has_grad()
+
+    def _has_grad(self) -> bool:
+        return any(param.grad is not None for param, _ in self._pairs)
+
     def variant(self, *, synchronize: bool) -> Variant:
         """How the coming backward must be bound; settles gradients that it will add to."""
         if not synchronize:
             return Variant(False, Stash.MORE if self._held else Stash.FIRST)
-        accumulate = False
-        for param, _ in self._pairs:
-            if param.grad is not None:
-                accumulate = True
-                break
+        accumulate = self._has_grad()
         if accumulate:
             self.settle()
         return Variant(accumulate, Stash.FLUSH if self._held else Stash.NONE)

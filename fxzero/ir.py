@@ -8,6 +8,7 @@ and no gradients. Passes read and write collectives through the accessors here, 
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import operator
 from collections.abc import Iterator, Sequence
@@ -98,6 +99,9 @@ class StepGraph:
     """False under no_sync(): gradients are written to unsharded buckets and not reduced."""
     kept: set[tuple[str, ...]] = field(default_factory=set[tuple[str, ...]])
     """Buckets that stay gathered from forward to backward, by their members."""
+    resident: tuple[tuple[str, ...], ...] = ()
+    """Buckets with a place of their own, in which they stay gathered until the shards change; in the order of places.
+    Also those that this step does not gather."""
     _buckets: dict[tuple[str, ...], Bucket] = field(default_factory=dict[tuple[str, ...], Bucket], repr=False)
     _param_nodes: dict[str, fx.Node] = field(default_factory=dict[str, fx.Node], repr=False)
 
@@ -331,6 +335,14 @@ def tensor_bytes(value: Any) -> int:
         return 0
     last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
     return (last + 1) * value.dtype.itemsize
+
+
+def copy_of(step: StepGraph) -> StepGraph:
+    """The same step with a graph of its own."""
+    graph, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in step.graph.nodes:
+        nodes[node] = graph.node_copy(node, lambda n: nodes[n])
+    return dataclasses.replace(step, graph=graph, kept=set(step.kept), _buckets={}, _param_nodes={})
 
 
 def new_value(node: fx.Node, value: Any) -> fx.Node:

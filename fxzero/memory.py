@@ -23,7 +23,7 @@ from fxzero.layout import ALIGNMENT_BYTES, align
 from fxzero.schedule import live_until
 from fxzero.text import bucket_label, format_bytes
 
-Kind: TypeAlias = Literal["gather", "gradient", "scratch", "partial", "saved", "temporary"]
+Kind: TypeAlias = Literal["gather", "gradient", "scratch", "partial", "staging", "saved", "temporary"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,15 @@ def live_bytes(buffers: Sequence[Buffer]) -> list[int]:
     return sums
 
 
+def plan_around(plan: MemoryPlan, buffers: Sequence[Buffer]) -> MemoryPlan:
+    """Place more buffers into the holes of a plan, and behind it, the largest first; what is placed stays."""
+    everything = (*plan.buffers, *buffers)
+    order = sorted(
+        range(len(plan.buffers), len(everything)), key=lambda i: (-everything[i].nbytes, everything[i].start)
+    )
+    return MemoryPlan(everything, _place(everything, order, plan.offsets))
+
+
 def plan_memory(buffers: Sequence[Buffer]) -> MemoryPlan:
     """Place every buffer at the lowest aligned offset that is free during its life, in the best of a few orders.
 
@@ -111,9 +120,10 @@ def plan_memory(buffers: Sequence[Buffer]) -> MemoryPlan:
     return best
 
 
-def _place(buffers: Sequence[Buffer], order: Sequence[int]) -> tuple[int, ...]:
-    offsets = [0] * len(buffers)
-    placed: list[int] = []
+def _place(buffers: Sequence[Buffer], order: Sequence[int], fixed: Sequence[int] = ()) -> tuple[int, ...]:
+    """First fit: the lowest free offset for each buffer in turn; the first ones may have theirs already."""
+    offsets = [*fixed, *[0] * (len(buffers) - len(fixed))]
+    placed = list(range(len(fixed)))
     for index in order:
         taken = sorted((offsets[j], buffers[j].nbytes) for j in placed if buffers[index].overlaps(buffers[j]))
         offset = 0
@@ -127,13 +137,26 @@ def _place(buffers: Sequence[Buffer], order: Sequence[int]) -> tuple[int, ...]:
 
 
 def gather_buffers(step: StepGraph) -> dict[fx.Node, Buffer]:
-    """The gathered bucket of each all_gather, from its start to its release."""
+    """The gathered bucket of each all_gather, from its start to its release; not of those with a place of their own."""
     at = step.positions()
     return {
         start: Buffer("gather", bucket_label(bucket.fqns), bucket.nbytes, at[start], at[live_until(step, start)])
         for start in step.nodes(Role.ALL_GATHER)
         for bucket in [step.bucket_of(start)]
+        if bucket.fqns not in step.resident
     }
+
+
+def resident_buffers(step: StepGraph) -> dict[tuple[str, ...], tuple[Buffer, int]]:
+    """The buckets that stay gathered until the shards change, and their offsets: the same in every plan."""
+    last = len(step.graph.nodes) - 1
+    placed: dict[tuple[str, ...], tuple[Buffer, int]] = {}
+    end = 0
+    for fqns in step.resident:
+        nbytes = step.bucket(fqns).nbytes
+        placed[fqns] = Buffer("gather", bucket_label(fqns), nbytes, 0, last), end
+        end += align(nbytes, ALIGNMENT_BYTES)
+    return placed
 
 
 def gradient_buffers(step: StepGraph) -> dict[fx.Node, Buffer]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import enum
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from fxzero.errors import OptimizerError
 from fxzero.layout import ParamSpec, Slice
@@ -135,16 +135,23 @@ class OptimizerGuard:
         shards: gives what this rank holds of each parameter, by the id of the Parameter object; empty as long as there
             are no shards, and then nothing is checked. It must not hold the owner.
         elementwise_optimizer: see `check_optimizer`.
+        on_step: called after each step of any optimizer; must not hold the owner.
     """
 
     def __init__(
-        self, owner: nn.Module, shards: Callable[[], Mapping[int, ParamShard]], *, elementwise_optimizer: bool
+        self,
+        owner: nn.Module,
+        shards: Callable[[], Mapping[int, ParamShard]],
+        *,
+        elementwise_optimizer: bool,
+        on_step: Callable[[], object] = lambda: None,
     ) -> None:
+        self._on_step = on_step
         self.shards = shards
         self.elementwise_optimizer = elementwise_optimizer
         self._num_groups_checked: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._to_rehome: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        """Optimizers that took their first step, in which they made their state."""
+        """Optimizers that take their first step, in which they make their state."""
         self.state_nbytes = 0
         """Bytes of the buffers that optimizer state was moved to."""
         self._owner = weakref.ref(owner)
@@ -158,16 +165,20 @@ class OptimizerGuard:
             del _guards[owner]
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Check an optimizer, if that was not done yet; before its second step, move its state into one buffer."""
-        if optimizer in self._to_rehome:
-            self._to_rehome.discard(optimizer)
-            self.state_nbytes += rehome_state(optimizer, self.shards().keys())
+        """Check an optimizer, if that was not done yet."""
         if self._num_groups_checked.get(optimizer) != len(optimizer.param_groups):
             shards = self.shards()
             self.check(optimizer, shards)
             if shards:
                 self._num_groups_checked[optimizer] = len(optimizer.param_groups)
                 self._to_rehome.add(optimizer)
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """After an optimizer's first step, move the state that it made into one buffer."""
+        self._on_step()
+        if optimizer in self._to_rehome:
+            self._to_rehome.discard(optimizer)
+            self.state_nbytes += rehome_state(optimizer, self.shards().keys())
 
     def check(self, optimizer: torch.optim.Optimizer, shards: Mapping[int, ParamShard]) -> None:
         """Refuse an optimizer that would step the shards wrongly.
@@ -203,11 +214,45 @@ collection in the middle of a step, would break torch's loop over the hooks."""
 @functools.cache
 def _install_hook() -> None:
     register_optimizer_step_pre_hook(_before_step)
+    register_optimizer_step_post_hook(_after_step)
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
     for guard in list(_guards.values()):
         guard.before_step(optimizer)
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+    for guard in list(_guards.values()):
+        guard.after_step(optimizer)
+
+
+_STATE_PER_ELEMENT: Mapping[type[torch.optim.Optimizer], Callable[[dict[str, Any]], int]] = {
+    torch.optim.Adadelta: lambda group: 2,
+    torch.optim.Adagrad: lambda group: 1,
+    torch.optim.Adam: lambda group: 2 + group["amsgrad"],
+    torch.optim.AdamW: lambda group: 2 + group["amsgrad"],
+    torch.optim.Adamax: lambda group: 2,
+    torch.optim.ASGD: lambda group: 1,
+    torch.optim.NAdam: lambda group: 2,
+    torch.optim.RAdam: lambda group: 2,
+    torch.optim.RMSprop: lambda group: 1 + (group["momentum"] > 0) + group["centered"],
+    torch.optim.Rprop: lambda group: 2,
+    torch.optim.SGD: lambda group: int(group["momentum"] != 0),
+}
+
+
+def state_per_element(optimizers: Sequence[torch.optim.Optimizer]) -> int:
+    """Elements of state that an optimizer will have for each element of a parameter: the most of any group.
+
+    2, as of AdamW, for a class that is not of torch.optim, or while there is no optimizer yet.
+    """
+    counts = [
+        _STATE_PER_ELEMENT.get(type(optimizer), lambda group: 2)(group)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+    ]
+    return max(counts, default=2)
 
 
 # -- helpers -----------------------------------------------------------------------------------------------------

@@ -71,14 +71,19 @@ def _dump() -> list[DumpSchedules]:
     return [DumpSchedules(Path(folder, f"plan_{number}") if number else folder)]
 
 
-def run_passes(step: StepGraph, passes: Sequence[Pass], *, observers: Sequence[Observer] = ()) -> None:
+def run_passes(
+    step: StepGraph, passes: Sequence[Pass], *, observers: Sequence[Observer] = (), dump: bool = True
+) -> None:
     """Run `passes` in order over `step`, in place.
+
+    Args:
+        dump: False for a trial, which FXZERO_DUMP is not to write.
 
     Raises:
         ScheduleError: a pass left the graph unsafe; a note names the pass and those before it.
     """
-    dump = _dump()
-    watching = [*observers, *dump]
+    dumps = _dump() if dump else []
+    watching = [*observers, *dumps]
     verify_graph(step)
     for observer in watching:
         observer(0, "capture", step)
@@ -89,7 +94,7 @@ def run_passes(step: StepGraph, passes: Sequence[Pass], *, observers: Sequence[O
         except Exception as error:
             before = ", ".join(repr(p) for p in passes[: index - 1])
             add_note(error, f"In pass {index} of {len(passes)}: {pass_!r}; before it: [{before}]")
-            for observer in dump:
+            for observer in dumps:
                 with contextlib.suppress(Exception):  # a graph that is broken may have no text
                     observer(index, f"{pass_name(pass_)}_failed", step)
             raise

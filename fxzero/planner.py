@@ -15,12 +15,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxzero.budget import Choice, choose
 from fxzero.capture import Captured, capture
 from fxzero.codegen import generate
+from fxzero.comm import PlanningComm
+from fxzero.footprint import Held, footprint, held_by
 from fxzero.ir import Role, StepGraph, members
 from fxzero.layout import Bucket, Layout, ParamSpec, group_into_buckets
+from fxzero.optim import state_per_element
 from fxzero.passes import BucketAllGathers, Pass, default_passes
 from fxzero.pipeline import Observer, run_passes
+from fxzero.report import MemoryReport
 from fxzero.runtime import Plan
 from fxzero.schedule import Schedule
 from fxzero.shards import spec_of
@@ -30,22 +35,29 @@ logger = logging.getLogger(__name__)
 
 
 def make_plan(
-    captured: Captured, passes: Sequence[Pass], layout: Layout | None, observers: Sequence[Observer] = ()
+    captured: Captured, passes: Sequence[Pass], choice: Choice | None = None, observers: Sequence[Observer] = ()
 ) -> Plan:
-    """Run the passes over a captured step, in the buckets of `layout` if it is fixed already, and write the code.
+    """Run the passes over a captured step and write the code.
+
+    Args:
+        choice: what a memory budget decided.
 
     Raises:
         ScheduleError: a pass left the schedule unsafe.
     """
-    if layout is not None:
-        captured.step.params = {param.fqn: param for param in layout.params}
-        fixed = tuple(bucket.fqns for bucket in layout.buckets)
-        passes = [
-            dataclasses.replace(pass_, buckets=fixed) if isinstance(pass_, BucketAllGathers) else pass_
-            for pass_ in passes
-        ]
-    run_passes(captured.step, passes, observers=observers)
+    run_passes(captured.step, passes if choice is None else choice.passes(passes), observers=observers)
     return Plan(captured, generate(captured.step))
+
+
+def in_layout(step: StepGraph, passes: Sequence[Pass], layout: Layout | None) -> list[Pass]:
+    """The passes for a step whose buckets are fixed already; None: they are not."""
+    if layout is None:
+        return list(passes)
+    step.params = {param.fqn: param for param in layout.params}
+    fixed = tuple(bucket.fqns for bucket in layout.buckets)
+    return [
+        dataclasses.replace(pass_, buckets=fixed) if isinstance(pass_, BucketAllGathers) else pass_ for pass_ in passes
+    ]
 
 
 def plan(
@@ -54,6 +66,8 @@ def plan(
     *,
     world_size: int,
     passes: Sequence[Pass] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    memory_budget: int | None = None,
 ) -> Schedule:
     """The schedule of a model on ranks that are not there: no process group, no device, no memory for any tensor.
 
@@ -64,10 +78,13 @@ def plan(
         example: one batch, as `fxzero.compile` takes it; its tensors may be on meta.
         world_size: the number of ranks.
         passes: the compiler passes, in order. Default: `fxzero.passes.default_passes()`.
+        optimizer: what would train the model, for the bytes of its state. Default: one like AdamW.
+        memory_budget: bytes that a rank may use; what fits stays gathered.
 
     Raises:
         CaptureError: the model cannot be traced.
         ScheduleError: a pass left the schedule unsafe.
+        PlanError: the step needs more than memory_budget.
     """
     args, kwargs = as_arguments(example)
     params = {fqn: spec_of(fqn, param) for fqn, param in model.named_parameters()}
@@ -81,8 +98,21 @@ def plan(
         world_size=world_size,
         with_backward=torch.is_grad_enabled() and any(param.requires_grad for param in params.values()),
     )
-    made = make_plan(captured, default_passes() if passes is None else passes, None)
-    return Schedule(made.step, made.code.source)
+    passes = default_passes() if passes is None else passes
+    comm = PlanningComm(0, world_size)
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    state = state_per_element([] if optimizer is None else [optimizer])
+
+    def held(step: StepGraph) -> Held:
+        return held_by(layout_of(step, passes), state_per_element=state, buffers=buffers)
+
+    choice = None
+    if memory_budget is not None and captured.step.has_backward:
+        choice = choose(captured.step, passes, comm, held, memory_budget)
+    made = make_plan(captured, passes, choice)
+    return Schedule(
+        made.step, made.code.source, lambda: MemoryReport(footprint(made.step, comm, held(made.step)), made.step)
+    )
 
 
 def as_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

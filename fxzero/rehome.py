@@ -1,7 +1,7 @@
 """Move the state of an optimizer into one contiguous buffer, once it is there.
 
 torch.optim makes its state (exp_avg and so on) in the first step, tensor by tensor, wherever the allocator has room.
-Moved together before the second step, it fragments nothing, and the allocator is asked for nothing from there on.
+Moved together right after it, it fragments nothing, and the allocator is asked for nothing from there on.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from fxzero.memory import (
     Arena,
     MemoryPlan,
 )
+from fxzero.residency import Residency
 from fxzero.shards import Shards
 
 
@@ -49,9 +50,14 @@ class Plan:
 class Executable:
     """A plan bound to the storage of this rank."""
 
-    def __init__(self, plan: Plan, shards: Shards, gradients: Gradients, comm: Comm, arena: Arena) -> None:
+    def __init__(
+        self, plan: Plan, shards: Shards, gradients: Gradients, comm: Comm, arena: Arena, residency: Residency
+    ) -> None:
         self.plan = plan
         self._shards, self._gradients, self._comm, self._arena = shards, gradients, comm, arena
+        self._residency = residency
+        gathered = {members(start) for start in plan.step.nodes(Role.ALL_GATHER)}
+        self._resident = [] if comm.gathers_in_place else [fqns for fqns in plan.step.resident if fqns in gathered]
         self._functions: dict[Variant, dict[str, Callable[..., Any]]] = {}
         self.memory: dict[Variant, MemoryPlan] = {}
         """The arena's plan for each variant that was bound."""
@@ -91,13 +97,16 @@ class Executable:
     def forward(self, inputs: list[torch.Tensor], buffers: list[torch.Tensor]) -> tuple[tuple[Any, ...], list[Any]]:
         """Run the forward phase: the flat outputs and what backward needs."""
         unused = Variant(False, Stash.NONE if self.step.synchronize else Stash.FIRST)
+        functions = self._bound(next(iter(self._functions), unused))
+        are_there = self._resident and self._residency.has(self._resident)
         try:
-            outputs = self._bound(next(iter(self._functions), unused))["forward"](inputs, buffers)
+            outputs = functions["forward_again" if are_there else "forward"](inputs, buffers)
         except Exception as error:
             self._abandon(error)
             raise
         self._comm.drain()
         self._arena.generation += 1
+        self._residency.add(self._resident)
         return outputs
 
     def backward(self, variant: Variant, saved: list[Any], tangents: list[torch.Tensor]) -> tuple[Any, ...]:
@@ -117,6 +126,7 @@ class Executable:
     def _abandon(self, error: Exception) -> None:
         """Leave nothing in flight behind an error of the model's own."""
         self._arena.generation += 1
+        self._residency.expire()
         if not isinstance(error, CommunicationError):
             self._comm.abandon()
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import difflib
 import itertools
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 from torch import fx
@@ -33,6 +35,9 @@ from fxzero.ir import (
     written_in_place,
 )
 from fxzero.text import block_depth, block_of, bucket_label, format_bytes, format_ops
+
+if TYPE_CHECKING:
+    from fxzero.report import MemoryReport
 
 ROOT = "(model)"
 """The block of what the model itself computes, outside of its submodules."""
@@ -86,7 +91,7 @@ def live_until(step: StepGraph, start: fx.Node) -> fx.Node:
         return wait
     if release := release_of(wait):
         return release
-    return step.output if members(start) in step.kept else end_of_phase(step, start)
+    return step.output if members(start) in {*step.kept, *step.resident} else end_of_phase(step, start)
 
 
 def end_of_phase(step: StepGraph, node: fx.Node) -> fx.Node:
@@ -169,6 +174,8 @@ def header(step: StepGraph) -> str:
     ]
     if step.kept:
         parts.append(f"kept {format_bytes(sum(step.bucket(fqns).nbytes for fqns in step.kept))}")
+    if step.resident:
+        parts.append(f"until the shards change {format_bytes(sum(step.bucket(b).nbytes for b in step.resident))}")
     if not step.has_backward:
         del parts[2]
     elif not step.synchronize:
@@ -235,11 +242,15 @@ class Schedule:
     Args:
         step: the planned step; None before anything was traced.
         code: the source that was generated from it.
+        memory: makes the report of the memory that it needs.
     """
 
-    def __init__(self, step: StepGraph | None = None, code: str = "") -> None:
+    def __init__(
+        self, step: StepGraph | None = None, code: str = "", memory: Callable[[], MemoryReport] | None = None
+    ) -> None:
         self._step = step
         self._code = code
+        self._memory = memory
 
     @property
     def step(self) -> StepGraph:
@@ -271,6 +282,21 @@ class Schedule:
     def gathered_bytes_per_step(self) -> int:
         """Bytes that a rank receives from all-gathers in one step."""
         return self.totals.gathered_bytes
+
+    @property
+    def memory(self) -> MemoryReport:
+        """The bytes that a rank needs, by kind: print it, or `.plot_memory("memory.png")`."""
+        if self._memory is None:
+            raise FxzeroError(str(self))
+        return self._memory()
+
+    def plot_memory(self, path: str | Path) -> None:
+        """Draw live bytes over the step, by kind, as a stacked area with the peak marked.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        self.memory.plot(path)
 
     def table(self) -> str:
         """The schedule as a table, with phases, bytes and live bytes."""

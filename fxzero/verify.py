@@ -89,7 +89,7 @@ def verify_plan(step: StepGraph) -> None:
     waits = [wait for wait in step.nodes(Role.WAIT) if is_gather(wait)]
     released = {id(node.args[0]) for node in step.nodes(Role.RELEASE)}
     for wait in waits:
-        if id(wait) not in released:
+        if id(wait) not in released and members(wait) not in step.resident:
             raise MissingReleaseError(
                 f"{bucket_label(members(wait))} is gathered and never released. Run ReleaseParams last."
             )

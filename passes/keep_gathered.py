@@ -28,12 +28,17 @@ class KeepGathered:
 
     max_kept_bytes: int | None = None
     """Upper bound on the bytes kept from forward to backward, per rank; None keeps every bucket."""
+    buckets: tuple[tuple[str, ...], ...] | None = None
+    """The buckets to keep, if they are chosen already."""
+    resident: tuple[tuple[str, ...], ...] = ()
+    """Those that stay gathered even longer, until the shards change."""
 
     def __post_init__(self) -> None:
         if self.max_kept_bytes is not None and self.max_kept_bytes < 0:
             raise ValueError(f"max_kept_bytes is {self.max_kept_bytes}; it must be at least 0, or None")
 
     def __call__(self, step: StepGraph, /) -> None:
+        step.resident = self.resident
         if not step.has_backward:
             return
         if not step.nodes(Role.ALL_GATHER) and any(param.users for param in step.param_nodes().values()):
@@ -47,7 +52,10 @@ class KeepGathered:
             if phase_of[again] is Phase.FORWARD or bucket not in forward:
                 continue
             nbytes = step.bucket_of(again).nbytes
-            if room is not None:
+            if self.buckets is not None:
+                if bucket not in self.buckets:
+                    continue
+            elif room is not None:
                 if nbytes > room:
                     continue
                 room -= nbytes

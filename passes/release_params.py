@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fxzero import ops
 from fxzero.errors import PassOrderError
-from fxzero.ir import Role, StepGraph, aliases, gathered_params, is_gather, release_of, started_by
+from fxzero.ir import Role, StepGraph, aliases, gathered_params, is_gather, members, release_of, started_by
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class ReleaseParams:
     Before:  wait w | wt = t(w) | mm(x, wt) | relu
     After:   wait w | wt = t(w) | mm(x, wt) | release w | relu
 
-    The only pass that writes releases.
+    The only pass that writes releases. A bucket that stays until the shards change (`step.resident`) has none.
 
     Needs: InsertAllGathers; runs last of those that move readers. Numerics: unchanged, bit for bit.
     Source: ZeRO stage 3 (arXiv:1910.02054); deviation: per bucket at its last reader, not per module.
@@ -27,7 +27,7 @@ class ReleaseParams:
             raise PassOrderError("no all_gather in the graph; run InsertAllGathers first")
         positions = step.positions()
         for wait in step.nodes(Role.WAIT):
-            if not is_gather(started_by(wait)) or release_of(wait) is not None:
+            if not is_gather(started_by(wait)) or release_of(wait) is not None or members(wait) in step.resident:
                 continue
             last = wait
             for param in gathered_params(wait).values():

@@ -96,7 +96,8 @@ def test_list_of_passes_is_imported_by_the_entry_points_alone() -> None:
         for name in MODULES
         if name not in _within("fxzero.passes") and _imports(name) & {*_within("fxzero.passes")}
     }
-    assert knowing == {"fxzero.api", "fxzero.planner"}
+    assert knowing == {"fxzero.api", "fxzero.budget", "fxzero.planner"}
+    assert _names_from("fxzero.budget", "fxzero.passes") == {"KeepGathered", "Pass", "PrefetchAllGathers", "SinkWaits"}
     assert _names_from("fxzero.planner", "fxzero.passes") == {"BucketAllGathers", "Pass", "default_passes"}
     assert _names_from("fxzero.api", "fxzero.passes") == {"Pass", "default_passes"}
 

@@ -96,7 +96,10 @@ def test_arena_of_a_model_is_near_the_lower_bound(name: str, world_size: int, ac
     assert {start for kind, start in placed if kind == "gather"} == (
         {*gather_buffers(step)} if world_size > 1 else set()
     )
-    assert plan.lower_bound_bytes <= plan.peak_bytes <= 1.2 * plan.lower_bound_bytes
+    assert plan.lower_bound_bytes <= plan.peak_bytes <= 1.2 * plan.lower_bound_bytes, (
+        plan.peak_bytes,
+        plan.lower_bound_bytes,
+    )
 
 
 def test_schedule_of_equal_layers_meets_the_lower_bound() -> None:

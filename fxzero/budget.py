@@ -1,0 +1,242 @@
+"""Choose what stays gathered under a memory budget: a knapsack, with the exact bytes of the plan that comes of it.
+
+arena bytes   |        ____                 Keeping a bucket from its last reader in forward to its first in
+              |   ____|    |____   room     backward fills the gap between them. Where the arena is below its
+              |  |              |___        room all along the gap, that costs nothing at all.
+              +---[ gap of a bucket ]-->    position
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fxzero.comm import Comm
+from fxzero.errors import PlanError
+from fxzero.footprint import Footprint, Held, footprint
+from fxzero.ir import Phase, Role, StepGraph, copy_of, members
+from fxzero.passes import KeepGathered, Pass, PrefetchAllGathers, SinkWaits
+from fxzero.pipeline import run_passes
+from fxzero.schedule import live_until
+from fxzero.text import format_bytes
+
+MAX_TRIED = 20_000
+"""Choices that the knapsack looks at; it then takes the best so far."""
+AUTO_SHARE = 0.9
+"""The part of free memory that "auto" plans with; the rest is for what is not planned, such as the libraries' own."""
+
+Fqns = tuple[str, ...]
+_ARENA_KINDS = ("gather", "gradient", "scratch", "partial", "staging")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a memory budget decides; the same for all plans of a model."""
+
+    kept: tuple[Fqns, ...] = ()
+    """Buckets that stay gathered from forward to backward."""
+    resident: tuple[Fqns, ...] = ()
+    """Those of them, and of what only forward reads, that stay gathered until the shards change."""
+    is_tight: bool = False
+    """Nothing is prefetched further than one gather ahead, and one reduction is in flight."""
+
+    def lines(self) -> list[str]:
+        """The choice as text, for other ranks."""
+        return [json.dumps(dataclasses.asdict(self))]
+
+    @classmethod
+    def of_lines(cls, lines: Sequence[str]) -> Choice:
+        """The inverse of `lines`."""
+        fields = json.loads(lines[0])
+        kept, resident = (tuple(tuple(fqns) for fqns in fields[name]) for name in ("kept", "resident"))
+        return cls(kept, resident, fields["is_tight"])
+
+    def passes(self, passes: Sequence[Pass]) -> list[Pass]:
+        """A list of passes with this choice in it."""
+        chosen: list[Pass] = []
+        for each in passes:
+            if isinstance(each, KeepGathered):
+                each = dataclasses.replace(each, buckets=self.kept, resident=self.resident)
+            elif self.is_tight and isinstance(each, (PrefetchAllGathers, SinkWaits)):
+                each = dataclasses.replace(each, max_inflight_bytes=0)
+            chosen.append(each)
+        return chosen
+
+
+def choose(
+    captured: StepGraph, passes: Sequence[Pass], comm: Comm, held_by: Callable[[StepGraph], Held], budget_bytes: int
+) -> Choice:
+    """The choice that keeps the most bytes gathered within the budget.
+
+    Args:
+        captured: a traced step before any pass; it stays as it is.
+        held_by: what a rank holds from step to step, given a complete plan.
+
+    Raises:
+        PlanError: the budget is less than a step needs that keeps nothing.
+    """
+
+    def plan(choice: Choice) -> tuple[StepGraph, Footprint]:
+        step = copy_of(captured)
+        run_passes(step, choice.passes(passes), dump=False)
+        return step, footprint(step, comm, held_by(step), accumulate=True)
+
+    choice = Choice()
+    step, lean = plan(choice)
+    if lean.planned_peak_bytes > budget_bytes:
+        choice = Choice(is_tight=True)
+        step, lean = plan(choice)
+    if lean.planned_peak_bytes > budget_bytes:
+        raise PlanError(
+            f"memory_budget is {format_bytes(budget_bytes)}; a step of this model needs "
+            f"{format_bytes(lean.planned_peak_bytes)} on a rank: {format_bytes(lean.held.total)} of parameters, "
+            f"gradients, optimizer state and buffers, {format_bytes(lean.arena_bytes)} for communication, "
+            f'{format_bytes(lean.activation_peak_bytes)} of activations. Pass recompute="full", smaller batches, more '
+            "ranks, or a larger budget."
+        )
+    if comm.gathers_in_place:
+        return choice
+    gaps, limit = _gaps(step), budget_bytes
+    while True:
+        choice = dataclasses.replace(
+            choice, kept=_most_bytes(gaps, lean, limit - lean.held.total - lean.activation_peak_bytes)
+        )
+        step, needed = plan(choice)
+        if needed.planned_peak_bytes <= budget_bytes or not choice.kept:
+            break
+        limit -= needed.planned_peak_bytes - budget_bytes
+
+    def fits(resident: tuple[Fqns, ...]) -> bool:
+        step.resident = resident
+        return footprint(step, comm, lean.held, accumulate=True).planned_peak_bytes <= budget_bytes
+
+    once = [fqns for fqns in map(members, step.nodes(Role.ALL_GATHER)) if fqns not in {gap.fqns for gap in gaps}]
+    held = {gap.fqns: gap.last - gap.first for gap in gaps}
+    kept = sorted(choice.kept, key=lambda fqns: -held[fqns])  # what is live for most of the step first
+    return dataclasses.replace(choice, resident=_longest_that_fits([*kept, *once], fits))
+
+
+def least(choices: Sequence[Choice], nbytes: Mapping[Fqns, int]) -> Choice:
+    """What ranks that met different shapes do all alike: what the one does that keeps the fewest bytes.
+
+    Args:
+        nbytes: of each bucket.
+    """
+
+    def kept_bytes(choice: Choice) -> tuple[int, int, str]:
+        sums = [sum(nbytes[fqns] for fqns in buckets) for buckets in (choice.kept, choice.resident)]
+        return sums[0], sums[1], repr(choice)
+
+    chosen = min(choices, key=kept_bytes)
+    return dataclasses.replace(chosen, is_tight=any(choice.is_tight for choice in choices))
+
+
+def _longest_that_fits(order: Sequence[Fqns], fits: Callable[[tuple[Fqns, ...]], bool]) -> tuple[Fqns, ...]:
+    """The longest beginning of `order` that fits, by bisection."""
+    fit, over = 0, len(order) + 1
+    while over - fit > 1:
+        number = (fit + over) // 2
+        if fits(tuple(order[:number])):
+            fit = number
+        else:
+            over = number
+    return tuple(order[:fit])
+
+
+@dataclass(frozen=True)
+class _Gap:
+    """Positions `[first, last]` at which a bucket would be live if it were kept, and is not if it is gathered again."""
+
+    fqns: Fqns
+    nbytes: int
+    first: int
+    last: int
+
+
+def _gaps(step: StepGraph) -> list[_Gap]:
+    """The gaps of a plan that keeps nothing, the largest buckets first, of equal ones those with the shortest gap."""
+    at, phase_of = step.positions(), step.phase_of()
+    ends: dict[Fqns, int] = {}
+    gaps: list[_Gap] = []
+    for start in step.nodes(Role.ALL_GATHER):
+        fqns = members(start)
+        if phase_of[start] is Phase.FORWARD:
+            ends[fqns] = at[live_until(step, start)]
+        elif fqns in ends:
+            gaps.append(_Gap(fqns, step.bucket_of(start).nbytes, ends[fqns] + 1, at[start] - 1))
+    return sorted(gaps, key=lambda gap: (-gap.nbytes, gap.last - gap.first))
+
+
+def _most_bytes(gaps: Sequence[_Gap], lean: Footprint, arena_bytes: int) -> tuple[Fqns, ...]:
+    """The gaps whose sum is largest while the arena stays within `arena_bytes` at every position."""
+    room = arena_bytes - torch.tensor(lean.live(*_ARENA_KINDS), dtype=torch.int64)
+    rest = [0] * (len(gaps) + 1)
+    for index in reversed(range(len(gaps))):
+        rest[index] = rest[index + 1] + gaps[index].nbytes
+    best, best_bytes, tried = list[int](), 0, 0
+    taken, taken_bytes, index = list[int](), 0, 0
+    while True:
+        tried += 1
+        if index < len(gaps) and taken_bytes + rest[index] > best_bytes:
+            gap = gaps[index]
+            place = room[gap.first : gap.last + 1]
+            if bool((place >= gap.nbytes).all()):
+                place -= gap.nbytes
+                taken.append(index)
+                taken_bytes += gap.nbytes
+                index += 1
+            else:
+                index = _next_size(gaps, index)
+            continue
+        if taken_bytes > best_bytes:
+            best, best_bytes = list(taken), taken_bytes
+        if not taken or best_bytes == rest[0] or tried > MAX_TRIED:
+            return tuple(gaps[index].fqns for index in sorted(best))
+        index = taken.pop()
+        gap = gaps[index]
+        room[gap.first : gap.last + 1] += gap.nbytes
+        taken_bytes -= gap.nbytes
+        index = _next_size(gaps, index)
+
+
+def _next_size(gaps: Sequence[_Gap], index: int) -> int:
+    """The first gap after one that was not taken that may still be: a longer one of the same bytes does no better."""
+    after = index + 1
+    while after < len(gaps) and gaps[after].nbytes == gaps[index].nbytes and _contains(gaps[after], gaps[index]):
+        after += 1
+    return after
+
+
+def _contains(outer: _Gap, inner: _Gap) -> bool:
+    return outer.first <= inner.first and inner.last <= outer.last
+
+
+def free_bytes(device: torch.device, ranks_here: int) -> int:
+    """Bytes that a rank may still use: free memory of its accelerator, or its part of the machine's.
+
+    Args:
+        ranks_here: ranks that share the machine's memory.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return _machine_bytes() // ranks_here
+
+
+def _machine_bytes() -> int:
+    """Memory that this machine, or the control group this process is in, has left."""
+    left = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        (line,) = (line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
+        left = int(line.split()[1]) * 1024
+    group = Path("/sys/fs/cgroup")
+    limit, used = group / "memory.max", group / "memory.current"
+    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+        left = min(left, int(limit.read_text()) - int(used.read_text()))
+    return max(left, 0)

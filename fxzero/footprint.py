@@ -1,0 +1,124 @@
+"""What a step needs of a rank's memory, in bytes, by kind and position: held, in the arena, and in activations.
+
+held          parameter, gradient and optimizer shards, buffers: there from step to step
+arena         gathered and gradient buckets, what reductions work in: one block, planned, there from step to step
+activations   what operators allocate, saved for backward or temporary: the allocator's, known ahead of time
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import accumulate
+
+from fxzero.activations import activation_buffers
+from fxzero.binding import plan_arena
+from fxzero.comm import Comm
+from fxzero.gradients import Stash, Variant
+from fxzero.ir import StepGraph
+from fxzero.layout import Layout
+from fxzero.memory import Buffer, MemoryPlan, live_bytes
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes that a rank holds from step to step, beside the arena."""
+
+    parameters: int = 0
+    gradients: int = 0
+    optimizer_state: int = 0
+    buffers: int = 0
+    unsharded_gradients: int = 0
+    """Under no_sync()."""
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """The memory of one plan."""
+
+    held: Held
+    arena: MemoryPlan
+    activations: tuple[Buffer, ...]
+    num_positions: int
+    arena_bytes: int
+    """Bytes of the arena, which all plans of a model share: at least what this one needs."""
+
+    @property
+    def activation_peak_bytes(self) -> int:
+        """Largest sum of saved and temporary activations."""
+        return max(live_bytes(self.activations), default=0)
+
+    @property
+    def planned_peak_bytes(self) -> int:
+        """What a rank needs: all that is held, the arena, and the activations at their peak."""
+        return self.held.total + self.arena_bytes + self.activation_peak_bytes
+
+    @property
+    def lower_bound_bytes(self) -> int:
+        """Largest sum of live bytes at any position: no placement of anything can need less."""
+        return self.held.total + max(live_bytes((*self.arena.buffers, *self.activations)), default=0)
+
+    def live(self, *kinds: str) -> list[int]:
+        """Live bytes of some kinds of buffers at each position."""
+        return live_at([b for b in (*self.arena.buffers, *self.activations) if b.kind in kinds], self.num_positions)
+
+    @property
+    def peak_position(self) -> int:
+        """The first position at which the most bytes are live."""
+        live = live_at((*self.arena.buffers, *self.activations), self.num_positions)
+        return live.index(max(live))
+
+
+def live_at(buffers: Iterable[Buffer], num_positions: int) -> list[int]:
+    """The sum of live bytes at each of the positions of a step."""
+    change = [0] * (num_positions + 1)
+    for buffer in buffers:
+        change[buffer.start] += buffer.nbytes
+        change[buffer.end + 1] -= buffer.nbytes
+    return list(accumulate(change[:num_positions]))
+
+
+def footprint(
+    step: StepGraph,
+    comm: Comm,
+    held: Held,
+    *,
+    arena: MemoryPlan | None = None,
+    arena_bytes: int = 0,
+    accumulate: bool = False,
+) -> Footprint:
+    """The memory of a complete plan.
+
+    Args:
+        arena: the arena's plan if there is one already.
+        arena_bytes: of the arena that is there.
+        accumulate: else for a backward that adds to gradients, which may need more.
+    """
+    if arena is None:
+        arena, _ = plan_arena(step, comm, Variant(accumulate, Stash.NONE))
+    activations = tuple(activation_buffers(step).values())
+    return Footprint(held, arena, activations, len(step.graph.nodes), max(arena.peak_bytes, arena_bytes))
+
+
+def held_by(layout: Layout, *, state_per_element: float, buffers: int, synchronize: bool = True) -> Held:
+    """What a rank holds of a model.
+
+    Args:
+        state_per_element: elements of optimizer state for each element of a trained parameter (AdamW: 2).
+        buffers: bytes of the module's buffers.
+        synchronize: False under no_sync(), which keeps whole gradients.
+    """
+    trained = [bucket for bucket in layout.buckets if bucket.requires_grad]
+    gradients = sum(bucket.shard_nbytes for bucket in trained)
+    return Held(
+        parameters=layout.shard_nbytes,
+        gradients=gradients,
+        optimizer_state=round(gradients * state_per_element),
+        buffers=buffers,
+        unsharded_gradients=0 if synchronize else sum(bucket.nbytes for bucket in trained),
+    )

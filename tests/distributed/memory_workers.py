@@ -1,0 +1,148 @@
+"""Run on every rank: what stays gathered across micro-steps, and when it is gathered again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+
+import fxzero
+from fxzero.passes import default_passes
+from tests.distributed import replicated
+
+Batch = replicated.Batch
+ENOUGH = 2**30
+
+
+class Counted:
+    """Counts the gathers that start in forward."""
+
+    def __init__(self, zero: fxzero.ZeroModule) -> None:
+        self.num = 0
+        engine = zero._fxzero_engine
+        bind = engine.comm.bind_gather
+
+        def bind_gather(*args: torch.Tensor) -> object:
+            bound = bind(*args)
+            assert bound.start is not None
+            start = bound.start
+
+            def counting() -> None:
+                self.num += 1
+                start()
+
+            return bound._replace(start=counting)
+
+        engine.comm.bind_gather = bind_gather
+
+    def during(self, call: Callable[[], object]) -> int:
+        """The gathers that a call starts."""
+        before = self.num
+        call()
+        return self.num - before
+
+
+def accumulate(rank: int, world_size: int, no_sync: bool) -> None:
+    """Train with a large budget; micro-steps after the first gather nothing, and the numbers are those without."""
+    case = replicated.CASES["gpt"]
+    torch.manual_seed(0)
+    model = case.build()
+    plain = copy.deepcopy(model)
+    passes = default_passes(bucket_bytes=8192)
+    zero = fxzero.compile(model, passes=passes, memory_budget=ENOUGH)
+    other = fxzero.compile(plain, passes=passes)
+    counted = Counted(zero)
+    optimizers = [torch.optim.AdamW(module.parameters(), lr=1e-3) for module in (zero, other)]
+    counts: list[int] = []
+    for step in range(3):
+        for micro in range(3):
+            batch = case.batch(10 * step + micro + 100 * rank, 16)
+
+            def run(
+                module: fxzero.ZeroModule, batch: Batch = batch, seed: int = micro, last: bool = micro == 2
+            ) -> None:
+                torch.manual_seed(seed)
+                if no_sync and not last:
+                    with module.no_sync():
+                        module(**batch).loss.backward()
+                else:
+                    module(**batch).loss.backward()
+
+            counts.append(counted.during(lambda: run(zero)))
+            run(other)
+        for module, optimizer in zip((zero, other), optimizers, strict=True):
+            module.clip_grad_norm_(1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=step == 1)
+        for mine, theirs in zip(zero.parameters(), other.parameters(), strict=True):
+            assert torch.equal(mine, theirs)
+    num_buckets = len(zero.schedule.step.resident)
+    assert num_buckets > 3
+    assert counts == [num_buckets, 0, 0] * 3
+    assert "until the shards change" in str(zero.schedule)
+
+
+def changes(rank: int, world_size: int) -> None:
+    """Whatever changes the shards between micro-steps is seen by the next forward."""
+    case = replicated.CASES["gpt"]
+    torch.manual_seed(0)
+    zero = fxzero.compile(case.build(), passes=default_passes(bucket_bytes=8192), memory_budget=ENOUGH)
+    counted = Counted(zero)
+    batch = case.batch(1, 16)
+    zero.eval()
+
+    def loss() -> torch.Tensor:
+        return zero(**batch).loss
+
+    first = loss()
+    first.backward()
+    num_buckets = counted.num
+    assert counted.during(lambda: loss().backward()) == 0
+    with torch.no_grad():  # an evaluation in between finds them too, in a plan of its own
+        assert counted.during(loss) == 0
+    before = zero.state_dict()
+    with torch.no_grad():
+        for param in zero.parameters():
+            param.mul_(1.5)
+    assert counted.during(lambda: loss().backward()) == num_buckets
+    assert loss() != first
+    zero.load_state_dict(before)
+    assert loss() == first
+    optimizer = torch.optim.SGD(zero.parameters(), lr=0.1)
+    loss().backward()
+    optimizer.step()
+    assert counted.during(loss) == num_buckets
+    assert loss() != first
+    # Two forwards before their backwards.
+    zero.load_state_dict(before)
+    one, two = loss(), loss()
+    one.backward()
+    two.backward()
+    assert one == two == first
+
+
+def different_shapes(rank: int, world_size: int) -> None:
+    """Ranks whose first shapes, and so their room, differ keep the same buckets."""
+    case = replicated.CASES["gpt"]
+    torch.manual_seed(0)
+    model = case.build()
+    lean = fxzero.planner.plan(
+        model, case.batch(0, 16), world_size=world_size, passes=default_passes(bucket_bytes=8192)
+    )
+    budget = lean.memory.planned_peak_bytes + 60_000
+    zero = fxzero.compile(model, passes=default_passes(bucket_bytes=8192), memory_budget=budget)
+    zero(**case.batch(0, 4 + 12 * (rank == 1))).loss.backward()
+    kept = sorted(zero.schedule.step.kept)
+    everyone: list[object] = [None] * world_size
+    torch.distributed.all_gather_object(everyone, kept)
+    assert everyone == [kept] * world_size
+    assert len(kept) > 0
+    zero(**case.batch(0, 16)).loss.backward()
+
+
+def auto(rank: int, world_size: int) -> None:
+    """A small model on a machine with room is kept whole."""
+    case = replicated.CASES["gpt"]
+    zero = fxzero.compile(case.build(), memory_budget="auto", example=case.batch(0, 16))
+    assert len(zero.schedule.step.resident) == len(zero.schedule.step.kept) > 0

@@ -1,0 +1,25 @@
+"""What a memory budget keeps gathered, on real gloo ranks."""
+
+from __future__ import annotations
+
+import pytest
+
+from fxzero.testing import run_ranks
+from tests.distributed import memory_workers
+
+
+@pytest.mark.parametrize("no_sync", [False, True])
+def test_micro_steps_gather_nothing_again_and_train_the_same(no_sync: bool) -> None:
+    run_ranks(2, memory_workers.accumulate, no_sync)
+
+
+def test_what_changes_the_shards_is_seen() -> None:
+    run_ranks(2, memory_workers.changes)
+
+
+def test_ranks_with_different_shapes_keep_the_same() -> None:
+    run_ranks(2, memory_workers.different_shapes)
+
+
+def test_auto_keeps_what_fits() -> None:
+    run_ranks(2, memory_workers.auto)
