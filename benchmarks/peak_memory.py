@@ -25,6 +25,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, nn
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -111,19 +112,20 @@ def build_fsdp2(model: Encoder, *, lean: bool) -> System:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for module in (*model.blocks, model):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    whole: Any = model
     if lean:
         blocks: list[Any] = list(model.blocks)
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                module._set_unshard_async_op(True)
-        for module, after in zip([model, *blocks], blocks, strict=False):
+                module._set_unshard_async_op(True)  # pyright: ignore[reportPrivateUsage]
+        for module, after in zip([whole, *blocks], blocks, strict=False):
             module.set_modules_to_forward_prefetch([after])
-        for module, before in zip([model, *blocks[::-1]], blocks[::-1], strict=False):
+        for module, before in zip([whole, *blocks[::-1]], blocks[::-1], strict=False):
             module.set_modules_to_backward_prefetch([before])
     model.to_empty(device="cpu")
     model.apply(init_weights)
     optimizer = make_adamw(model)
-    return System(model, optimizer, lambda: {"parameters": sum(p.to_local().nbytes for p in model.parameters())})
+    return System(model, optimizer, lambda: {"parameters": sum(p.to_local().nbytes for p in whole.parameters())})
 
 
 def build_fxzero(model: Encoder, *, keep: bool, **options: int) -> System:
@@ -162,7 +164,7 @@ def run_rank(arguments: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit("This C library has no such setting: use --malloc default.")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    store = dist.TCPStore("localhost", arguments.port, 2, is_master=False)
+    store = TCPStore("localhost", arguments.port, 2, is_master=False)
     dist.init_process_group("gloo", store=store, rank=arguments.rank, world_size=2)
     with torch.device("meta"):
         model = Encoder()
@@ -208,7 +210,7 @@ def measure(system: str, arguments: list[str]) -> list[dict[str, Any]]:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    store = dist.TCPStore("localhost", port, 2, is_master=True, wait_for_workers=False)
+    store = TCPStore("localhost", port, 2, is_master=True, wait_for_workers=False)
     command = [sys.executable, __file__, *arguments, "--system", system, "--port", str(store.port)]
     ranks = [
         subprocess.Popen([*command, "--rank", str(rank)], stdout=subprocess.PIPE, text=True, env=dict(os.environ))
