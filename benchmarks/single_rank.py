@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import copy
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -36,8 +37,9 @@ def make_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--keep-large-blocks", action="store_true", help="give both the allocator setting of fxzero")
+    parser.add_argument("--default-malloc", action="store_true", help="leave both without keep_freed_memory()")
     arguments = parser.parse_args()
+    kept = not arguments.default_malloc and fxzero.keep_freed_memory()
     torch.manual_seed(0)
     model = RobertaForMaskedLM(CONFIG)
     eager = copy.deepcopy(model)
@@ -52,18 +54,24 @@ def main() -> None:
         "fxzero": make_step(zero, optimizer, batch),
     }
     times: dict[str, list[float]] = {name: [] for name in steps}
+    faults: dict[str, list[int]] = {name: [] for name in steps}
     for round_ in range(arguments.rounds + 2):
         for name, step in steps.items():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             seconds = step()
             if round_ >= 2:
                 times[name].append(seconds)
+                faults[name].append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     count = sum(p.numel() for p in eager.parameters())
     print(
         f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s)"
     )
-    print(f"{count / 1e6:.1f}M parameters; compile {compile_s:.2f} s; {arguments.rounds} rounds")
+    print(f"{count / 1e6:.1f}M parameters; compile {compile_s:.2f} s; {arguments.rounds} rounds; "
+          f"freed memory {'kept' if kept else 'as malloc has it'}")  # fmt: skip
     for name, seconds in times.items():
+        counts = faults[name]
         print(f"{name:8s} median {statistics.median(seconds):.3f} s  minimum {min(seconds):.3f} s")
+        print(f"{'':8s} page faults a step: mean {statistics.mean(counts):.0f}  median {statistics.median(counts):.0f}")
     ratios = [a / b for a, b in zip(times["fxzero"], times["eager"], strict=True)]
     print(f"fxzero / eager: median of ratios {statistics.median(ratios):.3f}, "
           f"ratio of minima {min(times['fxzero']) / min(times['eager']):.3f}")  # fmt: skip

@@ -7,6 +7,7 @@ loss.backward()
 
 from __future__ import annotations
 
+from fxzero.allocator import keep_freed_memory
 from fxzero.api import Schedule, ZeroModule, compile
 from fxzero.errors import (
     CaptureError,
@@ -37,4 +38,5 @@ __all__ = [
     "StaleBackwardError",
     "ZeroModule",
     "compile",
+    "keep_freed_memory",
 ]

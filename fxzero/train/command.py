@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, cast
 
+from fxzero.allocator import keep_freed_memory
 from fxzero.train import job
 from fxzero.train.launch import TRAIN_ERROR_STATUS, launch, under_torchrun
 from fxzero.train.models import config_of
@@ -91,6 +92,7 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
         if _starts_ranks(options):
             options.check_files()
             return launch(cast(int, options.nproc), argv)
+        keep_freed_memory()
         with joined(options.device) as world:
             return _run(options, world)
     except TrainError as error:
