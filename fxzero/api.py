@@ -17,6 +17,7 @@ from fxzero import agree, ownership, state
 from fxzero.clip import clip_grad_norm_
 from fxzero.engine import Engine, Options
 from fxzero.errors import FxzeroError, InputMismatchError, OptimizerError
+from fxzero.layout import LayoutName
 from fxzero.optim import OptimizerGuard, check_optimizer
 from fxzero.passes import Pass, default_passes
 from fxzero.planner import as_arguments
@@ -37,6 +38,7 @@ def compile(
     elementwise_optimizer: bool = False,
     passes: Sequence[Pass] | None = None,
     timeout: timedelta = timedelta(minutes=5),
+    layout: LayoutName = "contiguous",
 ) -> ZeroModule:
     """Take a model over and train it by ZeRO stage 3 on a schedule that is written before it runs.
 
@@ -57,6 +59,9 @@ def compile(
         elementwise_optimizer: vouch that an optimizer class that fxzero does not know updates each element by itself.
         passes: the compiler passes, in order. Default: `fxzero.passes.default_passes()`.
         timeout: how long ranks wait for each other when they compare what they compiled.
+        layout: how a bucket of parameters is cut. "contiguous": as one flat buffer, so that collectives move parameters
+            and gradients straight into place. "interleaved": each parameter by itself, as DeepSpeed does, so that each
+            gather and each reduce copies its bucket; the same training bit for bit, as a reference to measure against.
 
     Returns:
         The module to call and train.
@@ -64,6 +69,7 @@ def compile(
     Raises:
         InputMismatchError: a parameter is not contiguous, not floating, or the model is compiled already.
         OptimizerError: the optimizer cannot step shards.
+        ValueError: another layout.
         CaptureError, RankMismatchError: with `example`; else the first call raises them.
     """
     process_group = _choose_group(process_group)
@@ -80,6 +86,7 @@ def compile(
             init_fn=init_fn,
             elementwise_optimizer=elementwise_optimizer,
             timeout=timeout,
+            layout=layout,
         )
         zero = ZeroModule(model, Engine(model, model.forward, options, process_group, optimizers))
         if example is not None:

@@ -23,7 +23,7 @@ from fxzero.capture import Captured, capture
 from fxzero.comm import Comm, PlanningComm, make_comm
 from fxzero.errors import CaptureError, FxzeroError, InputMismatchError
 from fxzero.gradients import Gradients, Stash
-from fxzero.layout import Layout, ParamSpec
+from fxzero.layout import Layout, LayoutName, ParamSpec, check_layout
 from fxzero.materialize import check_meta_model
 from fxzero.memory import Arena
 from fxzero.modes import Mode, Orders, Signature
@@ -56,12 +56,17 @@ class Options:
     init_fn: Callable[[nn.Module], object] | None = None
     elementwise_optimizer: bool = False
     timeout: timedelta = timedelta(minutes=5)
+    layout: LayoutName = "contiguous"
+
+    def __post_init__(self) -> None:
+        check_layout(self.layout)
 
     def agreed(self) -> dict[str, object]:
         """The options that must be the same on all ranks."""
         return {
             "passes": ", ".join(map(repr, self.passes)),
             "device": self.device.type,
+            "layout": self.layout,
             "sync_init": self.sync_init,
             "torch": torch.__version__.split("+")[0],
         }
@@ -316,6 +321,7 @@ class Engine:
             differentiated=pattern,
         )
         captured.step.synchronize = signature.synchronize
+        captured.step.layout = self.options.layout
         return captured
 
     def fix_layout(self, layout: Layout, order: Sequence[str] = (), loaded: AbstractSet[str] = frozenset()) -> None:
@@ -358,7 +364,8 @@ class Engine:
         self.adopt_replaced_data()
         if self.shards is None:
             now = [dataclasses.replace(s, requires_grad=self.params[s.fqn].requires_grad) for s in self.specs.values()]
-            layout = layout_in_registration_order(now, self.comm.world_size, self.options.passes)
+            passes, name = self.options.passes, self.options.layout
+            layout = layout_in_registration_order(now, self.comm.world_size, passes, name)
             self.fix_layout(layout, loaded=loaded)
 
     def _bound_cache(self, signature: Signature) -> None:

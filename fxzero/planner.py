@@ -18,7 +18,7 @@ from torch import nn
 from fxzero.capture import Captured, capture
 from fxzero.codegen import generate
 from fxzero.ir import Role, StepGraph, members
-from fxzero.layout import Bucket, Layout, ParamSpec, group_into_buckets
+from fxzero.layout import Bucket, Layout, LayoutName, ParamSpec, check_layout, group_into_buckets
 from fxzero.passes import BucketAllGathers, Pass, default_passes
 from fxzero.pipeline import Observer, run_passes
 from fxzero.runtime import Plan
@@ -54,6 +54,7 @@ def plan(
     *,
     world_size: int,
     passes: Sequence[Pass] | None = None,
+    layout: LayoutName = "contiguous",
 ) -> Schedule:
     """The schedule of a model on ranks that are not there: no process group, no device, no memory for any tensor.
 
@@ -64,11 +65,14 @@ def plan(
         example: one batch, as `fxzero.compile` takes it; its tensors may be on meta.
         world_size: the number of ranks.
         passes: the compiler passes, in order. Default: `fxzero.passes.default_passes()`.
+        layout: "contiguous" or "interleaved", as of `fxzero.compile`.
 
     Raises:
         CaptureError: the model cannot be traced.
         ScheduleError: a pass left the schedule unsafe.
+        ValueError: another layout.
     """
+    check_layout(layout)
     args, kwargs = as_arguments(example)
     params = {fqn: spec_of(fqn, param) for fqn, param in model.named_parameters()}
     captured = capture(
@@ -81,6 +85,7 @@ def plan(
         world_size=world_size,
         with_backward=torch.is_grad_enabled() and any(param.requires_grad for param in params.values()),
     )
+    captured.step.layout = layout
     made = make_plan(captured, default_passes() if passes is None else passes, None)
     return Schedule(made.step, made.code.source)
 
@@ -105,12 +110,15 @@ def layout_of(step: StepGraph, passes: Sequence[Pass]) -> Layout:
     buckets = [step.bucket(fqns) for fqns in gathered]
     known = {fqn for fqns in gathered for fqn in fqns}
     rest = [param for fqn, param in step.params.items() if fqn not in known]
-    return Layout((*buckets, *group_into_buckets(rest, step.world_size, _bucket_bytes(passes))), step.world_size)
+    others = group_into_buckets(rest, step.world_size, _bucket_bytes(passes), step.layout)
+    return Layout((*buckets, *others), step.world_size)
 
 
-def layout_in_registration_order(params: Iterable[ParamSpec], world_size: int, passes: Sequence[Pass]) -> Layout:
+def layout_in_registration_order(
+    params: Iterable[ParamSpec], world_size: int, passes: Sequence[Pass], layout: LayoutName = "contiguous"
+) -> Layout:
     """The layout when shards are needed before anything was traced."""
-    return Layout(group_into_buckets(params, world_size, _bucket_bytes(passes)), world_size)
+    return Layout(group_into_buckets(params, world_size, _bucket_bytes(passes), layout), world_size)
 
 
 def warn_if_out_of_order(step: StepGraph, layout: Layout) -> None:
