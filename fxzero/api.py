@@ -19,6 +19,7 @@ from fxzero import agree, ownership, state
 from fxzero.clip import clip_grad_norm_
 from fxzero.engine import Engine, Options
 from fxzero.errors import FxzeroError, InputMismatchError, OptimizerError
+from fxzero.layout import LayoutName
 from fxzero.optim import OptimizerGuard, check_optimizer
 from fxzero.passes import Pass, default_passes
 from fxzero.planner import as_arguments
@@ -45,6 +46,7 @@ def compile(
     recompute: Literal["none", "full"] | int = "none",
     passes: Sequence[Pass] | None = None,
     timeout: timedelta = timedelta(minutes=5),
+    layout: LayoutName = "contiguous",
 ) -> ZeroModule:
     """Take a model over and train it by ZeRO stage 3 on a schedule that is written before it runs.
 
@@ -73,6 +75,9 @@ def compile(
         passes: the compiler passes, in order, instead of those that these options make. Default:
             `fxzero.passes.default_passes()`.
         timeout: how long ranks wait for each other when they compare what they compiled.
+        layout: how a bucket of parameters is cut. "contiguous": as one flat buffer, so that collectives move parameters
+            and gradients straight into place. "interleaved": each parameter by itself, as DeepSpeed does, so that each
+            gather and each reduce copies its bucket; the same training bit for bit, as a reference to measure against.
 
     Returns:
         The module to call and train.
@@ -80,7 +85,7 @@ def compile(
     Raises:
         InputMismatchError: a parameter is not contiguous, not floating, or the model is compiled already.
         OptimizerError: the optimizer cannot step shards.
-        ValueError: options contradict each other.
+        ValueError: options contradict each other, or there is no such layout.
         CaptureError, RankMismatchError, PlanError: with `example`; else the first call raises them.
     """
     chosen = _choose_passes(passes, memory_budget, reshard_after_forward, stage, recompute)
@@ -99,6 +104,7 @@ def compile(
             elementwise_optimizer=elementwise_optimizer,
             timeout=timeout,
             memory_budget=memory_budget,
+            layout=layout,
         )
         zero = ZeroModule(model, Engine(model, model.forward, options, process_group, optimizers))
         if example is not None:

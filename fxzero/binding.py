@@ -19,8 +19,9 @@ from fxzero.comm import Bound, Comm
 from fxzero.cuda import Events, Placed, plan_cuda_events
 from fxzero.errors import PlanError
 from fxzero.gradients import Gradients, Stash, Variant
-from fxzero.ir import Role, StepGraph, grad_fqn, is_gathered_param, members, operands, role, started_by
-from fxzero.layout import ALIGNMENT_BYTES, Bucket, align
+from fxzero.interleave import copy_in, copy_out
+from fxzero.ir import Role, StepGraph, grad_fqn, is_gather, is_gathered_param, members, operands, role, started_by
+from fxzero.layout import ALIGNMENT_BYTES, Bucket, InterleavedBucket, align
 from fxzero.memory import (
     Arena,
     Buffer,
@@ -30,6 +31,7 @@ from fxzero.memory import (
     plan_around,
     plan_memory,
     resident_buffers,
+    staging_buffers,
     working_buffers,
 )
 from fxzero.shards import Shards, unflatten
@@ -51,6 +53,7 @@ def plan_arena(step: StepGraph, comm: Comm, variant: Variant) -> tuple[MemoryPla
         extra |= gradients if variant.accumulate else {}
     else:
         common |= {("gather", start): buffer for start, buffer in gather_buffers(step).items()} | gradients
+    common |= {("staging", start): buffer for start, buffer in staging_buffers(step).items()}
     reduces = {start: step.bucket_of(start) for start in step.nodes(Role.REDUCE_SCATTER)}
     for needed, accumulate in ((common, False), (extra, True)):
         if variant.accumulate or not accumulate:
@@ -93,6 +96,8 @@ class Binder:
     """The parameters of each all_gather, by name."""
     slots: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     """The slot of each gradient, by parameter."""
+    copies: dict[fx.Node, Callable[[], object]] = field(default_factory=dict[fx.Node, Callable[[], object]])
+    """What fills the staging buffer of a reduce_scatter, on the compute stream."""
 
     def bind(self) -> dict[str, Callable[..., Any]]:
         """Make the globals of the generated code and define its functions in them.
@@ -117,12 +122,11 @@ class Binder:
         self._bind_static()
         if events is not None:
             for start in self.step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER):
-                names[start.name] = events.start(start, names[start.name])
-        step = self.step
-        kept = [s for s in step.nodes(Role.ALL_GATHER) if members(s) in step.kept and members(s) not in step.resident]
-        gather_kept = [names[start.name] for start in kept] + [names[f"wait_{start.name}"] for start in kept]
-        functions = _define(code, names) | {"gather_kept": _in_turn(*gather_kept)}
-        if step.resident:
+                names[start.name] = events.start(start, names[start.name], self.copies.get(start))
+        for start, copy in self.copies.items() if events is None else ():
+            names[start.name] = _in_turn(copy, names[start.name])
+        functions = {"gather_kept": _in_turn(*self._gather_kept())} | _define(code, names)
+        if self.step.resident:
             again = names | self._skip_resident(events)
             functions["forward_again"] = _define(code, again)["forward"]
         return functions
@@ -146,6 +150,18 @@ class Binder:
         accumulate = self.variant.accumulate
         return plan_cuda_events(self.step, self.placed, torch.cuda, self.shards.device, accumulate=accumulate)
 
+    def _gather_kept(self) -> list[Callable[[], object]]:
+        """What gathers again the buckets that forward keeps: in the order of the schedule, for whose memory it is."""
+        calls: list[Callable[[], object]] = []
+        for node in self.step.nodes(Role.ALL_GATHER, Role.WAIT):
+            if not is_gather(node) or members(node) not in self.step.kept or members(node) in self.step.resident:
+                continue
+            start = started_by(node)
+            calls.append(self.names[start.name if node is start else f"wait_{start.name}"])
+            if ("staging", start) in self.placed and self.shards.device.type == "cuda":
+                calls.append(partial(torch.cuda.synchronize, self.shards.device))  # no event of the schedule covers it
+        return calls
+
     def _layout_bucket(self, start: fx.Node) -> Bucket:
         """The bucket of a collective as the layout has it.
 
@@ -165,7 +181,13 @@ class Binder:
         if not self.comm.gathers_in_place:
             full = self._view("gather", start, bucket.numel)
         self.gathered[start] = unflatten(bucket, full)
-        self._bind_collective(start, self.comm.bind_gather(bucket, shard, full))
+        if isinstance(bucket, InterleavedBucket):
+            staging = self._view("staging", start, bucket.numel)
+            bound = self.comm.bind_gather(bucket, shard, staging)
+            bound = Bound(bound.start, _in_turn(bound.wait, copy_out(bucket, staging, full)))
+        else:
+            bound = self.comm.bind_gather(bucket, shard, full)
+        self._bind_collective(start, bound)
 
     def _view(self, kind: str, start: fx.Node, numel: int) -> torch.Tensor:
         """The memory of a collective in the arena, flat."""
@@ -186,16 +208,19 @@ class Binder:
         in_arena = ("gradient", start) in self.placed
         if in_arena:
             full = self._view("gradient", start, bucket.numel)
+        sent = self._view("staging", start, bucket.numel) if bucket.interleaved else full
         clear = _padding(bucket, full) if in_arena else []
         if in_arena and is_partial(self.step, start):
-            bound = self._bind_partial(bucket, start, full, scratch)
+            bound = self._bind_partial(bucket, start, sent, scratch)
             clear += [view for fqn, view in unflatten(bucket, full).items() if fqn not in members(start)]
         else:
-            bound = self.comm.bind_reduce(bucket, full, scratch, shard, accumulate=variant.accumulate)
+            bound = self.comm.bind_reduce(bucket, sent, scratch, shard, accumulate=variant.accumulate)
         before: list[Callable[[], object]] = [partial(compat.zero_all, clear)] if clear else []
         if variant.stash is Stash.FLUSH:
             before.append(partial(full.add_, self.gradients.unsharded_bucket(bucket)))
-        if before:
+        if isinstance(bucket, InterleavedBucket):
+            self.copies[start] = _in_turn(*before, copy_in(bucket, full, sent))
+        elif before:
             bound = Bound(_in_turn(*before, bound.start), bound.wait)
         self._bind_collective(start, bound)
         views = unflatten(bucket, full)

@@ -166,6 +166,11 @@ def zero_all(tensors: Sequence[torch.Tensor]) -> None:
     torch._foreach_zero_(list(tensors))  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 
 
+def copy_all(into: Sequence[torch.Tensor], source: Sequence[torch.Tensor]) -> None:
+    """Copy each tensor into its counterpart in one call. `torch._foreach_copy_`: 2.11 to 2.13."""
+    torch._foreach_copy_(list(into), list(source))  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+
+
 def buffers_of(module: nn.Module) -> dict[str, torch.Tensor | None]:
     """The buffers that a module itself registers, for reading and writing. `Module._buffers`: 2.11 to 2.13."""
     return module._buffers  # pyright: ignore[reportPrivateUsage]

@@ -20,21 +20,31 @@ def occupied_before(step: StepGraph, placed: Placed, *, accumulate: bool) -> dic
     """For each start, the compute nodes that used the bytes which its collective overwrites.
 
     A gather writes its bucket and a reduce-scatter its scratch, on the communication stream; compute reads gathered
-    parameters, and adds from scratch at the wait of an accumulating reduce-scatter.
+    parameters, and adds from scratch at the wait of an accumulating reduce-scatter. In an interleaved layout a gather
+    writes its staging buffer, from which compute copies at its wait; the bucket, and the staging buffer of a
+    reduce-scatter, are written by compute, which has waited for all collectives that used their bytes.
     """
     before: dict[fx.Node, list[fx.Node]] = {}
     for (kind, start), (buffer, offset) in placed.items():
-        if kind == "gradient":
+        if not _written_by_start(step, kind, start):
             continue
         for (other_kind, other), (earlier, other_offset) in placed.items():
             apart = offset + buffer.nbytes <= other_offset or other_offset + earlier.nbytes <= offset
             if earlier.end >= buffer.start or apart:
                 continue
+            copies = is_gather(other) and step.bucket_of(other).interleaved
             if other_kind == "gather":
                 before.setdefault(start, []).extend(readers_of(other))
-            elif other_kind in ("scratch", "partial") and accumulate:
+            if copies or (other_kind in ("scratch", "partial") and accumulate):
                 before.setdefault(start, []).append(wait_of(other))
     return before
+
+
+def _written_by_start(step: StepGraph, kind: str, start: fx.Node) -> bool:
+    """False for memory that only compute writes."""
+    if kind == "staging":
+        return is_gather(start)
+    return kind != "gradient" and not (kind == "gather" and step.bucket_of(start).interleaved)
 
 
 @dataclass(frozen=True)
@@ -48,9 +58,15 @@ class Events:
     """What to call before everything else."""
     positions: Mapping[fx.Node, int]
 
-    def start(self, node: fx.Node, start: Callable[[], object]) -> Callable[[], object]:
-        """The start of a collective, after the events of its inputs and on the communication stream."""
-        return self.streams.start(self.positions[node], start)
+    def start(
+        self, node: fx.Node, start: Callable[[], object], copies: Callable[[], object] | None = None
+    ) -> Callable[[], object]:
+        """The start of a collective, after the events of its inputs and on the communication stream.
+
+        Args:
+            copies: what makes its input just before, on the compute stream.
+        """
+        return self.streams.start(self.positions[node], start, copies)
 
 
 def plan_cuda_events(step: StepGraph, placed: Placed, cuda: Any, device: Any, *, accumulate: bool) -> Events:

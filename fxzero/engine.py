@@ -29,7 +29,7 @@ from fxzero.footprint import Footprint, Held, footprint, held_by
 from fxzero.gauge import MemoryGauge
 from fxzero.gradients import Gradients, Stash
 from fxzero.ir import StepGraph
-from fxzero.layout import Layout, ParamSpec
+from fxzero.layout import Layout, LayoutName, ParamSpec, check_layout
 from fxzero.materialize import check_meta_model
 from fxzero.memory import Arena
 from fxzero.modes import Mode, Orders, Signature
@@ -72,12 +72,17 @@ class Options:
     elementwise_optimizer: bool = False
     timeout: timedelta = timedelta(minutes=5)
     memory_budget: int | Literal["auto"] | None = None
+    layout: LayoutName = "contiguous"
+
+    def __post_init__(self) -> None:
+        check_layout(self.layout)
 
     def agreed(self) -> dict[str, object]:
         """The options that must be the same on all ranks."""
         return {
             "passes": ", ".join(map(repr, self.passes)),
             "device": self.device.type,
+            "layout": self.layout,
             "sync_init": self.sync_init,
             "memory_budget": self.memory_budget,
             "torch": torch.__version__.split("+")[0],
@@ -404,6 +409,7 @@ class Engine:
             differentiated=pattern,
         )
         captured.step.synchronize = signature.synchronize
+        captured.step.layout = self.options.layout
         return captured
 
     def fix_layout(self, layout: Layout, order: Sequence[str] = (), loaded: AbstractSet[str] = frozenset()) -> None:
@@ -446,7 +452,8 @@ class Engine:
         self.adopt_replaced_data()
         if self.shards is None:
             now = [dataclasses.replace(s, requires_grad=self.params[s.fqn].requires_grad) for s in self.specs.values()]
-            layout = layout_in_registration_order(now, self.comm.world_size, self.options.passes)
+            passes, name = self.options.passes, self.options.layout
+            layout = layout_in_registration_order(now, self.comm.world_size, passes, name)
             self.fix_layout(layout, loaded=loaded)
 
     def _bound_cache(self, signature: Signature) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from fxzero import compat, ops
-from fxzero.layout import Bucket, ParamSpec
+from fxzero.layout import Bucket, LayoutName, ParamSpec, make_bucket
 
 META_KEY = "fxzero"
 
@@ -102,6 +102,8 @@ class StepGraph:
     resident: tuple[tuple[str, ...], ...] = ()
     """Buckets with a place of their own, in which they stay gathered until the shards change; in the order of places.
     Also those that this step does not gather."""
+    layout: LayoutName = "contiguous"
+    """How parameters are cut; no pass depends on it."""
     _buckets: dict[tuple[str, ...], Bucket] = field(default_factory=dict[tuple[str, ...], Bucket], repr=False)
     _param_nodes: dict[str, fx.Node] = field(default_factory=dict[str, fx.Node], repr=False)
 
@@ -178,7 +180,7 @@ class StepGraph:
     def bucket(self, fqns: tuple[str, ...]) -> Bucket:
         """The bucket of these members, in this order."""
         if fqns not in self._buckets:
-            self._buckets[fqns] = Bucket(tuple(self.params[fqn] for fqn in fqns), self.world_size)
+            self._buckets[fqns] = make_bucket((self.params[fqn] for fqn in fqns), self.world_size, self.layout)
         return self._buckets[fqns]
 
     def bucket_of(self, collective: fx.Node) -> Bucket:

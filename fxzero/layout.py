@@ -6,16 +6,26 @@ rank 1:                  [ shard_numel ]  ...
 
 An all-gather's input is the shard itself and its output is the parameters, as views; a reduce-scatter's input is the
 gradient bucket and its output is the gradient shard.
+
+The interleaved layout, selectable as the reference, cuts each parameter instead. What travels is then rank-major, and
+is copied to and from the bucket (`fxzero/interleave.py`):
+
+bucket:   [ w1 ...... | b1 .. | w2 ............. ]
+travels:  [ w1/0 b1/0 w2/0 | w1/1 b1/1 w2/1 | ... ]      w1/r: the r-th of world_size equal parts of w1
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal, TypeAlias, get_args
 
 import torch
+
+LayoutName: TypeAlias = Literal["contiguous", "interleaved"]
 
 ALIGNMENT_BYTES = 256
 """Every parameter in a bucket, every shard and every arena block starts at a multiple of this."""
@@ -68,6 +78,11 @@ class Bucket:
 
     params: tuple[ParamSpec, ...]
     world_size: int
+
+    @property
+    def interleaved(self) -> bool:
+        """True if what travels is laid out in another way than the bucket, so that both need memory."""
+        return False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -124,6 +139,61 @@ class Bucket:
         return Slice(start, stop, offset)
 
 
+class InterleavedBucket(Bucket):
+    """Parameters each of which is cut into `world_size` equal parts; a rank's shard is its part of every one.
+
+    The bucket itself holds whole parameters one after another, as any does. In it each begins at `world_size` times the
+    place of its part in the shard, so that bucket and shards have the sizes that they have in any layout.
+    """
+
+    @property
+    def interleaved(self) -> bool:
+        return True
+
+    def part_numel(self, param: ParamSpec) -> int:
+        """Elements of one of the equal parts of a parameter, padding included; the last ones may hold nothing else.
+
+        A part begins where vectors do that start at the parameter's first element: fused kernels round the rest, which
+        fills no vector, in another way.
+        """
+        return align(-(-param.numel // self.world_size), self._alignment)
+
+    @cached_property
+    def part_offsets(self) -> dict[str, int]:
+        """The first element of the part of each parameter in every shard, by name."""
+        sizes = [self.part_numel(param) for param in self.params]
+        return dict(zip(self.fqns, itertools.accumulate(sizes, initial=0), strict=False))
+
+    @cached_property
+    def offsets(self) -> dict[str, int]:
+        return {fqn: self.world_size * offset for fqn, offset in self.part_offsets.items()}
+
+    @cached_property
+    def shard_numel(self) -> int:
+        return sum(self.part_numel(param) for param in self.params)
+
+    def slice_of(self, param: ParamSpec, rank: int) -> Slice:
+        start = min(rank * self.part_numel(param), param.numel)
+        stop = min(start + self.part_numel(param), param.numel)
+        return Slice(start, stop, self.part_offsets[param.fqn] if stop > start else 0)
+
+
+def check_layout(name: str) -> None:
+    """Refuse what is no name of a layout.
+
+    Raises:
+        ValueError: names those there are.
+    """
+    if name not in get_args(LayoutName):
+        raise ValueError(f"layout is {name!r}; it must be one of {', '.join(map(repr, get_args(LayoutName)))}")
+
+
+def make_bucket(params: Iterable[ParamSpec], world_size: int, layout: LayoutName = "contiguous") -> Bucket:
+    """A bucket of a layout. A rank that is alone has nothing to interleave: its shard is the whole bucket."""
+    is_interleaved = layout == "interleaved" and world_size > 1
+    return (InterleavedBucket if is_interleaved else Bucket)(tuple(params), world_size)
+
+
 @dataclass(frozen=True)
 class Layout:
     """The buckets of a model. Fixed once; every plan gathers and reduces exactly these."""
@@ -146,7 +216,9 @@ class Layout:
         return sum(bucket.shard_nbytes for bucket in self.buckets)
 
 
-def group_into_buckets(params: Iterable[ParamSpec], world_size: int, bucket_bytes: int) -> tuple[Bucket, ...]:
+def group_into_buckets(
+    params: Iterable[ParamSpec], world_size: int, bucket_bytes: int, layout: LayoutName = "contiguous"
+) -> tuple[Bucket, ...]:
     """Cut a sequence of parameters into buckets of neighbours, each of at most `bucket_bytes` or one parameter.
 
     One bucket is open per dtype and trainedness, so that a frozen parameter between trained ones cuts nothing.
@@ -159,4 +231,4 @@ def group_into_buckets(params: Iterable[ParamSpec], world_size: int, bucket_byte
             members = open_[param.bucket_key] = []
             done.append(members)
         members.append(param)
-    return tuple(Bucket(tuple(members), world_size) for members in done)
+    return tuple(make_bucket(members, world_size, layout) for members in done)

@@ -137,13 +137,17 @@ def _place(buffers: Sequence[Buffer], order: Sequence[int], fixed: Sequence[int]
 
 
 def gather_buffers(step: StepGraph) -> dict[fx.Node, Buffer]:
-    """The gathered bucket of each all_gather, from its start to its release; not of those with a place of their own."""
+    """The gathered bucket of each all_gather, from its start to its release; interleaved: from its wait.
+
+    Not of those that have a place of their own.
+    """
     at = step.positions()
     return {
-        start: Buffer("gather", bucket_label(bucket.fqns), bucket.nbytes, at[start], at[live_until(step, start)])
+        start: Buffer("gather", bucket_label(bucket.fqns), bucket.nbytes, at[begin], at[live_until(step, start)])
         for start in step.nodes(Role.ALL_GATHER)
         for bucket in [step.bucket_of(start)]
         if bucket.fqns not in step.resident
+        for begin in [wait_of(start) if bucket.interleaved else start]
     }
 
 
@@ -160,7 +164,7 @@ def resident_buffers(step: StepGraph) -> dict[tuple[str, ...], tuple[Buffer, int
 
 
 def gradient_buffers(step: StepGraph) -> dict[fx.Node, Buffer]:
-    """The gradient bucket of each reduce_scatter, from its first write to its wait."""
+    """The gradient bucket of each reduce_scatter, from its first write to its wait; interleaved: to its start."""
     at = step.positions()
     return {
         start: Buffer(
@@ -168,10 +172,21 @@ def gradient_buffers(step: StepGraph) -> dict[fx.Node, Buffer]:
             bucket_label(bucket.fqns),
             bucket.nbytes,
             min(at[first_write(slot)] for slot in operands(start)),
-            at[wait_of(start)],
+            at[start if bucket.interleaved else wait_of(start)],
         )
         for start in step.nodes(Role.REDUCE_SCATTER)
         for bucket in [step.bucket_of(start)]
+    }
+
+
+def staging_buffers(step: StepGraph) -> dict[fx.Node, Buffer]:
+    """What travels in an interleaved layout, of each collective, from its start to its wait."""
+    at = step.positions()
+    return {
+        start: Buffer("staging", bucket_label(bucket.fqns), bucket.nbytes, at[start], at[wait_of(start)])
+        for start in step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER)
+        for bucket in [step.bucket_of(start)]
+        if bucket.interleaved
     }
 
 

@@ -21,7 +21,7 @@ from fxzero.codegen import generate
 from fxzero.comm import PlanningComm
 from fxzero.footprint import Held, footprint, held_by
 from fxzero.ir import Role, StepGraph, members
-from fxzero.layout import Bucket, Layout, ParamSpec, group_into_buckets
+from fxzero.layout import Bucket, Layout, LayoutName, ParamSpec, check_layout, group_into_buckets
 from fxzero.optim import state_per_element
 from fxzero.passes import BucketAllGathers, Pass, default_passes
 from fxzero.pipeline import Observer, run_passes
@@ -68,6 +68,7 @@ def plan(
     passes: Sequence[Pass] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     memory_budget: int | None = None,
+    layout: LayoutName = "contiguous",
 ) -> Schedule:
     """The schedule of a model on ranks that are not there: no process group, no device, no memory for any tensor.
 
@@ -80,12 +81,15 @@ def plan(
         passes: the compiler passes, in order. Default: `fxzero.passes.default_passes()`.
         optimizer: what would train the model, for the bytes of its state. Default: one like AdamW.
         memory_budget: bytes that a rank may use; what fits stays gathered.
+        layout: "contiguous" or "interleaved", as of `fxzero.compile`.
 
     Raises:
         CaptureError: the model cannot be traced.
         ScheduleError: a pass left the schedule unsafe.
         PlanError: the step needs more than memory_budget.
+        ValueError: another layout.
     """
+    check_layout(layout)
     args, kwargs = as_arguments(example)
     params = {fqn: spec_of(fqn, param) for fqn, param in model.named_parameters()}
     captured = capture(
@@ -98,6 +102,7 @@ def plan(
         world_size=world_size,
         with_backward=torch.is_grad_enabled() and any(param.requires_grad for param in params.values()),
     )
+    captured.step.layout = layout
     passes = default_passes() if passes is None else passes
     comm = PlanningComm(0, world_size)
     buffers = sum(buffer.nbytes for buffer in model.buffers())
@@ -135,12 +140,15 @@ def layout_of(step: StepGraph, passes: Sequence[Pass]) -> Layout:
     buckets = [step.bucket(fqns) for fqns in gathered]
     known = {fqn for fqns in gathered for fqn in fqns}
     rest = [param for fqn, param in step.params.items() if fqn not in known]
-    return Layout((*buckets, *group_into_buckets(rest, step.world_size, _bucket_bytes(passes))), step.world_size)
+    others = group_into_buckets(rest, step.world_size, _bucket_bytes(passes), step.layout)
+    return Layout((*buckets, *others), step.world_size)
 
 
-def layout_in_registration_order(params: Iterable[ParamSpec], world_size: int, passes: Sequence[Pass]) -> Layout:
+def layout_in_registration_order(
+    params: Iterable[ParamSpec], world_size: int, passes: Sequence[Pass], layout: LayoutName = "contiguous"
+) -> Layout:
     """The layout when shards are needed before anything was traced."""
-    return Layout(group_into_buckets(params, world_size, _bucket_bytes(passes)), world_size)
+    return Layout(group_into_buckets(params, world_size, _bucket_bytes(passes), layout), world_size)
 
 
 def warn_if_out_of_order(step: StepGraph, layout: Layout) -> None:

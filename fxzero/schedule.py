@@ -75,6 +75,9 @@ class Totals:
     """Largest sum of the bytes of gathered buckets, from a start to its release."""
     copied_grad_bytes: int
     """Bytes of gradients that are computed elsewhere and copied to their bucket; the others are computed in it."""
+    interleaved_copy_bytes: int
+    """Bytes copied between buckets and what travels, in a step: out of every gather and into every reduce. Only in the
+    interleaved layout, and there not on one rank."""
 
 
 def live_from(step: StepGraph, start: fx.Node, positions: dict[fx.Node, int]) -> fx.Node:
@@ -131,6 +134,9 @@ def totals(step: StepGraph) -> Totals:
             for slot in step.nodes(Role.WRITE_GRAD)
             if grad_of(slot) is not None and not written_in_place(slot)
         ),
+        interleaved_copy_bytes=sum(
+            bucket.nbytes for bucket in map(step.bucket_of, [*gathers, *reduces]) if bucket.interleaved
+        ),
     )
 
 
@@ -176,6 +182,8 @@ def header(step: StepGraph) -> str:
         parts.append(f"kept {format_bytes(sum(step.bucket(fqns).nbytes for fqns in step.kept))}")
     if step.resident:
         parts.append(f"until the shards change {format_bytes(sum(step.bucket(b).nbytes for b in step.resident))}")
+    if t.interleaved_copy_bytes:
+        parts.append(f"interleaved: {format_bytes(t.interleaved_copy_bytes)} copied")
     if not step.has_backward:
         del parts[2]
     elif not step.synchronize:

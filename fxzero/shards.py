@@ -138,7 +138,10 @@ class Shards:
 
 
 def unflatten(bucket: Bucket, full: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The members of a gathered bucket at their full shapes: views of `full`, `[bucket.numel]`."""
+    """The members of a bucket at their full shapes: views of `full`, `[bucket.numel]`, which holds whole parameters.
+
+    In an interleaved layout that is not what travels; see `gathered_members`.
+    """
     return {param.fqn: full[bucket.offsets[param.fqn] :][: param.numel].view(param.shape) for param in bucket.params}
 
 
@@ -166,11 +169,14 @@ def shard_full_params(shards: Shards, params: Mapping[str, nn.Parameter], comm: 
 
 
 def _flatten(bucket: Bucket, params: Mapping[str, nn.Parameter], device: torch.device) -> torch.Tensor:
-    """The whole bucket, from full parameters; zeros where one is on meta."""
+    """The shards of all ranks, one after another, from full parameters; zeros where one is on meta."""
     full = torch.zeros(bucket.numel, dtype=bucket.dtype, device=device)
-    for fqn, view in unflatten(bucket, full).items():
-        if not params[fqn].is_meta:
-            view.copy_(params[fqn].detach())
+    shards = full.split(bucket.shard_numel) if bucket.numel else []
+    for param in (param for param in bucket.params if not params[param.fqn].is_meta):
+        values = params[param.fqn].detach().view(-1)
+        for rank, shard in enumerate(shards):
+            part = bucket.slice_of(param, rank)
+            shard[part.offset : part.offset + part.numel].copy_(values[part.start : part.stop])
     return full
 
 

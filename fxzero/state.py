@@ -14,10 +14,11 @@ from torch import nn
 from fxzero import agree, compat
 from fxzero.comm import PlanningComm
 from fxzero.errors import CheckpointError
+from fxzero.interleave import gathered_members
 from fxzero.materialize import check_meta_model, initialize, rng_state
 from fxzero.optim import ParamShard, cut_state
 from fxzero.planner import describe_options, describe_params
-from fxzero.shards import Shards, install, shard_full_params, unflatten
+from fxzero.shards import Shards, install, shard_full_params
 from fxzero.slots import join
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def full_params(engine: Engine, *, rank0_only: bool) -> Iterator[tuple[str, torc
             comm.gather_to_rank0(shard, full)
         else:
             comm.gather_to_all(shard, full)
-        yield from unflatten(bucket, full).items()
+        yield from gathered_members(bucket, full)
 
 
 def state_dict(

@@ -73,13 +73,14 @@ def queues_of(step: StepGraph, *, accumulate: bool = False) -> list[Queue]:
     """The two queues of a final schedule; operations are positions in the graph, and BEGIN.
 
     Both phase ends are on the compute queue. With `accumulate`, so are the waits of reduce-scatters, which add to the
-    gradient shards; else they are no work. Views, releases and the waits of gathers never are.
+    gradient shards; else they are no work. So are the waits of gathers in an interleaved layout, which copy; else they
+    are no work. Views and releases never are.
     """
     compute, communication = [BEGIN], list[int]()
     for op, node in enumerate(step.graph.nodes):
         if role(node) in (Role.ALL_GATHER, Role.REDUCE_SCATTER):
             communication.append(op)
-        elif _computes(node) or role(node) in (Role.END_FORWARD, Role.OUTPUT) or (accumulate and _is_reduce_wait(node)):
+        elif _computes(node) or role(node) in (Role.END_FORWARD, Role.OUTPUT) or _works(step, node, accumulate):
             compute.append(op)
     return [Queue(COMPUTE, tuple(compute)), Queue(COMMUNICATION, tuple(communication))]
 
@@ -90,8 +91,8 @@ def requirements(
     """What must be done before what, as pairs of operations of `queues_of` in different queues.
 
     - the first collective of a phase: everything before the phase, which wrote the shards;
-    - a reduce_scatter: the writes of its gradients;
-    - a reader of a gathered parameter, through any views: its all_gather;
+    - a reduce_scatter: the writes of its gradients, if they are not copied just before it;
+    - a reader of a gathered parameter, through any views, and what copies it at the wait: its all_gather;
     - the end of each phase: all its collectives; with `accumulate`, the wait of a reduce_scatter: its start;
     - a node that writes bytes of an arena which others have used: these.
 
@@ -111,8 +112,11 @@ def requirements(
             pairs.add((at[start], end))
             if is_gather(start):
                 pairs.update((at[start], at[reader]) for reader in readers_of(start))
+                if step.bucket_of(start).interleaved:
+                    pairs.add((at[start], at[wait_of(start)]))
                 continue
-            pairs.update((at[slot], at[start]) for slot in operands(start))
+            if not step.bucket_of(start).interleaved:  # else its copies have an event of their own
+                pairs.update((at[slot], at[start]) for slot in operands(start))
             if accumulate:
                 pairs.add((at[start], at[wait_of(start)]))
         begin = end
@@ -132,8 +136,9 @@ def _computes(node: fx.Node) -> bool:
     return role(node) is Role.COMPUTE and node.target is not operator.getitem and not is_view(node)
 
 
-def _is_reduce_wait(node: fx.Node) -> bool:
-    return role(node) is Role.WAIT and not is_gather(node)
+def _works(step: StepGraph, node: fx.Node, accumulate: bool) -> bool:
+    """True for a wait that puts work on the compute stream behind the collective."""
+    return role(node) is Role.WAIT and (step.bucket_of(node).interleaved if is_gather(node) else accumulate)
 
 
 def readers_of(start: fx.Node) -> list[fx.Node]:
@@ -188,9 +193,19 @@ class CudaStreams:
         """
         return [self._events[op].record] if op in self._events else []
 
-    def start(self, op: int, start: Callable[[], object]) -> Callable[[], object]:
-        """The start of a collective: on the communication stream, after the events of its inputs."""
-        waits = [partial(self.stream.wait_event, self._events[before]) for before in self._waits.get(op, [])]
+    def start(
+        self, op: int, start: Callable[[], object], copies: Callable[[], object] | None = None
+    ) -> Callable[[], object]:
+        """The start of a collective: on the communication stream, after the events of its inputs.
+
+        Args:
+            copies: what makes its input just before, on the compute stream: one more event.
+        """
+        waits: list[Callable[[], object]] = []
+        if copies is not None:
+            copied = self._cuda.Event()
+            waits = [copies, copied.record, partial(self.stream.wait_event, copied)]
+        waits += [partial(self.stream.wait_event, self._events[before]) for before in self._waits.get(op, [])]
         on_stream, stream = self._cuda.stream, self.stream
 
         def start_on_stream() -> None:

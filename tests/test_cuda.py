@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from torch import fx
@@ -20,6 +20,7 @@ from fxzero.comm import PlanningComm
 from fxzero.cuda import Events, Placed, plan_cuda_events
 from fxzero.gradients import Stash, Variant
 from fxzero.ir import Role, StepGraph, first_write, is_gather, operands, role, started_by
+from fxzero.layout import LayoutName
 from fxzero.passes import default_passes
 from fxzero.pipeline import run_passes
 from fxzero.streams import readers_of
@@ -117,6 +118,10 @@ class Simulation:
                 self.start(node)
             elif role(node) is Role.WAIT:
                 self.clocks.learn(COMPUTE, self.done[started_by(node)])
+                if is_gather(node) and self.step.bucket_of(node).interleaved:
+                    operation = self.clocks.tick(COMPUTE)
+                    self.touch(operation, "staging", started_by(node), writes=False, node=node)
+                    self.touch(operation, "gather", started_by(node), writes=True, node=node)
                 if not is_gather(node) and self.accumulate:
                     operation = self.clocks.tick(COMPUTE)
                     self.touch(operation, "scratch", started_by(node), writes=False, node=node)
@@ -134,13 +139,20 @@ class Simulation:
             assert self.clocks.current == COMMUNICATION
             operation = self.clocks.tick(COMMUNICATION)
             if is_gather(node):
-                self.touch(operation, "gather", node, writes=True, node=node)
+                self.touch(operation, "staging" if interleaved else "gather", node, writes=True, node=node)
             else:
-                self.touch(operation, "gradient", node, writes=False, node=node)
+                self.touch(operation, "staging" if interleaved else "gradient", node, writes=False, node=node)
                 self.touch(operation, "scratch", node, writes=True, node=node)
             self.done[node] = dict(self.clocks.known[COMMUNICATION])
 
-        self.events.start(node, collective)()
+        def copies() -> None:
+            assert self.clocks.current == COMPUTE
+            operation = self.clocks.tick(COMPUTE)
+            self.touch(operation, "gradient", node, writes=False, node=node)
+            self.touch(operation, "staging", node, writes=True, node=node)
+
+        interleaved = self.step.bucket_of(node).interleaved
+        self.events.start(node, collective, copies if interleaved and not is_gather(node) else None)()
 
     def touch(self, operation: tuple[str, int], kind: str, start: fx.Node, *, writes: bool, node: fx.Node) -> None:
         if (kind, start) not in self.placed:
@@ -155,8 +167,11 @@ class Simulation:
         self.accesses.append(access)
 
 
-def simulate(accumulate: bool, drop: Callable[[Events], None] | None = None) -> Simulation:
+def simulate(
+    accumulate: bool, drop: Callable[[Events], None] | None = None, layout: LayoutName = "contiguous"
+) -> Simulation:
     step = toy_step(num_layers=6, world_size=4)
+    step.layout = layout
     run_passes(step, default_passes(bucket_bytes=2**14, prefetch_bytes=2**15, reduce_bytes=2**15))
     _, placed = plan_arena(step, PlanningComm(0, 4, "cuda"), Variant(accumulate, Stash.NONE))
     clocks = Clocks()
@@ -168,12 +183,14 @@ def simulate(accumulate: bool, drop: Callable[[Events], None] | None = None) -> 
     return simulation
 
 
+@pytest.mark.parametrize("layout", get_args(LayoutName))
 @pytest.mark.parametrize("accumulate", [False, True])
-def test_conflicting_accesses_are_ordered_when_buffers_share_bytes(accumulate: bool) -> None:
-    assert simulate(accumulate).conflicts > 20
+def test_conflicting_accesses_are_ordered_when_buffers_share_bytes(accumulate: bool, layout: LayoutName) -> None:
+    assert simulate(accumulate, layout=layout).conflicts > 20
 
 
-def test_missing_event_is_noticed() -> None:
+@pytest.mark.parametrize("layout", get_args(LayoutName))
+def test_missing_event_is_noticed(layout: LayoutName) -> None:
     def forget_one(events: Events) -> None:
         waits = events.streams._waits
         start = next(
@@ -182,7 +199,21 @@ def test_missing_event_is_noticed() -> None:
         waits[start] = []
 
     with pytest.raises(AssertionError, match="races with"):
-        simulate(False, forget_one)
+        simulate(False, forget_one, layout)
+
+
+def test_collective_that_does_not_wait_for_its_copies_is_noticed() -> None:
+    def forget_copies(events: Events) -> None:
+        start = events.streams.start
+
+        def hasty(op: int, collective: Callable[[], object], copies: Any = None) -> Callable[[], object]:
+            bare = start(op, collective)
+            return bare if copies is None else lambda: (copies(), bare())
+
+        events.streams.start = hasty  # type: ignore[method-assign]
+
+    with pytest.raises(AssertionError, match="races with"):
+        simulate(False, forget_copies, "interleaved")
 
 
 def test_code_records_each_event_after_its_node() -> None:

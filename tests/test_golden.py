@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 import fxzero
 from fxzero.errors import PlanError
+from fxzero.ir import Role
+from fxzero.layout import LayoutName
 from fxzero.models import (
     GPT,
     GPT_PRESETS,
@@ -30,6 +32,7 @@ from fxzero.models import (
 )
 from fxzero.passes import Pass, default_passes
 from fxzero.planner import plan
+from fxzero.text import format_bytes
 
 GOLDEN = Path(__file__).parent / "golden"
 KIB = 1024
@@ -67,11 +70,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]],
 }
 
 
-def schedule_of(name: str, world_size: int) -> fxzero.Schedule:
+def schedule_of(name: str, world_size: int, layout: LayoutName = "contiguous") -> fxzero.Schedule:
     build, batch, bucket_bytes = CASES[name]
     with torch.device("meta"):
         model, example = build(), batch()
-    return plan(model, example, world_size=world_size, passes=small_buckets(bucket_bytes))
+    return plan(model, example, world_size=world_size, passes=small_buckets(bucket_bytes), layout=layout)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -100,6 +103,30 @@ def test_compiled_schedule_is_the_planned_one_when_the_process_group_is_fake() -
             zero(**batch())
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_interleaved_schedule_has_the_same_collectives_and_says_what_it_copies(name: str) -> None:
+    contiguous, interleaved = schedule_of(name, 8), schedule_of(name, 8, "interleaved")
+    starts = [
+        [line.split()[:2] for line in str(schedule).splitlines() if line.startswith(("all_gather", "reduce_scatter"))]
+        for schedule in (interleaved, contiguous)
+    ]
+    assert sorted(starts[0]) == sorted(starts[1])
+    copied = interleaved.totals.interleaved_copy_bytes
+    assert str(interleaved).splitlines()[0].endswith(f"  interleaved: {format_bytes(copied)} copied")
+    step = interleaved.step
+    collectives = [step.bucket_of(start) for start in step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER)]
+    assert copied == sum(bucket.nbytes for bucket in collectives)
+    assert contiguous.totals.interleaved_copy_bytes == 0
+    assert str(schedule_of(name, 1, "interleaved")) == str(schedule_of(name, 1))
+
+
+def test_another_layout_is_refused() -> None:
+    with pytest.raises(ValueError, match="layout is 'strided'"):
+        plan(nn.Linear(2, 2), torch.ones(1, 2), world_size=2, layout="strided")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="layout is 'strided'"):
+        fxzero.compile(nn.Linear(2, 2), layout="strided")  # type: ignore[arg-type]
 
 
 def test_planning_only_reads_the_model() -> None:

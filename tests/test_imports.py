@@ -22,6 +22,7 @@ RUN_TIME = (
     "streams",
     "shards",
     "gradients",
+    "interleave",
     "optim",
 )
 """What runs a step: it makes no decision, so it knows nothing of what does."""

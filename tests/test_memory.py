@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import get_args
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from fxzero.binding import plan_arena
 from fxzero.comm import PlanningComm
 from fxzero.errors import MemoryOverlapError
 from fxzero.gradients import Stash, Variant
-from fxzero.layout import ALIGNMENT_BYTES
+from fxzero.ir import Role, is_gather, wait_of
+from fxzero.layout import ALIGNMENT_BYTES, LayoutName
 from fxzero.memory import Arena, Buffer, MemoryPlan, gather_buffers, gradient_buffers, plan_memory
 from fxzero.passes import default_passes
 from fxzero.pipeline import run_passes
@@ -87,11 +89,14 @@ def shared_bytes(plan: MemoryPlan) -> int:
     return shared
 
 
+@pytest.mark.parametrize("layout", get_args(LayoutName))
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 @pytest.mark.parametrize("name", CASES)
-def test_arena_of_a_model_is_near_the_lower_bound(name: str, world_size: int, accumulate: bool) -> None:
-    step = schedule_of(name, world_size).step
+def test_arena_of_a_model_is_near_the_lower_bound(
+    name: str, world_size: int, accumulate: bool, layout: LayoutName
+) -> None:
+    step = schedule_of(name, world_size, layout).step
     plan, placed = plan_arena(step, PlanningComm(0, world_size), Variant(accumulate, Stash.NONE))
     assert {start for kind, start in placed if kind == "gather"} == (
         {*gather_buffers(step)} if world_size > 1 else set()
@@ -100,6 +105,20 @@ def test_arena_of_a_model_is_near_the_lower_bound(name: str, world_size: int, ac
         plan.peak_bytes,
         plan.lower_bound_bytes,
     )
+
+
+def test_what_travels_interleaved_is_planned_beside_its_bucket_at_the_copy_only() -> None:
+    step = toy_step(num_layers=6)
+    step.layout = "interleaved"
+    run_passes(step, default_passes(bucket_bytes=2**14, prefetch_bytes=2**15, reduce_bytes=2**15))
+    _, placed = plan_arena(step, PlanningComm(0, 8), Variant(False, Stash.NONE))
+    at = step.positions()
+    for start in step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER):
+        staging = placed["staging", start][0]
+        assert (staging.start, staging.end) == (at[start], at[wait_of(start)])
+        bucket = placed["gather" if is_gather(start) else "gradient", start][0]
+        assert (bucket.start if is_gather(start) else bucket.end) == at[wait_of(start) if is_gather(start) else start]
+        assert staging.nbytes == bucket.nbytes == step.bucket_of(start).nbytes
 
 
 def test_schedule_of_equal_layers_meets_the_lower_bound() -> None:

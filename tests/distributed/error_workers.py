@@ -43,6 +43,8 @@ def _different_model(rank: int, how: str) -> tuple[nn.Module, dict[str, Any]]:
             model.more = nn.Linear(2, 2)
         elif how == "passes":
             options["passes"] = default_passes(bucket_bytes=1)
+        elif how == "layout":
+            options["layout"] = "interleaved"
         elif how == "sync_init":
             options["sync_init"] = False
     return model, options

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fxzero
+from fxzero.layout import LayoutName
 from fxzero.models import GPT, GPT_PRESETS, MLP, MLP_PRESETS, ROBERTA_PRESETS, RobertaForMaskedLM
 from fxzero.passes import default_passes
 
@@ -143,6 +144,7 @@ def train(
     seed_offset: int = 0,
     clip: float | None = None,
     sizes: dict[str, Any] | None = None,
+    layout: LayoutName = "contiguous",
 ) -> str:
     """Train both ways and compare losses, gradients, parameters and buffers after every step; the last schedule.
 
@@ -163,7 +165,7 @@ def train(
     own_optimizer = OPTIMIZERS[optimizer](model.parameters())
     sizes = sizes or {"bucket_bytes": 8192, "prefetch_bytes": 16384, "reduce_bytes": 16384}
     passes = default_passes(**sizes)[:num_passes]
-    zero = fxzero.compile(model, optimizer=own_optimizer, passes=passes)
+    zero = fxzero.compile(model, optimizer=own_optimizer, passes=passes, layout=layout)
     for step in range(steps):
         for micro in range(micro_batches):
             row = lengths[(step + micro) % len(lengths)]
@@ -208,19 +210,24 @@ def train(
     return str(zero.schedule)
 
 
-def train_prefixes(rank: int, world_size: int, name: str, prefixes: Sequence[int]) -> None:
+def train_prefixes(
+    rank: int, world_size: int, name: str, prefixes: Sequence[int], layout: LayoutName = "contiguous"
+) -> None:
     """`train` with several prefixes of the pass pipeline."""
     for num_passes in prefixes:
-        train(rank, world_size, name, num_passes=num_passes, steps=2)
+        train(rank, world_size, name, num_passes=num_passes, steps=2, layout=layout)
 
 
-def two_forwards_then_backwards(rank: int, world_size: int) -> None:
+def two_forwards_then_backwards(
+    rank: int, world_size: int, layout: LayoutName = "contiguous", prefetch_bytes: int = 2**20
+) -> None:
     """Two calls and an evaluation before both backwards, with every bucket kept: gradients as in eager."""
     case = CASES["gpt"]
     torch.manual_seed(0)
     model = case.build()
     reference = copy.deepcopy(model)
-    zero = fxzero.compile(model, passes=default_passes(bucket_bytes=8192, max_kept_bytes=None))
+    passes = default_passes(bucket_bytes=8192, max_kept_bytes=None, prefetch_bytes=prefetch_bytes)
+    zero = fxzero.compile(model, passes=passes, layout=layout)
     batches = [case.batch(seed, 16) for seed in (1, 2)]
     first, second = [_without_dropout(zero, batch) for batch in batches]
     with torch.no_grad():

@@ -13,6 +13,7 @@ DIFFERENCES = {
     "frozen": ("parameter norm.weight: torch.float32 8 trained", "parameter norm.weight: torch.float32 8 frozen"),
     "parameter": ("", "parameter more."),
     "passes": ("BucketAllGathers(", "BucketAllGathers(bucket_bytes=1"),
+    "layout": ("option layout: contiguous", "option layout: interleaved"),
     "sync_init": ("option sync_init: True", "option sync_init: False"),
 }
 
