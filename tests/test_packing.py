@@ -137,6 +137,14 @@ def test_two_thousand_random_buffers_are_close_to_the_bound(seed: int) -> None:
     assert checked_peak(*buffers, pack(*buffers)) <= 1.05 * bound(*buffers)
 
 
+def test_sizes_and_lives_of_all_magnitudes_are_close_to_the_bound() -> None:
+    numbers = random.Random(0)
+    starts = [numbers.randrange(1500) for _ in range(1500)]
+    sizes = [1 << numbers.randrange(13) for _ in starts]
+    ends = [start + int(2.72 ** numbers.uniform(0, 6)) for start in starts]
+    assert checked_peak(sizes, starts, ends, pack(sizes, starts, ends)) <= 1.05 * bound(sizes, starts, ends)
+
+
 @pytest.mark.parametrize("name", ["A", "B", "C", "D", "E", "F", "G", "H", "I", "K"])
 def test_challenging_instance_fits_its_capacity(name: str) -> None:
     buffers = minimalloc(name)

@@ -4,7 +4,7 @@
 
 Any packing is at least as high as the largest sum of live sizes. Best fit often reaches it, and then nothing is
 searched. Otherwise capacities between the two are tried, the bound first, with limits counted in steps and never in
-seconds: every rank decides the same.
+seconds: every rank decides the same. Instances too large for that get first fit (first_fit.py) as well.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from fxzero.packing.first_fit import MAX_OVERLAPS, first_fit, num_overlaps
 from fxzero.packing.instance import Instance, Ints, components, sections
 from fxzero.packing.search import Rule, Search
 from fxzero.packing.skyline import best_fit
@@ -69,13 +70,23 @@ def pack(
     target = 0
     for indices, part in components(blocks // grid, first, stop):
         target = max(target, int(part.load.max()))  # a part may be as high as the parts before it
-        placed = best_fit(part, target)
-        if part.peak(placed) > target and part.num_blocks <= MAX_BLOCKS and part.lengths.sum() <= MAX_AREA:
-            placed = tighten(part, placed, target, effort * min(max(part.num_blocks, FEW), MANY) ** 2 // 100)
+        placed = improve(part, best_fit(part, target), target, effort)
         target = max(target, part.peak(placed))
         for index, offset in zip(indices.tolist(), placed.tolist(), strict=True):
             offsets[kept[index]] = offset * grid * alignment
     return offsets
+
+
+def improve(instance: Instance, offsets: Ints, target: int, effort: int) -> Ints:
+    """A packing at most as high as `offsets`: searched for if the instance is small, else from first fit."""
+    num = instance.num_blocks
+    if instance.peak(offsets) <= target:
+        return offsets
+    if num <= MAX_BLOCKS and instance.lengths.sum() <= MAX_AREA:
+        return tighten(instance, offsets, target, effort * min(max(num, FEW), MANY) ** 2 // 100)
+    if num_overlaps(instance) > MAX_OVERLAPS:
+        return offsets
+    return min(offsets, first_fit(instance), key=instance.peak)
 
 
 def tighten(instance: Instance, offsets: Ints, target: int, steps: int) -> Ints:
