@@ -5,21 +5,64 @@
     --- end of forward ---
     d = threshold_backward(tangent, relu)
 
-They are not placed: the allocator finds room for them. What they need is known ahead of time all the same, operator by
-operator, since the generated code drops each value after its last reader.
+What they need is known ahead of time, operator by operator, since the generated code drops each value after its last
+reader. On the CPU, temporary ones that an operator can write into given memory have places in the arena, so that a step
+neither asks the allocator for them nor fragments it; saved ones are the allocator's, since a second forward may come
+before the backward of the first.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from typing import cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 from torch import fx
 
-from fxzero.codegen import static_nodes
-from fxzero.ir import Phase, Role, StepGraph, info, is_view, memory_of, role, tensor_bytes
+from fxzero import compat
+from fxzero.ir import Phase, Role, StepGraph, info, is_gathered_param, is_view, memory_of, role, tensor_bytes
 from fxzero.memory import Buffer
+
+
+def static_nodes(step: StepGraph) -> list[fx.Node]:
+    """Constants, gathered parameters, gradient slots, and everything that is only a view of those, in order."""
+    static: dict[fx.Node, None] = {}
+    for node in step.graph.nodes:
+        from_static = bool(node.all_input_nodes) and all(source in static for source in node.all_input_nodes)
+        is_static_view = from_static and (is_view(node) or node.target is operator.getitem)
+        if role(node) in (Role.CONSTANT, Role.GRAD_SLOT) or is_gathered_param(node) or is_static_view:
+            static[node] = None
+    return list(static)
+
+
+PLACED_FROM_BYTES = 64 * 1024
+"""Smaller temporaries stay the allocator's, which has them at hand."""
+
+
+@dataclass(frozen=True)
+class PlacedTemporary:
+    """A temporary activation with a place in the arena."""
+
+    buffer: Buffer
+    variant: tuple[Any, str]
+    """The operator that writes it, and the name of its argument for where to."""
+
+
+def placed_temporaries(step: StepGraph) -> dict[fx.Node, PlacedTemporary]:
+    """The temporaries that have places in the arena, by node: large ones on the CPU, of operators with `out=`."""
+    returned = {memory_of(value) for value in (*step.model_outputs, *step.input_grads) if isinstance(value, fx.Node)}
+    placed: dict[fx.Node, PlacedTemporary] = {}
+    for node, buffer in activation_buffers(step).items():
+        value = node.meta["val"]
+        if buffer.kind != "temporary" or buffer.nbytes < PLACED_FROM_BYTES or node in returned:
+            continue
+        if value.device.type != "cpu" or not value.is_contiguous() or not compat.is_overload(node.target):
+            continue
+        variant = compat.out_variant(node.target)
+        if variant is not None:
+            placed[node] = PlacedTemporary(buffer, variant)
+    return placed
 
 
 def activation_buffers(step: StepGraph) -> dict[fx.Node, Buffer]:

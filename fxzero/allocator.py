@@ -31,11 +31,21 @@ def keep_freed_memory() -> bool:
         True where it applied. False where the C library is not glibc (musl, macOS, Windows), or refused: nothing has
         changed then. An allocator that is preloaded in front of glibc's (jemalloc, tcmalloc) is not affected.
     """
+    return _apply(_libc())
+
+
+def give_back_freed_memory() -> None:
+    """Give the pages that tracing and planning took and freed back to the system, where glibc holds on to them."""
+    trim = getattr(_libc(), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _libc() -> object:
     try:
-        libc = ctypes.CDLL(None)
+        return ctypes.CDLL(None)
     except (OSError, TypeError):  # Windows has no handle of the process itself
-        libc = None
-    return _apply(libc)
+        return None
 
 
 def _apply(libc: object) -> bool:

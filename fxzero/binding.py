@@ -14,7 +14,8 @@ import torch
 from torch import fx
 
 from fxzero import compat
-from fxzero.codegen import NAMES_IN_SOURCE, Code, generate
+from fxzero.activations import placed_temporaries
+from fxzero.codegen import NAMES_IN_SOURCE, PLACE_PREFIX, Code, generate
 from fxzero.comm import Bound, Comm
 from fxzero.cuda import Events, Placed, plan_cuda_events
 from fxzero.errors import PlanError
@@ -36,6 +37,9 @@ from fxzero.memory import (
 )
 from fxzero.shards import Shards, unflatten
 
+EFFORT = 5
+"""Of the search for the arena's offsets: a fraction of a second where the lower bound is out of reach."""
+
 
 def plan_arena(step: StepGraph, comm: Comm, variant: Variant) -> tuple[MemoryPlan, Placed]:
     """Place the communication memory of one variant of a step.
@@ -53,6 +57,7 @@ def plan_arena(step: StepGraph, comm: Comm, variant: Variant) -> tuple[MemoryPla
         extra |= gradients if variant.accumulate else {}
     else:
         common |= {("gather", start): buffer for start, buffer in gather_buffers(step).items()} | gradients
+    common |= {("temporary", node): placed.buffer for node, placed in placed_temporaries(step).items()}
     common |= {("staging", start): buffer for start, buffer in staging_buffers(step).items()}
     reduces = {start: step.bucket_of(start) for start in step.nodes(Role.REDUCE_SCATTER)}
     for needed, accumulate in ((common, False), (extra, True)):
@@ -68,7 +73,7 @@ def plan_arena(step: StepGraph, comm: Comm, variant: Variant) -> tuple[MemoryPla
     if not step.kept:
         common, extra = common | extra, {}
     own = MemoryPlan(tuple(buffer for buffer, _ in resident.values()), tuple(at for _, at in resident.values()))
-    rest, begin = plan_memory(list(common.values())), align(own.peak_bytes, ALIGNMENT_BYTES)
+    rest, begin = plan_memory(list(common.values()), effort=EFFORT), align(own.peak_bytes, ALIGNMENT_BYTES)
     offsets = (*own.offsets, *(begin + offset for offset in rest.offsets))
     plan = plan_around(MemoryPlan((*own.buffers, *rest.buffers), offsets), list(extra.values()))
     plan.verify()
@@ -120,6 +125,9 @@ class Binder:
         if not self.step.synchronize:
             self._bind_unsharded()
         self._bind_static()
+        for node in code.placed:
+            offset, value = self.placed["temporary", node][1], node.meta["val"]
+            names[f"{PLACE_PREFIX}{node.name}"] = self.arena.view(offset, value.numel(), value.dtype).view(value.shape)
         if events is not None:
             for start in self.step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER):
                 names[start.name] = events.start(start, names[start.name], self.copies.get(start))

@@ -19,7 +19,7 @@ import torch
 
 from fxzero.comm import Comm
 from fxzero.errors import PlanError
-from fxzero.footprint import Footprint, Held, footprint
+from fxzero.footprint import Footprint, Held, footprint, live_at
 from fxzero.ir import Phase, Role, StepGraph, copy_of, members
 from fxzero.passes import KeepGathered, Pass, PrefetchAllGathers, SinkWaits
 from fxzero.pipeline import run_passes
@@ -32,7 +32,6 @@ AUTO_SHARE = 0.9
 """The part of free memory that "auto" plans with; the rest is for what is not planned, such as the libraries' own."""
 
 Fqns = tuple[str, ...]
-_ARENA_KINDS = ("gather", "gradient", "scratch", "partial", "staging")
 
 
 @dataclass(frozen=True)
@@ -175,7 +174,7 @@ def _gaps(step: StepGraph) -> list[_Gap]:
 
 def _most_bytes(gaps: Sequence[_Gap], lean: Footprint, arena_bytes: int) -> tuple[Fqns, ...]:
     """The gaps whose sum is largest while the arena stays within `arena_bytes` at every position."""
-    room = arena_bytes - torch.tensor(lean.live(*_ARENA_KINDS), dtype=torch.int64)
+    room = arena_bytes - torch.tensor(live_at(lean.arena.buffers, lean.num_positions), dtype=torch.int64)
     rest = [0] * (len(gaps) + 1)
     for index in reversed(range(len(gaps))):
         rest[index] = rest[index + 1] + gaps[index].nbytes

@@ -23,12 +23,15 @@ import torch
 from torch import fx
 
 from fxzero import compat
-from fxzero.ir import Phase, Role, StepGraph, is_gathered_param, is_view, role, started_by, written_in_place
+from fxzero.activations import placed_temporaries, static_nodes
+from fxzero.ir import Phase, Role, StepGraph, role, started_by, written_in_place
 from fxzero.text import describe
 
 _LITERALS = (bool, int, float, str, type(None))
 _TORCH_LITERALS = (torch.dtype, torch.layout, torch.memory_format)
 _RESERVED = ("forward", "backward", "record_begin", "torch", "device", "inf", "nan", "complex", "slice")
+PLACE_PREFIX = "at_"
+"""Before the name of a node: the global of the place in the arena that it writes to."""
 NAMES_IN_SOURCE: dict[str, Any] = {"torch": torch, "device": torch.device, "inf": float("inf"), "nan": float("nan")}
 
 
@@ -43,17 +46,8 @@ class Code:
     """Nodes that are bound once, by their names: gathered parameters, gradient slots, views, constants; in order."""
     saved: tuple[fx.Node, ...]
     """What forward hands to backward, in order."""
-
-
-def static_nodes(step: StepGraph) -> list[fx.Node]:
-    """Constants, gathered parameters, gradient slots, and everything that is only a view of those, in order."""
-    static: dict[fx.Node, None] = {}
-    for node in step.graph.nodes:
-        from_static = bool(node.all_input_nodes) and all(source in static for source in node.all_input_nodes)
-        is_static_view = from_static and (is_view(node) or node.target is operator.getitem)
-        if role(node) in (Role.CONSTANT, Role.GRAD_SLOT) or is_gathered_param(node) or is_static_view:
-            static[node] = None
-    return list(static)
+    placed: tuple[fx.Node, ...] = ()
+    """Nodes whose output lies at a fixed place in the arena: the global `at_<node>`."""
 
 
 def generate(step: StepGraph, recorded: Collection[fx.Node] = (), *, record_begin: bool = False) -> Code:
@@ -86,7 +80,7 @@ def generate(step: StepGraph, recorded: Collection[fx.Node] = (), *, record_begi
         lines += [f"    {line}" for line in writer.record(step.end_forward)]
         lines += writer.body(phases[Phase.BACKWARD], [*saved, *tangents], set(grads))
         lines += [f"    return {_tuple([writer.literal(grad) for grad in step.input_grads])}"]
-    return Code("\n".join(lines) + "\n", writer.operators, tuple(writer.static), saved)
+    return Code("\n".join(lines) + "\n", writer.operators, tuple(writer.static), saved, tuple(writer.placed))
 
 
 def _saved(step: StepGraph, phases: dict[Phase, list[fx.Node]], static: dict[fx.Node, None]) -> tuple[fx.Node, ...]:
@@ -126,6 +120,7 @@ class _Writer:
 
     def __post_init__(self) -> None:
         self.static = dict.fromkeys(static_nodes(self.step))
+        self.placed = placed_temporaries(self.step)
         self._taken = {*_RESERVED, *(node.name for node in self.step.graph.nodes)}
 
     def free(self, name: str) -> str:
@@ -178,11 +173,14 @@ class _Writer:
         arguments = [self.literal(arg) for arg in node.args]
         arguments += [f"{name}={self.literal(arg)}" for name, arg in node.kwargs.items()]
         result = f"{node.name} = " if _is_read(node) else ""
-        return [f"{result}{self.operator(node)}({', '.join(arguments)})"]
+        if node in self.placed:
+            target, out = self.placed[node].variant
+            arguments.append(f"{out}={PLACE_PREFIX}{node.name}")
+            return [f"{result}{self.operator(target)}({', '.join(arguments)})"]
+        return [f"{result}{self.operator(node.target)}({', '.join(arguments)})"]
 
-    def operator(self, node: fx.Node) -> str:
-        """The global that stands for the node's operator."""
-        target = node.target
+    def operator(self, target: Any) -> str:
+        """The global that stands for an operator."""
         is_overload = compat.is_overload(target)
         name = self.free(str(target).replace(".", "_") if is_overload else getattr(target, "__name__", "operator"))
         while self.operators.setdefault(name, target) is not target:

@@ -161,6 +161,24 @@ def argument(node: Any, name: str) -> Any:
     return None
 
 
+def out_variant(overload: Any) -> tuple[Any, str] | None:
+    """The form of an operator that writes its one output into a given tensor, and the name of that argument.
+
+    None if there is none, or only a generated one, which computes elsewhere and copies. `OpOverload._schema`,
+    `OpOverloadPacket.overloads`, `torch.Tag.generated`: 2.11 to 2.13.
+    """
+    wanted = [(argument.name, str(argument.type)) for argument in overload._schema.arguments]
+    packet = overload.overloadpacket
+    for name in packet.overloads():
+        variant = getattr(packet, name)
+        arguments = variant._schema.arguments
+        outputs = [argument.name for argument in arguments if argument.is_out]
+        given = [(argument.name, str(argument.type)) for argument in arguments if not argument.is_out]
+        if len(outputs) == 1 and given == wanted and torch.Tag.generated not in variant.tags:
+            return variant, outputs[0]
+    return None
+
+
 def zero_all(tensors: Sequence[torch.Tensor]) -> None:
     """Write zeros to all tensors in one call. `torch._foreach_zero_`: 2.11 to 2.13."""
     torch._foreach_zero_(list(tensors))  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]

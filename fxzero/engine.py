@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Sequence
 from collections.abc import Set as AbstractSet
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fxzero import agree, compat, state
+from fxzero.allocator import give_back_freed_memory
 from fxzero.autograd import Call, StepFunction
 from fxzero.budget import AUTO_SHARE, Choice, choose, free_bytes, least
 from fxzero.capture import Captured, capture
@@ -120,9 +122,10 @@ class Engine:
         self.gradients: Gradients | None = None
         self.arena = Arena(self.options.device)
         self.gauge = MemoryGauge(self.options.device)
+        this = weakref.proxy(self)  # no cycle: shards are freed with the last name of the module
         self.residency = Residency(
-            lambda: self.gradients is not None and self.gradients.are_added_to,
-            lambda: (self.version(), 0 if self.gradients is None else self.gradients.version),
+            lambda: this.gradients is not None and this.gradients.are_added_to,
+            lambda: (this.version(), 0 if this.gradients is None else this.gradients.version),
         )
         self._choice: Choice | None = None
         """What the memory budget decided at the first plan with a backward."""
@@ -295,6 +298,7 @@ class Engine:
             raise CaptureError("A compiled module cannot be called inside torch.func transforms. Use loss.backward().")
         with torch.inference_mode(False), compat.outside_of_autograd_modes():
             executable, pattern = self._plan(signature, pattern, args, kwargs)
+        give_back_freed_memory()
         self._plans[signature, pattern] = executable
         self._patterns.setdefault(signature, pattern)
         self._bound_cache(signature)

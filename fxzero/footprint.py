@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
-from fxzero.activations import activation_buffers
+from fxzero.activations import activation_buffers, placed_temporaries
 from fxzero.binding import plan_arena
 from fxzero.comm import Comm
 from fxzero.gradients import Stash, Variant
@@ -101,7 +101,8 @@ def footprint(
     """
     if arena is None:
         arena, _ = plan_arena(step, comm, Variant(accumulate, Stash.NONE))
-    activations = tuple(activation_buffers(step).values())
+    placed = placed_temporaries(step)
+    activations = tuple(buffer for node, buffer in activation_buffers(step).items() if node not in placed)
     return Footprint(held, arena, activations, len(step.graph.nodes), max(arena.peak_bytes, arena_bytes))
 
 

@@ -10,6 +10,7 @@ A buffer lives from `start` to `end`, both included; two that live at the same t
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -20,6 +21,7 @@ from torch import fx
 from fxzero.errors import MemoryOverlapError
 from fxzero.ir import Role, StepGraph, first_write, operands, wait_of
 from fxzero.layout import ALIGNMENT_BYTES, align
+from fxzero.packing import EFFORT, pack
 from fxzero.schedule import live_until
 from fxzero.text import bucket_label, format_bytes
 
@@ -58,21 +60,42 @@ class MemoryPlan:
         """Largest sum of live bytes at any position: no plan can need less."""
         return max(live_bytes(self.buffers), default=0)
 
+    @property
+    def ratio(self) -> float:
+        """Peak over lower bound: 1.0 is optimal."""
+        return self.peak_bytes / self.lower_bound_bytes if self.lower_bound_bytes else 1.0
+
     def verify(self) -> None:
         """Check that no two live buffers share bytes.
 
         Raises:
             MemoryOverlapError: names both.
         """
-        placed = list(zip(self.offsets, self.buffers, strict=True))
-        for index, (offset, buffer) in enumerate(placed):
-            for other_offset, other in placed[:index]:
-                apart = offset + buffer.nbytes <= other_offset or other_offset + other.nbytes <= offset
-                if buffer.overlaps(other) and not apart:
-                    raise MemoryOverlapError(
-                        f"{buffer.kind} {buffer.name} at {offset} and {other.kind} {other.name} at {other_offset} are "
-                        f"live together and share bytes ({format_bytes(buffer.nbytes)}, {format_bytes(other.nbytes)})."
-                    )
+        live: list[tuple[int, Buffer]] = []  # by offset
+        taking = [(index, buffer) for index, buffer in enumerate(self.buffers) if buffer.nbytes]
+        events = [(buffer.start, 1, index) for index, buffer in taking]
+        events += [(buffer.end + 1, 0, index) for index, buffer in taking]
+        for _, starts, index in sorted(events):
+            entry = (self.offsets[index], self.buffers[index])
+            place = bisect_left(live, _order(entry), key=_order)
+            if not starts:
+                del live[place]
+                continue
+            for offset, other in live[max(place - 1, 0) : place + 1]:
+                if offset < entry[0] + entry[1].nbytes and entry[0] < offset + other.nbytes:
+                    raise MemoryOverlapError(_describe(entry, (offset, other)))
+            live.insert(place, entry)
+
+
+def _order(placed: tuple[int, Buffer]) -> tuple[int, int, str, str]:
+    offset, buffer = placed
+    return offset, buffer.nbytes, buffer.kind, buffer.name
+
+
+def _describe(first: tuple[int, Buffer], second: tuple[int, Buffer]) -> str:
+    names = [f"{buffer.kind} {buffer.name} at {offset}" for offset, buffer in (first, second)]
+    sizes = ", ".join(format_bytes(buffer.nbytes) for _, buffer in (first, second))
+    return f"{names[0]} and {names[1]} are live together and share bytes ({sizes})."
 
 
 def live_bytes(buffers: Sequence[Buffer]) -> list[int]:
@@ -88,52 +111,34 @@ def live_bytes(buffers: Sequence[Buffer]) -> list[int]:
     return sums
 
 
+def plan_memory(
+    buffers: Sequence[Buffer], *, alignment_bytes: int = ALIGNMENT_BYTES, effort: int = EFFORT
+) -> MemoryPlan:
+    """Place every buffer, with the lowest peak that is found; deterministic.
+
+    Args:
+        alignment_bytes: of which every offset is a multiple.
+        effort: of the search where simple placement misses the lower bound; 0 searches nothing (see `packing.pack`).
+    """
+    sizes, starts, ends = zip(*((b.nbytes, b.start, b.end) for b in buffers), strict=True) if buffers else ((), (), ())
+    return MemoryPlan(tuple(buffers), tuple(pack(sizes, starts, ends, alignment=alignment_bytes, effort=effort)))
+
+
 def plan_around(plan: MemoryPlan, buffers: Sequence[Buffer]) -> MemoryPlan:
     """Place more buffers into the holes of a plan, and behind it, the largest first; what is placed stays."""
-    everything = (*plan.buffers, *buffers)
-    order = sorted(
-        range(len(plan.buffers), len(everything)), key=lambda i: (-everything[i].nbytes, everything[i].start)
-    )
-    return MemoryPlan(everything, _place(everything, order, plan.offsets))
-
-
-def plan_memory(buffers: Sequence[Buffer]) -> MemoryPlan:
-    """Place every buffer at the lowest aligned offset that is free during its life, in the best of a few orders.
-
-    Deterministic: the orders are tried in turn until one meets the lower bound; ties go to the earlier one. In the
-    order of starts, buffers of one size always meet it.
-    """
-    indices = range(len(buffers))
-    orders = (
-        sorted(indices, key=lambda i: (-buffers[i].nbytes, buffers[i].start)),
-        sorted(indices, key=lambda i: (buffers[i].start, -buffers[i].nbytes)),
-        sorted(indices, key=lambda i: (buffers[i].start - buffers[i].end, -buffers[i].nbytes)),
-    )
-    best: MemoryPlan | None = None
-    for order in orders:
-        plan = MemoryPlan(tuple(buffers), _place(buffers, order))
-        if best is None or plan.peak_bytes < best.peak_bytes:
-            best = plan
-        if best.peak_bytes == best.lower_bound_bytes:
-            break
-    assert best is not None
-    return best
-
-
-def _place(buffers: Sequence[Buffer], order: Sequence[int], fixed: Sequence[int] = ()) -> tuple[int, ...]:
-    """First fit: the lowest free offset for each buffer in turn; the first ones may have theirs already."""
-    offsets = [*fixed, *[0] * (len(buffers) - len(fixed))]
-    placed = list(range(len(fixed)))
-    for index in order:
-        taken = sorted((offsets[j], buffers[j].nbytes) for j in placed if buffers[index].overlaps(buffers[j]))
-        offset = 0
-        for begin, nbytes in taken:
-            if offset + buffers[index].nbytes <= begin:
+    everything, offsets = [*plan.buffers], [*plan.offsets]
+    places = dict[int, int]()
+    for index in sorted(range(len(buffers)), key=lambda i: (-buffers[i].nbytes, buffers[i].start)):
+        buffer, offset = buffers[index], 0
+        placed = zip(offsets, everything, strict=True)
+        for begin, nbytes in sorted((at, other.nbytes) for at, other in placed if buffer.overlaps(other)):
+            if offset + buffer.nbytes <= begin:
                 break
             offset = max(offset, align(begin + nbytes, ALIGNMENT_BYTES))
-        offsets[index] = offset
-        placed.append(index)
-    return tuple(offsets)
+        places[index] = offset
+        everything.append(buffer)
+        offsets.append(offset)
+    return MemoryPlan((*plan.buffers, *buffers), (*plan.offsets, *(places[index] for index in range(len(buffers)))))
 
 
 def gather_buffers(step: StepGraph) -> dict[fx.Node, Buffer]:

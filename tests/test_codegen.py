@@ -277,7 +277,7 @@ class BadNames(nn.Module):
         return hidden.sum()
 
 
-@pytest.mark.parametrize("num_passes", [3, None])
+@pytest.mark.parametrize("num_passes", [4, None])
 def test_names_never_collide_when_a_model_uses_words_of_python_and_of_the_generated_code(
     num_passes: int | None,
 ) -> None:
