@@ -18,6 +18,7 @@ from tests.distributed import replicated
 
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.usefixtures("every_temporary_has_a_place")
 Batch = dict[str, Tensor]
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32, "vocab_size": 64}
 TOKENS = {"bos_token_id": 0, "eos_token_id": 1}

@@ -24,6 +24,7 @@ from tests.distributed import replicated
 from tests.random_net import WIDTH, NetSpec, RandomNet, choose_net, random_net
 from tests.toy import toy_step
 
+pytestmark = pytest.mark.usefixtures("every_temporary_has_a_place")
 BOTH_INSERTED = 4
 """The shortest prefix that has all collectives."""
 NUM_PASSES = len(default_passes())

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fxzero
+from fxzero import activations
 from fxzero.layout import LayoutName
 from fxzero.models import GPT, GPT_PRESETS, MLP, MLP_PRESETS, ROBERTA_PRESETS, RobertaForMaskedLM
 from fxzero.passes import default_passes
@@ -208,6 +209,17 @@ def train(
     for (fqn, mine), theirs in zip(zero.named_buffers(), reference.replicas[rank].buffers(), strict=True):
         assert torch.equal(mine, theirs), f"buffer {fqn} differs"
     return str(zero.schedule)
+
+
+def train_with_all_temporaries_placed(rank: int, world_size: int, name: str, sizes: dict[str, Any]) -> None:
+    """`train` with a place in the arena also for small temporaries, as only models of a real size have them."""
+    limit = activations.PLACED_FROM_BYTES
+    activations.PLACED_FROM_BYTES = 1
+    try:
+        train(rank, world_size, name, steps=2, micro_batches=2, lengths=((16,), (12, 16)), sizes=sizes)
+        two_forwards_then_backwards(rank, world_size)
+    finally:
+        activations.PLACED_FROM_BYTES = limit
 
 
 def train_prefixes(

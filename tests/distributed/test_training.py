@@ -75,5 +75,15 @@ def test_training_is_the_same_when_activations_are_recomputed(name: str, recompu
     run_ranks(2, replicated.train, name, "adamw", None, 3, 1, False, ((16,), (12, 16)), 0, None, sizes)
 
 
+@pytest.mark.parametrize("name", replicated.CASES)
+def test_training_is_the_same_when_every_temporary_has_a_place(name: str) -> None:
+    run_ranks(2, replicated.train_with_all_temporaries_placed, name, {"bucket_bytes": 8192})
+
+
+def test_training_is_the_same_when_every_temporary_has_a_place_beside_kept_buckets() -> None:
+    sizes = {"bucket_bytes": 8192, "max_kept_bytes": 40_000, "recompute": "full"}
+    run_ranks(2, replicated.train_with_all_temporaries_placed, "gpt", sizes)
+
+
 def test_kept_buckets_are_gathered_again_when_another_phase_ran_between() -> None:
     run_ranks(2, replicated.two_forwards_then_backwards)

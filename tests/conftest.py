@@ -1,0 +1,18 @@
+"""Fixtures that several modules of tests use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from fxzero import activations
+
+
+@pytest.fixture(scope="module")
+def every_temporary_has_a_place() -> Iterator[None]:
+    """Temporaries of any size have a place in the arena, as only large ones have outside of tests."""
+    limit = activations.PLACED_FROM_BYTES
+    activations.PLACED_FROM_BYTES = 1
+    yield
+    activations.PLACED_FROM_BYTES = limit
