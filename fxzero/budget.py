@@ -21,7 +21,7 @@ from fxzero.comm import Comm
 from fxzero.errors import PlanError
 from fxzero.footprint import Footprint, Held, footprint, live_at
 from fxzero.ir import Phase, Role, StepGraph, copy_of, members
-from fxzero.passes import KeepGathered, Pass, PrefetchAllGathers, SinkWaits
+from fxzero.passes import KeepGathered, Pass, PrefetchAllGathers, RecomputeActivations, SinkWaits
 from fxzero.pipeline import run_passes
 from fxzero.schedule import live_until
 from fxzero.text import format_bytes
@@ -38,12 +38,14 @@ Fqns = tuple[str, ...]
 class Choice:
     """What a memory budget decides; the same for all plans of a model."""
 
-    kept: tuple[Fqns, ...] = ()
-    """Buckets that stay gathered from forward to backward."""
+    kept: tuple[Fqns, ...] | None = None
+    """Buckets that stay gathered from forward to backward; None without a memory budget: as the passes say."""
     resident: tuple[Fqns, ...] = ()
     """Those of them, and of what only forward reads, that stay gathered until the shards change."""
     is_tight: bool = False
     """Nothing is prefetched further than one gather ahead, and one reduction is in flight."""
+    recompute_level: int = 0
+    """See `RecomputeActivations.level_for`."""
 
     def lines(self) -> list[str]:
         """The choice as text, for other ranks."""
@@ -53,14 +55,18 @@ class Choice:
     def of_lines(cls, lines: Sequence[str]) -> Choice:
         """The inverse of `lines`."""
         fields = json.loads(lines[0])
-        kept, resident = (tuple(tuple(fqns) for fqns in fields[name]) for name in ("kept", "resident"))
-        return cls(kept, resident, fields["is_tight"])
+        for name in ("kept", "resident"):
+            if fields[name] is not None:
+                fields[name] = tuple(tuple(fqns) for fqns in fields[name])
+        return cls(**fields)
 
     def passes(self, passes: Sequence[Pass]) -> list[Pass]:
         """A list of passes with this choice in it."""
         chosen: list[Pass] = []
         for each in passes:
-            if isinstance(each, KeepGathered):
+            if isinstance(each, RecomputeActivations):
+                each = dataclasses.replace(each, level=self.recompute_level)
+            elif isinstance(each, KeepGathered) and self.kept is not None:
                 each = dataclasses.replace(each, buckets=self.kept, resident=self.resident)
             elif self.is_tight and isinstance(each, (PrefetchAllGathers, SinkWaits)):
                 each = dataclasses.replace(each, max_inflight_bytes=0)
@@ -69,27 +75,35 @@ class Choice:
 
 
 def choose(
-    captured: StepGraph, passes: Sequence[Pass], comm: Comm, held_by: Callable[[StepGraph], Held], budget_bytes: int
+    captured: StepGraph,
+    passes: Sequence[Pass],
+    comm: Comm,
+    held_by: Callable[[StepGraph], Held],
+    budget_bytes: int | None,
 ) -> Choice:
-    """The choice that keeps the most bytes gathered within the budget.
+    """How far to recompute, and the buckets to keep: those with the most bytes that fit the budget.
 
     Args:
         captured: a traced step before any pass; it stays as it is.
         held_by: what a rank holds from step to step, given a complete plan.
+        budget_bytes: None leaves it to the passes what to keep.
 
     Raises:
         PlanError: the budget is less than a step needs that keeps nothing.
     """
+    choice = Choice(recompute_level=_recompute_level(captured, passes))
+    if budget_bytes is None:
+        return choice
 
     def plan(choice: Choice) -> tuple[StepGraph, Footprint]:
         step = copy_of(captured)
         run_passes(step, choice.passes(passes), dump=False)
         return step, footprint(step, comm, held_by(step), accumulate=True)
 
-    choice = Choice()
+    choice = dataclasses.replace(choice, kept=())
     step, lean = plan(choice)
     if lean.planned_peak_bytes > budget_bytes:
-        choice = Choice(is_tight=True)
+        choice = dataclasses.replace(choice, is_tight=True)
         step, lean = plan(choice)
     if lean.planned_peak_bytes > budget_bytes:
         raise PlanError(
@@ -101,15 +115,20 @@ def choose(
         )
     if comm.gathers_in_place:
         return choice
-    gaps, limit = _gaps(step), budget_bytes
-    while True:
-        choice = dataclasses.replace(
-            choice, kept=_most_bytes(gaps, lean, limit - lean.held.total - lean.activation_peak_bytes)
-        )
-        step, needed = plan(choice)
-        if needed.planned_peak_bytes <= budget_bytes or not choice.kept:
-            break
-        limit -= needed.planned_peak_bytes - budget_bytes
+    gaps = _gaps(step)
+    limit = budget_bytes - lean.held.total - lean.activation_peak_bytes
+    over = 0
+    while kept := _most_bytes(gaps, lean, limit):
+        if kept != choice.kept:  # else the limit has not excluded any of them yet
+            choice = dataclasses.replace(choice, kept=kept)
+            step, needed = plan(choice)
+            over = needed.planned_peak_bytes - budget_bytes
+            if over <= 0:
+                break
+        limit -= over
+    else:
+        choice = dataclasses.replace(choice, kept=())
+        step, _ = plan(choice)
 
     def fits(resident: tuple[Fqns, ...]) -> bool:
         step.resident = resident
@@ -117,8 +136,25 @@ def choose(
 
     once = [fqns for fqns in map(members, step.nodes(Role.ALL_GATHER)) if fqns not in {gap.fqns for gap in gaps}]
     held = {gap.fqns: gap.last - gap.first for gap in gaps}
-    kept = sorted(choice.kept, key=lambda fqns: -held[fqns])  # what is live for most of the step first
+    kept = sorted(choice.kept or (), key=lambda fqns: -held[fqns])  # what is live for most of the step first
     return dataclasses.replace(choice, resident=_longest_that_fits([*kept, *once], fits))
+
+
+def must_choose(passes: Sequence[Pass], memory_budget: object) -> bool:
+    """True if something depends on the first inputs that must then be the same for all."""
+    depends = (each for each in passes if isinstance(each, RecomputeActivations) and isinstance(each.recompute, int))
+    return memory_budget is not None or next(depends, None) is not None
+
+
+def _recompute_level(captured: StepGraph, passes: Sequence[Pass]) -> int:
+    """How far the list of passes recomputes activations of this step."""
+    place = next((i for i, each in enumerate(passes) if isinstance(each, RecomputeActivations)), None)
+    if place is None:
+        return 0
+    step, recompute = copy_of(captured), passes[place]
+    run_passes(step, passes[:place], dump=False)
+    assert isinstance(recompute, RecomputeActivations)
+    return recompute.level_for(step)
 
 
 def least(choices: Sequence[Choice], nbytes: Mapping[Fqns, int]) -> Choice:
@@ -129,11 +165,12 @@ def least(choices: Sequence[Choice], nbytes: Mapping[Fqns, int]) -> Choice:
     """
 
     def kept_bytes(choice: Choice) -> tuple[int, int, str]:
-        sums = [sum(nbytes[fqns] for fqns in buckets) for buckets in (choice.kept, choice.resident)]
+        sums = [sum(nbytes[fqns] for fqns in buckets or ()) for buckets in (choice.kept, choice.resident)]
         return sums[0], sums[1], repr(choice)
 
     chosen = min(choices, key=kept_bytes)
-    return dataclasses.replace(chosen, is_tight=any(choice.is_tight for choice in choices))
+    level = max(choice.recompute_level for choice in choices)
+    return dataclasses.replace(chosen, is_tight=any(choice.is_tight for choice in choices), recompute_level=level)
 
 
 def _longest_that_fits(order: Sequence[Fqns], fits: Callable[[tuple[Fqns, ...]], bool]) -> tuple[Fqns, ...]:

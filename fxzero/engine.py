@@ -23,7 +23,7 @@ from torch import nn
 from fxzero import agree, compat, state
 from fxzero.allocator import give_back_freed_memory
 from fxzero.autograd import Call, StepFunction
-from fxzero.budget import AUTO_SHARE, Choice, choose, free_bytes, least
+from fxzero.budget import AUTO_SHARE, Choice, choose, free_bytes, least, must_choose
 from fxzero.capture import Captured, capture
 from fxzero.comm import Comm, PlanningComm, make_comm
 from fxzero.errors import CaptureError, FxzeroError, InputMismatchError
@@ -128,7 +128,7 @@ class Engine:
             lambda: (this.version(), 0 if this.gradients is None else this.gradients.version),
         )
         self._choice: Choice | None = None
-        """What the memory budget decided at the first plan with a backward."""
+        """What was decided at the first plan with a backward, for all."""
         self._budget: int | None = None
         self._orders = Orders(self.group, self.comm.rank, self.options.timeout)
         self._param_list = list(self.params.values())
@@ -361,18 +361,18 @@ class Engine:
         return free + self.arena.nbytes + self.shards.params.nbytes + self.shards.grads.nbytes
 
     def _choose(self, step: StepGraph, passes: Sequence[Pass]) -> Choice | None:
-        """What this rank would keep within its memory budget; None if there is nothing to choose any more."""
-        if self._choice is not None or self.options.memory_budget is None or not step.has_backward:
+        """What this rank would keep and recompute; None if there is nothing to choose, or not any more."""
+        needed = must_choose(passes, self.options.memory_budget)
+        if self._choice is not None or not needed or not step.has_backward:
             return None
         self._budget = self._budget_bytes()
-        assert self._budget is not None
         return choose(step, passes, self.comm, self.held, self._budget)
 
     def _choice_of_all(self, own: Choice, topic: str) -> Choice:
         """The choice of all ranks, whose shapes and free memory may differ."""
         lines = agree.exchange(self.group, topic, own.lines(), timeout=self.options.timeout)
         choices = [Choice.of_lines(each) for each in lines]
-        buckets = {fqns for each in choices for fqns in (*each.kept, *each.resident)}
+        buckets = {fqns for each in choices for fqns in (*(each.kept or ()), *each.resident)}
         nbytes = {fqns: sum(self.specs[fqn].nbytes for fqn in fqns) for fqns in buckets}
         return least(choices, nbytes)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxzero.budget import Choice, choose
+from fxzero.budget import Choice, choose, must_choose
 from fxzero.capture import Captured, capture
 from fxzero.codegen import generate
 from fxzero.comm import PlanningComm
@@ -112,7 +112,7 @@ def plan(
         return held_by(layout_of(step, passes), state_per_element=state, buffers=buffers)
 
     choice = None
-    if memory_budget is not None and captured.step.has_backward:
+    if must_choose(passes, memory_budget) and captured.step.has_backward:
         choice = choose(captured.step, passes, comm, held, memory_budget)
     made = make_plan(captured, passes, choice)
     return Schedule(

@@ -101,7 +101,7 @@ class MemoryReport:
 
     __repr__ = __str__
 
-    def plot(self, path: str | Path) -> None:
+    def plot_memory(self, path: str | Path) -> None:
         """Draw live bytes over the step, by kind, as a stacked area with the peak marked.
 
         Raises:

@@ -304,7 +304,7 @@ class Schedule:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        self.memory.plot(path)
+        self.memory.plot_memory(path)
 
     def table(self) -> str:
         """The schedule as a table, with phases, bytes and live bytes."""

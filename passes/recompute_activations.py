@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,6 +55,8 @@ class RecomputeActivations:
 
     recompute: Literal["none", "full"] | int = "none"
     """"none", "full", or an upper bound on the bytes saved for backward, per rank."""
+    level: int | None = None
+    """How far to go, if that is chosen already; see `level_for`."""
 
     def __post_init__(self) -> None:
         is_bytes = isinstance(self.recompute, int) and not isinstance(self.recompute, bool) and self.recompute >= 0
@@ -63,44 +64,54 @@ class RecomputeActivations:
             raise ValueError(f'recompute is {self.recompute!r}; it must be "none", "full" or a number of bytes')
 
     def __call__(self, step: StepGraph, /) -> None:
-        if self.recompute == "none" or not step.has_backward:
+        level = self.level_for(step) if self.level is None else self.level
+        if not step.has_backward or level == 0:
             return
-        depth = block_depth(step.params)
-        blocks = list(dict.fromkeys(_block(node, depth) for node in step.nodes(Role.COMPUTE)))
-        if self.recompute == "full":
-            _apply(step, _Pins(depth, frozenset(blocks), frozenset(blocks)))
-        elif saved_bytes(read_in_backward(step)) > self.recompute:
-            self._apply_first_that_fits(step, depth, blocks, self.recompute)
+        levels = _levels(step)
+        _, again = choose_saved(step, levels[min(level, len(levels)) - 1])
+        Copies(step, again).replace_inputs()
 
-    def _apply_first_that_fits(self, step: StepGraph, depth: int, blocks: Sequence[str], limit: int) -> None:
-        """Find by bisection how many blocks must be recomputed, and how far."""
-        levels = [_Pins(depth, frozenset(blocks[:n]), frozenset()) for n in range(1, len(blocks) + 1)]
-        levels += [_Pins(depth, frozenset(blocks), frozenset(blocks[:n])) for n in range(1, len(blocks) + 1)]
-        first, last = 0, len(levels) - 1
+    def level_for(self, step: StepGraph) -> int:
+        """The level that this step needs: 0 for nothing, then cheap in 1, 2, ... blocks, then full in 1, 2, ...
+
+        A number of bytes is met by the inputs that it is asked for; larger ones save more at the same level.
+        """
+        if self.recompute == "none" or not step.has_backward:
+            return 0
+        levels = _levels(step)
+        if self.recompute == "full":
+            return len(levels)
+        if _saved_bytes(read_in_backward(step)) <= self.recompute:
+            return 0
+        first, last = 1, len(levels)
         while first < last:
             middle = (first + last) // 2
-            if saved_bytes(choose_saved(step, levels[middle])[0]) <= limit:
+            if _saved_bytes(choose_saved(step, levels[middle - 1])[0]) <= self.recompute:
                 last = middle
             else:
                 first = middle + 1
-        saved = saved_bytes(_apply(step, levels[first]))
-        if saved > limit:
+        saved = _saved_bytes(choose_saved(step, levels[first - 1])[0])
+        if saved > self.recompute:
             logger.warning(
                 "recompute=%s: %s are saved for backward even with every block recomputed.",
-                format_bytes(limit),
+                format_bytes(self.recompute),
                 format_bytes(saved),
             )
+        return first
 
 
-def saved_bytes(saved: set[fx.Node]) -> int:
+def _levels(step: StepGraph) -> list[_Pins]:
+    """What is pinned at each level from 1 on."""
+    depth = block_depth(step.params)
+    blocks = list(dict.fromkeys(_block(node, depth) for node in step.nodes(Role.COMPUTE)))
+    every, none = frozenset(blocks), frozenset[str]()
+    cheap = [_Pins(depth, frozenset(blocks[:number]), none) for number in range(1, len(blocks) + 1)]
+    return cheap + [_Pins(depth, every, frozenset(blocks[:number])) for number in range(1, len(blocks) + 1)]
+
+
+def _saved_bytes(saved: set[fx.Node]) -> int:
     """Bytes of memory that these values keep alive; views of one memory count it once."""
     return sum(tensor_bytes(memory.meta.get("val")) for memory in {memory_of(node) for node in saved})
-
-
-def _apply(step: StepGraph, is_pinned: Callable[[fx.Node], bool]) -> set[fx.Node]:
-    saved, again = choose_saved(step, is_pinned)
-    Copies(step, again).replace_inputs()
-    return saved
 
 
 def _block(node: fx.Node, depth: int) -> str:

@@ -116,7 +116,7 @@ def test_a_budget_that_nothing_fits_is_refused_with_what_is_needed() -> None:
 
 def test_nothing_is_kept_where_the_shard_is_the_bucket() -> None:
     choice = choose(toy_step(world_size=1), default_passes(), PlanningComm(0, 1), lambda step: Held(), 2**30)
-    assert choice == Choice()
+    assert choice == Choice(kept=())
 
 
 def test_a_bucket_with_a_gap_below_the_peak_costs_nothing() -> None:
@@ -136,7 +136,9 @@ def test_a_bucket_with_a_gap_below_the_peak_costs_nothing() -> None:
 def test_ranks_do_what_the_one_does_that_keeps_the_fewest_bytes() -> None:
     a, b = ("a",), ("b", "c")
     choices = [Choice((a, b), (a,)), Choice((b,), (b,)), Choice((b,), (), True)]
-    assert least(choices, {a: 10, b: 5}) == Choice((b,), (), True)
+    choices.append(Choice((a, b), (), recompute_level=3))
+    assert least(choices, {a: 10, b: 5}) == Choice((b,), (), True, 3)
+    choices.append(Choice())
     assert [Choice.of_lines(each.lines()) for each in choices] == choices
 
 

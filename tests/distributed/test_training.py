@@ -72,7 +72,7 @@ def test_training_is_the_same_when_buckets_are_kept_until_backward(world_size: i
 @pytest.mark.parametrize("name", ["gpt", "roberta", "net"])
 def test_training_is_the_same_when_activations_are_recomputed(name: str, recompute: str | int) -> None:
     sizes: dict[str, Any] = {"bucket_bytes": 8192, "recompute": recompute}
-    run_ranks(2, replicated.train, name, "adamw", None, 3, 1, False, ((16,), (12, 16)), 0, None, sizes)
+    run_ranks(2, replicated.train, name, "adamw", None, 3, 1, False, ((9, 16), (16,), (12, 16)), 0, None, sizes)
 
 
 @pytest.mark.parametrize("name", replicated.CASES)

@@ -1,0 +1,105 @@
+"""`zero.schedule.memory`: a table and a picture of what a rank's memory is for."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch import nn
+
+import fxzero
+from fxzero.errors import FxzeroError
+from fxzero.gauge import MemoryGauge
+from fxzero.layout import LayoutName
+from fxzero.models import GPT, GPT_PRESETS
+from fxzero.schedule import Schedule
+
+IDS = torch.zeros(2, 16, dtype=torch.int64)
+BATCH = {"input_ids": IDS, "labels": IDS}
+
+
+def planned(layout: LayoutName = "contiguous") -> Schedule:
+    with torch.device("meta"):
+        model = GPT(GPT_PRESETS["tiny"])
+    return fxzero.planner.plan(model, BATCH, world_size=2, layout=layout)
+
+
+def test_report_of_a_plan_says_what_each_part_takes() -> None:
+    assert_expected_inline(str(planned().memory), """\
+memory of a rank                     bytes
+---------------------------------  -------
+parameters (shards)                 61 KiB
+gradients (shards)                  61 KiB
+optimizer state (shards)           122 KiB
+buffers                                0 B
+arena                              244 KiB
+  this plan                        244 KiB
+  this plan, lower bound           244 KiB
+  gathered buckets, at most        122 KiB
+  gradient buckets, at most        122 KiB
+saved activations at the peak      221 KiB
+temporary activations at the peak   32 KiB
+planned peak                       741 KiB
+lower bound                        721 KiB
+measured                                 -""")
+
+
+def test_parts_add_up() -> None:
+    report = planned().memory
+    rows = dict(report.rows())
+    held = ("parameters (shards)", "gradients (shards)", "optimizer state (shards)", "buffers", "arena")
+    activations = report.saved_bytes_at_peak + report.temporary_bytes_at_peak
+    assert report.planned_peak_bytes == sum(rows[name] or 0 for name in held) + activations
+    assert report.lower_bound_bytes <= report.planned_peak_bytes
+    assert rows["measured"] is None
+    assert rows["optimizer state (shards)"] == 2 * (rows["gradients (shards)"] or 0)
+
+
+def test_staging_of_the_interleaved_layout_has_a_row() -> None:
+    rows = dict(planned("interleaved").memory.rows())
+    assert rows["  staging, at most"]
+    assert "  staging, at most" not in dict(planned().memory.rows())
+
+
+def test_report_after_steps_has_the_optimizer_state_that_is_there() -> None:
+    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    zero = fxzero.compile(model, optimizer=optimizer, example=torch.zeros(4, 64))
+    before = zero.schedule.memory
+    assert before.footprint.held.optimizer_state == before.footprint.held.gradients
+    for _ in range(2):
+        zero(torch.randn(4, 64)).sum().backward()
+        optimizer.step()
+    after = zero.schedule.memory
+    state = sum(each["momentum_buffer"].nbytes for each in optimizer.state.values())
+    assert state <= after.footprint.held.optimizer_state <= state * 1.02 + 1024
+    assert after.footprint.arena_bytes == zero._fxzero_engine.arena.nbytes
+
+
+def test_picture_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    schedule = planned()
+    schedule.plot_memory(tmp_path / "memory.png")
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+    assert len((tmp_path / "memory.png").read_bytes()) > 10_000
+
+
+def test_picture_without_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install 'fxzero\[plot\]'"):
+        planned().plot_memory("memory.png")
+
+
+def test_before_anything_is_traced_it_says_how_to_trace() -> None:
+    with pytest.raises(FxzeroError, match="call the module once, or pass example="):
+        _ = Schedule().memory
+
+
+def test_measured_bytes_are_over_what_was_before() -> None:
+    gauge = MemoryGauge(torch.device("cpu"))
+    block = torch.ones(64 * 2**20, dtype=torch.uint8)
+    measured = gauge.read()
+    assert measured is None or 0 < measured < 16 * block.nbytes
