@@ -67,7 +67,7 @@ def compile(
         elementwise_optimizer: vouch that an optimizer class that fxzero does not know updates each element by itself.
         memory_budget: bytes that a rank may use for everything that fxzero plans (`zero.schedule.memory`); "auto" is
             what is free. What fits stays gathered from forward to backward, and under gradient accumulation until the
-            shards change. Decided at the first call, for its shapes. Default: everything is gathered again.
+            shards change. Decided at the first call with a backward, for its shapes. Default: all is gathered again.
         reshard_after_forward: True gathers every parameter again in backward; False keeps all from forward to backward.
         stage: the same in the terms of ZeRO: 3 is True, and 2, at whose residency parameters stay, is False.
         recompute: "none", "full" (whole repeated blocks run again in backward), or an upper bound on the bytes of
