@@ -319,6 +319,7 @@ class Engine:
             choice = self._choose(captured.step, passes)
         if choice is not None:
             self._choice = self._choice_of_all(choice, topic)
+            self._plans.clear()  # made before it, of evaluations: they know of no bucket that has a place of its own
         with reporting() if others_wait else nullcontext():
             plan = make_plan(captured, passes, self._choice)
             order = collectives(plan.step)
@@ -380,7 +381,7 @@ class Engine:
         """Say that a plan for a later, larger shape needs more than the budget it was not chosen for."""
         if self._budget is None:
             return
-        needed = footprint(step, self.comm, self.held(step)).planned_peak_bytes
+        needed = footprint(step, self.comm, self.held(step), accumulate=True).planned_peak_bytes
         if needed > self._budget:
             logger.warning(
                 "A step with these inputs needs %s on a rank; memory_budget is %s.",

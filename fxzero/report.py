@@ -102,15 +102,9 @@ class MemoryReport:
     __repr__ = __str__
 
     def plot_memory(self, path: str | Path) -> None:
-        """Draw live bytes over the step, by kind, as a stacked area with the peak marked.
+        """Draw live bytes over the step, by kind, as a stacked area with the peak marked."""
+        from matplotlib.figure import Figure  # takes a second to import
 
-        Raises:
-            ImportError: matplotlib is not installed.
-        """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("Pictures need matplotlib: pip install 'fxzero[plot]'.") from error
         held, footprint = self.footprint.held, self.footprint
         areas = {
             "parameters": [held.parameters] * footprint.num_positions,

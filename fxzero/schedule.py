@@ -299,11 +299,7 @@ class Schedule:
         return self._memory()
 
     def plot_memory(self, path: str | Path) -> None:
-        """Draw live bytes over the step, by kind, as a stacked area with the peak marked.
-
-        Raises:
-            ImportError: matplotlib is not installed.
-        """
+        """Draw live bytes over the step, by kind, as a stacked area with the peak marked."""
         self.memory.plot_memory(path)
 
     def table(self) -> str:

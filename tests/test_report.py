@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -80,17 +79,10 @@ def test_report_after_steps_has_the_optimizer_state_that_is_there() -> None:
 
 
 def test_picture_is_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     schedule = planned()
     schedule.plot_memory(tmp_path / "memory.png")
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
     assert len((tmp_path / "memory.png").read_bytes()) > 10_000
-
-
-def test_picture_without_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install 'fxzero\[plot\]'"):
-        planned().plot_memory("memory.png")
 
 
 def test_before_anything_is_traced_it_says_how_to_trace() -> None:

@@ -122,6 +122,38 @@ def changes(rank: int, world_size: int) -> None:
     assert one == two == first
 
 
+def evaluation_first(rank: int, world_size: int) -> None:
+    """A plan that was made before anything was chosen takes no place of a bucket that stays."""
+    case = replicated.CASES["gpt"]
+    torch.manual_seed(0)
+    model = case.build()
+    plain = copy.deepcopy(model)
+    passes = default_passes(bucket_bytes=8192)
+    modules = (fxzero.compile(model, passes=passes, memory_budget=ENOUGH), fxzero.compile(plain, passes=passes))
+    batch = case.batch(1, 16)
+    losses: list[list[torch.Tensor]] = []
+    for zero in modules:
+        zero.eval()
+        found: list[torch.Tensor] = []
+
+        def evaluate(zero: fxzero.ZeroModule = zero, found: list[torch.Tensor] = found) -> None:
+            with torch.no_grad():
+                found.append(zero(**batch).loss)
+
+        evaluate()
+        for _ in range(3):
+            loss = zero(**batch).loss
+            evaluate()
+            loss.backward()
+            evaluate()
+            found.append(loss.detach())
+        losses.append(found)
+    assert losses[0] == losses[1]
+    for mine, theirs in zip(modules[0].parameters(), modules[1].parameters(), strict=True):
+        assert mine.grad is not None and theirs.grad is not None
+        assert torch.equal(mine.grad, theirs.grad)
+
+
 def different_shapes(rank: int, world_size: int) -> None:
     """Ranks whose first shapes, and so their room, differ keep the same buckets."""
     case = replicated.CASES["gpt"]

@@ -17,6 +17,10 @@ def test_what_changes_the_shards_is_seen() -> None:
     run_ranks(2, memory_workers.changes)
 
 
+def test_plans_made_before_the_choice_leave_the_places_alone() -> None:
+    run_ranks(2, memory_workers.evaluation_first)
+
+
 def test_ranks_with_different_shapes_keep_the_same() -> None:
     run_ranks(2, memory_workers.different_shapes)
 
