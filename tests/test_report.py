@@ -27,7 +27,9 @@ def planned(layout: LayoutName = "contiguous") -> Schedule:
 
 
 def test_report_of_a_plan_says_what_each_part_takes() -> None:
-    assert_expected_inline(str(planned().memory), """\
+    assert_expected_inline(
+        str(planned().memory),
+        """\
 memory of a rank                     bytes
 ---------------------------------  -------
 parameters (shards)                 61 KiB
@@ -43,7 +45,8 @@ saved activations at the peak      221 KiB
 temporary activations at the peak   32 KiB
 planned peak                       741 KiB
 lower bound                        721 KiB
-measured                                 -""")
+measured                                 -""",
+    )
 
 
 def test_parts_add_up() -> None:
