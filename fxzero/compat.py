@@ -161,6 +161,13 @@ def argument(node: Any, name: str) -> Any:
     return None
 
 
+def same_storage(a: Any, b: Any) -> bool:
+    """True for two tensors that share storage, also without memory. `UntypedStorage._cdata`: 2.11 to 2.13."""
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return False
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
+
+
 def out_variant(overload: Any) -> tuple[Any, str] | None:
     """The form of an operator that writes its one output into a given tensor, and the name of that argument.
 

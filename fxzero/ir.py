@@ -308,16 +308,22 @@ def memory_of(node: fx.Node) -> fx.Node:
 
 def _given_memory(node: fx.Node) -> fx.Node | None:
     """The argument whose memory the node returns; None if it makes its own."""
-    target = cast(Any, node.target)
-    if target is operator.getitem:
-        source = cast(fx.Node, node.args[0])
-        return source if is_view(source) or role(source) is Role.WAIT else None
-    if not compat.is_overload(target) or not node.args:
+    maker = node
+    if node.target is operator.getitem:
+        maker = cast(fx.Node, node.args[0])
+        if is_view(maker) or role(maker) is Role.WAIT:
+            return maker
+    target = cast(Any, maker.target)
+    if not compat.is_overload(target) or not maker.args:
         return None
-    if is_view(node) or target is torch.ops.aten._unsafe_view.default or compat.is_mutable(target):
+    if maker is node and (is_view(node) or compat.is_mutable(target)):
         into = node.kwargs.get("out", node.args[0])
         return into if isinstance(into, fx.Node) else None
-    return None
+    # Some views do not say that they are: _unsafe_view, unsafe_split. What was traced has their storage, though.
+    value = node.meta.get("val")
+    return next(
+        (source for source in maker.all_input_nodes if compat.same_storage(value, source.meta.get("val"))), None
+    )
 
 
 def aliases(node: fx.Node) -> list[fx.Node]:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from fxzero.footprint import Footprint
+from fxzero.footprint import Footprint, live_at
 from fxzero.ir import StepGraph
+from fxzero.memory import live_bytes
 from fxzero.text import format_bytes
 
 GATHERED = ("gather",)
@@ -51,18 +52,29 @@ class MemoryReport:
         return max(self.footprint.live(*GRADIENTS), default=0)
 
     @property
+    def temporary_arena_bytes(self) -> int:
+        """Temporary activations that have a place in the arena, at most."""
+        placed = [buffer for buffer in self.footprint.arena.buffers if buffer.kind == "temporary"]
+        return max(live_bytes(placed), default=0)
+
+    @property
     def saved_bytes_at_peak(self) -> int:
-        """Activations saved for backward, where saved and temporary ones together are the most."""
+        """Activations saved for backward, where they and others of the allocator's are the most together."""
         return self._activations_at_peak()[0]
 
     @property
-    def temporary_bytes_at_peak(self) -> int:
-        """Other activations at that point."""
+    def other_bytes_at_peak(self) -> int:
+        """Other activations of the allocator's at that point."""
         return self._activations_at_peak()[1]
 
     def _activations_at_peak(self) -> tuple[int, int]:
-        pairs = zip(self.footprint.live("saved"), self.footprint.live("temporary"), strict=True)
+        pairs = zip(*map(self._activations, ("saved", "temporary")), strict=True)
         return max(pairs, key=sum, default=(0, 0))
+
+    def _activations(self, kind: str) -> list[int]:
+        """Live bytes of activations of one kind at each position, but for those that have a place in the arena."""
+        buffers = [buffer for buffer in self.footprint.activations if buffer.kind == kind]
+        return live_at(buffers, self.footprint.num_positions)
 
     def rows(self) -> list[tuple[str, int | None]]:
         """What it is for, and the bytes."""
@@ -81,13 +93,14 @@ class MemoryReport:
             ("  this plan, lower bound", arena.lower_bound_bytes),
             ("  gathered buckets, at most", self.gather_arena_bytes),
             ("  gradient buckets, at most", self.gradient_arena_bytes),
+            ("  temporary activations, at most", self.temporary_arena_bytes),
         ]
         if any(buffer.kind in STAGING for buffer in arena.buffers):
             rows.append(("  staging, at most", max(self.footprint.live(*STAGING))))
         return [
             *rows,
             ("saved activations at the peak", self.saved_bytes_at_peak),
-            ("temporary activations at the peak", self.temporary_bytes_at_peak),
+            ("other activations at the peak", self.other_bytes_at_peak),
             ("planned peak", self.planned_peak_bytes),
             ("lower bound", self.lower_bound_bytes),
             ("measured", self.measured_bytes),

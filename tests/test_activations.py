@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 
 import fxzero
 from fxzero.activations import activation_buffers, placed_temporaries
+from fxzero.ir import memory_of
 from fxzero.memory import live_bytes
 from fxzero.models import GPT, GPT_PRESETS, ROBERTA_PRESETS, RobertaForMaskedLM
 from fxzero.passes import default_passes
@@ -33,6 +35,26 @@ def allocated_peak(step: Callable[[], object]) -> int:
         peak = max(peak, live)
     assert len(events) > 100
     return peak
+
+
+def test_views_that_do_not_say_so_share_their_memory() -> None:
+    class Gates(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(8, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            a, b = torch.unsafe_chunk(self.up(x), 2, dim=1)
+            return torch.ops.aten._unsafe_view(torch.tanh(a + 1) * b, (4, 2, 4)).sum()
+
+    step = fxzero.planner.plan(Gates(), torch.zeros(4, 8), world_size=2).step
+    (product,) = (node for node in step.graph.nodes if node.target is torch.ops.aten.addmm.default)
+    halves = [user for node in product.users for user in node.users if user.target is operator.getitem]
+    assert len(halves) == 2
+    assert all(memory_of(half) is product for half in halves)
+    (flat,) = (node for node in step.graph.nodes if node.target is torch.ops.aten._unsafe_view.default)
+    assert memory_of(flat) is flat.args[0]
+    assert not {*activation_buffers(step)}.intersection([*halves, flat])
 
 
 @pytest.mark.parametrize("batch", [8, 40])

@@ -30,22 +30,23 @@ def test_report_of_a_plan_says_what_each_part_takes() -> None:
     assert_expected_inline(
         str(planned().memory),
         """\
-memory of a rank                     bytes
----------------------------------  -------
-parameters (shards)                 61 KiB
-gradients (shards)                  61 KiB
-optimizer state (shards)           122 KiB
-buffers                                0 B
-arena                              244 KiB
-  this plan                        244 KiB
-  this plan, lower bound           244 KiB
-  gathered buckets, at most        122 KiB
-  gradient buckets, at most        122 KiB
-saved activations at the peak      221 KiB
-temporary activations at the peak   32 KiB
-planned peak                       741 KiB
-lower bound                        721 KiB
-measured                                 -""",
+memory of a rank                    bytes
+--------------------------------  -------
+parameters (shards)                61 KiB
+gradients (shards)                 61 KiB
+optimizer state (shards)          122 KiB
+buffers                               0 B
+arena                             244 KiB
+  this plan                       244 KiB
+  this plan, lower bound          244 KiB
+  gathered buckets, at most       122 KiB
+  gradient buckets, at most       122 KiB
+  temporary activations, at most      0 B
+saved activations at the peak     221 KiB
+other activations at the peak      32 KiB
+planned peak                      741 KiB
+lower bound                       721 KiB
+measured                                -""",
     )
 
 
@@ -53,7 +54,7 @@ def test_parts_add_up() -> None:
     report = planned().memory
     rows = dict(report.rows())
     held = ("parameters (shards)", "gradients (shards)", "optimizer state (shards)", "buffers", "arena")
-    activations = report.saved_bytes_at_peak + report.temporary_bytes_at_peak
+    activations = report.saved_bytes_at_peak + report.other_bytes_at_peak
     assert report.planned_peak_bytes == sum(rows[name] or 0 for name in held) + activations
     assert report.lower_bound_bytes <= report.planned_peak_bytes
     assert rows["measured"] is None
