@@ -10,6 +10,7 @@ import torch
 import fxzero
 from fxzero.passes import default_passes
 from tests.distributed import replicated
+from tests.gradient_copies import copied_bytes
 
 Batch = replicated.Batch
 ENOUGH = 2**30
@@ -178,3 +179,21 @@ def auto(rank: int, world_size: int) -> None:
     case = replicated.CASES["gpt"]
     zero = fxzero.compile(case.build(), memory_budget="auto", example=case.batch(0, 16))
     assert len(zero.schedule.step.resident) == len(zero.schedule.step.kept) > 0
+
+
+def gradient_copies(rank: int, world_size: int, name: str) -> tuple[int, int]:
+    """Bytes copied into gradient buckets by a backward: measured, and planned."""
+    case = replicated.CASES[name]
+    zero = fxzero.compile(case.build(), passes=default_passes(bucket_bytes=8192))
+    batch = case.batch(rank, 16)
+    zero(**batch).loss.backward()
+    zero.zero_grad()
+    loss = zero(**batch).loss
+    engine = zero._fxzero_engine
+    assert engine.shards is not None
+    arena, params = engine.arena.view(0, 1, torch.uint8), engine.shards.params.segments
+    measured, operators = copied_bytes(
+        loss.backward, {arena.untyped_storage().data_ptr()}, {flat.untyped_storage().data_ptr() for flat in params}
+    )
+    assert "aten.mm.out" in operators
+    return measured, zero.schedule.totals.copied_grad_bytes
