@@ -10,7 +10,7 @@ from torch import fx
 
 from fxzero import errors, ops
 from fxzero.ir import Role, StepGraph, gathered_params, grad_of, operands, release_of, slot_fqn, wait_of
-from fxzero.passes import InsertAllGathers, ReleaseParams, RematerializeViews, default_passes
+from fxzero.passes import InsertAllGathers, KeepGathered, ReleaseParams, RematerializeViews, default_passes
 from fxzero.pipeline import run_passes
 from fxzero.verify import verify_graph, verify_plan
 from tests.toy import toy_step
@@ -206,6 +206,13 @@ def test_gradient_never_reduced_is_refused_in_a_plan() -> None:
     step = toy_step()
     with pytest.raises(errors.GradientReduceError, match="never reduced"):
         run_passes(step, [RematerializeViews(), InsertAllGathers(), ReleaseParams()])
+
+
+def test_gradient_never_reduced_is_refused_where_every_bucket_stays_gathered() -> None:
+    step = toy_step(num_layers=1)
+    stay = KeepGathered(buckets=(("layers.0.w",),), resident=(("layers.0.w",),))
+    with pytest.raises(errors.GradientReduceError, match="never reduced"):
+        run_passes(step, [RematerializeViews(), InsertAllGathers(), stay, ReleaseParams()])
 
 
 def test_bucket_of_frozen_and_trained_params_is_refused() -> None:
