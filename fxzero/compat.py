@@ -186,6 +186,12 @@ def out_variant(overload: Any) -> tuple[Any, str] | None:
     return None
 
 
+def written_arguments(node: Any) -> list[Any]:
+    """What a node passes for the arguments that its operator writes to. `OpOverload._schema`: 2.11 to 2.13."""
+    declared = node.target._schema.arguments
+    return [argument(node, a.name) for a in declared if a.alias_info is not None and a.alias_info.is_write]
+
+
 def zero_all(tensors: Sequence[torch.Tensor]) -> None:
     """Write zeros to all tensors in one call. `torch._foreach_zero_`: 2.11 to 2.13."""
     torch._foreach_zero_(list(tensors))  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]

@@ -93,6 +93,16 @@ class UseAfterReleaseError(ScheduleError):
     """A parameter is read after its release. Cure: release it after its last reader, or gather it again."""
 
 
+class ParameterWriteError(ScheduleError):
+    """An operator writes into a parameter: into what was gathered, which is dropped, or into a shard that a gather may
+    be reading. Cure: let it write into a clone; parameters change between steps only."""
+
+
+class GradientMemoryError(ScheduleError):
+    """An operator uses the memory of a gradient when it is not that gradient's to use, or no longer: its reduce may be
+    reading it, or another bucket lie there. Cure: use it from its grad_slot on and before its write_grad."""
+
+
 class DoubleReleaseError(ScheduleError):
     """A gathered bucket is released twice. Cure: one release for each gather."""
 

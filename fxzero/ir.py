@@ -261,6 +261,11 @@ def written_in_place(slot: fx.Node) -> fx.Node | None:
     return memory if isinstance(memory, fx.Node) and role(memory) is Role.GRAD_SLOT else None
 
 
+def slot_fqn(memory: fx.Node) -> str:
+    """The parameter whose gradient lies in a grad_slot."""
+    return cast(str, memory.args[0])
+
+
 def first_write(slot: fx.Node) -> fx.Node:
     """Where the memory of a gradient must be there: at its grad_slot if it is computed in place, else at its copy."""
     return written_in_place(slot) or slot
@@ -335,6 +340,23 @@ def aliases(node: fx.Node) -> list[fx.Node]:
             if (from_view or (is_view(user) and user.args[0] is alias)) and user not in found:
                 found.append(user)
     return found
+
+
+def in_memory_of(node: fx.Node) -> list[fx.Node]:
+    """The node and every value that lies in its memory: aliases, and what operators that write into it return."""
+    found = [node]
+    for value in found:
+        found += [user for user in value.users if _given_memory(user) is value and user not in found]
+    return found
+
+
+def written_by(node: fx.Node) -> list[fx.Node]:
+    """The arguments that an operator writes to."""
+    if not compat.is_overload(node.target) or not compat.is_mutable(node.target):
+        return []
+    written: list[fx.Node] = []
+    fx.map_arg(compat.written_arguments(node), written.append)
+    return written
 
 
 def tensor_bytes(value: Any) -> int:

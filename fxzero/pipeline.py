@@ -18,7 +18,7 @@ from typing import TypeAlias
 
 import torch.distributed as dist
 
-from fxzero.ir import Role, StepGraph
+from fxzero.ir import Role, StepGraph, members
 from fxzero.schedule import format_diff, format_schedule
 from fxzero.verify import verify_graph, verify_plan
 
@@ -101,5 +101,11 @@ def run_passes(
         logger.info("%s: %d nodes", pass_name(pass_), len(step.graph.nodes))
         for observer in watching:
             observer(index, pass_name(pass_), step)
-    if step.nodes(Role.RELEASE):
+    if step.nodes(Role.RELEASE) or _stays_gathered(step):
         verify_plan(step)
+
+
+def _stays_gathered(step: StepGraph) -> bool:
+    """True for a plan that is complete without a release: every bucket stays until the shards change."""
+    gathers = step.nodes(Role.ALL_GATHER)
+    return bool(gathers) and all(members(start) in step.resident for start in gathers)

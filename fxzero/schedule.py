@@ -182,6 +182,8 @@ def header(step: StepGraph) -> str:
         parts.append(f"kept {format_bytes(sum(step.bucket(fqns).nbytes for fqns in step.kept))}")
     if step.resident:
         parts.append(f"until the shards change {format_bytes(sum(step.bucket(b).nbytes for b in step.resident))}")
+    if t.copied_grad_bytes and step.synchronize and step.nodes(Role.RELEASE, Role.GRAD_SLOT):
+        parts.append(f"gradients: {format_bytes(t.copied_grad_bytes)} copied")
     if t.interleaved_copy_bytes:
         parts.append(f"interleaved: {format_bytes(t.interleaved_copy_bytes)} copied")
     if not step.has_backward:

@@ -13,10 +13,12 @@ from torch import fx
 from fxzero.errors import (
     BucketError,
     DoubleReleaseError,
+    GradientMemoryError,
     GradientReduceError,
     MalformedGraphError,
     MissingReleaseError,
     MissingWaitError,
+    ParameterWriteError,
     PhaseError,
     ReadWithoutGatherError,
     UseAfterReleaseError,
@@ -25,15 +27,20 @@ from fxzero.ir import (
     Phase,
     Role,
     StepGraph,
-    aliases,
     gathered_params,
     grad_fqn,
+    grad_of,
+    in_memory_of,
     info,
     is_gather,
     members,
+    memory_of,
     operands,
     role,
+    slot_fqn,
     started_by,
+    written_by,
+    written_in_place,
 )
 from fxzero.text import bucket_label, describe
 
@@ -74,9 +81,11 @@ def verify_graph(step: StepGraph) -> None:
             _check_release(walk, node)
         else:
             _check_reads(walk, node)
+            _check_writes(walk, node)
         walk.seen.add(node)
     _check_nothing_in_flight(walk, "the end of the step")
     _check_reduced_at_most_once(step)
+    _check_gradient_memory(step)
 
 
 def verify_plan(step: StepGraph) -> None:
@@ -117,7 +126,7 @@ def _check_wait(walk: _Walk, wait: fx.Node) -> None:
     walk.waited[start] = walk.phase
     if is_gather(wait):
         for fqn, param in gathered_params(wait).items():
-            walk.owner.update({alias: (start, fqn) for alias in aliases(param)})
+            walk.owner.update({alias: (start, fqn) for alias in in_memory_of(param)})
 
 
 def _check_release(walk: _Walk, release: fx.Node) -> None:
@@ -145,6 +154,18 @@ def _check_reads(walk: _Walk, node: fx.Node) -> None:
             raise PhaseError(f"{fqn} is gathered in forward and read by {describe(node)} in backward. Gather it again.")
 
 
+def _check_writes(walk: _Walk, node: fx.Node) -> None:
+    """Parameters change between steps only."""
+    for target in written_by(node):
+        memory = memory_of(target)
+        if target in walk.owner or role(memory) is Role.PARAM:
+            fqn = walk.owner[target][1] if target in walk.owner else info(memory).fqn
+            raise ParameterWriteError(
+                f"{describe(node)} writes into {fqn}, of which other ranks and the next gather see nothing, or half.\n"
+                "Let it write into a clone; parameters change between steps only."
+            )
+
+
 def _check_nothing_in_flight(walk: _Walk, where: str) -> None:
     for start in walk.started:
         if start not in walk.waited:
@@ -164,6 +185,33 @@ def _check_reduced_at_most_once(step: StepGraph) -> None:
             if fqn in reduced:
                 raise GradientReduceError(f"The gradient of {fqn} is reduced twice. Keep one reduce_scatter.")
             reduced[fqn] = start
+
+
+def _check_gradient_memory(step: StepGraph) -> None:
+    """What is computed in a slot is what its write_grad takes, and nothing uses the slot from there on."""
+    slots = {grad_fqn(slot): slot for slot in step.nodes(Role.WRITE_GRAD)}
+    for fqn, slot in slots.items():
+        grad, memory = grad_of(slot), written_in_place(slot)
+        if grad is not None and memory is not None and (slot_fqn(memory) != fqn or memory_of(grad) is not memory):
+            raise GradientMemoryError(
+                f"{describe(slot)} takes what was not computed in its own slot. Let it take what was, or copy."
+            )
+    for memory in step.nodes(Role.GRAD_SLOT):
+        fqn = slot_fqn(memory)
+        slot = slots.get(fqn)
+        if slot is None or written_in_place(slot) is not memory:
+            raise GradientMemoryError(
+                f"A grad_slot has the memory of the gradient of {fqn} before that is there: its write_grad takes "
+                "another value. Let write_grad take what is computed in the slot."
+            )
+        values = in_memory_of(memory)
+        for user in (user for value in values for user in value.users):
+            is_alias = user in values and not written_by(user)
+            if slot < user and not is_alias:
+                raise GradientMemoryError(
+                    f"{describe(user)} uses the memory of the gradient of {fqn} after its write_grad, when its reduce "
+                    "may be reading it.\nMove it before the write_grad, or let it use a copy."
+                )
 
 
 def _check_buckets(step: StepGraph) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fxzero import ops
 from fxzero.errors import PassOrderError
-from fxzero.ir import Role, StepGraph, aliases, gathered_params, is_gather, members, release_of, started_by
+from fxzero.ir import Role, StepGraph, gathered_params, in_memory_of, is_gather, members, release_of, started_by
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ReleaseParams:
                 continue
             last = wait
             for param in gathered_params(wait).values():
-                for alias in aliases(param):
-                    last = max((last, alias, *alias.users), key=lambda node: positions[node])
+                for value in in_memory_of(param):
+                    last = max((last, value, *value.users), key=lambda node: positions[node])
             with step.graph.inserting_after(last):
                 step.graph.call_function(ops.release, (wait,))

@@ -122,6 +122,14 @@ def test_interleaved_schedule_has_the_same_collectives_and_says_what_it_copies(n
     assert str(schedule_of(name, 1, "interleaved")) == str(schedule_of(name, 1))
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_header_says_which_gradients_are_copied(name: str) -> None:
+    schedule = schedule_of(name, 2)
+    copied = schedule.totals.copied_grad_bytes
+    assert (f"  gradients: {format_bytes(copied)} copied" in schedule.text()) == (copied > 0)
+    assert (copied > 0) == (name in ("gpt", "roberta"))  # whose layer norms do it
+
+
 def test_another_layout_is_refused() -> None:
     with pytest.raises(ValueError, match="layout is 'strided'"):
         plan(nn.Linear(2, 2), torch.ones(1, 2), world_size=2, layout="strided")  # type: ignore[arg-type]

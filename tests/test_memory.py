@@ -16,7 +16,7 @@ from fxzero.errors import MemoryOverlapError
 from fxzero.gradients import Stash, Variant
 from fxzero.ir import Role, is_gather, wait_of
 from fxzero.layout import ALIGNMENT_BYTES, LayoutName
-from fxzero.memory import Arena, Buffer, MemoryPlan, gather_buffers, gradient_buffers, plan_memory
+from fxzero.memory import Arena, Buffer, MemoryPlan, gather_buffers, gradient_buffers, plan_around, plan_memory
 from fxzero.passes import default_passes
 from fxzero.pipeline import run_passes
 from tests.test_golden import CASES, schedule_of
@@ -55,6 +55,29 @@ def test_live_buffers_never_share_a_byte_and_the_peak_is_at_least_the_bound(buff
     assert plan.offsets == plan_memory(buffers).offsets
 
 
+@given(lifetimes(), lifetimes(), st.integers(0, 8))
+@settings(max_examples=100, deadline=None)
+def test_what_is_placed_around_a_plan_shares_no_byte_and_leaves_it_as_it_is(
+    buffers: list[Buffer], more: list[Buffer], gap: int
+) -> None:
+    alone = plan_memory(buffers)
+    fixed = MemoryPlan(alone.buffers, tuple(gap * ALIGNMENT_BYTES + offset for offset in alone.offsets))
+    plan = plan_around(fixed, more)
+    assert plan.buffers == (*buffers, *more)
+    assert plan.offsets[: len(buffers)] == fixed.offsets
+    assert shared_bytes(plan) == 0
+    plan.verify()
+    assert plan.lower_bound_bytes <= plan.peak_bytes
+    assert all(offset >= 0 and offset % ALIGNMENT_BYTES == 0 for offset in plan.offsets)
+    assert plan.offsets == plan_around(fixed, more).offsets
+
+
+def test_what_is_placed_around_a_plan_goes_into_its_holes() -> None:
+    fixed = MemoryPlan((Buffer("gather", "a", 512, 0, 5), Buffer("gather", "b", 512, 0, 5)), (0, 1024))
+    more = [Buffer("scratch", "c", 512, 3, 4), Buffer("scratch", "d", 256, 6, 9), Buffer("scratch", "e", 300, 4, 4)]
+    assert plan_around(fixed, more).offsets == (0, 1024, 512, 0, 1536)
+
+
 def test_plan_with_overlapping_live_buffers_is_refused() -> None:
     first, second = Buffer("gather", "a", 512, 0, 5), Buffer("gradient", "b", 512, 5, 9)
     with pytest.raises(MemoryOverlapError, match="gradient b at 256 and gather a at 0 are live together"):
@@ -81,7 +104,7 @@ def shared_bytes(plan: MemoryPlan) -> int:
     """Bytes that two buffers own at one position, painted position by position."""
     shared = 0
     for position in range(max((buffer.end for buffer in plan.buffers), default=-1) + 1):
-        owners = torch.zeros(20_000, dtype=torch.int64)
+        owners = torch.zeros(plan.peak_bytes, dtype=torch.int64)
         for buffer, offset in zip(plan.buffers, plan.offsets, strict=True):
             if buffer.start <= position <= buffer.end:
                 owners[offset : offset + buffer.nbytes] += 1

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fxzero
+from fxzero.models import GPT, GPT_PRESETS
 from fxzero.rehome import rehome_state
 
 LARGE_BYTES = 64 * 1024
@@ -110,3 +111,35 @@ def test_nothing_large_is_allocated_after_the_warm_up() -> None:
     with Allocations() as eager:
         Large()(x).backward()
     assert len(eager.large) >= 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_allocator_is_asked_for_no_segment_after_the_warm_up() -> None:
+    torch.manual_seed(0)
+    zero = fxzero.compile(GPT(GPT_PRESETS["mini"]), device="cuda")
+    optimizer = torch.optim.AdamW(zero.parameters(), fused=True)
+    ids = torch.randint(0, 4096, (4, 128), device="cuda")
+
+    def step() -> None:
+        zero(input_ids=ids, labels=ids).loss.backward()
+        zero.clip_grad_norm_(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def stats() -> dict[str, int]:
+        torch.cuda.synchronize()
+        now = torch.cuda.memory_stats()
+        names = ("num_device_alloc", "segment.all.allocated", "reserved_bytes.all.current")
+        return {name: now[name] for name in (*names, *failures)}
+
+    failures = ("num_alloc_retries", "num_ooms")
+    before = torch.cuda.memory_stats()  # empty before CUDA is used
+    for _ in range(3):
+        step()
+    warm = stats()
+    for _ in range(5):
+        step()
+        assert stats() == warm
+    assert warm["num_device_alloc"] > 0
+    assert all(warm[name] == before.get(name, 0) for name in failures)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import operator
 
 import pytest
+import torch
+from torch import fx
 
 from fxzero import errors, ops
-from fxzero.ir import Role, StepGraph, gathered_params, operands, release_of, wait_of
-from fxzero.passes import InsertAllGathers, ReleaseParams, RematerializeViews, default_passes
+from fxzero.ir import Role, StepGraph, gathered_params, grad_of, operands, release_of, slot_fqn, wait_of
+from fxzero.passes import InsertAllGathers, KeepGathered, ReleaseParams, RematerializeViews, default_passes
 from fxzero.pipeline import run_passes
 from fxzero.verify import verify_graph, verify_plan
 from tests.toy import toy_step
+
+aten = torch.ops.aten
 
 
 def planned() -> StepGraph:
@@ -82,6 +86,95 @@ def test_read_after_release_is_refused() -> None:
         verify_graph(step)
 
 
+def test_what_is_gathered_is_not_read_before_its_wait() -> None:
+    step = planned()
+    wait = wait_of(step.nodes(Role.ALL_GATHER)[0])
+    output = next(iter(gathered_params(wait).values()))
+    wait.prepend(output)
+    wait.prepend(next(iter(output.users)))
+    with pytest.raises(errors.MalformedGraphError, match=r"stands before 'wait layers\.0\.w \+1', which it reads"):
+        verify_graph(step)
+
+
+def test_read_after_release_is_refused_through_what_is_no_view_but_has_the_memory() -> None:
+    step = planned()
+    wait = wait_of(step.nodes(Role.ALL_GATHER)[0])
+    release = release_of(wait)
+    assert release is not None
+    reshaped = _insert(step, wait.next.next, aten._unsafe_view.default, gathered_params(wait)["layers.0.w"], [-1])
+    _insert(step, release.next, aten.relu.default, reshaped)
+    with pytest.raises(errors.UseAfterReleaseError, match=r"layers\.0\.w is read by 'compute' after its release"):
+        verify_graph(step)
+    step.graph.erase_node(release)
+    ReleaseParams()(step)
+    verify_plan(step)
+
+
+def _insert(step: StepGraph, before: fx.Node, *call: object) -> fx.Node:
+    """A new call of an operator in front of a node."""
+    target, *args = call
+    with step.graph.inserting_before(before):
+        return step.graph.call_function(target, tuple(args))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("through_view", [False, True])
+def test_write_into_a_gathered_param_is_refused(through_view: bool) -> None:
+    step = planned()
+    param = gathered_params(wait_of(step.nodes(Role.ALL_GATHER)[0]))["layers.0.w"]
+    target = next(iter(param.users)) if through_view else param
+    _insert(step, target.next, aten.zero_.default, target)
+    with pytest.raises(errors.ParameterWriteError, match=r"'compute' writes into layers\.0\.w, of which other ranks"):
+        verify_graph(step)
+
+
+def test_write_into_a_shard_is_refused() -> None:
+    step = toy_step()
+    assert step.end_forward is not None
+    row = _insert(step, step.end_forward, aten.select.int, step.param_nodes()["layers.1.w"], 0, 3)
+    _insert(step, step.end_forward, aten.zero_.default, row)
+    with pytest.raises(errors.ParameterWriteError, match=r"'compute' writes into layers\.1\.w"):
+        verify_graph(step)
+
+
+@pytest.mark.parametrize("after_start", [False, True])
+def test_write_to_a_gradient_that_a_reduction_reads_is_refused(after_start: bool) -> None:
+    step = planned()
+    start = step.nodes(Role.REDUCE_SCATTER)[0]
+    slot = operands(start)[0]
+    (memory,) = (node for node in step.nodes(Role.GRAD_SLOT) if slot_fqn(node) == slot.args[1])
+    row = _insert(step, slot, aten.select.int, memory, 0, 3)
+    zero = _insert(step, slot, aten.zero_.default, row)
+    verify_plan(step)
+    (start if after_start else slot).append(zero)
+    with pytest.raises(errors.GradientMemoryError, match="'compute' uses the memory of the gradient of layers.* after"):
+        verify_graph(step)
+
+
+def test_read_of_a_gradient_that_a_reduction_may_change_is_refused() -> None:
+    step = planned()
+    start = step.nodes(Role.REDUCE_SCATTER)[0]
+    written = grad_of(operands(start)[0])
+    _insert(step, start.next, aten.relu.default, written)
+    with pytest.raises(errors.GradientMemoryError, match="after its write_grad, when its reduce may be reading it"):
+        verify_graph(step)
+
+
+def test_gradient_computed_in_the_slot_of_another_is_refused() -> None:
+    step = planned()
+    one, other = step.nodes(Role.WRITE_GRAD)[-2:]
+    other.args = (grad_of(one), other.args[1])
+    with pytest.raises(errors.GradientMemoryError, match="takes what was not computed in its own slot"):
+        verify_graph(step)
+
+
+def test_slot_that_its_write_grad_does_not_take_is_refused() -> None:
+    step = planned()
+    slot = step.nodes(Role.WRITE_GRAD)[0]
+    slot.args = (_insert(step, slot, aten.clone.default, grad_of(slot)), slot.args[1])
+    with pytest.raises(errors.GradientMemoryError, match=r"A grad_slot has the memory of the gradient of layers\.2\.w"):
+        verify_graph(step)
+
+
 def test_second_release_is_refused() -> None:
     step = planned()
     wait = wait_of(step.nodes(Role.ALL_GATHER)[-1])
@@ -113,6 +206,13 @@ def test_gradient_never_reduced_is_refused_in_a_plan() -> None:
     step = toy_step()
     with pytest.raises(errors.GradientReduceError, match="never reduced"):
         run_passes(step, [RematerializeViews(), InsertAllGathers(), ReleaseParams()])
+
+
+def test_gradient_never_reduced_is_refused_where_every_bucket_stays_gathered() -> None:
+    step = toy_step(num_layers=1)
+    stay = KeepGathered(buckets=(("layers.0.w",),), resident=(("layers.0.w",),))
+    with pytest.raises(errors.GradientReduceError, match="never reduced"):
+        run_passes(step, [RematerializeViews(), InsertAllGathers(), stay, ReleaseParams()])
 
 
 def test_bucket_of_frozen_and_trained_params_is_refused() -> None:

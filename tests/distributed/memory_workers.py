@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Literal
 
 import torch
+from torch import Tensor
 
 import fxzero
 from fxzero.passes import default_passes
 from tests.distributed import replicated
+from tests.gradient_copies import copied_bytes
+from tests.test_rehome import Allocations, Large
 
 Batch = replicated.Batch
 ENOUGH = 2**30
@@ -178,3 +183,81 @@ def auto(rank: int, world_size: int) -> None:
     case = replicated.CASES["gpt"]
     zero = fxzero.compile(case.build(), memory_budget="auto", example=case.batch(0, 16))
     assert len(zero.schedule.step.resident) == len(zero.schedule.step.kept) > 0
+
+
+def gradient_copies(rank: int, world_size: int, name: str) -> tuple[int, int]:
+    """Bytes copied into gradient buckets by a backward: measured, and planned."""
+    case = replicated.CASES[name]
+    zero = fxzero.compile(case.build(), passes=default_passes(bucket_bytes=8192))
+    batch = case.batch(rank, 16)
+    zero(**batch).loss.backward()
+    zero.zero_grad()
+    loss = zero(**batch).loss
+    engine = zero._fxzero_engine
+    assert engine.shards is not None
+    arena, params = engine.arena.view(0, 1, torch.uint8), engine.shards.params.segments
+    measured, operators = copied_bytes(
+        loss.backward, {arena.untyped_storage().data_ptr()}, {flat.untyped_storage().data_ptr() for flat in params}
+    )
+    assert "aten.mm.out" in operators
+    return measured, zero.schedule.totals.copied_grad_bytes
+
+
+def planned_and_measured(rank: int, world_size: int, budget: Literal["auto"] | None, no_sync: bool) -> None:
+    """What is held is what was planned, and a steady step of two shapes, with an evaluation, allocates nothing large.
+
+    All activations are below 64 KiB; all shards are larger.
+    """
+    small, large = torch.randn(3, 256), torch.randn(5, 256)
+    passes = default_passes(bucket_bytes=2**18)
+    zero = fxzero.compile(Large(), passes=passes, memory_budget=budget, example=large)
+    assert bool(zero.schedule.step.resident) == (budget is not None)
+    optimizer = torch.optim.AdamW(zero.parameters(), lr=1e-3, fused=True)
+    kinds = ("parameters (shards)", "gradients (shards)", "optimizer state (shards)", "arena")
+    before = zero.schedule.memory.rows()
+
+    def backwards() -> None:
+        with zero.no_sync() if no_sync else contextlib.nullcontext():
+            zero(small).backward()
+        zero.eval()
+        with torch.no_grad():
+            zero(small)
+        zero.train()
+        zero(large).backward()
+        zero.clip_grad_norm_(1.0)
+        optimizer.step()
+
+    for _ in range(2):
+        optimizer.zero_grad()
+        backwards()
+    state = [value for each in optimizer.state.values() for key, value in each.items() if key != "step"]
+    gradients = [param.grad for param in zero.parameters() if param.grad is not None]
+    measured = dict(
+        zip(
+            kinds,
+            [
+                _storage_bytes(param.data for param in zero.parameters()),
+                _storage_bytes(gradients),
+                _storage_bytes(state),
+                zero._fxzero_engine.arena.nbytes,
+            ],
+            strict=True,
+        )
+    )
+    planned = dict(zero.schedule.memory.rows())
+    for rows in (dict(before) | {"arena": planned["arena"]}, planned):  # which grew for a backward that accumulates
+        for kind, nbytes in measured.items():
+            expected = rows[kind]
+            assert expected is not None and nbytes > 2**16
+            assert 0.98 * expected <= nbytes <= expected, (kind, nbytes, expected)
+    backwards()  # adds to the gradients that are there, small as well as large
+    optimizer.zero_grad()
+    with Allocations() as steady:
+        backwards()
+    assert steady.large == [], steady.large
+
+
+def _storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """The bytes of the storages that tensors lie in, each once."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

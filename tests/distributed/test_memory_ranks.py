@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 
 from fxzero.testing import run_ranks
@@ -27,3 +29,11 @@ def test_ranks_with_different_shapes_keep_the_same() -> None:
 
 def test_auto_keeps_what_fits() -> None:
     run_ranks(2, memory_workers.auto)
+
+
+@pytest.mark.parametrize("no_sync", [False, True])
+@pytest.mark.parametrize("budget", [None, "auto"])
+def test_what_is_held_is_what_was_planned_and_steady_steps_allocate_nothing(
+    budget: Literal["auto"] | None, no_sync: bool
+) -> None:
+    run_ranks(2, memory_workers.planned_and_measured, budget, no_sync)
