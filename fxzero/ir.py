@@ -321,10 +321,11 @@ def _given_memory(node: fx.Node) -> fx.Node | None:
     target = cast(Any, maker.target)
     if not compat.is_overload(target) or not maker.args:
         return None
-    if maker is node and (is_view(node) or compat.is_mutable(target)):
+    is_view_by_name = is_view(node) or target is torch.ops.aten._unsafe_view.default
+    if maker is node and (is_view_by_name or compat.is_mutable(target)):
         into = node.kwargs.get("out", node.args[0])
         return into if isinstance(into, fx.Node) else None
-    # Some views do not say that they are: _unsafe_view, unsafe_split. What was traced has their storage, though.
+    # Others, of unsafe_split say, do not say that they are views. What was traced has their storage, though.
     value = node.meta.get("val")
     return next(
         (source for source in maker.all_input_nodes if compat.same_storage(value, source.meta.get("val"))), None
