@@ -19,6 +19,7 @@ from fxzero import agree, ownership, state
 from fxzero.clip import clip_grad_norm_
 from fxzero.engine import Engine, Options
 from fxzero.errors import FxzeroError, InputMismatchError, OptimizerError
+from fxzero.fitting import footprint_of
 from fxzero.layout import LayoutName
 from fxzero.optim import OptimizerGuard, check_optimizer
 from fxzero.passes import Pass, default_passes
@@ -364,7 +365,7 @@ class ZeroModule(nn.Module):
 
     def _memory(self, executable: Executable) -> MemoryReport:
         engine = self._fxzero_engine
-        needed = engine.footprint(executable)
+        needed = footprint_of(engine, executable)
         if state := self._fxzero_guard.state_nbytes:
             needed = replace(needed, held=replace(needed.held, optimizer_state=state))
         return MemoryReport(needed, executable.step, engine.gauge.read() if executable.memory else None)

@@ -117,15 +117,13 @@ def choose(
         return choice
     gaps = _gaps(step)
     limit = budget_bytes - lean.held.total - lean.activation_peak_bytes
-    over = 0
     while kept := _most_bytes(gaps, lean, limit):
-        if kept != choice.kept:  # else the limit has not excluded any of them yet
-            choice = dataclasses.replace(choice, kept=kept)
-            step, needed = plan(choice)
-            over = needed.planned_peak_bytes - budget_bytes
-            if over <= 0:
-                break
-        limit -= over
+        choice = dataclasses.replace(choice, kept=kept)
+        step, needed = plan(choice)
+        over = needed.planned_peak_bytes - budget_bytes
+        if over <= 0:
+            break
+        limit = min(limit - over, _filled_bytes(gaps, lean, kept) - 1)  # the same buckets do not fit again
     else:
         choice = dataclasses.replace(choice, kept=())
         step, _ = plan(choice)
@@ -239,6 +237,15 @@ def _most_bytes(gaps: Sequence[_Gap], lean: Footprint, arena_bytes: int) -> tupl
         room[gap.first : gap.last + 1] += gap.nbytes
         taken_bytes -= gap.nbytes
         index = _next_size(gaps, index)
+
+
+def _filled_bytes(gaps: Sequence[_Gap], lean: Footprint, kept: Sequence[Fqns]) -> int:
+    """The most live bytes of the arena where the gaps of the kept buckets are filled."""
+    live = torch.tensor(live_at(lean.arena.buffers, lean.num_positions), dtype=torch.int64)
+    filled = [gap for gap in gaps if gap.fqns in kept]
+    for gap in filled:
+        live[gap.first : gap.last + 1] += gap.nbytes
+    return max(int(live[gap.first : gap.last + 1].max()) for gap in filled)
 
 
 def _next_size(gaps: Sequence[_Gap], index: int) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import warnings
 import weakref
 from collections import OrderedDict
@@ -23,19 +22,17 @@ from torch import nn
 from fxzero import agree, compat, state
 from fxzero.allocator import give_back_freed_memory
 from fxzero.autograd import Call, StepFunction
-from fxzero.budget import AUTO_SHARE, Choice, choose, free_bytes, least, must_choose
 from fxzero.capture import Captured, capture
 from fxzero.comm import Comm, PlanningComm, make_comm
 from fxzero.errors import CaptureError, FxzeroError, InputMismatchError
-from fxzero.footprint import Footprint, Held, footprint, held_by
+from fxzero.fitting import Fitting
 from fxzero.gauge import MemoryGauge
 from fxzero.gradients import Gradients, Stash
-from fxzero.ir import StepGraph
 from fxzero.layout import Layout, LayoutName, ParamSpec, check_layout
 from fxzero.materialize import check_meta_model
 from fxzero.memory import Arena
 from fxzero.modes import Mode, Orders, Signature
-from fxzero.optim import ParamShard, state_per_element
+from fxzero.optim import ParamShard
 from fxzero.pipeline import Pass
 from fxzero.planner import (
     describe_layout,
@@ -49,7 +46,6 @@ from fxzero.residency import Residency
 from fxzero.runtime import Executable
 from fxzero.shards import Shards, check_storage, spec_of
 from fxzero.signature import CallSpec, flatten_call
-from fxzero.text import format_bytes
 from fxzero.verify import collectives
 
 logger = logging.getLogger(__name__)
@@ -127,9 +123,7 @@ class Engine:
             lambda: this.gradients is not None and this.gradients.are_added_to,
             lambda: (this.version(), 0 if this.gradients is None else this.gradients.version),
         )
-        self._choice: Choice | None = None
-        """What was decided at the first plan with a backward, for all."""
-        self._budget: int | None = None
+        self.fitting = Fitting()
         self._orders = Orders(self.group, self.comm.rank, self.options.timeout)
         self._param_list = list(self.params.values())
         self._addresses: list[int] = []
@@ -316,12 +310,12 @@ class Engine:
         with reporting() if others_wait else nullcontext():
             captured = self._capture(signature, pattern, args, kwargs, with_backward=kind[0])
             passes = in_layout(captured.step, self.options.passes, self.shards.layout if self.shards else None)
-            choice = self._choose(captured.step, passes)
+            choice = self.fitting.choose(self, captured.step, passes)
         if choice is not None:
-            self._choice = self._choice_of_all(choice, topic)
+            self.fitting.agree(self, choice, topic)
             self._plans.clear()  # made before it, of evaluations: they know of no bucket that has a place of its own
         with reporting() if others_wait else nullcontext():
-            plan = make_plan(captured, passes, self._choice)
+            plan = make_plan(captured, passes, self.fitting.choice)
             order = collectives(plan.step)
         if fixes_layout:
             self.fix_layout(layout_of(plan.step, self.options.passes), order)
@@ -331,63 +325,9 @@ class Engine:
         mode = Mode(plan.step.has_backward, *kind[1:], captured.differentiated)
         self._orders.check(mode, signature.flags, order, agreed=fixes_layout)
         executable = Executable(plan, self.shards, self.gradients, self.comm, self.arena, self.residency)
-        self._warn_if_over_budget(executable.step)
+        self.fitting.warn_if_over(self, executable.step)
         executable.example_only = any(leaf[3].type == "meta" for leaf in signature.tensor_leaves)
         return executable, captured.differentiated
-
-    # -- memory --------------------------------------------------------------------------------------------------
-
-    def held(self, step: StepGraph) -> Held:
-        """What this rank holds from step to step beside the arena, under a plan."""
-        layout = self.shards.layout if self.shards is not None else layout_of(step, self.options.passes)
-        buffers = sum(buffer.nbytes for _, buffer in self.named_buffers())
-        state = state_per_element(self.optimizers)
-        return held_by(layout, state_per_element=state, buffers=buffers, synchronize=step.synchronize)
-
-    def footprint(self, executable: Executable) -> Footprint:
-        """The memory of a plan: of the variant of its backward that needs the most of those that ran."""
-        arenas = sorted(executable.memory.values(), key=lambda plan: plan.peak_bytes)
-        arena = arenas[-1] if arenas else None
-        step = executable.step
-        return footprint(step, self.comm, self.held(step), arena=arena, arena_bytes=self.arena.nbytes)
-
-    def _budget_bytes(self) -> int | None:
-        budget = self.options.memory_budget
-        if budget != "auto":
-            return budget
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", self.comm.world_size))
-        free = int(AUTO_SHARE * free_bytes(self.options.device, ranks_here))
-        if self.shards is None:  # what is taken now will be given back
-            return free + sum(param.nbytes for param in self._param_list if not param.is_meta)
-        return free + self.arena.nbytes + self.shards.params.nbytes + self.shards.grads.nbytes
-
-    def _choose(self, step: StepGraph, passes: Sequence[Pass]) -> Choice | None:
-        """What this rank would keep and recompute; None if there is nothing to choose, or not any more."""
-        needed = must_choose(passes, self.options.memory_budget)
-        if self._choice is not None or not needed or not step.has_backward:
-            return None
-        self._budget = self._budget_bytes()
-        return choose(step, passes, self.comm, self.held, self._budget)
-
-    def _choice_of_all(self, own: Choice, topic: str) -> Choice:
-        """The choice of all ranks, whose shapes and free memory may differ."""
-        lines = agree.exchange(self.group, topic, own.lines(), timeout=self.options.timeout)
-        choices = [Choice.of_lines(each) for each in lines]
-        buckets = {fqns for each in choices for fqns in (*(each.kept or ()), *each.resident)}
-        nbytes = {fqns: sum(self.specs[fqn].nbytes for fqn in fqns) for fqns in buckets}
-        return least(choices, nbytes)
-
-    def _warn_if_over_budget(self, step: StepGraph) -> None:
-        """Say that a plan for a later, larger shape needs more than the budget it was not chosen for."""
-        if self._budget is None:
-            return
-        needed = footprint(step, self.comm, self.held(step), accumulate=True).planned_peak_bytes
-        if needed > self._budget:
-            logger.warning(
-                "A step with these inputs needs %s on a rank; memory_budget is %s.",
-                format_bytes(needed),
-                format_bytes(self._budget),
-            )
 
     def _capture(
         self,
