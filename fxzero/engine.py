@@ -242,7 +242,9 @@ class Engine:
         """Run a backward and bring `.grad` of every parameter it reached up to date."""
         gradients = self.gradients
         assert gradients is not None
-        self.residency.look()
+        stays = bool(executable.step.resident)
+        if stays:
+            self.residency.look()
         synchronize = executable.step.synchronize
         variant = gradients.variant(synchronize=synchronize)
         if variant.stash is Stash.FLUSH:
@@ -252,7 +254,8 @@ class Engine:
             gradients.publish(executable.reached, variant)
         else:
             gradients.hold(executable.reached, variant)
-        self.residency.end_backward()
+        if stays:
+            self.residency.end_backward()
         return input_grads
 
     # -- plans ---------------------------------------------------------------------------------------------------

@@ -69,7 +69,10 @@ class Gradients:
         return bool(self._held) or self._has_grad()
 
     def _has_grad(self) -> bool:
-        return any(param.grad is not None for param, _ in self._pairs)
+        for param, _ in self._pairs:  # noqa: SIM110 (a generator would be a call for each parameter)
+            if param.grad is not None:
+                return True
+        return False
 
     def variant(self, *, synchronize: bool) -> Variant:
         """How the coming backward must be bound; settles gradients that it will add to."""
