@@ -13,16 +13,12 @@ min_cut_rematerialization_partition); deviation: pins instead of a ban list per 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from typing import Any
 
 import networkx as nx
 from torch import fx
 
-from fxzero import compat
-from fxzero.ir import NodeInfo, Phase, Role, StepGraph, info, is_pure, memory_of, role, tensor_bytes
-
-Side: TypeAlias = "tuple[fx.Node, str] | str"
-"""A node of the flow network: the value before ("in") and after ("out") it is saved, or one of the two ends."""
+from fxzero.ir import NodeInfo, Phase, Role, StepGraph, info, is_pure, memory_of, role, tensor_bytes, written_by
 
 
 class Copies:
@@ -81,20 +77,13 @@ def recomputable(step: StepGraph) -> set[fx.Node]:
 
     Not those that draw, that write, or that read what is written.
     """
-    written = {
-        memory_of(node) for node in step.nodes(Role.COMPUTE) if compat.is_overload(node.target) and not is_pure(node)
-    }
-    written = {memory for memory in written if any(_writes(node, memory) for node in step.nodes(Role.COMPUTE))}
+    written = {memory_of(target) for node in step.nodes(Role.COMPUTE) for target in written_by(node)}
     _, forward = next(step.phases())
     return {
         node
         for node in forward
         if is_pure(node) and not any(memory_of(value) in written for value in (node, *node.all_input_nodes))
     }
-
-
-def _writes(node: fx.Node, memory: fx.Node) -> bool:
-    return compat.is_overload(node.target) and compat.is_mutable(node.target) and memory_of(node) is memory
 
 
 def choose_saved(step: StepGraph, is_pinned: Callable[[fx.Node], bool]) -> tuple[set[fx.Node], set[fx.Node]]:
