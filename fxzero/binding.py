@@ -42,13 +42,13 @@ EFFORT = 5
 
 
 def plan_arena(step: StepGraph, comm: Comm, variant: Variant) -> tuple[MemoryPlan, Placed]:
-    """Place the communication memory of one variant of a step.
+    """Place the communication memory of one variant of a step, and those temporaries that have a place.
 
     If forward keeps buckets, what all variants need lies at the same place in all of them, so that whichever backward
     follows finds them; what only an accumulating backward needs is placed around it.
 
     Returns:
-        The plan, and each buffer and its offset in bytes, by kind and the start of its collective.
+        The plan, and each buffer and its offset in bytes, by kind and the start of its collective, or the node.
     """
     common: dict[tuple[str, fx.Node], Buffer] = {}  # what all variants need
     extra: dict[tuple[str, fx.Node], Buffer] = {}

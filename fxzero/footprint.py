@@ -1,8 +1,9 @@
 """What a step needs of a rank's memory, in bytes, by kind and position: held, in the arena, and in activations.
 
 held          parameter, gradient and optimizer shards, buffers: there from step to step
-arena         gathered and gradient buckets, what reductions work in: one block, planned, there from step to step
-activations   what operators allocate, saved for backward or temporary: the allocator's, known ahead of time
+arena         one planned block, there from step to step: gathered and gradient buckets, what reductions work in, and
+              large temporary activations on the CPU
+activations   what else operators make, saved for backward or temporary: the allocator's, known ahead of time
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Footprint:
 
     @property
     def activation_peak_bytes(self) -> int:
-        """Largest sum of saved and temporary activations."""
+        """Largest sum of activations that have no place in the arena."""
         return max(live_bytes(self.activations), default=0)
 
     @property

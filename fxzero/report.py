@@ -21,8 +21,8 @@ STAGING = ("staging",)
 class MemoryReport:
     """The memory of one rank for one plan, in bytes; print it.
 
-    Gathered and gradient buckets share one arena, and take its bytes in turn; the optimizer's state is that of the
-    optimizer given to compile, or as of AdamW, until it is there.
+    Gathered buckets, gradient buckets and large temporaries share one arena, and take its bytes in turn; the
+    optimizer's state is that of the optimizer given to compile, or as of AdamW, until it is there.
     """
 
     footprint: Footprint
