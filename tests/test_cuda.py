@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 import pytest
@@ -179,6 +179,7 @@ def simulate(
     layout: LayoutName = "contiguous",
     dtypes: dict[str, Any] | None = None,
     narrowed: int = -1,
+    param_dtype: torch.dtype = torch.float32,
 ) -> Simulation:
     """Walk a schedule.
 
@@ -188,6 +189,7 @@ def simulate(
     """
     step = toy_step(num_layers=6, world_size=4)
     step.layout = layout
+    step.params = {fqn: replace(param, dtype=param_dtype) for fqn, param in step.params.items()}
     run_passes(step, default_passes(bucket_bytes=2**14, prefetch_bytes=2**15, reduce_bytes=2**15, **(dtypes or {})))
     for index, start in enumerate(step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER)):
         if index % narrowed:
@@ -209,13 +211,14 @@ def test_conflicting_accesses_are_ordered_when_buffers_share_bytes(accumulate: b
 
 
 @pytest.mark.parametrize("narrowed", [1, 2, 3])
+@pytest.mark.parametrize("param_dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("gather_dtype", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_conflicting_accesses_are_ordered_when_some_collectives_are_narrow(
-    accumulate: bool, gather_dtype: torch.dtype, narrowed: int
+    accumulate: bool, gather_dtype: torch.dtype, param_dtype: torch.dtype, narrowed: int
 ) -> None:
     dtypes = {"gather_dtype": gather_dtype, "reduce_dtype": torch.bfloat16}
-    assert simulate(accumulate, dtypes=dtypes, narrowed=narrowed).conflicts > 20
+    assert simulate(accumulate, dtypes=dtypes, narrowed=narrowed, param_dtype=param_dtype).conflicts > 20
 
 
 @pytest.mark.parametrize("layout", get_args(LayoutName))

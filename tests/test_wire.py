@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import fxzero
 from fxzero.comm import PlanningComm
+from fxzero.gloo import GlooComm
 from fxzero.layout import Bucket, ParamSpec
 from fxzero.narrow import bind_narrow_reduce, pack, reduce_scratch_nbytes, unpack
 from fxzero.passes import NarrowAllGathers, NarrowReduceScatters, default_passes
@@ -137,6 +138,51 @@ def test_sums_are_of_rounded_terms_in_order_and_allocate_nothing(accumulate: boo
     expected = ((terms[0].float() + terms[1].float()) + terms[2].float()) / 3
     assert torch.equal(shard, expected + 0.5 if accumulate else expected)
     assert large_allocations(bound.wait) == []
+
+
+class Messages:
+    """A process group of 3 in which messages arrive at once, but are sent only when that is waited for."""
+
+    def __init__(self) -> None:
+        self.unsent: list[Message] = []
+
+    def rank(self) -> int:
+        return 1
+
+    def size(self) -> int:
+        return 3
+
+    def recv(self, into: list[Tensor], peer: int, tag: int) -> Message:
+        return Message([])
+
+    def send(self, message: list[Tensor], peer: int, tag: int) -> Message:
+        self.unsent.append(Message(self.unsent))
+        return self.unsent[-1]
+
+
+class Message:
+    def __init__(self, unsent: list[Message]) -> None:
+        self.unsent = unsent
+
+    def wait(self) -> None:
+        if self in self.unsent:
+            self.unsent.remove(self)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_row_is_sent_when_its_staging_bytes_are_free_again(in_place: bool) -> None:
+    group, bucket = Messages(), bucket_of(1000, 3)
+    comm = GlooComm(group)  # type: ignore[arg-type]
+    full = torch.zeros(bucket.numel)
+    shard = full.split(bucket.shard_numel)[1] if in_place else torch.zeros(bucket.shard_numel)
+    start, wait = comm.bind_gather(bucket, shard, full)
+    assert start is not None and wait is not None
+    start()
+    assert len(group.unsent) == 2
+    wait()
+    assert len(group.unsent) == (0 if in_place else 2)
+    comm.drain()
+    assert not group.unsent
 
 
 def test_a_rank_that_is_alone_rounds_nothing() -> None:
