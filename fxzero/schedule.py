@@ -75,7 +75,7 @@ class Totals:
     reduced_bytes: int
     """Bytes sent by reduce-scatters, likewise."""
     gathered_peak_bytes: int
-    """Largest sum of the bytes of gathered buckets, from a start to its release."""
+    """Largest sum of the bytes of gathered buckets, from a start to its release; those that travel until its wait."""
     copied_grad_bytes: int
     """Bytes of gradients that are computed elsewhere and copied to their bucket; the others are computed in it."""
     interleaved_copy_bytes: int
@@ -111,14 +111,19 @@ def end_of_phase(step: StepGraph, node: fx.Node) -> fx.Node:
 def live_bytes(step: StepGraph, *roles: Role) -> dict[fx.Node, int]:
     """Bytes of gathered buckets (ALL_GATHER) and gradient buckets (REDUCE_SCATTER) that are live after each node.
 
-    A rank that is alone gathers nothing: its shards are the buckets.
+    What is staged counts with the bytes that travel, from start to wait. A rank that is alone gathers nothing: its
+    shards are the buckets.
     """
     positions = step.positions()
     change = dict.fromkeys(positions, 0)
     for start in step.nodes(*roles) if step.world_size > 1 else []:
+        begin, end = live_from(step, start, positions), live_until(step, start)
         nbytes = step.bucket_of(start).nbytes
-        change[live_from(step, start, positions)] += nbytes
-        change[live_until(step, start)] -= nbytes
+        change[begin] += nbytes
+        change[end] -= nbytes
+        saved = nbytes - step.wire_bucket_of(start).nbytes
+        change[start] -= saved
+        change[wait_of(start)] += saved
     return dict(zip(change, itertools.accumulate(change.values()), strict=True))
 
 

@@ -100,7 +100,8 @@ def large_allocations(call: Callable[[], object]) -> list[tuple[str, int]]:
     call()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         call()
-    return [(event.name, event.cpu_memory_usage) for event in seen.events() if event.cpu_memory_usage >= 2**14]
+    events: Any = seen.events()
+    return [(event.name, event.cpu_memory_usage) for event in events if event.cpu_memory_usage >= 2**14]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

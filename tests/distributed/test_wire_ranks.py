@@ -17,8 +17,9 @@ DTYPES = [(BF16, None), (None, BF16), (BF16, BF16), (INT8, None), (INT8, BF16)]
 KEEP_ALL = {"max_kept_bytes": None}
 
 
-@pytest.mark.parametrize("gather_dtype, reduce_dtype", DTYPES)
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize(
+    "world_size, gather_dtype, reduce_dtype", [*((2, *each) for each in DTYPES), (3, BF16, BF16), (3, INT8, BF16)]
+)
 def test_training_equals_that_with_rounded_parameters_and_gradients(
     world_size: int, gather_dtype: torch.dtype | None, reduce_dtype: torch.dtype | None
 ) -> None:
@@ -36,8 +37,7 @@ def test_training_equals_the_rounded_one_for_other_models(name: str, gather_dtyp
         assert ("received as bfloat16" if gather_dtype is BF16 else "received as int8/256") in header
 
 
-@pytest.mark.parametrize("no_sync", [False, True])
-@pytest.mark.parametrize("sizes", [None, KEEP_ALL])
+@pytest.mark.parametrize("no_sync, sizes", [(False, KEEP_ALL), (True, None)])
 def test_accumulated_gradients_equal_the_rounded_ones(no_sync: bool, sizes: dict[str, Any] | None) -> None:
     arguments = {"micro_batches": 3, "no_sync": no_sync, "sizes": sizes}
     run_ranks(2, _train, "gpt", INT8, BF16, arguments)
@@ -61,9 +61,8 @@ def test_kept_buckets_are_gathered_again_in_their_type(gather_dtype: torch.dtype
     run_ranks(2, workers.two_forwards_then_backwards, gather_dtype)
 
 
-@pytest.mark.parametrize("no_sync", [False, True])
-def test_buckets_that_stay_train_the_same(no_sync: bool) -> None:
-    run_ranks(2, memory_workers.accumulate, no_sync, {"gather_dtype": INT8, "reduce_dtype": BF16})
+def test_buckets_that_stay_train_the_same() -> None:
+    run_ranks(2, memory_workers.accumulate, False, {"gather_dtype": INT8, "reduce_dtype": BF16})
 
 
 @pytest.mark.parametrize("budget", [None, "auto"])
@@ -78,10 +77,9 @@ def test_backend_that_sums_does_so_in_the_type_that_travels(micro_batches: int) 
     run_ranks(3, workers.sums_in_bfloat16, micro_batches)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_bytes_of_messages_are_those_of_the_schedule(world_size: int) -> None:
+def test_bytes_of_messages_are_those_of_the_schedule() -> None:
     plain, bf16, int8 = [
-        run_ranks(world_size, workers.count_bytes, *dtypes)[0] for dtypes in ((None, None), (BF16, BF16), (INT8, BF16))
+        run_ranks(3, workers.count_bytes, *dtypes)[0] for dtypes in ((None, None), (BF16, BF16), (INT8, BF16))
     ]
     for gathered, reduced, seen in (plain, bf16, int8):
         assert gathered + reduced == seen

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +76,7 @@ class Rounding:
             losses.append(loss.detach())
             trained = [fqn for fqn, param in params.items() if param.requires_grad]
             grads = torch.autograd.grad(loss, [params[fqn] for fqn in trained], allow_unused=True)
-            for fqn, grad in zip(trained, grads, strict=True):
+            for fqn, grad in zip(trained, cast("tuple[Tensor | None, ...]", grads), strict=True):
                 if grad is not None:
                     unsent[fqn] = grad + unsent[fqn] if fqn in unsent else grad
         if synchronize:
@@ -116,7 +116,7 @@ def train(
     passes = default_passes(**(SIZES | (sizes or {})), gather_dtype=gather_dtype, reduce_dtype=reduce_dtype)
     zero = fxzero.compile(model, passes=passes, layout=layout)
     optimizers = [torch.optim.AdamW(module.parameters(), lr=1e-2, foreach=False) for module in (zero, reference.model)]
-    engine = zero._fxzero_engine
+    engine, batches = zero._fxzero_engine, list[replicated.Batch]()
     for step in range(3):
         for micro in range(micro_batches):
             synchronize = not no_sync or micro == micro_batches - 1
