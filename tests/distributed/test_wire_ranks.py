@@ -18,20 +18,21 @@ KEEP_ALL = {"max_kept_bytes": None}
 
 
 @pytest.mark.parametrize(
-    "world_size, gather_dtype, reduce_dtype", [*((2, *each) for each in DTYPES), (3, BF16, BF16), (3, INT8, BF16)]
+    "name, world_size, gather_dtype, reduce_dtype",
+    [*(("net", 2, *each) for each in DTYPES), ("gpt", 2, BF16, BF16), ("gpt", 3, INT8, BF16)],
 )
 def test_training_equals_that_with_rounded_parameters_and_gradients(
-    world_size: int, gather_dtype: torch.dtype | None, reduce_dtype: torch.dtype | None
+    name: str, world_size: int, gather_dtype: torch.dtype | None, reduce_dtype: torch.dtype | None
 ) -> None:
-    (header,) = {s.splitlines()[0] for s in run_ranks(world_size, workers.train, "gpt", gather_dtype, reduce_dtype)}
+    (header,) = {s.splitlines()[0] for s in run_ranks(world_size, workers.train, name, gather_dtype, reduce_dtype)}
     assert ("received as " in header) == (gather_dtype is not None)
     assert ("sent as bfloat16" in header) == (reduce_dtype is not None)
 
 
 @pytest.mark.parametrize("gather_dtype", [BF16, INT8])
-@pytest.mark.parametrize("name", ["mixed", "mlp", "roberta"])
+@pytest.mark.parametrize("name", ["mixed", "mlp"])
 def test_training_equals_the_rounded_one_for_other_models(name: str, gather_dtype: torch.dtype) -> None:
-    """Parameters of three dtypes, frozen, tied, empty and unused ones; odd sizes; dropout."""
+    """Parameters of three dtypes, frozen, tied, empty and unused ones; odd sizes."""
     (header,) = {s.splitlines()[0] for s in run_ranks(3, workers.train, name, gather_dtype, BF16)}
     if name == "mixed":  # whose bfloat16 buckets get no narrower by bfloat16
         assert ("received as bfloat16" if gather_dtype is BF16 else "received as int8/256") in header
@@ -40,7 +41,7 @@ def test_training_equals_the_rounded_one_for_other_models(name: str, gather_dtyp
 @pytest.mark.parametrize("no_sync, sizes", [(False, KEEP_ALL), (True, None)])
 def test_accumulated_gradients_equal_the_rounded_ones(no_sync: bool, sizes: dict[str, Any] | None) -> None:
     arguments = {"micro_batches": 3, "no_sync": no_sync, "sizes": sizes}
-    run_ranks(2, _train, "gpt", INT8, BF16, arguments)
+    run_ranks(2, _train, "net", INT8, BF16, arguments)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -56,9 +57,8 @@ def test_norm_is_that_of_the_reduced_gradients() -> None:
     run_ranks(2, workers.clipped)
 
 
-@pytest.mark.parametrize("gather_dtype", [BF16, INT8])
-def test_kept_buckets_are_gathered_again_in_their_type(gather_dtype: torch.dtype) -> None:
-    run_ranks(2, workers.two_forwards_then_backwards, gather_dtype)
+def test_kept_buckets_are_gathered_again_in_their_type() -> None:
+    run_ranks(2, workers.two_forwards_then_backwards, INT8)
 
 
 def test_buckets_that_stay_train_the_same() -> None:
