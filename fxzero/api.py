@@ -48,6 +48,8 @@ def compile(
     passes: Sequence[Pass] | None = None,
     timeout: timedelta = timedelta(minutes=5),
     layout: LayoutName = "contiguous",
+    gather_dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype | None = None,
 ) -> ZeroModule:
     """Take a model over and train it by ZeRO stage 3 on a schedule that is written before it runs.
 
@@ -79,6 +81,11 @@ def compile(
         layout: how a bucket of parameters is cut. "contiguous": as one flat buffer, so that collectives move parameters
             and gradients straight into place. "interleaved": each parameter by itself, as DeepSpeed does, so that each
             gather and each reduce copies its bucket; the same training bit for bit, as a reference to measure against.
+        gather_dtype: in which parameters travel: torch.bfloat16, or torch.int8 with a scale for every 256 elements. The
+            step then computes with parameters rounded so, in their own dtype; the optimizer updates exact shards, which
+            state dicts hold. Default: their own, as for one rank alone and for parameters that are as narrow already.
+        reduce_dtype: in which gradients travel: torch.bfloat16. Sums over micro-batches, and on gloo also those over
+            ranks, are made in their own dtype. Default: their own.
 
     Returns:
         The module to call and train.
@@ -89,7 +96,10 @@ def compile(
         ValueError: options contradict each other, or there is no such layout.
         CaptureError, RankMismatchError, PlanError: with `example`; else the first call raises them.
     """
-    chosen = _choose_passes(passes, memory_budget, reshard_after_forward, stage, recompute)
+    if gather_dtype is torch.int8 and layout == "interleaved":
+        raise ValueError("gather_dtype=torch.int8 quantises whole shards; pass layout='contiguous', or torch.bfloat16.")
+    wire_dtypes = gather_dtype, reduce_dtype
+    chosen = _choose_passes(passes, memory_budget, reshard_after_forward, stage, recompute, wire_dtypes)
     process_group = _choose_group(process_group)
     with agree.reporting_failure(process_group, "layout"):  # the other ranks wait for this one with what they compiled
         ownership.check_model(model)
@@ -131,6 +141,7 @@ def _choose_passes(
     reshard_after_forward: bool | None,
     stage: int | None,
     recompute: Literal["none", "full"] | int,
+    wire_dtypes: tuple[torch.dtype | None, torch.dtype | None],
 ) -> tuple[Pass, ...]:
     """The passes that the options ask for.
 
@@ -151,8 +162,18 @@ def _choose_passes(
     if passes is not None:
         if reshard is not None or recompute != "none":
             raise ValueError("passes= is the whole list: drop stage, reshard_after_forward and recompute, or passes.")
+        if wire_dtypes != (None, None):
+            raise ValueError(
+                "passes= is the whole list: give default_passes() gather_dtype and reduce_dtype, or drop passes."
+            )
         return tuple(passes)
-    return default_passes(max_kept_bytes=None if reshard is False else 0, recompute=recompute)
+    gather_dtype, reduce_dtype = wire_dtypes
+    return default_passes(
+        max_kept_bytes=None if reshard is False else 0,
+        recompute=recompute,
+        gather_dtype=gather_dtype,
+        reduce_dtype=reduce_dtype,
+    )
 
 
 def _choose_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:

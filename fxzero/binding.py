@@ -21,7 +21,18 @@ from fxzero.cuda import Events, Placed, plan_cuda_events
 from fxzero.errors import PlanError
 from fxzero.gradients import Gradients, Stash, Variant
 from fxzero.interleave import copy_in, copy_out
-from fxzero.ir import Role, StepGraph, grad_fqn, is_gather, is_gathered_param, members, operands, role, started_by
+from fxzero.ir import (
+    Role,
+    StepGraph,
+    grad_fqn,
+    is_gather,
+    is_gathered_param,
+    members,
+    operands,
+    role,
+    started_by,
+    wire_format,
+)
 from fxzero.layout import ALIGNMENT_BYTES, Bucket, InterleavedBucket, align
 from fxzero.memory import (
     Arena,
@@ -31,11 +42,14 @@ from fxzero.memory import (
     gradient_buffers,
     plan_around,
     plan_memory,
+    quantize_buffers,
     resident_buffers,
     staging_buffers,
     working_buffers,
 )
+from fxzero.narrow import bind_narrow_reduce, pack, reduce_scratch_nbytes, unpack
 from fxzero.shards import Shards, unflatten
+from fxzero.wire import SCALE_DTYPE
 
 EFFORT = 5
 """Of the search for the arena's offsets: a fraction of a second where the lower bound is out of reach."""
@@ -59,13 +73,11 @@ def plan_arena(step: StepGraph, comm: Comm, variant: Variant) -> tuple[MemoryPla
         common |= {("gather", start): buffer for start, buffer in gather_buffers(step).items()} | gradients
     common |= {("temporary", node): placed.buffer for node, placed in placed_temporaries(step).items()}
     common |= {("staging", start): buffer for start, buffer in staging_buffers(step).items()}
+    common |= {("quantize", start): buffer for start, buffer in quantize_buffers(step).items()}
     reduces = {start: step.bucket_of(start) for start in step.nodes(Role.REDUCE_SCATTER)}
     for needed, accumulate in ((common, False), (extra, True)):
         if variant.accumulate or not accumulate:
-            nbytes = {
-                start: comm.reduce_scratch_numel(bucket, accumulate=accumulate) * bucket.dtype.itemsize
-                for start, bucket in reduces.items()
-            }
+            nbytes = {start: _scratch_nbytes(step, comm, start, accumulate=accumulate) for start in reduces}
             needed |= {("scratch", start): buffer for start, buffer in working_buffers(step, "scratch", nbytes).items()}
     some = {start: bucket.shard_nbytes for start, bucket in reduces.items() if is_partial(step, start)}
     common |= {("partial", start): buffer for start, buffer in working_buffers(step, "partial", some).items()}
@@ -81,6 +93,14 @@ def plan_arena(step: StepGraph, comm: Comm, variant: Variant) -> tuple[MemoryPla
     gathers = {members(start): start for start in step.nodes(Role.ALL_GATHER)}
     homes = {("gather", gathers[fqns]): placed[i] for i, fqns in enumerate(resident) if fqns in gathers}
     return plan, homes | dict(zip([*common, *extra], placed[len(resident) :], strict=True))
+
+
+def _scratch_nbytes(step: StepGraph, comm: Comm, start: fx.Node, *, accumulate: bool) -> int:
+    """Bytes that a reduce-scatter works in."""
+    bucket, format = step.bucket_of(start), wire_format(start)
+    if format is not None:
+        return reduce_scratch_nbytes(comm, bucket, format, accumulate=accumulate)
+    return comm.reduce_scratch_numel(bucket, accumulate=accumulate) * bucket.dtype.itemsize
 
 
 @dataclass
@@ -102,7 +122,7 @@ class Binder:
     slots: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     """The slot of each gradient, by parameter."""
     copies: dict[fx.Node, Callable[[], object]] = field(default_factory=dict[fx.Node, Callable[[], object]])
-    """What fills the staging buffer of a reduce_scatter, on the compute stream."""
+    """What fills the staging buffer of a start with what it sends, on the compute stream."""
 
     def bind(self) -> dict[str, Callable[..., Any]]:
         """Make the globals of the generated code and define its functions in them.
@@ -187,19 +207,35 @@ class Binder:
         bucket = self._layout_bucket(start)
         shard = full = self.shards.params.parts[bucket]
         if not self.comm.gathers_in_place:
-            full = self._view("gather", start, bucket.numel)
+            full = self._view("gather", start, bucket)
         self.gathered[start] = unflatten(bucket, full)
-        if isinstance(bucket, InterleavedBucket):
-            staging = self._view("staging", start, bucket.numel)
-            bound = self.comm.bind_gather(bucket, shard, staging)
-            bound = Bound(bound.start, _in_turn(bound.wait, copy_out(bucket, staging, full)))
+        if self.step.is_staged(start):
+            bound = self._bind_staged_gather(start, bucket, shard, full)
         else:
             bound = self.comm.bind_gather(bucket, shard, full)
         self._bind_collective(start, bound)
 
-    def _view(self, kind: str, start: fx.Node, numel: int) -> torch.Tensor:
-        """The memory of a collective in the arena, flat."""
-        return self.arena.view(self.placed[kind, start][1], numel, self.step.bucket_of(start).dtype)
+    def _bind_staged_gather(self, start: fx.Node, bucket: Bucket, shard: torch.Tensor, full: torch.Tensor) -> Bound:
+        """Gather into a staging buffer, whose own row is what this rank sends if the type is another."""
+        travels, format = self.step.wire_bucket_of(start), wire_format(start)
+        staging, work = self._view("staging", start, travels), None
+        if format is not None:
+            if ("quantize", start) in self.placed:
+                numel, dtype = bucket.shard_numel, SCALE_DTYPE
+                work = self.arena.view(self.placed["quantize", start][1], numel, dtype)
+            row = staging.split(travels.shard_numel)[self.comm.rank]
+            self.copies[start], shard = pack(format, shard, row, work), row
+        bound = self.comm.bind_gather(travels, shard, staging)
+        if isinstance(bucket, InterleavedBucket):
+            bring = copy_out(bucket, staging, full)
+        else:
+            assert format is not None
+            bring = unpack(format, bucket, staging, full, work)
+        return Bound(bound.start, _in_turn(bound.wait, bring))
+
+    def _view(self, kind: str, start: fx.Node, bucket: Bucket) -> torch.Tensor:
+        """The memory of a collective in the arena, flat, `[bucket.numel]`."""
+        return self.arena.view(self.placed[kind, start][1], bucket.numel, bucket.dtype)
 
     def _bind_collective(self, start: fx.Node, bound: Bound) -> None:
         self.names[start.name] = bound.start or _nothing
@@ -209,25 +245,23 @@ class Binder:
         """Bind one reduce-scatter, and the slots of its bucket."""
         bucket, variant = self._layout_bucket(start), self.variant
         shard = full = self.shards.grad_shard(bucket)
-        scratch = None
-        if ("scratch", start) in self.placed:
-            numel = self.comm.reduce_scratch_numel(bucket, accumulate=variant.accumulate)
-            scratch = self._view("scratch", start, numel)
-        in_arena = ("gradient", start) in self.placed
+        in_arena, is_staged = ("gradient", start) in self.placed, self.step.is_staged(start)
         if in_arena:
-            full = self._view("gradient", start, bucket.numel)
-        sent = self._view("staging", start, bucket.numel) if bucket.interleaved else full
+            full = self._view("gradient", start, bucket)
+        sent = self._view("staging", start, self.step.wire_bucket_of(start)) if is_staged else full
         clear = _padding(bucket, full) if in_arena else []
         if in_arena and is_partial(self.step, start):
-            bound = self._bind_partial(bucket, start, sent, scratch)
+            bound = self._bind_partial(bucket, start, sent)
             clear += [view for fqn, view in unflatten(bucket, full).items() if fqn not in members(start)]
         else:
-            bound = self.comm.bind_reduce(bucket, sent, scratch, shard, accumulate=variant.accumulate)
+            bound = self._reduce_into(shard, bucket, start, sent, accumulate=variant.accumulate)
         before: list[Callable[[], object]] = [partial(compat.zero_all, clear)] if clear else []
         if variant.stash is Stash.FLUSH:
             before.append(partial(full.add_, self.gradients.unsharded_bucket(bucket)))
-        if isinstance(bucket, InterleavedBucket):
-            self.copies[start] = _in_turn(*before, copy_in(bucket, full, sent))
+        if is_staged:
+            is_interleaved = isinstance(bucket, InterleavedBucket)
+            bring = copy_in(bucket, full, sent) if is_interleaved else partial(sent.copy_, full)
+            self.copies[start] = _in_turn(*before, bring)
         elif before:
             bound = Bound(_in_turn(*before, bound.start), bound.wait)
         self._bind_collective(start, bound)
@@ -237,10 +271,24 @@ class Binder:
             self.slots[fqn] = views[fqn]
             self.names[slot.name] = _writer(views[fqn], slot, add=False)
 
-    def _bind_partial(self, bucket: Bucket, start: fx.Node, full: torch.Tensor, scratch: torch.Tensor | None) -> Bound:
+    def _reduce_into(
+        self, shard: torch.Tensor, bucket: Bucket, start: fx.Node, sent: torch.Tensor, *, accumulate: bool
+    ) -> Bound:
+        """Average what is sent, in the collective's wire format, into a shard."""
+        placed, format = self.placed.get(("scratch", start)), wire_format(start)
+        nbytes = _scratch_nbytes(self.step, self.comm, start, accumulate=accumulate)
+        scratch = self.arena.view(placed[1], nbytes, torch.uint8) if placed else None
+        if format is not None:
+            assert scratch is not None
+            return bind_narrow_reduce(self.comm, bucket, format, sent, scratch, shard, accumulate=accumulate)
+        if scratch is not None:
+            scratch = scratch.view(bucket.dtype)
+        return self.comm.bind_reduce(bucket, sent, scratch, shard, accumulate=accumulate)
+
+    def _bind_partial(self, bucket: Bucket, start: fx.Node, sent: torch.Tensor) -> Bound:
         """Reduce a whole bucket aside and keep the slices of some members."""
-        room = self._view("partial", start, bucket.shard_numel)
-        bound = self.comm.bind_reduce(bucket, full, scratch, room, accumulate=False)
+        room = self.arena.view(self.placed["partial", start][1], bucket.shard_numel, bucket.dtype)
+        bound = self._reduce_into(room, bucket, start, sent, accumulate=False)
         keep: list[Callable[[], object]] = []
         for param in bucket.params:
             if param.fqn in members(start):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import Literal, NamedTuple, NoReturn
 
@@ -52,9 +52,17 @@ class Comm(ABC):
         Overwriting needs no more than accumulating.
         """
 
+    @property
+    def sums_locally(self) -> bool:
+        """True if reduce-scatters are an exchange and sums of our own, which may be wider than what travels."""
+        return False
+
     @abstractmethod
     def bind_gather(self, bucket: Bucket, shard: Tensor, full: Tensor) -> Bound:
-        """Gather `shard` [shard_numel] of every rank into `full` [numel]. At world size 1 both are the same memory."""
+        """Gather `shard` [shard_numel] of every rank into `full` [numel]. At world size 1 both are the same memory.
+
+        If `shard` is this rank's slice of `full`, which need not persist, it is sent by the end of the wait.
+        """
 
     @abstractmethod
     def bind_reduce(
@@ -67,6 +75,13 @@ class Comm(ABC):
             scratch: at least `reduce_scratch_numel(bucket, accumulate=accumulate)` elements; may be None if that is 0.
             accumulate: add the average to `shard` at the wait; else overwrite it, from the start on.
         """
+
+    def bind_exchange(self, bucket: Bucket, sent: Tensor, received: Sequence[Tensor]) -> Bound:
+        """Send the r-th slice of `sent` [numel] to rank r and receive from it `received[r]` [shard_numel].
+
+        The rank's own entry of `received` is left alone. Only where `sums_locally`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} reduces by its backend")
 
     @abstractmethod
     def all_reduce(self, tensor: Tensor, op: Literal["sum", "max"] = "sum") -> None:
@@ -150,6 +165,10 @@ class PlanningComm(Comm):
     def __init__(self, rank: int, world_size: int, device: str | torch.device = "cpu") -> None:
         super().__init__(rank, world_size)
         self.device = torch.device(device)
+
+    @property
+    def sums_locally(self) -> bool:
+        return self.device.type == "cpu"
 
     def reduce_scratch_numel(self, bucket: Bucket, *, accumulate: bool = True) -> int:
         if self.world_size == 1:

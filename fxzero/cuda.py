@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import fx
 
-from fxzero.ir import Role, StepGraph, is_gather, role, wait_of
+from fxzero.ir import Role, StepGraph, is_gather, role, wait_of, wire_format
 from fxzero.memory import Buffer
-from fxzero.streams import BEGIN, CudaStreams, plan_events, queues_of, readers_of, requirements
+from fxzero.streams import BEGIN, CudaStreams, plan_events, queues_of, readers_of, requirements, works_at_wait
 
 Placed = Mapping[tuple[str, fx.Node], tuple[Buffer, int]]
 """Each buffer of an arena and its offset in bytes, by kind and the start of its collective."""
@@ -20,10 +20,12 @@ def occupied_before(step: StepGraph, placed: Placed, *, accumulate: bool) -> dic
     """For each start, the compute nodes that used the bytes which its collective overwrites.
 
     A gather writes its bucket and a reduce-scatter its scratch, on the communication stream; compute reads gathered
-    parameters, and adds from scratch at the wait of an accumulating reduce-scatter. In an interleaved layout a gather
-    writes its staging buffer, from which compute copies at its wait; the bucket, and the staging buffer of a
-    reduce-scatter, are written by compute, which has waited for all collectives that used their bytes.
+    parameters, and reads scratch at the wait of a reduce-scatter that accumulates or travels in another type. A staged
+    gather writes its staging buffer, from which compute copies at its wait; the bucket, and the staging buffer of a
+    reduce-scatter, are written by compute, which has waited for all collectives that used their bytes. So is the rank's
+    own row in the staging buffer of what travels in another type: the start waits for that, and so for all before it.
     """
+    at = step.positions()
     before: dict[fx.Node, list[fx.Node]] = {}
     for (kind, start), (buffer, offset) in placed.items():
         if not _written_by_start(step, kind, start):
@@ -32,19 +34,21 @@ def occupied_before(step: StepGraph, placed: Placed, *, accumulate: bool) -> dic
             apart = offset + buffer.nbytes <= other_offset or other_offset + earlier.nbytes <= offset
             if earlier.end >= buffer.start or apart:
                 continue
-            copies = is_gather(other) and step.bucket_of(other).interleaved
             if other_kind == "gather":
                 before.setdefault(start, []).extend(readers_of(other))
-            if copies or (other_kind in ("scratch", "partial") and accumulate):
-                before.setdefault(start, []).append(wait_of(other))
+            is_read_at_wait = is_gather(other) or other_kind in ("scratch", "partial")
+            if is_read_at_wait and works_at_wait(step, other, accumulate=accumulate):
+                wait = wait_of(other)
+                if at[wait] <= earlier.end:  # else only its start used them, for whose work later starts wait too
+                    before.setdefault(start, []).append(wait)
     return before
 
 
 def _written_by_start(step: StepGraph, kind: str, start: fx.Node) -> bool:
     """False for memory that only compute writes."""
     if kind == "staging":
-        return is_gather(start)
-    return kind != "gradient" and not (kind == "gather" and step.bucket_of(start).interleaved)
+        return is_gather(start) and wire_format(start) is None
+    return kind not in ("gradient", "quantize") and not (kind == "gather" and step.is_staged(start))
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,12 @@ class MissingWaitError(ScheduleError):
     """A collective is started and never waited for, or waited for twice. Cure: one wait for each start."""
 
 
+class WireFormatError(ScheduleError):
+    """A collective travels in a type that does not fit its bucket: not narrower, or not made for it.
+
+    Cure: let the passes NarrowAllGathers and NarrowReduceScatters choose; they leave alone what does not fit."""
+
+
 class PhaseError(ScheduleError):
     """A collective or a gathered parameter crosses from forward to backward. Cure: gather again in backward."""
 

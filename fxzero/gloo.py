@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
+from collections.abc import Sequence
 
 import torch.distributed as dist
 from torch import Tensor
@@ -60,7 +61,10 @@ class GlooComm(GroupComm):
                 for into, peer in receives:
                     received += (recv(into, peer, tag),)
                 for peer in peers:
-                    unsent += ((send(message, peer, tag), what),)
+                    if copies_own:
+                        unsent += ((send(message, peer, tag), what),)
+                    else:
+                        received += (send(message, peer, tag),)
             except RuntimeError as error:
                 raise lost(what, error) from error
 
@@ -74,6 +78,41 @@ class GlooComm(GroupComm):
                 raise lost(what, error) from error
             finally:
                 del received[:]
+
+        return Bound(start, wait)
+
+    @property
+    def sums_locally(self) -> bool:
+        return True
+
+    def bind_exchange(self, bucket: Bucket, sent: Tensor, received: Sequence[Tensor]) -> Bound:
+        send, recv, lost = self.group.send, self.group.recv, self.lost
+        what, tag = self.what("reduce-scatter", bucket), _tag("reduce_scatter", bucket)
+        slices = sent.split(bucket.shard_numel)
+        sends = [([slices[peer]], peer) for peer in self._peers]
+        receives = [([received[peer]], peer) for peer in self._peers]
+        works: list[dist.Work] = []
+        in_flight, entry = self._in_flight, (works,)
+
+        def start() -> None:
+            nonlocal works, in_flight
+            in_flight += entry
+            try:
+                for into, peer in receives:
+                    works += (recv(into, peer, tag),)
+                for message, peer in sends:
+                    works += (send(message, peer, tag),)
+            except RuntimeError as error:
+                raise lost(what, error) from error
+
+        def wait() -> None:
+            try:
+                for work in works:
+                    work.wait()
+            except RuntimeError as error:
+                raise lost(what, error) from error
+            finally:
+                del works[:]
 
         return Bound(start, wait)
 

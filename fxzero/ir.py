@@ -20,6 +20,7 @@ from torch import fx
 
 from fxzero import compat, ops
 from fxzero.layout import Bucket, LayoutName, ParamSpec, make_bucket
+from fxzero.wire import WireFormat, on_wire
 
 META_KEY = "fxzero"
 
@@ -195,6 +196,14 @@ class StepGraph:
             fqns = next((members(user) for user in param.users if role(user) is Role.ALL_GATHER), fqns)
         return self.bucket(fqns)
 
+    def wire_bucket_of(self, collective: fx.Node) -> Bucket:
+        """The same as it travels, in the collective's wire format."""
+        return on_wire(self.bucket_of(collective), wire_format(collective))
+
+    def is_staged(self, collective: fx.Node) -> bool:
+        """True if what travels is of another layout or type than the bucket, so that both need memory."""
+        return self.bucket_of(collective).interleaved or wire_format(collective) is not None
+
 
 def started_by(node: fx.Node) -> fx.Node:
     """The all_gather or reduce_scatter that a wait or a release belongs to; a start is its own."""
@@ -214,6 +223,19 @@ def members(collective: fx.Node) -> tuple[str, ...]:
     if role(start) is Role.ALL_GATHER:
         return tuple(info(shard).fqn for shard in operands(start))
     return tuple(grad_fqn(slot) for slot in operands(start))
+
+
+def wire_format(collective: fx.Node) -> WireFormat | None:
+    """The type in which a collective (a start, wait or release) travels; None: that of its bucket."""
+    kwargs = started_by(collective).kwargs
+    dtype = cast("torch.dtype | None", kwargs.get("dtype"))
+    return None if dtype is None else WireFormat(dtype, cast("int | None", kwargs.get("block_numel")))
+
+
+def set_wire_format(start: fx.Node, format: WireFormat) -> None:
+    """Let an all_gather or a reduce_scatter travel in another type than its bucket's."""
+    blocks = {} if format.block_numel is None else {"block_numel": format.block_numel}
+    start.kwargs = {"dtype": format.dtype, **blocks}
 
 
 def wait_of(start: fx.Node) -> fx.Node:

@@ -19,13 +19,14 @@ import torch
 from torch import fx
 
 from fxzero.errors import MemoryOverlapError
-from fxzero.ir import Role, StepGraph, first_write, operands, wait_of
+from fxzero.ir import Role, StepGraph, first_write, operands, wait_of, wire_format
 from fxzero.layout import ALIGNMENT_BYTES, align
 from fxzero.packing import EFFORT, pack
 from fxzero.schedule import live_until
 from fxzero.text import bucket_label, format_bytes
+from fxzero.wire import SCALE_DTYPE
 
-Kind: TypeAlias = Literal["gather", "gradient", "scratch", "partial", "staging", "saved", "temporary"]
+Kind: TypeAlias = Literal["gather", "gradient", "scratch", "partial", "staging", "quantize", "saved", "temporary"]
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def plan_around(plan: MemoryPlan, buffers: Sequence[Buffer]) -> MemoryPlan:
 
 
 def gather_buffers(step: StepGraph) -> dict[fx.Node, Buffer]:
-    """The gathered bucket of each all_gather, from its start to its release; interleaved: from its wait.
+    """The gathered bucket of each all_gather, from its start to its release; staged: from its wait.
 
     Not of those that have a place of their own.
     """
@@ -152,7 +153,7 @@ def gather_buffers(step: StepGraph) -> dict[fx.Node, Buffer]:
         for start in step.nodes(Role.ALL_GATHER)
         for bucket in [step.bucket_of(start)]
         if bucket.fqns not in step.resident
-        for begin in [wait_of(start) if bucket.interleaved else start]
+        for begin in [wait_of(start) if step.is_staged(start) else start]
     }
 
 
@@ -169,7 +170,7 @@ def resident_buffers(step: StepGraph) -> dict[tuple[str, ...], tuple[Buffer, int
 
 
 def gradient_buffers(step: StepGraph) -> dict[fx.Node, Buffer]:
-    """The gradient bucket of each reduce_scatter, from its first write to its wait; interleaved: to its start."""
+    """The gradient bucket of each reduce_scatter, from its first write to its wait; staged: to its start."""
     at = step.positions()
     return {
         start: Buffer(
@@ -177,7 +178,7 @@ def gradient_buffers(step: StepGraph) -> dict[fx.Node, Buffer]:
             bucket_label(bucket.fqns),
             bucket.nbytes,
             min(at[first_write(slot)] for slot in operands(start)),
-            at[start if bucket.interleaved else wait_of(start)],
+            at[start if step.is_staged(start) else wait_of(start)],
         )
         for start in step.nodes(Role.REDUCE_SCATTER)
         for bucket in [step.bucket_of(start)]
@@ -185,13 +186,31 @@ def gradient_buffers(step: StepGraph) -> dict[fx.Node, Buffer]:
 
 
 def staging_buffers(step: StepGraph) -> dict[fx.Node, Buffer]:
-    """What travels in an interleaved layout, of each collective, from its start to its wait."""
+    """What travels, where that is of another layout or type than the bucket, from start to wait."""
     at = step.positions()
     return {
         start: Buffer("staging", bucket_label(bucket.fqns), bucket.nbytes, at[start], at[wait_of(start)])
         for start in step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER)
+        for bucket in [step.wire_bucket_of(start)]
+        if step.is_staged(start)
+    }
+
+
+def quantize_buffers(step: StepGraph) -> dict[fx.Node, Buffer]:
+    """The float32 shard in which a gather is quantised at its start and, if its bucket is of another dtype, dequantised
+    at its wait."""
+    at = step.positions()
+    return {
+        start: Buffer(
+            "quantize",
+            bucket_label(bucket.fqns),
+            bucket.shard_numel * SCALE_DTYPE.itemsize,
+            at[start],
+            at[start if bucket.dtype is SCALE_DTYPE else wait_of(start)],
+        )
+        for start in step.nodes(Role.ALL_GATHER)
         for bucket in [step.bucket_of(start)]
-        if bucket.interleaved
+        if (format := wire_format(start)) is not None and format.block_numel is not None
     }
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+import torch
 from torch import fx
 
 
@@ -24,8 +25,13 @@ def _only_in_a_graph(name: str) -> NoReturn:
 
 
 @fx.has_side_effect
-def all_gather(*shards: Any) -> Any:
-    """Start gathering the members of one bucket. Bytes received per rank: (W-1)/W of the bucket."""
+def all_gather(*shards: Any, dtype: torch.dtype | None = None, block_numel: int | None = None) -> Any:
+    """Start gathering the members of one bucket. Bytes received per rank: (W-1)/W of the bucket, as it travels.
+
+    Args:
+        dtype: in which it travels, if that is not the bucket's.
+        block_numel: elements that share a scale, if it travels quantised.
+    """
     _only_in_a_graph("all_gather")
 
 
@@ -53,8 +59,12 @@ def write_grad(grad: Any, fqn: str) -> Any:
 
 
 @fx.has_side_effect
-def reduce_scatter(*slots: Any) -> Any:
-    """Start averaging one gradient bucket over the ranks, each keeping its slice."""
+def reduce_scatter(*slots: Any, dtype: torch.dtype | None = None) -> Any:
+    """Start averaging one gradient bucket over the ranks, each keeping its slice.
+
+    Args:
+        dtype: in which it travels, if that is not the bucket's.
+    """
     _only_in_a_graph("reduce_scatter")
 
 

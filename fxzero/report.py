@@ -14,7 +14,7 @@ from fxzero.text import format_bytes
 
 GATHERED = ("gather",)
 GRADIENTS = ("gradient", "scratch", "partial")
-STAGING = ("staging",)
+STAGING = ("staging", "quantize")
 
 
 @dataclass(frozen=True)

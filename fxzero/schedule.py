@@ -32,6 +32,7 @@ from fxzero.ir import (
     role,
     started_by,
     wait_of,
+    wire_format,
     written_in_place,
 )
 from fxzero.text import block_depth, block_of, bucket_label, format_bytes, format_ops
@@ -54,11 +55,13 @@ class Row:
     name: str
     """The bucket, or the block that computes."""
     nbytes: int = 0
-    """Bytes of the whole bucket at a start; 0 elsewhere."""
+    """Bytes of the whole bucket at a start, as it travels; 0 elsewhere."""
     num_ops: int = 0
     """Operators of a run of compute; 0 elsewhere."""
     live_bytes: int = 0
     """Bytes of gathered and gradient buckets that are live after this line."""
+    wire: str = ""
+    """The type that travels, at a start where it is not that of the bucket."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,11 @@ class Totals:
     num_all_gathers: int
     num_reduce_scatters: int
     gathered_bytes: int
-    """Bytes received by all-gathers."""
+    """Bytes received by all-gathers, in the type that travels; padding and scales count."""
     reduced_bytes: int
-    """Bytes sent by reduce-scatters."""
+    """Bytes sent by reduce-scatters, likewise."""
     gathered_peak_bytes: int
-    """Largest sum of the bytes of gathered buckets, from a start to its release."""
+    """Largest sum of the bytes of gathered buckets, from a start to its release; those that travel until its wait."""
     copied_grad_bytes: int
     """Bytes of gradients that are computed elsewhere and copied to their bucket; the others are computed in it."""
     interleaved_copy_bytes: int
@@ -108,14 +111,19 @@ def end_of_phase(step: StepGraph, node: fx.Node) -> fx.Node:
 def live_bytes(step: StepGraph, *roles: Role) -> dict[fx.Node, int]:
     """Bytes of gathered buckets (ALL_GATHER) and gradient buckets (REDUCE_SCATTER) that are live after each node.
 
-    A rank that is alone gathers nothing: its shards are the buckets.
+    What is staged counts with the bytes that travel, from start to wait. A rank that is alone gathers nothing: its
+    shards are the buckets.
     """
     positions = step.positions()
     change = dict.fromkeys(positions, 0)
     for start in step.nodes(*roles) if step.world_size > 1 else []:
+        begin, end = live_from(step, start, positions), live_until(step, start)
         nbytes = step.bucket_of(start).nbytes
-        change[live_from(step, start, positions)] += nbytes
-        change[live_until(step, start)] -= nbytes
+        change[begin] += nbytes
+        change[end] -= nbytes
+        saved = nbytes - step.wire_bucket_of(start).nbytes
+        change[start] -= saved
+        change[wait_of(start)] += saved
     return dict(zip(change, itertools.accumulate(change.values()), strict=True))
 
 
@@ -126,8 +134,8 @@ def totals(step: StepGraph) -> Totals:
     return Totals(
         num_all_gathers=len(gathers),
         num_reduce_scatters=len(reduces),
-        gathered_bytes=sum(step.bucket_of(start).shard_nbytes * others for start in gathers),
-        reduced_bytes=sum(step.bucket_of(start).shard_nbytes * others for start in reduces),
+        gathered_bytes=sum(step.wire_bucket_of(start).shard_nbytes * others for start in gathers),
+        reduced_bytes=sum(step.wire_bucket_of(start).shard_nbytes * others for start in reduces),
         gathered_peak_bytes=max(live_bytes(step, Role.ALL_GATHER).values(), default=0),
         copied_grad_bytes=sum(
             step.params[grad_fqn(slot)].nbytes
@@ -165,8 +173,9 @@ def _line(step: StepGraph, phase: Phase, node: fx.Node, live: int) -> Row:
     """The line of a start, a wait or a release."""
     is_start = started_by(node) is node
     action = role(node).value if is_start or is_gather(node) else "wait_reduce"
-    nbytes = step.bucket_of(node).nbytes if is_start else 0
-    return Row(phase, action, bucket_label(members(node)), nbytes, live_bytes=live)
+    nbytes = step.wire_bucket_of(node).nbytes if is_start else 0
+    wire = str(wire_format(node) or "") if is_start else ""
+    return Row(phase, action, bucket_label(members(node)), nbytes, live_bytes=live, wire=wire)
 
 
 def header(step: StepGraph) -> str:
@@ -174,8 +183,10 @@ def header(step: StepGraph) -> str:
     t = totals(step)
     parts = [
         f"world_size={step.world_size}",
-        f"{_count(t.num_all_gathers, 'all_gather')}, {format_bytes(t.gathered_bytes)} received",
-        f"{_count(t.num_reduce_scatters, 'reduce_scatter')}, {format_bytes(t.reduced_bytes)} sent",
+        f"{_count(t.num_all_gathers, 'all_gather')}, {format_bytes(t.gathered_bytes)} received"
+        + _as_types(step, Role.ALL_GATHER),
+        f"{_count(t.num_reduce_scatters, 'reduce_scatter')}, {format_bytes(t.reduced_bytes)} sent"
+        + _as_types(step, Role.REDUCE_SCATTER),
         f"gathered peak {format_bytes(t.gathered_peak_bytes)}",
     ]
     if step.kept:
@@ -192,6 +203,15 @@ def header(step: StepGraph) -> str:
         held = sum(step.bucket_of(start).nbytes for start in _trained_gathers(step))
         parts[2] = f"no_sync: unsharded gradients {format_bytes(held)}"
     return "  ".join(parts)
+
+
+def _as_types(step: StepGraph, which: Role) -> str:
+    """The types that travel, if some is not that of its bucket: " as bfloat16"."""
+    starts = step.nodes(which)
+    if all(wire_format(start) is None for start in starts):
+        return ""
+    types = {str(wire_format(start) or step.bucket_of(start).dtype).removeprefix("torch.") for start in starts}
+    return f" as {', '.join(sorted(types))}"
 
 
 def _count(number: int, noun: str) -> str:
@@ -220,7 +240,7 @@ def format_schedule(step: StepGraph, *, memory: bool = False) -> str:
         line = f"{row.action:<{actions}}  {row.name:<{width}}  {amount:>9}"
         if memory:
             line += f"  {format_bytes(row.live_bytes):>9}"
-        lines.append(line.rstrip())
+        lines.append(f"{line}  {row.wire}".rstrip())
     return "\n".join(lines)
 
 
@@ -231,7 +251,7 @@ def format_table(step: StepGraph) -> str:
             row.phase.value,
             row.action,
             row.name,
-            format_bytes(row.nbytes) if row.nbytes else "",
+            f"{format_bytes(row.nbytes)} {row.wire}".rstrip() if row.nbytes else "",
             row.num_ops or "",
             format_bytes(row.live_bytes),
         )

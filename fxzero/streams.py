@@ -21,7 +21,7 @@ import networkx as nx
 from torch import fx
 
 from fxzero.errors import ScheduleError
-from fxzero.ir import Role, StepGraph, gathered_params, is_gather, is_view, operands, role, wait_of
+from fxzero.ir import Role, StepGraph, gathered_params, is_gather, is_view, operands, role, wait_of, wire_format
 
 COMPUTE, COMMUNICATION = "compute", "communication"
 BEGIN = -1
@@ -73,14 +73,16 @@ def queues_of(step: StepGraph, *, accumulate: bool = False) -> list[Queue]:
     """The two queues of a final schedule; operations are positions in the graph, and BEGIN.
 
     Both phase ends are on the compute queue. With `accumulate`, so are the waits of reduce-scatters, which add to the
-    gradient shards; else they are no work. So are the waits of gathers in an interleaved layout, which copy; else they
-    are no work. Views and releases never are.
+    gradient shards, and always those of what travels in another type; else they are no work. So are the waits of staged
+    gathers, which copy; else they are no work. Views and releases never are.
     """
     compute, communication = [BEGIN], list[int]()
     for op, node in enumerate(step.graph.nodes):
         if role(node) in (Role.ALL_GATHER, Role.REDUCE_SCATTER):
             communication.append(op)
-        elif _computes(node) or role(node) in (Role.END_FORWARD, Role.OUTPUT) or _works(step, node, accumulate):
+        elif role(node) is Role.WAIT:
+            compute += [op] if works_at_wait(step, node, accumulate=accumulate) else []
+        elif _computes(node) or role(node) in (Role.END_FORWARD, Role.OUTPUT):
             compute.append(op)
     return [Queue(COMPUTE, tuple(compute)), Queue(COMMUNICATION, tuple(communication))]
 
@@ -93,7 +95,7 @@ def requirements(
     - the first collective of a phase: everything before the phase, which wrote the shards;
     - a reduce_scatter: the writes of its gradients, if they are not copied just before it;
     - a reader of a gathered parameter, through any views, and what copies it at the wait: its all_gather;
-    - the end of each phase: all its collectives; with `accumulate`, the wait of a reduce_scatter: its start;
+    - the end of each phase: all its collectives; the wait of a reduce_scatter that adds or converts: its start;
     - a node that writes bytes of an arena which others have used: these.
 
     Args:
@@ -112,12 +114,9 @@ def requirements(
             pairs.add((at[start], end))
             if is_gather(start):
                 pairs.update((at[start], at[reader]) for reader in readers_of(start))
-                if step.bucket_of(start).interleaved:
-                    pairs.add((at[start], at[wait_of(start)]))
-                continue
-            if not step.bucket_of(start).interleaved:  # else its copies have an event of their own
+            elif not step.is_staged(start):  # else its copies have an event of their own
                 pairs.update((at[slot], at[start]) for slot in operands(start))
-            if accumulate:
+            if works_at_wait(step, start, accumulate=accumulate):
                 pairs.add((at[start], at[wait_of(start)]))
         begin = end
     pairs |= {(at[earlier], at[node]) for node, before in occupied.items() for earlier in before}
@@ -136,9 +135,11 @@ def _computes(node: fx.Node) -> bool:
     return role(node) is Role.COMPUTE and node.target is not operator.getitem and not is_view(node)
 
 
-def _works(step: StepGraph, node: fx.Node, accumulate: bool) -> bool:
-    """True for a wait that puts work on the compute stream behind the collective."""
-    return role(node) is Role.WAIT and (step.bucket_of(node).interleaved if is_gather(node) else accumulate)
+def works_at_wait(step: StepGraph, collective: fx.Node, *, accumulate: bool) -> bool:
+    """True for a collective whose wait puts work on the compute stream behind it."""
+    if is_gather(collective):
+        return step.is_staged(collective)
+    return accumulate or wire_format(collective) is not None
 
 
 def readers_of(start: fx.Node) -> list[fx.Node]:

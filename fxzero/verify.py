@@ -22,6 +22,7 @@ from fxzero.errors import (
     PhaseError,
     ReadWithoutGatherError,
     UseAfterReleaseError,
+    WireFormatError,
 )
 from fxzero.ir import (
     Phase,
@@ -39,6 +40,7 @@ from fxzero.ir import (
     role,
     slot_fqn,
     started_by,
+    wire_format,
     written_by,
     written_in_place,
 )
@@ -67,6 +69,7 @@ def verify_graph(step: StepGraph) -> None:
         ScheduleError: the subclass names the rule that is broken.
     """
     _check_buckets(step)
+    _check_wire_formats(step)
     walk = _Walk(has_gathers=bool(step.nodes(Role.ALL_GATHER)), kept=frozenset(step.kept))
     for node in step.graph.nodes:
         _check_order(walk, node)
@@ -236,8 +239,34 @@ def _check_buckets(step: StepGraph) -> None:
             )
 
 
+def _check_wire_formats(step: StepGraph) -> None:
+    """What travels in another type is floating, gets narrower by it, and can be brought back."""
+    for start in step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER):
+        format = wire_format(start)
+        if format is None:
+            continue
+        bucket = step.bucket_of(start)
+        if step.world_size == 1:
+            why = "a rank that is alone has no wire"
+        elif not bucket.dtype.is_floating_point:
+            why = f"its bucket is of {bucket.dtype}, which is not floating"
+        elif format.dtype.is_floating_point != (format.block_numel is None):
+            why = "floating types are cast, others quantised in blocks"
+        elif format.block_numel is not None and not is_gather(start):
+            why = "sums need a floating type"
+        elif format.block_numel is not None and bucket.interleaved:
+            why = "an interleaved layout cannot be quantised: its blocks would cross parameters"
+        elif step.wire_bucket_of(start).nbytes >= bucket.nbytes:
+            why = f"that takes no fewer bytes than {bucket.dtype}"
+        else:
+            continue
+        raise WireFormatError(f"{describe(start)} travels as {format}, but {why}.")
+
+
 def collectives(step: StepGraph) -> list[str]:
-    """The order of collectives, as text that is equal on two ranks exactly if the order and the buckets are."""
+    """The order of collectives, as text equal on two ranks exactly if the order, the buckets and the formats are."""
     return [
-        f"{role(start).value} {','.join(members(start))}" for start in step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER)
+        f"{role(start).value} {','.join(members(start))}"
+        + (f" as {format}" if (format := wire_format(start)) is not None else "")
+        for start in step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER)
     ]

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, TypeAlias
 
+import torch
+
 from fxzero.ir import StepGraph
 from fxzero.passes.bucket_all_gathers import BucketAllGathers
 from fxzero.passes.bucket_reduce_scatters import BucketReduceScatters
 from fxzero.passes.insert_all_gathers import InsertAllGathers
 from fxzero.passes.insert_reduce_scatters import InsertReduceScatters
 from fxzero.passes.keep_gathered import KeepGathered
+from fxzero.passes.narrow_all_gathers import NarrowAllGathers
+from fxzero.passes.narrow_reduce_scatters import NarrowReduceScatters
 from fxzero.passes.prefetch_all_gathers import PrefetchAllGathers
 from fxzero.passes.recompute_activations import RecomputeActivations
 from fxzero.passes.release_params import ReleaseParams
@@ -28,8 +32,10 @@ def default_passes(
     prefetch_bytes: int = PrefetchAllGathers.max_inflight_bytes,
     recompute: Literal["none", "full"] | int = "none",
     reduce_bytes: int = SinkWaits.max_inflight_bytes,
+    gather_dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype | None = None,
 ) -> tuple[Pass, ...]:
-    """The passes of a plan, in order; all keep numerics bit for bit.
+    """The passes of a plan, in order; all keep numerics bit for bit but for those that the last two arguments add.
 
     Args:
         bucket_bytes: upper bound on the parameter bytes of one bucket.
@@ -38,7 +44,11 @@ def default_passes(
         prefetch_bytes: upper bound on gathered bytes in flight.
         recompute: "none", "full" (whole repeated blocks), or an upper bound on the bytes saved for backward.
         reduce_bytes: upper bound on gradient-bucket bytes in flight.
+        gather_dtype: in which parameters travel: torch.bfloat16, or torch.int8 with a scale for each block.
+        reduce_dtype: in which gradients travel: torch.bfloat16.
     """
+    narrow: list[Pass] = [] if gather_dtype is None else [NarrowAllGathers(gather_dtype)]
+    narrow += [] if reduce_dtype is None else [NarrowReduceScatters(reduce_dtype)]
     return (
         RematerializeViews(),
         RecomputeActivations(recompute),
@@ -51,6 +61,7 @@ def default_passes(
         SinkWaits(reduce_bytes),
         ReleaseParams(),
         WriteGradsInPlace(),
+        *narrow,
     )
 
 
@@ -60,6 +71,8 @@ __all__ = [
     "InsertAllGathers",
     "InsertReduceScatters",
     "KeepGathered",
+    "NarrowAllGathers",
+    "NarrowReduceScatters",
     "Pass",
     "PrefetchAllGathers",
     "RecomputeActivations",

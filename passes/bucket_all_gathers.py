@@ -9,7 +9,7 @@ from torch import fx
 
 from fxzero import ops
 from fxzero.errors import PassOrderError
-from fxzero.ir import Role, StepGraph, gathered_params, is_gather, members, new_value, wait_of
+from fxzero.ir import Role, StepGraph, gathered_params, is_gather, members, new_value, wait_of, wire_format
 from fxzero.layout import group_into_buckets
 
 MIB = 2**20
@@ -42,6 +42,8 @@ class BucketAllGathers:
         starts = step.nodes(Role.ALL_GATHER)
         if not starts and any(param.users for param in step.param_nodes().values()):
             raise PassOrderError("no all_gather in the graph; run InsertAllGathers first")
+        if any(wire_format(start) for start in starts):
+            raise PassOrderError("an all_gather has a wire format already; run NarrowAllGathers after this pass")
         in_order = dict.fromkeys(fqn for start in starts for fqn in members(start))
         if self.buckets is None:
             groups = group_into_buckets((step.params[fqn] for fqn in in_order), step.world_size, self.bucket_bytes)

@@ -8,7 +8,7 @@ from torch import fx
 
 from fxzero import ops
 from fxzero.errors import PassOrderError
-from fxzero.ir import Role, StepGraph, members, operands, wait_of
+from fxzero.ir import Role, StepGraph, members, operands, wait_of, wire_format
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class BucketReduceScatters:
             if step.has_backward and step.synchronize and step.grads:
                 raise PassOrderError("no reduce_scatter in the graph; run InsertReduceScatters first")
             return
+        if any(wire_format(start) for start in starts):
+            raise PassOrderError("a reduce_scatter has a wire format already; run NarrowReduceScatters after this pass")
         bucket_of = {fqn: members(g) for g in step.nodes(Role.ALL_GATHER) for fqn in members(g)}
         by_bucket: dict[tuple[str, ...], list[fx.Node]] = {}
         for start in starts:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 import pytest
+import torch
 from torch import fx
 
 from fxzero.binding import plan_arena
@@ -19,7 +20,7 @@ from fxzero.codegen import generate
 from fxzero.comm import PlanningComm
 from fxzero.cuda import Events, Placed, plan_cuda_events
 from fxzero.gradients import Stash, Variant
-from fxzero.ir import Role, StepGraph, first_write, is_gather, operands, role, started_by
+from fxzero.ir import Role, StepGraph, first_write, is_gather, operands, role, started_by, wire_format
 from fxzero.layout import LayoutName
 from fxzero.passes import default_passes
 from fxzero.pipeline import run_passes
@@ -118,11 +119,13 @@ class Simulation:
                 self.start(node)
             elif role(node) is Role.WAIT:
                 self.clocks.learn(COMPUTE, self.done[started_by(node)])
-                if is_gather(node) and self.step.bucket_of(node).interleaved:
+                if is_gather(node) and self.step.is_staged(node):
                     operation = self.clocks.tick(COMPUTE)
                     self.touch(operation, "staging", started_by(node), writes=False, node=node)
                     self.touch(operation, "gather", started_by(node), writes=True, node=node)
-                if not is_gather(node) and self.accumulate:
+                    if self.step.bucket_of(node).dtype is not torch.float32:
+                        self.touch(operation, "quantize", started_by(node), writes=True, node=node)
+                if not is_gather(node) and (self.accumulate or wire_format(node) is not None):
                     operation = self.clocks.tick(COMPUTE)
                     self.touch(operation, "scratch", started_by(node), writes=False, node=node)
             else:
@@ -139,20 +142,23 @@ class Simulation:
             assert self.clocks.current == COMMUNICATION
             operation = self.clocks.tick(COMMUNICATION)
             if is_gather(node):
-                self.touch(operation, "staging" if interleaved else "gather", node, writes=True, node=node)
+                self.touch(operation, "staging" if staged else "gather", node, writes=True, node=node)
             else:
-                self.touch(operation, "staging" if interleaved else "gradient", node, writes=False, node=node)
+                self.touch(operation, "staging" if staged else "gradient", node, writes=False, node=node)
                 self.touch(operation, "scratch", node, writes=True, node=node)
             self.done[node] = dict(self.clocks.known[COMMUNICATION])
 
         def copies() -> None:
             assert self.clocks.current == COMPUTE
             operation = self.clocks.tick(COMPUTE)
-            self.touch(operation, "gradient", node, writes=False, node=node)
+            self.touch(
+                operation, "quantize" if is_gather(node) else "gradient", node, writes=is_gather(node), node=node
+            )
             self.touch(operation, "staging", node, writes=True, node=node)
 
-        interleaved = self.step.bucket_of(node).interleaved
-        self.events.start(node, collective, copies if interleaved and not is_gather(node) else None)()
+        staged = self.step.is_staged(node)
+        sends_copy = staged and not (is_gather(node) and wire_format(node) is None)
+        self.events.start(node, collective, copies if sends_copy else None)()
 
     def touch(self, operation: tuple[str, int], kind: str, start: fx.Node, *, writes: bool, node: fx.Node) -> None:
         if (kind, start) not in self.placed:
@@ -168,11 +174,26 @@ class Simulation:
 
 
 def simulate(
-    accumulate: bool, drop: Callable[[Events], None] | None = None, layout: LayoutName = "contiguous"
+    accumulate: bool,
+    drop: Callable[[Events], None] | None = None,
+    layout: LayoutName = "contiguous",
+    dtypes: dict[str, Any] | None = None,
+    narrowed: int = -1,
+    param_dtype: torch.dtype = torch.float32,
 ) -> Simulation:
+    """Walk a schedule.
+
+    Args:
+        dtypes: of the wire, as of `default_passes`.
+        narrowed: of the collectives only those in a narrower type whose number is a multiple of this.
+    """
     step = toy_step(num_layers=6, world_size=4)
     step.layout = layout
-    run_passes(step, default_passes(bucket_bytes=2**14, prefetch_bytes=2**15, reduce_bytes=2**15))
+    step.params = {fqn: replace(param, dtype=param_dtype) for fqn, param in step.params.items()}
+    run_passes(step, default_passes(bucket_bytes=2**14, prefetch_bytes=2**15, reduce_bytes=2**15, **(dtypes or {})))
+    for index, start in enumerate(step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER)):
+        if index % narrowed:
+            start.kwargs = {}
     _, placed = plan_arena(step, PlanningComm(0, 4, "cuda"), Variant(accumulate, Stash.NONE))
     clocks = Clocks()
     events = plan_cuda_events(step, placed, clocks.cuda(), None, accumulate=accumulate)
@@ -189,6 +210,17 @@ def test_conflicting_accesses_are_ordered_when_buffers_share_bytes(accumulate: b
     assert simulate(accumulate, layout=layout).conflicts > 20
 
 
+@pytest.mark.parametrize("narrowed", [1, 2, 3])
+@pytest.mark.parametrize("param_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gather_dtype", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_conflicting_accesses_are_ordered_when_some_collectives_are_narrow(
+    accumulate: bool, gather_dtype: torch.dtype, param_dtype: torch.dtype, narrowed: int
+) -> None:
+    dtypes = {"gather_dtype": gather_dtype, "reduce_dtype": torch.bfloat16}
+    assert simulate(accumulate, dtypes=dtypes, narrowed=narrowed, param_dtype=param_dtype).conflicts > 20
+
+
 @pytest.mark.parametrize("layout", get_args(LayoutName))
 def test_missing_event_is_noticed(layout: LayoutName) -> None:
     def forget_one(events: Events) -> None:
@@ -202,7 +234,12 @@ def test_missing_event_is_noticed(layout: LayoutName) -> None:
         simulate(False, forget_one, layout)
 
 
-def test_collective_that_does_not_wait_for_its_copies_is_noticed() -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{"layout": "interleaved"}, {"dtypes": {"gather_dtype": torch.int8}}, {"dtypes": {"reduce_dtype": torch.bfloat16}}],
+    ids=["interleaved", "gather", "reduce"],
+)
+def test_collective_that_does_not_wait_for_its_copies_is_noticed(options: dict[str, Any]) -> None:
     def forget_copies(events: Events) -> None:
         start = events.streams.start
 
@@ -213,7 +250,7 @@ def test_collective_that_does_not_wait_for_its_copies_is_noticed() -> None:
         events.streams.start = hasty  # type: ignore[method-assign]
 
     with pytest.raises(AssertionError, match="races with"):
-        simulate(False, forget_copies, "interleaved")
+        simulate(False, forget_copies, **options)
 
 
 def test_code_records_each_event_after_its_node() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -30,7 +30,7 @@ from fxzero.models import (
     Llama,
     RobertaForMaskedLM,
 )
-from fxzero.passes import Pass, default_passes
+from fxzero.passes import NarrowAllGathers, NarrowReduceScatters, Pass, default_passes
 from fxzero.planner import plan
 from fxzero.text import format_bytes
 
@@ -70,11 +70,13 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]],
 }
 
 
-def schedule_of(name: str, world_size: int, layout: LayoutName = "contiguous") -> fxzero.Schedule:
+def schedule_of(
+    name: str, world_size: int, layout: LayoutName = "contiguous", narrow: Sequence[Pass] = ()
+) -> fxzero.Schedule:
     build, batch, bucket_bytes = CASES[name]
     with torch.device("meta"):
         model, example = build(), batch()
-    return plan(model, example, world_size=world_size, passes=small_buckets(bucket_bytes), layout=layout)
+    return plan(model, example, world_size=world_size, passes=(*small_buckets(bucket_bytes), *narrow), layout=layout)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -82,6 +84,17 @@ def test_schedule_is_the_accepted_one(name: str) -> None:
     sections = [schedule_of(name, world_size).text(memory=True) for world_size in (1, 2, 8)]
     with torch.no_grad():
         sections.append(schedule_of(name, 8).text(memory=True))
+    _compare(name, sections)
+
+
+def test_schedule_in_narrow_types_is_the_accepted_one() -> None:
+    types = [NarrowAllGathers(torch.bfloat16), NarrowAllGathers(torch.int8)]
+    schedules = [schedule_of("mlp", 8, narrow=[each, NarrowReduceScatters()]) for each in types]
+    _compare("mlp_narrow", [schedule.text(memory=True) for schedule in schedules])
+
+
+def _compare(name: str, sections: list[str]) -> None:
+    """Compare with what is in the golden file, or accept it."""
     actual = "\n\n".join(sections) + "\n"
     path = GOLDEN / f"{name}.txt"
     if os.environ.get("FXZERO_ACCEPT"):

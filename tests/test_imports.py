@@ -9,7 +9,15 @@ import networkx as nx
 import pytest
 
 ROOT = Path(__file__).parents[1]
-VOCABULARY = {"fxzero.ir", "fxzero.layout", "fxzero.ops", "fxzero.recompute", "fxzero.text", "fxzero.errors"}
+VOCABULARY = {
+    "fxzero.ir",
+    "fxzero.layout",
+    "fxzero.ops",
+    "fxzero.recompute",
+    "fxzero.text",
+    "fxzero.wire",
+    "fxzero.errors",
+}
 """What a pass may know, beside other passes."""
 CHANGED_BY_A_BUDGET = {"KeepGathered", "Pass", "PrefetchAllGathers", "RecomputeActivations", "SinkWaits"}
 RUN_TIME = (
@@ -24,6 +32,7 @@ RUN_TIME = (
     "shards",
     "gradients",
     "interleave",
+    "narrow",
     "optim",
 )
 """What runs a step: it makes no decision, so it knows nothing of what does."""

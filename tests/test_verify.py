@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import fx
 
 from fxzero import errors, ops
-from fxzero.ir import Role, StepGraph, gathered_params, grad_of, operands, release_of, slot_fqn, wait_of
+from fxzero.ir import (
+    Role,
+    StepGraph,
+    gathered_params,
+    grad_of,
+    operands,
+    release_of,
+    set_wire_format,
+    slot_fqn,
+    wait_of,
+)
 from fxzero.passes import InsertAllGathers, KeepGathered, ReleaseParams, RematerializeViews, default_passes
 from fxzero.pipeline import run_passes
 from fxzero.verify import verify_graph, verify_plan
+from fxzero.wire import WireFormat
 from tests.toy import toy_step
 
 aten = torch.ops.aten
@@ -246,3 +258,30 @@ def test_word_of_the_schedule_cannot_be_called() -> None:
     with pytest.raises(RuntimeError, match="word of the schedule"):
         ops.all_gather()
     assert operator.getitem is not ops.wait
+
+
+@pytest.mark.parametrize(
+    "which, format, world_size, why",
+    [
+        (Role.ALL_GATHER, WireFormat(torch.bfloat16), 1, "a rank that is alone has no wire"),
+        (Role.ALL_GATHER, WireFormat(torch.int8), 8, "others quantised in blocks"),
+        (Role.ALL_GATHER, WireFormat(torch.bfloat16, 256), 8, "floating types are cast"),
+        (Role.REDUCE_SCATTER, WireFormat(torch.int8, 256), 8, "sums need a floating type"),
+        (Role.REDUCE_SCATTER, WireFormat(torch.float32), 8, "that takes no fewer bytes than torch.float32"),
+    ],
+)
+def test_wire_format_that_does_not_fit_is_refused(which: Role, format: WireFormat, world_size: int, why: str) -> None:
+    step = toy_step(world_size=world_size)
+    run_passes(step, default_passes(bucket_bytes=2**15))
+    set_wire_format(step.nodes(which)[0], format)
+    with pytest.raises(errors.WireFormatError, match=f"travels as {format}, but .*{why}"):
+        verify_graph(step)
+
+
+def test_wire_format_of_what_is_not_floating_is_refused() -> None:
+    step = planned()
+    step.params = {fqn: replace(param, dtype=torch.int64) for fqn, param in step.params.items()}
+    step._buckets.clear()
+    set_wire_format(step.nodes(Role.ALL_GATHER)[0], WireFormat(torch.bfloat16))
+    with pytest.raises(errors.WireFormatError, match="its bucket is of torch.int64, which is not floating"):
+        verify_graph(step)

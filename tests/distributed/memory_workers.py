@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -48,13 +48,17 @@ class Counted:
         return self.num - before
 
 
-def accumulate(rank: int, world_size: int, no_sync: bool) -> None:
-    """Train with a large budget; micro-steps after the first gather nothing, and the numbers are those without."""
+def accumulate(rank: int, world_size: int, no_sync: bool, dtypes: dict[str, Any] | None = None) -> None:
+    """Train with a large budget; micro-steps after the first gather nothing, and the numbers are those without.
+
+    Args:
+        dtypes: of the wire, as of `default_passes`.
+    """
     case = replicated.CASES["gpt"]
     torch.manual_seed(0)
     model = case.build()
     plain = copy.deepcopy(model)
-    passes = default_passes(bucket_bytes=8192)
+    passes = default_passes(bucket_bytes=8192, **(dtypes or {}))
     zero = fxzero.compile(model, passes=passes, memory_budget=ENOUGH)
     other = fxzero.compile(plain, passes=passes)
     counted = Counted(zero)
@@ -203,13 +207,22 @@ def gradient_copies(rank: int, world_size: int, name: str) -> tuple[int, int]:
     return measured, zero.schedule.totals.copied_grad_bytes
 
 
-def planned_and_measured(rank: int, world_size: int, budget: Literal["auto"] | None, no_sync: bool) -> None:
+def planned_and_measured(
+    rank: int,
+    world_size: int,
+    budget: Literal["auto"] | None,
+    no_sync: bool,
+    dtypes: dict[str, Any] | None = None,
+) -> None:
     """What is held is what was planned, and a steady step of two shapes, with an evaluation, allocates nothing large.
 
     All activations are below 64 KiB; all shards are larger.
+
+    Args:
+        dtypes: of the wire, as of `default_passes`.
     """
     small, large = torch.randn(3, 256), torch.randn(5, 256)
-    passes = default_passes(bucket_bytes=2**18)
+    passes = default_passes(bucket_bytes=2**18, **(dtypes or {}))
     zero = fxzero.compile(Large(), passes=passes, memory_budget=budget, example=large)
     assert bool(zero.schedule.step.resident) == (budget is not None)
     optimizer = torch.optim.AdamW(zero.parameters(), lr=1e-3, fused=True)

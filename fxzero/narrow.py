@@ -1,0 +1,165 @@
+"""Conversions between a bucket and what travels of it in a narrower type, bound once to their buffers.
+
+    gather    shard -> pack -> own row of staging -> collective -> staging -> unpack -> bucket
+    reduce    gradient bucket -> cast -> staging -> collective -> terms of all ranks -> sum -> gradient shard
+
+The rank's own row is unpacked like those of others, so that all ranks compute with the same parameters. No operator
+here mixes dtypes but copies: on the CPU, others would convert in a temporary of the bucket's size.
+
+Source: ZeRO++ (arXiv:2306.10209), qwZ, quantised per block; deviation: quantised from the fp32 shard, not from an fp16
+copy. FSDP2's MixedPrecisionPolicy computes in the type that it gathers in; here the parameters are cast back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fxzero.comm import Bound, Comm
+from fxzero.layout import Bucket
+from fxzero.wire import MAX_VALUE, SCALE_DTYPE, WireFormat, on_wire, split_rows
+
+_LEAST_SCALE = torch.finfo(SCALE_DTYPE).tiny
+"""Of a block of zeros, which would divide by zero."""
+
+
+def pack(format: WireFormat, shard: Tensor, row: Tensor, work: Tensor | None = None) -> Callable[[], object]:
+    """What writes a shard for the wire.
+
+    Quantised, an element differs by at most half the scale of its block, which is the largest magnitude in it over 127;
+    a block with an element that is not finite becomes NaN as a whole.
+
+    Args:
+        shard: `[shard_numel]`, of the bucket's dtype.
+        row: `[row_numel]`, of the format's dtype.
+        work: `[shard_numel]`, float32; a cast needs none.
+    """
+    if format.block_numel is None:
+        return partial(row.copy_, shard)
+    assert work is not None
+    values, scales = split_rows(row, len(shard), format)
+    blocks = _blocks(work, scales, format.block_numel)
+    room = work
+
+    def quantize() -> None:
+        room.copy_(shard).abs_()
+        for elements, scale in blocks:
+            torch.amax(elements, dim=-1, keepdim=True, out=scale)
+        scales.div_(MAX_VALUE).clamp_(min=_LEAST_SCALE)
+        room.copy_(shard)
+        for elements, scale in blocks:
+            elements.div_(scale)
+        values.copy_(room.round_())
+
+    return quantize
+
+
+def unpack(
+    format: WireFormat, bucket: Bucket, staging: Tensor, full: Tensor, work: Tensor | None = None
+) -> Callable[[], object]:
+    """What brings the rows of all ranks to the bucket; not for a quantised interleaved one.
+
+    Args:
+        staging: `[world_size * row_numel]`, of the format's dtype.
+        full: `[bucket.numel]`.
+        work: `[shard_numel]`, float32; needed to dequantise to another dtype only.
+    """
+    if format.block_numel is None:
+        return partial(full.copy_, staging)
+    into = full.view(bucket.world_size, bucket.shard_numel)
+    values, scales = split_rows(staging.view(bucket.world_size, -1), bucket.shard_numel, format)
+    if full.dtype is SCALE_DTYPE:
+        return partial(_dequantize, values, into, _blocks(into, scales, format.block_numel))
+    assert work is not None
+    rows = [
+        (values[rank], into[rank], work, _blocks(work, scales[rank], format.block_numel))
+        for rank in range(bucket.world_size)
+    ]
+
+    def dequantize_rows() -> None:
+        for value, row, room, blocks in rows:
+            _dequantize(value, room, blocks)
+            row.copy_(room)
+
+    return dequantize_rows
+
+
+def _dequantize(values: Tensor, into: Tensor, blocks: list[tuple[Tensor, Tensor]]) -> None:
+    into.copy_(values)
+    for elements, scale in blocks:
+        elements.mul_(scale)
+
+
+def _blocks(values: Tensor, scales: Tensor, block_numel: int) -> list[tuple[Tensor, Tensor]]:
+    """Elements by block and their scales, `[..., n, block_numel]` and `[..., n, 1]`; then those of a last short block.
+
+    Args:
+        values: `[..., shard_numel]`.
+        scales: `[..., num_scales]`.
+    """
+    num_whole = values.shape[-1] // block_numel
+    end = num_whole * block_numel
+    whole = values[..., :end].unflatten(-1, (num_whole, block_numel)), scales[..., :num_whole].unsqueeze(-1)
+    short = values[..., end:].unsqueeze(-2), scales[..., num_whole:].unsqueeze(-1)
+    return [pair for pair in (whole, short) if pair[0].numel()]
+
+
+def reduce_scratch_nbytes(comm: Comm, bucket: Bucket, format: WireFormat, *, accumulate: bool) -> int:
+    """Bytes that `bind_narrow_reduce` needs between its start and its wait."""
+    travels = on_wire(bucket, format)
+    if comm.sums_locally:
+        return (bucket.world_size - 1) * travels.shard_nbytes + (1 + accumulate) * bucket.shard_nbytes
+    return travels.shard_nbytes + comm.reduce_scratch_numel(travels, accumulate=False) * travels.dtype.itemsize
+
+
+def bind_narrow_reduce(
+    comm: Comm, bucket: Bucket, format: WireFormat, sent: Tensor, scratch: Tensor, shard: Tensor, *, accumulate: bool
+) -> Bound:
+    """Average what all ranks send; this rank's slice goes to `shard` [bucket.shard_numel].
+
+    Where sums are local (gloo) they are made in the shard's dtype, in rank order: ((g0 + g1) + g2) / world_size, of
+    terms that are all rounded to the wire's dtype, the own one too, so that who owns an element does not matter.
+    Elsewhere (NCCL) the backend sums in the wire's dtype, as FSDP2 does: an exchange would cross the link between two
+    machines once for each rank of a machine, where NCCL's rings cross it once.
+
+    Args:
+        sent: `[world_size * row_numel]`, of the format's dtype: the unsharded gradients.
+        scratch: `reduce_scratch_nbytes` bytes, flat.
+        accumulate: add the average to `shard`; else overwrite it.
+    """
+    travels = on_wire(bucket, format)
+    num_terms = bucket.world_size - 1 if comm.sums_locally else 1
+    end = num_terms * travels.shard_nbytes
+    received = scratch[:end].view(travels.dtype).split(travels.shard_numel)
+    if not comm.sums_locally:
+        inner = scratch[end:].view(travels.dtype)
+        start, wait = comm.bind_reduce(travels, sent, inner if len(inner) else None, received[0], accumulate=False)
+        return Bound(start, _then(wait, partial(shard.add_ if accumulate else shard.copy_, received[0])))
+    own = sent.split(travels.shard_numel)[comm.rank]
+    terms = [*received[: comm.rank], own, *received[comm.rank :]]
+    rooms = scratch[end:].view(bucket.dtype).split(bucket.shard_numel)
+    start, wait = comm.bind_exchange(travels, sent, terms)
+    total = rooms[1] if accumulate else shard
+    return Bound(start, _then(wait, partial(_average, terms, rooms[0], total, shard)))
+
+
+def _average(terms: list[Tensor], room: Tensor, total: Tensor, shard: Tensor) -> None:
+    """Sum terms in order, each converted in `room`, divide, and add to the shard if that is not the total itself."""
+    total.copy_(terms[0])
+    for term in terms[1:]:
+        total.add_(room.copy_(term))
+    total.div_(len(terms))
+    if total is not shard:
+        shard.add_(total)
+
+
+def _then(wait: Callable[[], object] | None, work: Callable[[], object]) -> Callable[[], object]:
+    def wait_and_work() -> None:
+        if wait is not None:
+            wait()
+        work()
+
+    return wait_and_work
