@@ -17,6 +17,7 @@ from torch import nn
 
 from fxzero import agree, ownership, state
 from fxzero.clip import clip_grad_norm_
+from fxzero.cost import Cluster
 from fxzero.engine import Engine, Options
 from fxzero.errors import FxzeroError, InputMismatchError, OptimizerError
 from fxzero.fitting import footprint_of
@@ -27,6 +28,7 @@ from fxzero.planner import as_arguments
 from fxzero.report import MemoryReport
 from fxzero.runtime import Executable
 from fxzero.schedule import Schedule
+from fxzero.tuner import timing_of
 
 _REFUSED_METHODS = ("generate",)
 
@@ -50,6 +52,7 @@ def compile(
     layout: LayoutName = "contiguous",
     gather_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
+    cluster: Cluster | str | None = None,
 ) -> ZeroModule:
     """Take a model over and train it by ZeRO stage 3 on a schedule that is written before it runs.
 
@@ -70,7 +73,8 @@ def compile(
         elementwise_optimizer: vouch that an optimizer class that fxzero does not know updates each element by itself.
         memory_budget: bytes that a rank may use for everything that fxzero plans (`zero.schedule.memory`); "auto" is
             what is free. What fits stays gathered from forward to backward, and under gradient accumulation until the
-            shards change. Decided at the first call with a backward, for its shapes. Default: all is gathered again.
+            shards change. Decided at the first call with a backward, for its shapes. Default: all is gathered again but
+            what costs no memory at the peak to keep: a few buckets that forward reads last and backward first.
         reshard_after_forward: True gathers every parameter again in backward; False keeps all from forward to backward.
         stage: the same in the terms of ZeRO: 3 is True, and 2, at whose residency parameters stay, is False.
         recompute: "none", "full" (whole repeated blocks run again in backward), or an upper bound on the bytes of
@@ -86,6 +90,8 @@ def compile(
             state dicts hold. Default: their own, as for one rank alone and for parameters that are as narrow already.
         reduce_dtype: in which gradients travel: torch.bfloat16. Sums over micro-batches, and on gloo also those over
             ranks, are made in their own dtype. Default: their own.
+        cluster: what the schedule is made for: numbers, or a name of `fxzero.cost.CLUSTERS`. Default: measured, in a
+            fraction of a second before the first plan, by all ranks together; not for less than 1 MiB of parameters.
 
     Returns:
         The module to call and train.
@@ -116,6 +122,9 @@ def compile(
             timeout=timeout,
             memory_budget=memory_budget,
             layout=layout,
+            cluster=None if cluster is None else Cluster.of(cluster),
+            tunes=passes is None,
+            keeps_free=(memory_budget, reshard_after_forward, stage) == (None, None, None),
         )
         zero = ZeroModule(model, Engine(model, model.forward, options, process_group, optimizers))
         if example is not None:
@@ -243,7 +252,7 @@ class ZeroModule(nn.Module):
             self,
             engine.held_shards,
             elementwise_optimizer=engine.options.elementwise_optimizer,
-            on_step=engine.residency.expire,
+            on_step=engine.after_optimizer,
         )
         ownership.take_over(model)
 
@@ -382,7 +391,11 @@ class ZeroModule(nn.Module):
     def schedule(self) -> Schedule:
         """The schedule of the plan that ran last, or that `example` made."""
         last = self._fxzero_engine.last
-        return Schedule() if last is None else Schedule(last.step, last.plan.code.source, partial(self._memory, last))
+        if last is None:
+            return Schedule()
+        costs = self._fxzero_engine.tuner.costs_of(self._fxzero_engine)
+        timing = None if costs is None else partial(timing_of, last.step, costs)
+        return Schedule(last.step, last.plan.code.source, partial(self._memory, last), timing)
 
     def _memory(self, executable: Executable) -> MemoryReport:
         engine = self._fxzero_engine

@@ -49,6 +49,7 @@ from fxzero.memory import (
 )
 from fxzero.narrow import bind_narrow_reduce, pack, reduce_scratch_nbytes, unpack
 from fxzero.shards import Shards, unflatten
+from fxzero.stopwatch import Stopwatch
 from fxzero.wire import SCALE_DTYPE
 
 EFFORT = 5
@@ -157,7 +158,16 @@ class Binder:
         if self.step.resident:
             again = names | self._skip_resident(events)
             functions["forward_again"] = _define(code, again)["forward"]
+        functions |= {f"timed_{phase}": partial(self._timed, code, phase) for phase in ("forward", "backward")}
         return functions
+
+    def _timed(self, code: Code, phase: str, watch: Stopwatch) -> Callable[..., Any]:
+        """A phase with a stopwatch at each collective; made where it is needed, in a few steps."""
+        timed: dict[str, Callable[[], object]] = {}
+        for start in self.step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER):
+            for name in (start.name, f"wait_{start.name}"):
+                timed[name] = watch.timed(self.names[name])
+        return _define(code, self.names | timed)[phase]
 
     def _skip_resident(self, events: Events | None) -> dict[str, Callable[..., object]]:
         """Globals that skip the gathers of buckets that are there; on CUDA, an event stands for each."""

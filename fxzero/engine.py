@@ -24,6 +24,7 @@ from fxzero.allocator import give_back_freed_memory
 from fxzero.autograd import Call, StepFunction
 from fxzero.capture import Captured, capture
 from fxzero.comm import Comm, PlanningComm, make_comm
+from fxzero.cost import Cluster
 from fxzero.errors import CaptureError, FxzeroError, InputMismatchError
 from fxzero.fitting import Fitting
 from fxzero.gauge import MemoryGauge
@@ -46,6 +47,7 @@ from fxzero.residency import Residency
 from fxzero.runtime import Executable
 from fxzero.shards import Shards, check_storage, spec_of
 from fxzero.signature import CallSpec, flatten_call
+from fxzero.tuner import Tuner
 from fxzero.verify import collectives
 
 logger = logging.getLogger(__name__)
@@ -71,6 +73,12 @@ class Options:
     timeout: timedelta = timedelta(minutes=5)
     memory_budget: int | Literal["auto"] | None = None
     layout: LayoutName = "contiguous"
+    cluster: Cluster | None = None
+    """What to plan for; None: it is calibrated."""
+    tunes: bool = False
+    """The user left sizes and order to the costs."""
+    keeps_free: bool = False
+    """What costs no memory at the peak may stay gathered until backward."""
 
     def __post_init__(self) -> None:
         check_layout(self.layout)
@@ -83,6 +91,8 @@ class Options:
             "layout": self.layout,
             "sync_init": self.sync_init,
             "memory_budget": self.memory_budget,
+            "cluster": self.cluster,
+            "tuned": self.tunes,
             "torch": torch.__version__.split("+")[0],
         }
 
@@ -124,6 +134,7 @@ class Engine:
             lambda: (this.version(), 0 if this.gradients is None else this.gradients.version),
         )
         self.fitting = Fitting()
+        self.tuner = Tuner(self.options.tunes, self.options.keeps_free, self.options.cluster)
         self._orders = Orders(self.group, self.comm.rank, self.options.timeout)
         self._param_list = list(self.params.values())
         self._addresses: list[int] = []
@@ -172,10 +183,13 @@ class Engine:
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if [param.data_ptr() for param in self._param_list] != self._addresses and self._addresses:
             self.adopt_replaced_data()
+        if self.tuner.is_due and torch.is_grad_enabled() and self.synchronize:
+            self._tune_again()
         inputs, signature, executable = self.prepare(args, kwargs)
         if executable.example_only:
             raise InputMismatchError("An input is on the meta device: it can be an example, not a batch to run on.")
         call = Call(self, executable, inputs, lambda pattern: self._replan(signature, pattern, args, kwargs))
+        executable.stopwatch = self.tuner.stopwatch if self.tuner.measures(executable) else None
         device_type = self.options.device.type
         if torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
@@ -183,6 +197,12 @@ class Engine:
         else:
             tensors = self._run(call, executable, inputs)
         return executable.plan.captured.output.rebuild(tensors)
+
+    def _tune_again(self) -> None:
+        """Choose order and prefetching from measured costs, once; plans are made again if that changes them."""
+        if self.tuner.choose_again(self):
+            self._plans.clear()
+            self._orders = Orders(self.group, self.comm.rank, self.options.timeout)
 
     def _run(self, call: Call, executable: Executable, inputs: list[torch.Tensor]) -> Sequence[Any]:
         if executable.step.has_backward:
@@ -234,6 +254,11 @@ class Engine:
         """What this rank holds of each parameter; empty before the layout is fixed."""
         return state.param_shards(self, self.shards) if self.shards is not None else {}
 
+    def after_optimizer(self, seconds: float) -> None:
+        """A step of an optimizer, any, is over."""
+        self.residency.expire()
+        self.tuner.after_optimizer(seconds)
+
     def version(self) -> int:
         """A number that changes when a parameter is changed in place."""
         return sum([param._version for param in self._param_list])
@@ -251,6 +276,7 @@ class Engine:
             gradients.check_flush(executable.reduced)
         input_grads = executable.backward(variant, saved, tangents)
         if synchronize:
+            self.tuner.after_backward(executable)
             gradients.publish(executable.reached, variant)
         else:
             gradients.hold(executable.reached, variant)
@@ -312,7 +338,11 @@ class Engine:
         reporting = partial(agree.reporting_failure, self.group, topic)
         with reporting() if others_wait else nullcontext():
             captured = self._capture(signature, pattern, args, kwargs, with_backward=kind[0])
-            passes = in_layout(captured.step, self.options.passes, self.shards.layout if self.shards else None)
+        if self.tuner.must_choose(self, captured.step):
+            self.tuner.choose(self, captured.step, topic)
+        with reporting() if others_wait else nullcontext():
+            passes = self.tuner.passes(self.options.passes)
+            passes = in_layout(captured.step, passes, self.shards.layout if self.shards else None)
             choice = self.fitting.choose(self, captured.step, passes)
         if choice is not None:
             self.fitting.agree(self, choice, topic)

@@ -217,17 +217,26 @@ class Layout:
 
 
 def group_into_buckets(
-    params: Iterable[ParamSpec], world_size: int, bucket_bytes: int, layout: LayoutName = "contiguous"
+    params: Iterable[ParamSpec],
+    world_size: int,
+    bucket_bytes: int,
+    layout: LayoutName = "contiguous",
+    *,
+    head_bytes: int | None = None,
 ) -> tuple[Bucket, ...]:
     """Cut a sequence of parameters into buckets of neighbours, each of at most `bucket_bytes` or one parameter.
 
     One bucket is open per dtype and trainedness, so that a frozen parameter between trained ones cuts nothing.
+
+    Args:
+        head_bytes: the same of the first bucket; each later one may be twice as large, up to `bucket_bytes`.
     """
     done: list[list[ParamSpec]] = []
     open_: dict[tuple[torch.dtype, bool], list[ParamSpec]] = {}
     for param in params:
         members = open_.get(param.bucket_key)
-        if members is None or sum(p.nbytes for p in members) + param.nbytes > bucket_bytes:
+        limit = bucket_bytes if head_bytes is None else min(bucket_bytes, head_bytes << min(max(len(done) - 1, 0), 40))
+        if members is None or sum(p.nbytes for p in members) + param.nbytes > limit:
             members = open_[param.bucket_key] = []
             done.append(members)
         members.append(param)

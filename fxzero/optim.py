@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -135,7 +136,7 @@ class OptimizerGuard:
         shards: gives what this rank holds of each parameter, by the id of the Parameter object; empty as long as there
             are no shards, and then nothing is checked. It must not hold the owner.
         elementwise_optimizer: see `check_optimizer`.
-        on_step: called after each step of any optimizer; must not hold the owner.
+        on_step: called after each step of any optimizer, with the seconds it took; must not hold the owner.
     """
 
     def __init__(
@@ -144,9 +145,10 @@ class OptimizerGuard:
         shards: Callable[[], Mapping[int, ParamShard]],
         *,
         elementwise_optimizer: bool,
-        on_step: Callable[[], object] = lambda: None,
+        on_step: Callable[[float], object] = lambda seconds: None,
     ) -> None:
         self._on_step = on_step
+        self._began_s = 0.0
         self.shards = shards
         self.elementwise_optimizer = elementwise_optimizer
         self._num_groups_checked: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -166,6 +168,7 @@ class OptimizerGuard:
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Check an optimizer, if that was not done yet."""
+        self._began_s = time.perf_counter()
         if self._num_groups_checked.get(optimizer) != len(optimizer.param_groups):
             shards = self.shards()
             self.check(optimizer, shards)
@@ -175,7 +178,7 @@ class OptimizerGuard:
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """After an optimizer's first step, move the state that it made into one buffer."""
-        self._on_step()
+        self._on_step(time.perf_counter() - self._began_s)
         if optimizer in self._to_rehome:
             self._to_rehome.discard(optimizer)
             self.state_nbytes += rehome_state(optimizer, self.shards().keys())

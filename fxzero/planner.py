@@ -19,6 +19,8 @@ from fxzero.budget import Choice, choose, must_choose
 from fxzero.capture import Captured, capture
 from fxzero.codegen import generate
 from fxzero.comm import PlanningComm
+from fxzero.cost import Cluster
+from fxzero.costing import CostModel, choose_sizes, optimizer_bytes
 from fxzero.footprint import Held, footprint, held_by
 from fxzero.ir import Role, StepGraph, members
 from fxzero.layout import Bucket, Layout, LayoutName, ParamSpec, check_layout, group_into_buckets
@@ -30,6 +32,7 @@ from fxzero.runtime import Plan
 from fxzero.schedule import Schedule
 from fxzero.shards import spec_of
 from fxzero.text import bucket_label
+from fxzero.timing import Timing
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +72,7 @@ def plan(
     optimizer: torch.optim.Optimizer | None = None,
     memory_budget: int | None = None,
     layout: LayoutName = "contiguous",
+    cluster: Cluster | str | None = None,
 ) -> Schedule:
     """The schedule of a model on ranks that are not there: no process group, no device, no memory for any tensor.
 
@@ -82,6 +86,8 @@ def plan(
         optimizer: what would train the model, for the bytes of its state. Default: one like AdamW.
         memory_budget: bytes that a rank may use; what fits stays gathered.
         layout: "contiguous" or "interleaved", as of `fxzero.compile`.
+        cluster: what the ranks are and what joins them: numbers, or a name of `fxzero.cost.CLUSTERS`. With it, sizes
+            and order are chosen from costs, unless passes are given, and `schedule.timing` predicts the step.
 
     Raises:
         CaptureError: the model cannot be traced.
@@ -103,20 +109,28 @@ def plan(
         with_backward=torch.is_grad_enabled() and any(param.requires_grad for param in params.values()),
     )
     captured.step.layout = layout
-    passes = default_passes() if passes is None else passes
+    chosen: Sequence[Pass] = default_passes() if passes is None else passes
     comm = PlanningComm(0, world_size)
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     state = state_per_element([] if optimizer is None else [optimizer])
 
     def held(step: StepGraph) -> Held:
-        return held_by(layout_of(step, passes), state_per_element=state, buffers=buffers)
+        return held_by(layout_of(step, chosen), state_per_element=state, buffers=buffers)
 
+    costs = None
+    if cluster is not None:
+        costs = CostModel(Cluster.of(cluster), optimizer_bytes(params.values(), world_size, state))
+        if captured.step.has_backward and world_size > 1 and passes is None:
+            chosen = choose_sizes(captured.step, chosen, costs, keeps_free=memory_budget is None).passes(chosen)
     choice = None
-    if must_choose(passes, memory_budget) and captured.step.has_backward:
-        choice = choose(captured.step, passes, comm, held, memory_budget)
-    made = make_plan(captured, passes, choice)
+    if must_choose(chosen, memory_budget) and captured.step.has_backward:
+        choice = choose(captured.step, chosen, comm, held, memory_budget)
+    made = make_plan(captured, chosen, choice)
     return Schedule(
-        made.step, made.code.source, lambda: MemoryReport(footprint(made.step, comm, held(made.step)), made.step)
+        made.step,
+        made.code.source,
+        lambda: MemoryReport(footprint(made.step, comm, held(made.step)), made.step),
+        None if costs is None else lambda: Timing.of(made.step, costs(made.step)),
     )
 
 

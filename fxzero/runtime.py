@@ -33,6 +33,7 @@ from fxzero.memory import (
 )
 from fxzero.residency import Residency
 from fxzero.shards import Shards
+from fxzero.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,9 @@ class Executable:
         self.buffers = [info(node).fqn for node in step.nodes(Role.BUFFER)]
         """The names of the buffers that forward takes, in order."""
         self.buffer_geometry = [(node.meta["val"].shape, node.meta["val"].dtype) for node in step.nodes(Role.BUFFER)]
+        self.device = shards.device
+        self.stopwatch: Stopwatch | None = None
+        """Measures the next forward, and its backward."""
         self.example_only = False
         """True for a plan that was made from tensors without values."""
         written = {node.args[0] for node in step.graph.nodes if node.target is torch.ops.aten.copy_.default}
@@ -99,8 +103,12 @@ class Executable:
         unused = Variant(False, Stash.NONE if self.step.synchronize else Stash.FIRST)
         functions = self._bound(next(iter(self._functions), unused))
         are_there = self._resident and self._residency.has(self._resident)
+        watch = self.stopwatch
         try:
-            outputs = functions["forward_again" if are_there else "forward"](inputs, buffers)
+            if watch is not None:
+                outputs = watch.time_phase(functions["timed_forward"](watch), inputs, buffers, is_first=True)
+            else:
+                outputs = functions["forward_again" if are_there else "forward"](inputs, buffers)
         except Exception as error:
             self._abandon(error)
             raise
@@ -114,8 +122,13 @@ class Executable:
         for index, (tangent, strides) in enumerate(zip(tangents, self._tangents, strict=True)):
             if tangent.stride() != strides:  # an expanded gradient, of sum() say: operators were traced for dense ones
                 tangents[index] = tangent.new_empty_strided(tangent.shape, strides).copy_(tangent)
+        watch, self.stopwatch = self.stopwatch, None
         try:
-            input_grads = self._bound(variant)["backward"](saved, tangents)
+            if watch is not None:
+                backward = self._bound(variant)["timed_backward"](watch)
+                input_grads = watch.time_phase(backward, saved, tangents, is_first=False)
+            else:
+                input_grads = self._bound(variant)["backward"](saved, tangents)
         except Exception as error:
             self._abandon(error)
             raise

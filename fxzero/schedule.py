@@ -39,6 +39,7 @@ from fxzero.text import block_depth, block_of, bucket_label, format_bytes, forma
 
 if TYPE_CHECKING:
     from fxzero.report import MemoryReport
+    from fxzero.timing import Timing
 
 ROOT = "(model)"
 """The block of what the model itself computes, outside of its submodules."""
@@ -273,14 +274,20 @@ class Schedule:
         step: the planned step; None before anything was traced.
         code: the source that was generated from it.
         memory: makes the report of the memory that it needs.
+        timing: makes the prediction of its time; None where no costs are known.
     """
 
     def __init__(
-        self, step: StepGraph | None = None, code: str = "", memory: Callable[[], MemoryReport] | None = None
+        self,
+        step: StepGraph | None = None,
+        code: str = "",
+        memory: Callable[[], MemoryReport] | None = None,
+        timing: Callable[[], Timing] | None = None,
     ) -> None:
         self._step = step
         self._code = code
         self._memory = memory
+        self._timing = timing
 
     @property
     def step(self) -> StepGraph:
@@ -320,6 +327,20 @@ class Schedule:
             raise FxzeroError(str(self))
         return self._memory()
 
+    @property
+    def timing(self) -> Timing:
+        """The predicted time of a step beside its lower bound; print it.
+
+        Raises:
+            FxzeroError: no costs are known: on one rank, or of a small model, without a cluster.
+        """
+        if self._timing is None:
+            raise FxzeroError(
+                "No costs are known for this plan. Pass cluster= (fxzero.Cluster, or a name); without it several ranks "
+                "calibrate models of 1 MiB or more at their first step."
+            )
+        return self._timing()
+
     def plot_memory(self, path: str | Path) -> None:
         """Draw live bytes over the step, by kind, as a stacked area with the peak marked."""
         self.memory.plot_memory(path)
@@ -341,6 +362,6 @@ class Schedule:
             return (
                 "Nothing is traced yet: call the module once, or pass example= to fxzero.compile, to see the schedule."
             )
-        return self.text()
+        return self.text() if self._timing is None else f"{self.text()}\n{self.timing.line()}"
 
     __repr__ = __str__

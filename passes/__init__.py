@@ -10,6 +10,7 @@ import torch
 from fxzero.ir import StepGraph
 from fxzero.passes.bucket_all_gathers import BucketAllGathers
 from fxzero.passes.bucket_reduce_scatters import BucketReduceScatters
+from fxzero.passes.gathers_first import GathersFirst
 from fxzero.passes.insert_all_gathers import InsertAllGathers
 from fxzero.passes.insert_reduce_scatters import InsertReduceScatters
 from fxzero.passes.keep_gathered import KeepGathered
@@ -58,6 +59,7 @@ def default_passes(
         BucketReduceScatters(),
         KeepGathered(max_kept_bytes),
         PrefetchAllGathers(prefetch_bytes),
+        GathersFirst(),
         SinkWaits(reduce_bytes),
         ReleaseParams(),
         WriteGradsInPlace(),
@@ -68,6 +70,7 @@ def default_passes(
 __all__ = [
     "BucketAllGathers",
     "BucketReduceScatters",
+    "GathersFirst",
     "InsertAllGathers",
     "InsertReduceScatters",
     "KeepGathered",

@@ -31,12 +31,17 @@ class BucketAllGathers:
 
     bucket_bytes: int = 16 * MIB
     """Upper bound on the parameter bytes of one bucket; a larger parameter is a bucket of its own."""
+    head_bytes: int | None = None
+    """The same of the first bucket: nothing hides its gather at the begin of forward, nor its reduction at the end of
+    backward. Each later one may be twice as large, up to `bucket_bytes`."""
     buckets: tuple[tuple[str, ...], ...] | None = None
     """The members of each bucket, if the layout is fixed already."""
 
     def __post_init__(self) -> None:
         if self.bucket_bytes <= 0:
             raise ValueError(f"bucket_bytes is {self.bucket_bytes}; it must be at least 1")
+        if self.head_bytes is not None and self.head_bytes <= 0:
+            raise ValueError(f"head_bytes is {self.head_bytes}; it must be at least 1, or None")
 
     def __call__(self, step: StepGraph, /) -> None:
         starts = step.nodes(Role.ALL_GATHER)
@@ -46,7 +51,8 @@ class BucketAllGathers:
             raise PassOrderError("an all_gather has a wire format already; run NarrowAllGathers after this pass")
         in_order = dict.fromkeys(fqn for start in starts for fqn in members(start))
         if self.buckets is None:
-            groups = group_into_buckets((step.params[fqn] for fqn in in_order), step.world_size, self.bucket_bytes)
+            params = (step.params[fqn] for fqn in in_order)
+            groups = group_into_buckets(params, step.world_size, self.bucket_bytes, head_bytes=self.head_bytes)
             buckets = tuple(group.fqns for group in groups)
         else:
             buckets = self.buckets

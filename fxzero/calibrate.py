@@ -1,0 +1,124 @@
+"""Measure, in a fraction of a second, what a rank computes and communicates with: a `Cluster` for this machine.
+
+Every rank measures at the same time, as in a step, and all take the median of each number.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from fxzero import agree
+from fxzero.comm import Comm
+from fxzero.cost import Cluster, Device, Link, rounded
+from fxzero.layout import ALIGNMENT_BYTES, Bucket, ParamSpec
+
+SMALL_BYTES, LARGE_BYTES = 2**14, 2**23
+"""Of the messages that latency and bandwidth are measured with, per rank that receives."""
+IN_FLIGHT = 3
+"""Large messages at a time: what a schedule keeps the link busy with."""
+LINK_S = 0.3
+"""After so long no further message is sent."""
+
+
+def calibrate(comm: Comm, device: torch.device, dtype: torch.dtype = torch.float32) -> Cluster:
+    """Measure this rank's device and link; a collective over the ranks of `comm`.
+
+    Args:
+        dtype: of the matrix products.
+
+    Raises:
+        CommunicationError: a peer has gone.
+    """
+    return Cluster(measure_device(device, dtype), measure_link(comm, device))
+
+
+def median_of_ranks(own: Cluster, group: dist.ProcessGroup | None, topic: str, timeout: timedelta) -> Cluster:
+    """The median over ranks of each number, to two digits, the same on all of them."""
+    lines = agree.exchange(group, topic, [json.dumps(own.numbers())], timeout=timeout)
+    numbers = zip(*(json.loads(line) for (line,) in lines), strict=True)
+    return Cluster.of_numbers([rounded(statistics.median(values)) for values in numbers])
+
+
+def measure_device(device: torch.device, dtype: torch.dtype = torch.float32) -> Device:
+    """Rates of a matrix product [512, 512] x [512, 2048], of a sum of 16 MiB into 16 MiB, and of a tiny operator."""
+    left, right = torch.randn(512, 512, device=device).to(dtype), torch.randn(512, 2048, device=device).to(dtype)
+    into, addend = torch.zeros(2**22, device=device), torch.ones(2**22, device=device)
+    tiny = torch.zeros(1, device=device)
+    product = torch.empty(512, 2048, device=device, dtype=dtype)
+    with torch.no_grad():
+        product_s = _seconds_of(lambda: torch.mm(left, right, out=product), device, 8)
+        sum_s = _seconds_of(lambda: into.add_(addend), device, 3)
+        tiny_s = _seconds_of(lambda: tiny.add_(1.0), device, 200)
+    return Device(2 * 512 * 512 * 2048 / product_s, 3 * into.nbytes / sum_s, tiny_s)
+
+
+def _seconds_of(run: Callable[[], object], device: torch.device, times: int) -> float:
+    """The median seconds of a call: of three batches of `times` calls each, after one batch."""
+    batches: list[float] = []
+    for _ in range(4):
+        _finish(device)
+        begin = time.perf_counter()
+        for _ in range(times):
+            run()
+        _finish(device)
+        batches.append((time.perf_counter() - begin) / times)
+    return statistics.median(batches[1:])
+
+
+def measure_link(comm: Comm, device: torch.device) -> Link:
+    """Latency and bandwidth of gathers, each way at once, and what they take from this process's cores."""
+    small, large = _Gathers(comm, device, SMALL_BYTES, 1), _Gathers(comm, device, LARGE_BYTES, IN_FLIGHT)
+    small.run()
+    large.run()  # TCP finds its pace
+    latency_s = min(small.run() for _ in range(5))
+    begin, cpu, turns = time.perf_counter(), time.process_time(), 0
+    more = torch.ones((), device=device)
+    while more.item():
+        large.run()
+        turns += 1
+        more.fill_(float(turns < 8 and time.perf_counter() - begin < LINK_S))
+        comm.all_reduce(more, "max")
+    seconds, cpu_s = time.perf_counter() - begin, time.process_time() - cpu
+    nbytes = turns * IN_FLIGHT * LARGE_BYTES * (comm.world_size - 1)
+    on_cores = cpu_s / nbytes if device.type == "cpu" else 0.0
+    return Link(nbytes / seconds, latency_s, on_cores)
+
+
+class _Gathers:
+    """Gathers of one size between buffers of their own."""
+
+    def __init__(self, comm: Comm, device: torch.device, nbytes: int, number: int) -> None:
+        self._comm, self._device = comm, device
+        numel = comm.world_size * nbytes // ALIGNMENT_BYTES * (ALIGNMENT_BYTES // 4)
+        self._bound = []
+        for index in range(number):
+            spec = ParamSpec(f"calibration {nbytes} {index}", (numel,), torch.float32, False)
+            bucket = Bucket((spec,), comm.world_size)
+            shard, full = (torch.zeros(n, device=device) for n in (bucket.shard_numel, bucket.numel))
+            self._bound.append(comm.bind_gather(bucket, shard, full))
+
+    def run(self) -> float:
+        """Gather once; the seconds it took."""
+        begin = time.perf_counter()
+        for bound in self._bound:
+            if bound.start:
+                bound.start()
+        for bound in self._bound:
+            if bound.wait:
+                bound.wait()
+        self._comm.drain()
+        _finish(self._device)
+        return time.perf_counter() - begin
+
+
+def _finish(device: torch.device) -> None:
+    """Wait for what runs on an accelerator."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

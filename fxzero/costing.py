@@ -1,0 +1,91 @@
+"""From a traced step to what is chosen from costs: the cost model of one training job, and the trials it is used in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from fxzero.cost import Cluster, Costs, roofline
+from fxzero.ir import StepGraph, copy_of
+from fxzero.layout import ParamSpec
+from fxzero.passes import BucketAllGathers, KeepGathered, Pass
+from fxzero.stopwatch import with_measured
+from fxzero.tuning import Tuning, needs_of, order_on_link, tune
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """The costs of any step of one model on one cluster."""
+
+    cluster: Cluster
+    optimizer_bytes: int = 0
+    by_name: dict[str, float] = field(default_factory=dict[str, float])
+    """Measured seconds of nodes; empty: all are estimated."""
+    optimizer_s: float = 0.0
+
+    def __call__(self, step: StepGraph) -> Costs:
+        estimated = roofline(step, self.cluster, optimizer_bytes=self.optimizer_bytes)
+        if not self.by_name:
+            return estimated
+        return with_measured(step, estimated, self.by_name, self.optimizer_s or estimated.optimizer_s)
+
+
+def choose_sizes(
+    captured: StepGraph,
+    passes: Sequence[Pass],
+    model: CostModel,
+    keeps_free: bool,
+    buckets: Sequence[tuple[str, ...]] | None = None,
+) -> Tuning:
+    """Choose everything for a captured step, which stays as it is.
+
+    Args:
+        keeps_free: buckets may stay gathered from forward to backward where that costs no memory at the peak.
+        buckets: their members, if the layout is fixed already.
+    """
+    place = next((i for i, each in enumerate(passes) if isinstance(each, BucketAllGathers)), len(passes))
+    step = _after(captured, passes[:place])
+    needs = needs_of(step, model(step), model.cluster.device)
+    tuning = tune(needs, keeps_all=_keeps_all(passes), keeps_free=keeps_free, buckets=buckets)
+    chosen = tuning.passes(passes)
+    if buckets is not None:
+        chosen = [
+            replace(each, buckets=tuple(buckets)) if isinstance(each, BucketAllGathers) else each for each in chosen
+        ]
+    planned = _after(captured, chosen)
+    return replace(tuning, later=order_on_link(planned, model(planned))[0])
+
+
+def choose_again(
+    planned: StepGraph,
+    passes: Sequence[Pass],
+    model: CostModel,
+    keeps_free: bool,
+    buckets: Sequence[tuple[str, ...]] | None,
+) -> Tuning:
+    """The same from a complete plan, for costs that were measured in it."""
+    costs = model(planned)
+    needs = needs_of(planned, costs, model.cluster.device)
+    tuning = tune(needs, keeps_all=_keeps_all(passes), keeps_free=keeps_free, buckets=buckets)
+    return replace(tuning, later=order_on_link(planned, costs)[0])
+
+
+def _keeps_all(passes: Sequence[Pass]) -> bool:
+    return any(isinstance(each, KeepGathered) and each.max_kept_bytes is None for each in passes)
+
+
+def _after(captured: StepGraph, passes: Sequence[Pass]) -> StepGraph:
+    """What some passes make of a step, unverified: a trial."""
+    step = copy_of(captured)
+    for each in passes:
+        each(step)
+    return step
+
+
+def optimizer_bytes(params: Iterable[ParamSpec], world_size: int, state_numel: int) -> int:
+    """Bytes that an optimizer reads and writes in a step of one rank: parameters, gradients and state.
+
+    Args:
+        state_numel: elements of state for each element of a parameter.
+    """
+    return sum(param.nbytes for param in params) // world_size * (3 + 2 * state_numel)

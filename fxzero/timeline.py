@@ -1,0 +1,100 @@
+"""When everything of a step happens, for given costs: one device, one link that sends one message after another.
+
+device  |--compute--|--compute--|..wait..|--compute--|          slower while the link is busy, if it carries the traffic
+link       [gather 1][gather 2 ]           [reduce 2]           in the order of starts
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias
+
+from torch import fx
+
+from fxzero.cost import Costs, Link, wire_bytes
+from fxzero.ir import Role, StepGraph, role, started_by
+
+Key: TypeAlias = "fx.Node | int"
+"""Which collective: its start in a graph, or a number where there is no graph."""
+
+
+class Event(NamedTuple):
+    """One thing that a rank does."""
+
+    kind: Literal["compute", "start", "wait"]
+    seconds: float = 0.0
+    """Of compute, on an idle machine."""
+    key: Key | None = None
+    """The collective that is started, or waited for."""
+    nbytes: int = 0
+    """What a start sends, and receives."""
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """How long a step takes, and why."""
+
+    step_s: float
+    compute_s: float
+    """Of the device, without any traffic."""
+    slowed_s: float
+    """By which traffic on the same cores lengthens compute."""
+    wire_s: float
+    """Of the link."""
+    stalls: dict[Key, float]
+    """How long each collective is waited for, where that is more than nothing."""
+
+    @property
+    def stalled_s(self) -> float:
+        """Time in which the device has nothing to do."""
+        return sum(self.stalls.values())
+
+
+def events(step: StepGraph, costs: Costs) -> list[Event]:
+    """What a rank does in a step, in order; compute between collectives is one event. The optimizer's step is last."""
+    found: list[Event] = []
+    compute = 0.0
+    for node in step.graph.nodes:
+        kind = role(node)
+        if kind in (Role.ALL_GATHER, Role.REDUCE_SCATTER, Role.WAIT) and step.world_size > 1:
+            if compute:
+                found.append(Event("compute", compute))
+            start = started_by(node)
+            nbytes = wire_bytes(step, start) if node is start else 0
+            found.append(Event("start" if node is start else "wait", 0.0, start, nbytes))
+            compute = 0.0
+        compute += costs.of(node)
+    if compute + costs.optimizer_s:
+        found.append(Event("compute", compute + costs.optimizer_s))
+    return found
+
+
+def play(happening: Iterable[Event], link: Link) -> Timeline:
+    """Let everything happen in order."""
+    load, rate = link.load, link.loaded_bytes_per_s
+    now = busy_until = compute_s = slowed_s = wire_s = 0.0
+    arrives: dict[Key, float] = {}
+    stalls: dict[Key, float] = {}
+    for kind, seconds, key, nbytes in happening:
+        if kind == "compute":
+            compute_s += seconds
+            shared = min(seconds, max(0.0, busy_until - now) * (1.0 - load))
+            slowed = shared / (1.0 - load) - shared
+            slowed_s += slowed
+            now += seconds + slowed
+        elif kind == "start":
+            assert key is not None
+            on_wire = nbytes / rate
+            busy_until = max(busy_until, now) + on_wire
+            wire_s += on_wire
+            arrives[key] = busy_until + link.latency_s
+        elif (late := arrives[key] - now) > 0:  # type: ignore[index]
+            stalls[key] = late  # type: ignore[index]
+            now += late
+    return Timeline(now, compute_s, slowed_s, wire_s, stalls)
+
+
+def simulate(step: StepGraph, costs: Costs) -> Timeline:
+    """How long a step takes for these costs."""
+    return play(events(step, costs), costs.link)

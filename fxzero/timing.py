@@ -1,0 +1,80 @@
+"""What a step is predicted to take, beside what it must take at least; what `zero.schedule.timing` prints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tabulate import tabulate
+from torch import fx
+
+from fxzero.bound import Bound, lower_bound
+from fxzero.cost import Costs
+from fxzero.ir import StepGraph, members
+from fxzero.text import bucket_label
+from fxzero.timeline import Timeline, simulate
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The prediction for one plan, and the lower bound for the same costs; print it."""
+
+    timeline: Timeline
+    bound: Bound
+    costs: Costs
+
+    @classmethod
+    def of(cls, step: StepGraph, costs: Costs) -> Timing:
+        """Predict a complete plan."""
+        return cls(simulate(step, costs), lower_bound(step, costs), costs)
+
+    @property
+    def predicted_step_s(self) -> float:
+        """Seconds of forward, backward and the optimizer's step."""
+        return self.timeline.step_s
+
+    @property
+    def lower_bound_s(self) -> float:
+        """Seconds below which no schedule gets for these costs, whatever its buckets and its order."""
+        return self.bound.step_s
+
+    @property
+    def ratio(self) -> float:
+        """Predicted over lower bound: how far from optimal the schedule can be at most."""
+        return self.predicted_step_s / self.lower_bound_s if self.lower_bound_s else 1.0
+
+    def line(self) -> str:
+        """The three numbers, in one line."""
+        return (
+            f"predicted step {_seconds(self.predicted_step_s)}  lower bound {_seconds(self.lower_bound_s)} "
+            f"({self.bound.limit})  ratio {self.ratio:.3f}"
+        )
+
+    def __str__(self) -> str:
+        played, bound = self.timeline, self.bound
+        rows = [
+            ("compute", played.compute_s - self.costs.optimizer_s),
+            ("optimizer", self.costs.optimizer_s),
+            ("slowed by traffic", played.slowed_s),
+            *((f"waiting for {bucket_label(members(key))}", late) for key, late in _longest(played)),
+            ("waiting, in all", played.stalled_s),
+            ("predicted step", played.step_s),
+            ("lower bound", bound.step_s),
+            ("  compute, with its traffic", bound.busy_s),
+            ("  head that nothing hides", bound.head_s),
+            ("  tail that nothing hides", bound.tail_s),
+            ("  communication", bound.link_s),
+            ("  critical path", bound.path_s),
+        ]
+        cells = [(name, _seconds(seconds)) for name, seconds in rows]
+        cells.append(("predicted / lower bound", f"{self.ratio:.3f}"))
+        return tabulate(cells, headers=("a step of a rank", "time"), colalign=("left", "right"))
+
+
+def _longest(played: Timeline) -> list[tuple[fx.Node, float]]:
+    """The longest three waits."""
+    nodes = [(key, late) for key, late in played.stalls.items() if isinstance(key, fx.Node)]
+    return sorted(nodes, key=lambda item: -item[1])[:3]
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"

@@ -1,0 +1,309 @@
+"""Choose sizes of buckets, what is in flight, and the order on the link, from costs: what is predicted to be fastest.
+
+A step is reduced to what matters for that: when each parameter is needed and each gradient is ready, in seconds of
+compute. Every candidate is then a list of events to play (`timeline.py`), in the order that the passes would write.
+Candidates are few and in a fixed order, so that equal costs give equal plans.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from torch import fx
+
+from fxzero.cost import Costs, Device
+from fxzero.ir import (
+    Phase,
+    Role,
+    StepGraph,
+    gathered_params,
+    in_memory_of,
+    is_gather,
+    members,
+    started_by,
+)
+from fxzero.layout import Bucket, ParamSpec, group_into_buckets
+from fxzero.passes import BucketAllGathers, GathersFirst, KeepGathered, Pass, PrefetchAllGathers, SinkWaits
+from fxzero.timeline import Event, Timeline, events, play
+
+MIB = 2**20
+BODY_BYTES = tuple(size * MIB for size in (4, 8, 12, 16, 24, 32, 64, 128))
+"""Upper bounds on a bucket that are tried."""
+BODY = BODY_BYTES.index(16 * MIB)
+"""That of buckets which were made without a choice."""
+MOST_BYTES = 64 * MIB
+"""Upper bound on what is in flight in each direction; a sixteenth of the model where that is more."""
+HEAD_SHARES = (1, 2, 4, 8)
+"""By how much the first bucket may be smaller than the others."""
+AHEAD = (3, 2, 4, 6)
+"""Buckets of the largest size that may be in flight, in the order in which they are tried."""
+CLOSE = 1.003
+"""Of two predictions this close, the candidate that was tried first is taken."""
+MAX_MOVES = 200
+"""Reductions for which another place is tried."""
+
+Fqns = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What is chosen from costs; the same on all ranks and for all plans of a model."""
+
+    bucket_bytes: int
+    head_bytes: int | None
+    inflight_bytes: int
+    """Upper bound on gathered bytes, and on gradient bytes, in flight."""
+    kept_bytes: int
+    """Bytes that stay gathered from forward to backward because it costs no memory at the peak."""
+    later: tuple[tuple[Fqns, Fqns], ...] = ()
+    """See `GathersFirst`."""
+
+    def lines(self) -> list[str]:
+        """The choice as text, for other ranks."""
+        return [json.dumps(dataclasses.asdict(self))]
+
+    @classmethod
+    def of_lines(cls, lines: Sequence[str]) -> Tuning:
+        """The inverse of `lines`."""
+        fields = json.loads(lines[0])
+        fields["later"] = tuple((tuple(first), tuple(second)) for first, second in fields["later"])
+        return cls(**fields)
+
+    def passes(self, passes: Sequence[Pass]) -> list[Pass]:
+        """A list of passes with this choice in it."""
+        chosen: list[Pass] = []
+        for each in passes:
+            if isinstance(each, BucketAllGathers) and each.buckets is None:
+                each = BucketAllGathers(self.bucket_bytes, self.head_bytes)
+            elif isinstance(each, KeepGathered) and each.max_kept_bytes == 0 and each.buckets is None:
+                each = dataclasses.replace(each, max_kept_bytes=self.kept_bytes)
+            elif isinstance(each, (PrefetchAllGathers, SinkWaits)):
+                each = dataclasses.replace(each, max_inflight_bytes=self.inflight_bytes)
+            elif isinstance(each, GathersFirst):
+                each = GathersFirst(self.later)
+            chosen.append(each)
+        return chosen
+
+
+@dataclass(frozen=True)
+class Needs:
+    """When a step needs each parameter and completes each gradient, in seconds of compute."""
+
+    step: StepGraph
+    first_s: dict[tuple[Phase, str], float]
+    """Before the first reader of each parameter, from the begin of the phase; in the order of first readers."""
+    ready_s: dict[str, float]
+    """After each gradient, from the begin of backward."""
+    phase_s: dict[Phase, float]
+    device: Device
+    costs: Costs
+
+    @property
+    def params(self) -> list[ParamSpec]:
+        """In the order of their first use."""
+        return [self.step.params[fqn] for fqn in dict.fromkeys(fqn for _, fqn in self.first_s)]
+
+
+def needs_of(step: StepGraph, costs: Costs, device: Device) -> Needs:
+    """Read a step that has its gathers and reductions, bucketed or not."""
+    before: dict[fx.Node, float] = {}
+    phase_s: dict[Phase, float] = {}
+    for phase, nodes in step.phases():
+        elapsed = 0.0
+        for node in nodes:
+            before[node] = elapsed
+            elapsed += _compute_s(costs, node)
+        phase_s[phase] = elapsed
+    first: dict[tuple[Phase, str], float] = {}
+    phase_of = step.phase_of()
+    for wait in step.nodes(Role.WAIT):
+        if not is_gather(started_by(wait)):
+            continue
+        for fqn, param in gathered_params(wait).items():
+            for value in in_memory_of(param):
+                for user in value.users:
+                    if user in before:
+                        key = phase_of[user], fqn
+                        first[key] = min(first.get(key, before[user]), before[user])
+    ready: dict[str, float] = {}
+    for start in step.nodes(Role.REDUCE_SCATTER):
+        ready |= dict.fromkeys(members(start), before[start])
+    in_order = dict(sorted(first.items(), key=lambda item: (item[0][0] is Phase.BACKWARD, item[1])))
+    return Needs(step, in_order, ready, phase_s, device, costs)
+
+
+def _compute_s(costs: Costs, node: fx.Node) -> float:
+    """Of a node that is no wait: what waits cost depends on the buckets."""
+    return 0.0 if node.op == "call_function" and _is_wait(node) else costs.of(node)
+
+
+def _is_wait(node: fx.Node) -> bool:
+    return started_by(node) is not node
+
+
+def tune(needs: Needs, *, keeps_all: bool, keeps_free: bool, buckets: Sequence[Fqns] | None = None) -> Tuning:
+    """The sizes that are predicted to be fastest.
+
+    Args:
+        keeps_all: every bucket stays gathered from forward to backward.
+        keeps_free: buckets may stay where that needs no more memory at the peak.
+        buckets: the members of each, if they are there already: only what is in flight is chosen then.
+    """
+    order, world_size, link = needs.params, needs.step.world_size, needs.costs.link
+    most = max(MOST_BYTES, sum(param.nbytes for param in order) // 16)
+    best: tuple[float, Tuning] | None = None
+    tried: set[tuple[tuple[Fqns, ...], int]] = set()
+    for body, head, ahead in _sizes(buckets):
+        if buckets is None:
+            groups = group_into_buckets(order, world_size, body, head_bytes=head)
+        else:
+            groups = [needs.step.bucket(fqns) for fqns in buckets]
+        inflight = ahead * max(min(body, bucket.nbytes) for bucket in groups)
+        key = tuple(bucket.fqns for bucket in groups), inflight
+        if key in tried or (tried and inflight > most):
+            continue
+        tried.add(key)
+        tuning = Tuning(body, head, inflight, inflight if keeps_free else 0)
+        kept = sum(bucket.nbytes for bucket in groups) if keeps_all else tuning.kept_bytes
+        step_s = play(_events(needs, groups, inflight, kept), link).step_s
+        if best is None or step_s * CLOSE < best[0]:
+            best = step_s, tuning
+    assert best is not None, "a step without parameters has nothing to tune"
+    return best[1]
+
+
+def _sizes(buckets: Sequence[Fqns] | None) -> Iterator[tuple[int, int | None, int]]:
+    """What to try: the size of buckets, that of the first, and how many of the largest are in flight."""
+    if buckets is not None:
+        yield from ((BODY_BYTES[BODY], None, ahead) for ahead in AHEAD)
+        return
+    for body, share in itertools.product(BODY_BYTES, HEAD_SHARES):
+        yield body, None if share == 1 else body // share, AHEAD[0]
+
+
+def _events(needs: Needs, groups: Sequence[Bucket], inflight: int, kept_bytes: int) -> Iterator[Event]:
+    """What a rank does in a step with these buckets, as the passes would write it."""
+    numbers = itertools.count()
+    forward = _gathers(needs, groups, Phase.FORWARD)
+    backward = _gathers(needs, groups, Phase.BACKWARD)
+    there, again, room = {bucket for _, bucket in forward}, list[tuple[float, Bucket]](), kept_bytes
+    for at, bucket in backward:
+        if bucket in there and bucket.nbytes <= room:
+            room -= bucket.nbytes
+        else:
+            again.append((at, bucket))
+    ready = [
+        (max(needs.ready_s[fqn] for fqn in bucket.fqns if fqn in needs.ready_s), bucket)
+        for bucket in groups
+        if any(fqn in needs.ready_s for fqn in bucket.fqns)
+    ]
+    yield from _phase(needs, forward, [], needs.phase_s[Phase.FORWARD], inflight, numbers)
+    reductions = sorted(ready, key=lambda item: item[0])
+    yield from _phase(needs, again, reductions, needs.phase_s.get(Phase.BACKWARD, 0.0), inflight, numbers)
+    yield Event("compute", needs.costs.optimizer_s)
+
+
+def _gathers(needs: Needs, groups: Sequence[Bucket], phase: Phase) -> list[tuple[float, Bucket]]:
+    """The buckets that a phase reads, and when it does first."""
+    first = needs.first_s
+    found = [
+        (min(first[phase, fqn] for fqn in bucket.fqns if (phase, fqn) in first), bucket)
+        for bucket in groups
+        if any((phase, fqn) in first for fqn in bucket.fqns)
+    ]
+    return sorted(found, key=lambda item: item[0])
+
+
+def _phase(
+    needs: Needs,
+    gathers: Sequence[tuple[float, Bucket]],
+    reductions: Sequence[tuple[float, Bucket]],
+    seconds: float,
+    inflight: int,
+    numbers: Iterator[int],
+) -> Iterator[Event]:
+    """The events of one phase: gathers start as PrefetchAllGathers writes it, reductions end as SinkWaits does."""
+    others = needs.step.world_size - 1
+    nbytes = [bucket.nbytes for _, bucket in gathers]
+    starts_at: dict[int, list[int]] = {}
+    first = 0
+    for k in range(len(gathers)):
+        while first < k - 1 and sum(nbytes[first : k + 1]) > inflight:
+            first += 1
+        starts_at.setdefault(first if first > 0 else -1, []).append(k)
+    keys = [next(numbers) for _ in gathers]
+
+    def launch(anchor: int) -> Iterator[Event]:
+        for k in starts_at.get(anchor, ()):
+            yield Event("start", 0.0, keys[k], gathers[k][1].shard_nbytes * others)
+
+    happening = [(at, 1, k) for k, (at, _) in enumerate(gathers)] + [(at, 0, k) for k, (at, _) in enumerate(reductions)]
+    flying: deque[tuple[int, Bucket]] = deque()
+    now = 0.0
+    yield from launch(-1)
+    for at, is_gather_, k in sorted(happening):
+        yield Event("compute", at - now)
+        now = at
+        if is_gather_:
+            yield from launch(k)
+            yield Event("wait", 0.0, keys[k])
+            yield Event("compute", 2 * gathers[k][1].shard_nbytes / needs.device.bytes_per_s)
+            continue
+        bucket = reductions[k][1]
+        flying.append((next(numbers), bucket))
+        while len(flying) > 1 and sum(each.nbytes for _, each in flying) > inflight:
+            yield from _finish(needs, *flying.popleft())
+        yield Event("start", 0.0, flying[-1][0], bucket.shard_nbytes * others)
+    yield Event("compute", seconds - now)
+    for key, bucket in flying:
+        yield from _finish(needs, key, bucket)
+
+
+def _finish(needs: Needs, key: int, bucket: Bucket) -> Iterator[Event]:
+    """Wait for a reduction, and add up what came."""
+    yield Event("wait", 0.0, key)
+    moved = (3 * (needs.step.world_size - 1) + 2) * bucket.shard_nbytes
+    yield Event("compute", moved / needs.device.bytes_per_s)
+
+
+def order_on_link(step: StepGraph, costs: Costs) -> tuple[tuple[tuple[Fqns, Fqns], ...], Timeline]:
+    """Which reductions to start behind a later gather: each in turn moves while that makes the step faster.
+
+    Args:
+        step: a complete plan; it stays as it is.
+
+    Returns:
+        The pairs for `GathersFirst`, and how the step would go.
+    """
+    happening = events(step, costs)
+    best = play(happening, costs.link)
+    later: dict[Fqns, Fqns] = {}
+    reductions = [start for start in step.nodes(Role.REDUCE_SCATTER)][:MAX_MOVES]
+    for start in reductions if best.stalls else []:
+        while (moved := _behind_next_gather(happening, start)) is not None:
+            order, gather = moved
+            played = play(order, costs.link)
+            if played.step_s * 1.0005 >= best.step_s:
+                break
+            happening, best = order, played
+            later[members(start)] = members(gather)
+    return tuple(later.items()), best
+
+
+def _behind_next_gather(happening: list[Event], start: fx.Node) -> tuple[list[Event], fx.Node] | None:
+    """The events with one reduction started behind the next gather, if one starts before that reduction is over."""
+    index = next(i for i, event in enumerate(happening) if event.kind == "start" and event.key is start)
+    for place in range(index + 1, len(happening)):
+        kind, _, key, _ = happening[place]
+        if kind == "wait" and key is start:
+            return None
+        if kind == "start" and is_gather(cast(fx.Node, key)):
+            rest = [*happening[:index], *happening[index + 1 : place + 1], happening[index], *happening[place + 1 :]]
+            return rest, cast(fx.Node, key)
+    return None
