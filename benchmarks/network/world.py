@@ -1,0 +1,114 @@
+"""The rank processes of one system, seen from the driver."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.network.systems import Shape
+from benchmarks.network.testbed import INTERFACE, Testbed
+
+ROOT = Path(__file__).parents[2]
+
+
+class RankDied(RuntimeError):
+    """A rank ended or did not answer in time; the message has the end of what it wrote."""
+
+
+class World:
+    """All ranks of a system: started, told what to do together, ended.
+
+    Args:
+        port: of rank 0, one that no other system of the testbed has.
+        logs: the folder for what the ranks write to stderr.
+        more: further options of the rank's command line.
+        timeout_s: how long an answer may take.
+    """
+
+    def __init__(
+        self,
+        system: str,
+        testbed: Testbed,
+        port: int,
+        logs: Path,
+        shape: Shape,
+        more: Sequence[str] = (),
+        timeout_s: float = 600,
+    ) -> None:
+        self.system, self._timeout_s = system, timeout_s
+        environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        cores = sorted(os.sched_getaffinity(0))
+        command = [sys.executable, "-m", "benchmarks.network.rank", "--system", system, *more]
+        command += ["--world-size", str(testbed.world_size), "--address", testbed.addresses[0], "--port", str(port)]
+        command += ["--interface", INTERFACE, "--shape", json.dumps(asdict(shape))]
+        self._logs = [logs / f"{system}.{rank}.log" for rank in range(testbed.world_size)]
+        self._ranks: list[subprocess.Popen[str]] = []
+        for rank, log in enumerate(self._logs):
+            with log.open("w") as errors:
+                process = subprocess.Popen(
+                    [*testbed.command(rank), *command, "--rank", str(rank), "--core", str(cores[rank])],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    text=True,
+                    cwd=ROOT,
+                    env=environment,
+                    start_new_session=True,
+                )
+            self._ranks.append(process)
+        self.sessions = {process.pid for process in self._ranks}
+        """Of the ranks and of what they start."""
+
+    def wait_until_ready(self) -> list[dict[str, Any]]:
+        """Each rank's first answer, in rank order."""
+        return [self._answer(rank) for rank in range(len(self._ranks))]
+
+    def ask(self, do: str, **arguments: Any) -> list[Any]:
+        """Tell all ranks the same; their answers, in rank order.
+
+        Raises:
+            RankDied: a rank gave none.
+        """
+        for rank, process in enumerate(self._ranks):
+            assert process.stdin is not None
+            try:
+                process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+                process.stdin.flush()
+            except OSError:
+                self._answer(rank)
+        return [self._answer(rank) for rank in range(len(self._ranks))]
+
+    def close(self) -> None:
+        """End the ranks: they are told to, and killed where they do not."""
+        for process in self._ranks:
+            assert process.stdin is not None
+            try:
+                process.stdin.write('{"do": "quit"}\n')
+                process.stdin.close()
+            except OSError:
+                pass
+        for process in self._ranks:
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _answer(self, rank: int) -> Any:
+        stdout = self._ranks[rank].stdout
+        assert stdout is not None
+        readable, _, _ = select.select([stdout], [], [], self._timeout_s)
+        line = stdout.readline() if readable else ""
+        if not line:
+            why = "ended" if readable else f"did not answer within {self._timeout_s:.0f} s"
+            end = "\n".join(self._logs[rank].read_text(errors="replace").splitlines()[-8:])
+            raise RankDied(f"Rank {rank} of {self.system} {why}; {self._logs[rank]} ends with:\n{end}")
+        return json.loads(line)
