@@ -1,28 +1,33 @@
 """One rank of one system: it gets ready, then takes steps when it is told to.
 
 Commands come as JSON lines on stdin, one answer as a JSON line on stdout to each:
-{"do": "steps", "count": 4}, {"do": "reset_peak"}, {"do": "report"}, {"do": "quit"}.
+{"do": "steps", "count": 4}, {"do": "calls"}, {"do": "reset_peak"}, {"do": "report"}, {"do": "quit"}.
 """
 
 from __future__ import annotations
 
 import argparse
+import cProfile
 import json
 import os
+import pstats
 import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.network.systems import SYSTEMS, Job, Shape, Training
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Rank:
     """A system, and what is counted around each of its steps."""
 
-    def __init__(self, training: Training, job: Job, interface: str, param_bytes: int) -> None:
-        self.param_bytes = param_bytes
+    def __init__(self, training: Training, job: Job, interface: str, facts: dict[str, int]) -> None:
+        self.facts = facts
         self._training, self._job = training, job
         self._sent = Path("/sys/class/net", interface, "statistics/tx_bytes")
         self._step = 0
@@ -35,11 +40,23 @@ class Rank:
         dist.barrier()
         return samples
 
-    def _sample(self) -> dict[str, Any]:
+    def calls(self) -> int:
+        """The Python calls of one step, builtins included."""
+        training, (ids, labels) = self._training, self._next_batch()
+        profile = cProfile.Profile()
+        with profile:
+            training.backward(training.forward(ids, labels))
+            training.update()
+        return pstats.Stats(profile).total_calls  # type: ignore[attr-defined]
+
+    def _next_batch(self) -> tuple[Tensor, Tensor]:
         from benchmarks.network.model import make_batch
 
-        training = self._training
-        ids, labels = make_batch(self._job.shape, self._step, self._job.rank)
+        self._step += 1
+        return make_batch(self._job.shape, self._step - 1, self._job.rank)
+
+    def _sample(self) -> dict[str, Any]:
+        training, (ids, labels) = self._training, self._next_batch()
         training.prepare()
         sent, faults = int(self._sent.read_text()), _faults()
         main, process, begin = time.thread_time(), time.process_time(), time.perf_counter()
@@ -50,8 +67,8 @@ class Rank:
         training.update()
         end = time.perf_counter()
         main, process = time.thread_time() - main, time.process_time() - process
-        sample = {
-            "step": self._step,
+        return {
+            "step": self._step - 1,
             "seconds": end - begin,
             "forward_s": forward - begin,
             "backward_s": backward - forward,
@@ -61,8 +78,6 @@ class Rank:
             "faults": _faults() - faults,
             "loss": float(loss.detach()),
         }
-        self._step += 1
-        return sample
 
     def report(self) -> dict[str, Any]:
         """The peak of resident memory since its mark was reset, and what the system says of itself."""
@@ -119,8 +134,9 @@ def build(arguments: argparse.Namespace) -> Rank:
     if not system.makes_group:
         dist.init_process_group("gloo")
     model = Encoder(job.shape)
-    param_bytes = sum(param.nbytes for param in model.parameters())
-    return Rank(system.make(model, job), job, arguments.interface, param_bytes)
+    params = list(model.parameters())
+    facts = {"num_params": len(params), "param_bytes": sum(param.nbytes for param in params)}
+    return Rank(system.make(model, job), job, arguments.interface, facts)
 
 
 def main() -> None:
@@ -133,11 +149,13 @@ def main() -> None:
 
     begin = time.perf_counter()
     rank = build(arguments)
-    answer({"seconds": time.perf_counter() - begin, "param_bytes": rank.param_bytes})
+    answer({"seconds": time.perf_counter() - begin, **rank.facts})
     for line in sys.stdin:
         command = json.loads(line)
         if command["do"] == "steps":
             answer(rank.steps(command["count"]))
+        elif command["do"] == "calls":
+            answer(rank.calls())
         elif command["do"] == "reset_peak":
             Path("/proc/self/clear_refs").write_text("5")
             answer({})

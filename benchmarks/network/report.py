@@ -8,6 +8,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from benchmarks.about import one_line
 from benchmarks.network.bound import least_traffic, lower_bound_s
 from benchmarks.network.results import LOSS_TOLERANCE, QUIET, Cell, Results, wrong_losses
 from benchmarks.network.systems import SYSTEMS, Policy
@@ -46,14 +47,13 @@ def markdown(results: Results, picture: str) -> str:
 def _heading(results: Results) -> str:
     run = results.runs[0]
     turns, shape = run["turns"], run["turns"]["shape"]
-    versions = ", ".join(f"{package} {number}" for package, number in run["versions"].items())
     commands = "\n".join(f"    {line}" for line in dict.fromkeys(one["command"] for one in results.runs))
     model = f"{shape['layers']} layers of {shape['hidden']}, {results.param_bytes / 4e6:.1f}M parameters in fp32"
     return f"""# Steps on a slow network
 
 {commands}
 
-{run["date"]}, {run["machine"]}, Linux {run["kernel"]}, {versions}.
+{one_line(run)}
 {results.world_size} ranks, each in a network namespace, on a core of its own, with one thread.
 A masked language model of {model}, batch {shape["batch"]} x {shape["seq"]} per rank, AdamW.
 Turns of {turns["k"]} steps, the first not counted."""

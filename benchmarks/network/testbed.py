@@ -11,8 +11,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-INTERFACE = "wire"
-"""Of every rank, in its own namespace."""
 _PREFIX = "fxzero-bench-"
 
 
@@ -47,12 +45,15 @@ def burst_bytes(gbit_per_s: float) -> int:
     return max(128_000, round(gbit_per_s * 1e9 / 8 * 1e-3))
 
 
-class Testbed:
+class Network:
     """The namespaces and their links, from `with` to its end.
 
     Raises:
         CannotRunHere: the machine lacks something, or the kernel refuses.
     """
+
+    interface = "wire"
+    """Of every rank, in its own namespace."""
 
     def __init__(self, world_size: int = 2) -> None:
         check(world_size)
@@ -61,7 +62,7 @@ class Testbed:
         self.namespaces = [f"{self._own}{rank}" for rank in range(world_size)]
         self.addresses = [f"10.98.7.{rank + 1}" for rank in range(world_size)]
 
-    def __enter__(self) -> Testbed:
+    def __enter__(self) -> Network:
         _remove_leftovers()
         try:
             self._make()
@@ -86,20 +87,20 @@ class Testbed:
         """Limit what each rank sends. A queue of 50 ms paces TCP instead of dropping its packets."""
         for name in self.namespaces:
             limit = f"rate {gbit_per_s * 1000:g}mbit burst {burst_bytes(gbit_per_s)} latency 50ms"
-            _run(f"tc -n {name} qdisc replace dev {INTERFACE} root tbf {limit}")
+            _run(f"tc -n {name} qdisc replace dev {self.interface} root tbf {limit}")
 
     def _make(self) -> None:
         for name in self.namespaces:
             _run(f"ip netns add {name}")
         if self.world_size == 2:
             first, second = self.namespaces
-            _run(f"ip link add {INTERFACE} netns {first} type veth peer name {INTERFACE} netns {second}")
+            _run(f"ip link add {self.interface} netns {first} type veth peer name {self.interface} netns {second}")
         else:
             self._make_bridge()
         for name, address in zip(self.namespaces, self.addresses, strict=True):
-            _run(f"ip -n {name} addr add {address}/24 dev {INTERFACE}")
+            _run(f"ip -n {name} addr add {address}/24 dev {self.interface}")
             _run(f"ip -n {name} link set lo up")
-            _run(f"ip -n {name} link set {INTERFACE} up")
+            _run(f"ip -n {name} link set {self.interface} up")
 
     def _make_bridge(self) -> None:
         middle = f"{self._own}bridge"
@@ -107,7 +108,7 @@ class Testbed:
         _run(f"ip -n {middle} link add bridge type bridge")
         _run(f"ip -n {middle} link set bridge up")
         for rank, name in enumerate(self.namespaces):
-            _run(f"ip link add {INTERFACE} netns {name} type veth peer name port{rank} netns {middle}")
+            _run(f"ip link add {self.interface} netns {name} type veth peer name port{rank} netns {middle}")
             _run(f"ip -n {middle} link set port{rank} master bridge up")
 
 

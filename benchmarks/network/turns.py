@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import sys
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
+from benchmarks.about import about
 from benchmarks.network.systems import GROUPS, SYSTEMS, Shape
-from benchmarks.network.testbed import Testbed
+from benchmarks.network.testbed import Network
 from benchmarks.network.world import RankDied, World
 
 FIRST_PORT = 29500
@@ -68,45 +66,20 @@ def chosen(systems: Collection[str] | None) -> list[list[str]]:
 def run(turns: Turns, out: Path) -> None:
     """Measure, and append to a file of JSON lines; its first line says what was run."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a") as file, Testbed(turns.world_size) as testbed:
-        _write(file, "run", **describe(turns))
+    with out.open("a") as file, Network(turns.world_size) as network:
+        _write(file, "run", **about("python -m benchmarks.network"), turns=asdict(turns))
         for group in turns.groups:
-            _run_group(turns, group, testbed, file, out.parent)
+            _run_group(turns, group, network, file, out.parent)
 
 
-def describe(turns: Turns) -> dict[str, Any]:
-    """What makes a run repeatable, for the report."""
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "deepspeed", "fxzero"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return {
-        "command": " ".join(["python -m benchmarks.network", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": _processor(),
-        "kernel": platform.release(),
-        "versions": versions,
-        "turns": asdict(turns),
-    }
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return f"{line.split(':', 1)[1].strip()}, {os.cpu_count()} cores"
-    return platform.machine()
-
-
-def _run_group(turns: Turns, group: Sequence[str], testbed: Testbed, file: TextIO, logs: Path) -> None:
+def _run_group(turns: Turns, group: Sequence[str], network: Network, file: TextIO, logs: Path) -> None:
     name = ",".join(group)
-    testbed.set_rate(max(turns.rates))
+    network.set_rate(max(turns.rates))
     alive: list[World] = []
     try:
         for index, system in enumerate(group):
             begin = time.perf_counter()
-            world = World(system, testbed, FIRST_PORT + index, logs, turns.shape, turns.rank_options)
+            world = World(system, network, FIRST_PORT + index, logs, turns.shape, turns.rank_options)
             alive.append(world)
             with _Losing(world, alive, file, name):
                 ready = world.wait_until_ready()
@@ -115,7 +88,7 @@ def _run_group(turns: Turns, group: Sequence[str], testbed: Testbed, file: TextI
                 _write(file, "warmup", group=name, system=system, ready=ready, samples=samples)
                 _say(f"{system}: ready after {time.perf_counter() - begin:.0f} s")
         for rate in turns.rates:
-            testbed.set_rate(rate)
+            network.set_rate(rate)
             for round_ in range(turns.rounds_at(rate)):
                 for world in list(alive):
                     with _Losing(world, alive, file, name):

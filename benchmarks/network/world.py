@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,14 +14,34 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.about import ROOT
 from benchmarks.network.systems import Shape
-from benchmarks.network.testbed import INTERFACE, Testbed
+from benchmarks.network.testbed import Network
 
-ROOT = Path(__file__).parents[2]
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 class RankDied(RuntimeError):
     """A rank ended or did not answer in time; the message has the end of what it wrote."""
+
+
+class Loopback:
+    """In the place of a testbed: the machine's own network, at its own speed, without root."""
+
+    interface = "lo"
+
+    def __init__(self, world_size: int = 2) -> None:
+        self.world_size = world_size
+        self.addresses = ["127.0.0.1"] * world_size
+
+    def command(self, rank: int) -> list[str]:
+        """As of a testbed: there is nothing to put before a command."""
+        return []
 
 
 class World:
@@ -35,7 +57,7 @@ class World:
     def __init__(
         self,
         system: str,
-        testbed: Testbed,
+        network: Network | Loopback,
         port: int,
         logs: Path,
         shape: Shape,
@@ -47,14 +69,14 @@ class World:
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         cores = sorted(os.sched_getaffinity(0))
         command = [sys.executable, "-m", "benchmarks.network.rank", "--system", system, *more]
-        command += ["--world-size", str(testbed.world_size), "--address", testbed.addresses[0], "--port", str(port)]
-        command += ["--interface", INTERFACE, "--shape", json.dumps(asdict(shape))]
-        self._logs = [logs / f"{system}.{rank}.log" for rank in range(testbed.world_size)]
+        command += ["--world-size", str(network.world_size), "--address", network.addresses[0], "--port", str(port)]
+        command += ["--interface", network.interface, "--shape", json.dumps(asdict(shape))]
+        self._logs = [logs / f"{system}.{rank}.log" for rank in range(network.world_size)]
         self._ranks: list[subprocess.Popen[str]] = []
         for rank, log in enumerate(self._logs):
             with log.open("w") as errors:
                 process = subprocess.Popen(
-                    [*testbed.command(rank), *command, "--rank", str(rank), "--core", str(cores[rank])],
+                    [*network.command(rank), *command, "--rank", str(rank), "--core", str(cores[rank % len(cores)])],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=errors,
@@ -90,17 +112,18 @@ class World:
         """End the ranks: they are told to, and killed where they do not."""
         for process in self._ranks:
             assert process.stdin is not None
-            try:
+            with contextlib.suppress(OSError):
                 process.stdin.write('{"do": "quit"}\n')
+            with contextlib.suppress(OSError):
                 process.stdin.close()
-            except OSError:
-                pass
         for process in self._ranks:
             try:
                 process.wait(10)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
 
     def _answer(self, rank: int) -> Any:
         stdout = self._ranks[rank].stdout
