@@ -297,7 +297,7 @@ def test_a_system_whose_collectives_are_stubbed_out_sends_nothing(worlds) -> Non
     quiet, again = world.ask("steps", count=2)[0]
     assert quiet["step"] == 0 and again["step"] == 1
     assert math.isfinite(again["loss"])
-    assert world.ask("calls")[0] > 0
+    assert min(world.ask("calls")[0]) > 0
 
 
 def test_a_rank_that_cannot_start_says_why(worlds, monkeypatch: pytest.MonkeyPatch) -> None:

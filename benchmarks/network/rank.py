@@ -40,14 +40,15 @@ class Rank:
         dist.barrier()
         return samples
 
-    def calls(self) -> int:
-        """The Python calls of one step, builtins included."""
+    def calls(self) -> list[int]:
+        """The Python calls of one step, builtins included: of forward and backward, and of the update."""
         training, (ids, labels) = self._training, self._next_batch()
-        profile = cProfile.Profile()
-        with profile:
+        profiles = cProfile.Profile(), cProfile.Profile()
+        with profiles[0]:
             training.backward(training.forward(ids, labels))
+        with profiles[1]:
             training.update()
-        return pstats.Stats(profile).total_calls  # type: ignore[attr-defined]
+        return [pstats.Stats(profile).total_calls for profile in profiles]  # type: ignore[attr-defined]
 
     def _next_batch(self) -> tuple[Tensor, Tensor]:
         from benchmarks.network.model import make_batch

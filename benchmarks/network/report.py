@@ -119,8 +119,8 @@ def _costs(results: Results) -> str:
     explained = f"""\
 `exposed` is what a step takes beyond the compute-only step of its group, relative to that. The lower bound is made of
 these costs, measured in the same run: compute of fxzero's generated code with its collectives stubbed out, and a bare
-loop of gloo messages in both directions. `n` counts the steps in which other processes used less than {QUIET:g} of a
-core, of all; medians are of those, or of all and marked * if they are too few."""
+loop of gloo messages in both directions. `n` counts the steps in which others took less than {QUIET:g} of a core, of
+all; medians are of those, or of all and marked * if they are too few."""
     heads = ["Gbit/s", "compute s", "of it forward s", "link Gbit/s", "CPU ns per byte"]
     return f"## Costs\n\n{explained}\n\n{_table(rows, heads)}"
 

@@ -14,7 +14,7 @@ from benchmarks.network.bound import Costs
 from benchmarks.network.systems import SYSTEMS
 
 QUIET = 0.1
-"""A sample is quiet if other processes used less than this share of a core."""
+"""A sample is quiet if others (processes, or guests of the same host) took less than this share of a core."""
 ENOUGH = 3
 """Medians are of quiet samples if there are as many, else of all."""
 LOSS_TOLERANCE = 1e-3
@@ -32,7 +32,7 @@ class Sample:
     sent_bytes: int
     faults: int
     foreign: float
-    """Share of a core that other processes used."""
+    """Share of a core that others took."""
 
 
 @dataclass
