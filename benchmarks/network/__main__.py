@@ -15,6 +15,8 @@ from benchmarks.network.testbed import CannotRunHere, check
 from benchmarks.network.turns import Turns, chosen, run, with_compute
 
 RESULTS = Path(__file__).parents[1] / "results"
+RAW = Path("benchmarks/raw/network.jsonl")
+"""Git ignores the folder."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -38,7 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
     more.add_argument("--simple-fsdp", type=Path, help="simple_fsdp.py of torchtitan 0.3.0; or set SIMPLE_FSDP")
     for name in Shape.__dataclass_fields__:
         more.add_argument(f"--{name}", type=int, default=getattr(Shape, name), help="(%(default)s)")
-    more.add_argument("--out", type=Path, default=Path("network.jsonl"), help="raw results are appended (%(default)s)")
+    more.add_argument("--out", type=Path, default=RAW, help="raw results are appended (%(default)s)")
     more = commands.add_parser("report", help="write the tables and the plot of raw results")
     more.add_argument("files", nargs="+", type=Path)
     more.add_argument("--folder", type=Path, default=RESULTS, help="(%(default)s)")

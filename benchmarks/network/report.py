@@ -75,7 +75,19 @@ def _summary(results: Results) -> str:
 
 
 def _of_rate(results: Results, rate: float) -> str:
-    heads = ["system", "s", "min s", "n", "wire MB", "bound s", "/ bound", "exposed", "main CPU s", "gloo CPU s"]
+    heads = [
+        "system",
+        "s",
+        "min s",
+        "n",
+        "wire MB",
+        "/ least",
+        "bound s",
+        "/ bound",
+        "exposed",
+        "main CPU s",
+        "gloo CPU s",
+    ]
     rows: list[list[Any]] = []
     for group in results.groups:
         base = results.cells.get((group, rate, "compute"))
@@ -83,7 +95,7 @@ def _of_rate(results: Results, rate: float) -> str:
             cell = results.cells.get((group, rate, system))
             if cell is not None and system not in _NOT_STEPS:
                 rows.append([*_row(results, system, rate, cell, base), f"{results.peak_mib.get(system, 0):.0f}"])
-    return f"## {rate:g} Gbit/s\n\n" + _table(rows, [*heads, "peak MiB"])
+    return f"## {rate:g} Gbit/s\n\n" + _table(rows, heads)
 
 
 def _row(results: Results, system: str, rate: float, cell: Cell, base: Cell | None) -> list[str]:
@@ -95,12 +107,19 @@ def _row(results: Results, system: str, rate: float, cell: Cell, base: Cell | No
         f"{cell.least_s:.2f}",
         f"{len(cell.quiet)}/{len(cell.samples)}",
         f"{cell.median('sent_bytes') / 1e6:.0f}",
+        _share_of_least(results, system, cell),
         "" if bound is None else f"{bound:.2f}",
         "" if bound is None else f"{seconds / bound:.2f}",
         "" if compute is None else f"{(seconds - compute) / compute:.2f}",
         f"{cell.median('main_cpu_s'):.2f}",
         f"{cell.median('other_cpu_s'):.2f}",
     ]
+
+
+def _share_of_least(results: Results, system: str, cell: Cell) -> str:
+    """The bytes sent, relative to the least that the policy needs."""
+    least = least_traffic(SYSTEMS[system].policy, results.param_bytes, results.world_size).total
+    return f"{cell.median('sent_bytes') / least:.2f}" if least else ""
 
 
 def _costs(results: Results) -> str:
@@ -117,10 +136,11 @@ def _costs(results: Results) -> str:
                 ]
             )
     explained = f"""\
-`exposed` is what a step takes beyond the compute-only step of its group, relative to that. The lower bound is made of
-these costs, measured in the same run: compute of fxzero's generated code with its collectives stubbed out, and a bare
-loop of gloo messages in both directions. `n` counts the steps in which others took less than {QUIET:g} of a core, of
-all; medians are of those, or of all and marked * if they are too few."""
+`/ least` is relative to the least bytes that the policy needs, `/ bound` to the lower bound of a step for it; `exposed`
+is what a step takes beyond the compute-only step of its group, relative to that. The bound is made of these costs,
+measured in the same run: compute of fxzero's generated code with its collectives stubbed out, and a bare loop of gloo
+messages in both directions. `n` counts the steps in which others took less than {QUIET:g} of a core, of all; medians
+are of those, or of all and marked * if they are too few."""
     heads = ["Gbit/s", "compute s", "of it forward s", "link Gbit/s", "CPU ns per byte"]
     return f"## Costs\n\n{explained}\n\n{_table(rows, heads)}"
 
