@@ -7,7 +7,7 @@ certain choice of buckets costs (the first gather, the last reduction, which not
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.network.systems import Policy
 
@@ -39,6 +39,10 @@ class Traffic:
     @property
     def total(self) -> float:
         return self.forward + self.backward + self.anywhere
+
+    def at_most(self, total: float) -> Traffic:
+        """The same, with less of what may be sent anywhere, where `total` is less."""
+        return replace(self, anywhere=max(0.0, min(self.anywhere, total - self.forward - self.backward)))
 
 
 def least_traffic(policy: Policy, param_bytes: int, world_size: int) -> Traffic:

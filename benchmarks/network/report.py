@@ -19,12 +19,17 @@ _NOT_STEPS = ("wire",)
 
 
 def bound_of(results: Results, system: str, rate: float) -> float | None:
-    """The lower bound of a system's policy at a rate; None if it has none or its costs were not measured."""
-    costs = results.costs(rate)
+    """The lower bound of a system's policy at a rate; None if it has none or its costs were not measured.
+
+    A system that sends less than its policy needs, as it keeps the last bucket from forward to backward say, is held to
+    the bound for what it sends.
+    """
+    costs, cell = results.costs(rate), results.of(system, rate)
     policy = SYSTEMS[system].policy
-    if costs is None or not policy.trains:
+    if costs is None or not policy.trains or not cell.samples:
         return None
-    return lower_bound_s(costs, least_traffic(policy, results.param_bytes, results.world_size))
+    least = least_traffic(policy, results.param_bytes, results.world_size)
+    return lower_bound_s(costs, least.at_most(cell.median("sent_bytes")))
 
 
 def write_report(results: Results, folder: Path, name: str = "network") -> list[Path]:
@@ -75,19 +80,8 @@ def _summary(results: Results) -> str:
 
 
 def _of_rate(results: Results, rate: float) -> str:
-    heads = [
-        "system",
-        "s",
-        "min s",
-        "n",
-        "wire MB",
-        "/ least",
-        "bound s",
-        "/ bound",
-        "exposed",
-        "main CPU s",
-        "gloo CPU s",
-    ]
+    heads = ["system", "s", "min s", "n", "wire MB", "/ least", "bound s", "/ bound", "exposed"]
+    heads += ["main CPU s", "gloo CPU s", "peak MiB"]
     rows: list[list[Any]] = []
     for group in results.groups:
         base = results.cells.get((group, rate, "compute"))

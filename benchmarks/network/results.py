@@ -151,9 +151,8 @@ def _add(results: Results, entry: Mapping[str, Any]) -> None:
     cell = results.cells[entry["group"], entry["rate"], system]
     for ranks in steps[1:]:  # the first step of a turn pays for cold caches
         names = ("seconds", "forward_s", "main_cpu_s", "other_cpu_s", "sent_bytes", "faults")
-        cell.samples.append(
-            Sample(**{name: max(rank[name] for rank in ranks) for name in names}, foreign=entry["foreign"])
-        )
+        most = {name: max(rank[name] for rank in ranks) for name in names}
+        cell.samples.append(Sample(**most, foreign=entry["foreign"]))
 
 
 def wrong_losses(losses: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
