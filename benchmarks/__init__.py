@@ -1,0 +1,3 @@
+"""What backs every claim of speed and memory; see README.md."""
+
+from __future__ import annotations

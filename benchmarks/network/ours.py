@@ -1,0 +1,70 @@
+"""fxzero as a system: as users get it, with a naive schedule, and with its collectives stubbed out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+import fxzero
+from benchmarks.network.model import make_batch
+from benchmarks.network.systems import Job, Training, adamw, plain
+from fxzero.comm import Bound
+from fxzero.gloo import GlooComm
+from fxzero.passes import PrefetchAllGathers, default_passes
+
+
+def train(model: nn.Module, job: Job, **options: Any) -> Training:
+    """`fxzero.compile` with the options given."""
+    optimizer = adamw(model.parameters())
+    zero = fxzero.compile(model, optimizer=optimizer, example=make_batch(job.shape, 0, job.rank), **options)
+    return plain(zero, optimizer, facts=lambda: facts(zero))
+
+
+def naive(model: nn.Module, job: Job) -> Training:
+    """Each parameter gathered by itself, at its first use."""
+    passes = [p for p in default_passes(bucket_bytes=1) if not isinstance(p, PrefetchAllGathers)]
+    return train(model, job, passes=passes)
+
+
+def stubbed(model: nn.Module, job: Job, **options: Any) -> Training:
+    """The code that fxzero generates, where starts and waits of collectives do nothing.
+
+    Values are wrong, but of ordinary size: the arena is filled anew before every step, off the clock.
+    """
+    optimizer = adamw(model.parameters())
+    zero = fxzero.compile(model, optimizer=optimizer, **options)
+    engine = zero._fxzero_engine
+    engine.comm = SilentComm(engine.comm.group)
+    training = plain(zero, optimizer)
+    noise = torch.empty(0)
+
+    def fill() -> None:
+        nonlocal noise
+        memory = engine.arena.view(0, engine.arena.nbytes // 4, torch.float32)
+        if noise.numel() != memory.numel():
+            noise = torch.randn(memory.numel(), generator=torch.Generator().manual_seed(0)) * 0.02
+        memory.copy_(noise)
+
+    training.prepare = fill
+    return training
+
+
+class SilentComm(GlooComm):
+    """Exchanges what is exchanged outside of steps, and nothing in them."""
+
+    def bind_gather(self, *_: Any, **__: Any) -> Bound:
+        return Bound(None, None)
+
+    def bind_reduce(self, *_: Any, **__: Any) -> Bound:
+        return Bound(None, None)
+
+
+def facts(zero: Any) -> dict[str, Any]:
+    """What the plan says of a step; a predicted time and a bound of fxzero's own belong here too."""
+    totals = zero.schedule.totals
+    return {
+        "planned_bytes": totals.gathered_bytes + totals.reduced_bytes,
+        "collectives": totals.num_all_gathers + totals.num_reduce_scatters,
+    }
