@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from fxzero.allocator import keep_freed_memory
 from fxzero.api import Schedule, ZeroModule, compile
+from fxzero.cost import Cluster, Device, Link
 from fxzero.errors import (
     CaptureError,
     CheckpointError,
@@ -27,9 +28,12 @@ __version__ = "0.1.0"
 __all__ = [
     "CaptureError",
     "CheckpointError",
+    "Cluster",
     "CommunicationError",
+    "Device",
     "FxzeroError",
     "InputMismatchError",
+    "Link",
     "OptimizerError",
     "PlanError",
     "RankMismatchError",

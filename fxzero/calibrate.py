@@ -19,7 +19,7 @@ from fxzero.comm import Comm
 from fxzero.cost import Cluster, Device, Link, rounded
 from fxzero.layout import ALIGNMENT_BYTES, Bucket, ParamSpec
 
-SMALL_BYTES, LARGE_BYTES = 2**14, 2**23
+SMALL_BYTES, LARGE_BYTES = 2**14, 2**22
 """Of the messages that latency and bandwidth are measured with, per rank that receives."""
 IN_FLIGHT = 3
 """Large messages at a time: what a schedule keeps the link busy with."""
@@ -47,9 +47,9 @@ def median_of_ranks(own: Cluster, group: dist.ProcessGroup | None, topic: str, t
 
 
 def measure_device(device: torch.device, dtype: torch.dtype = torch.float32) -> Device:
-    """Rates of a matrix product [512, 512] x [512, 2048], of a sum of 16 MiB into 16 MiB, and of a tiny operator."""
+    """Rates of a matrix product [512, 512] x [512, 2048], of a sum of 32 MiB into 32 MiB, and of a tiny operator."""
     left, right = torch.randn(512, 512, device=device).to(dtype), torch.randn(512, 2048, device=device).to(dtype)
-    into, addend = torch.zeros(2**22, device=device), torch.ones(2**22, device=device)
+    into, addend = torch.zeros(2**23, device=device), torch.ones(2**23, device=device)
     tiny = torch.zeros(1, device=device)
     product = torch.empty(512, 2048, device=device, dtype=dtype)
     with torch.no_grad():
@@ -83,7 +83,7 @@ def measure_link(comm: Comm, device: torch.device) -> Link:
     while more.item():
         large.run()
         turns += 1
-        more.fill_(float(turns < 8 and time.perf_counter() - begin < LINK_S))
+        more.fill_(float(turns < 12 and time.perf_counter() - begin < LINK_S))
         comm.all_reduce(more, "max")
     seconds, cpu_s = time.perf_counter() - begin, time.process_time() - cpu
     nbytes = turns * IN_FLIGHT * LARGE_BYTES * (comm.world_size - 1)

@@ -37,7 +37,7 @@ BODY_BYTES = tuple(size * MIB for size in (4, 8, 12, 16, 24, 32, 64, 128))
 """Upper bounds on a bucket that are tried."""
 BODY = BODY_BYTES.index(16 * MIB)
 """That of buckets which were made without a choice."""
-MOST_BYTES = 64 * MIB
+MOST_BYTES = 48 * MIB
 """Upper bound on what is in flight in each direction; a sixteenth of the model where that is more."""
 HEAD_SHARES = (1, 2, 4, 8)
 """By how much the first bucket may be smaller than the others."""
@@ -169,7 +169,7 @@ def tune(needs: Needs, *, keeps_all: bool, keeps_free: bool, buckets: Sequence[F
         if key in tried or (tried and inflight > most):
             continue
         tried.add(key)
-        tuning = Tuning(body, head, inflight, inflight if keeps_free else 0)
+        tuning = Tuning(body, head, inflight, min(inflight, MOST_BYTES) if keeps_free else 0)
         kept = sum(bucket.nbytes for bucket in groups) if keeps_all else tuning.kept_bytes
         step_s = play(_events(needs, groups, inflight, kept), link).step_s
         if best is None or step_s * CLOSE < best[0]:

@@ -45,7 +45,7 @@ def launch(nproc: int, arguments: list[str]) -> int:
             rank, first = error.get_first_failure()
             if first.exitcode != TRAIN_ERROR_STATUS:
                 how = f"was killed by signal {-first.exitcode}" if first.exitcode < 0 else "failed"
-                print(f"fxzero train: rank {rank} {how}; the others were stopped.", file=sys.stderr)
+                print(f"fxzero {arguments[0]}: rank {rank} {how}; the others were stopped.", file=sys.stderr)
             return max(1, first.exitcode)
         except SignalException as error:
             return 128 + error.sigval
