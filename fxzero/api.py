@@ -15,8 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fxzero import agree, ownership, state
-from fxzero.clip import clip_grad_norm_
+from fxzero import ablation, agree, ownership, state
 from fxzero.engine import Engine, Options
 from fxzero.errors import FxzeroError, InputMismatchError, OptimizerError
 from fxzero.fitting import footprint_of
@@ -48,6 +47,7 @@ def compile(
     passes: Sequence[Pass] | None = None,
     timeout: timedelta = timedelta(minutes=5),
     layout: LayoutName = "contiguous",
+    without: ablation.Without = (),
 ) -> ZeroModule:
     """Take a model over and train it by ZeRO stage 3 on a schedule that is written before it runs.
 
@@ -79,6 +79,8 @@ def compile(
         layout: how a bucket of parameters is cut. "contiguous": as one flat buffer, so that collectives move parameters
             and gradients straight into place. "interleaved": each parameter by itself, as DeepSpeed does, so that each
             gather and each reduce copies its bucket; the same training bit for bit, as a reference to measure against.
+        without: optimizations to turn off, by the names of `fxzero.ablation`, or "all", to measure what they are worth.
+            Training stays the same, but for roundings that it lists.
 
     Returns:
         The module to call and train.
@@ -86,10 +88,11 @@ def compile(
     Raises:
         InputMismatchError: a parameter is not contiguous, not floating, or the model is compiled already.
         OptimizerError: the optimizer cannot step shards.
-        ValueError: options contradict each other, or there is no such layout.
+        ValueError: options contradict each other, or there is no such layout or optimization.
         CaptureError, RankMismatchError, PlanError: with `example`; else the first call raises them.
     """
-    chosen = _choose_passes(passes, memory_budget, reshard_after_forward, stage, recompute)
+    left_out = ablation.names(without)
+    chosen = _choose_passes(passes, memory_budget, reshard_after_forward, stage, recompute, left_out)
     process_group = _choose_group(process_group)
     with agree.reporting_failure(process_group, "layout"):  # the other ranks wait for this one with what they compiled
         ownership.check_model(model)
@@ -105,7 +108,8 @@ def compile(
             elementwise_optimizer=elementwise_optimizer,
             timeout=timeout,
             memory_budget=memory_budget,
-            layout=layout,
+            layout=ablation.layout_without(left_out, layout),
+            without=left_out,
         )
         zero = ZeroModule(model, Engine(model, model.forward, options, process_group, optimizers))
         if example is not None:
@@ -131,6 +135,7 @@ def _choose_passes(
     reshard_after_forward: bool | None,
     stage: int | None,
     recompute: Literal["none", "full"] | int,
+    without: tuple[ablation.Optimization, ...],
 ) -> tuple[Pass, ...]:
     """The passes that the options ask for.
 
@@ -146,13 +151,19 @@ def _choose_passes(
         is_bytes = isinstance(memory_budget, int) and not isinstance(memory_budget, bool) and memory_budget > 0
         if not is_bytes and memory_budget != "auto":
             raise ValueError(f'memory_budget is {memory_budget!r}; it must be a number of bytes, or "auto".')
+        if "persistent_buffers" in without:
+            raise ValueError("memory_budget plans persistent buffers; pass it without without='persistent_buffers'.")
         if reshard is not None:
             raise ValueError("memory_budget chooses what is kept; pass it without reshard_after_forward and stage.")
     if passes is not None:
         if reshard is not None or recompute != "none":
             raise ValueError("passes= is the whole list: drop stage, reshard_after_forward and recompute, or passes.")
+        if left_out := ablation.scheduled(without):
+            raise ValueError(f"passes= is the whole list: take what schedules {', '.join(left_out)} out of it instead.")
         return tuple(passes)
-    return default_passes(max_kept_bytes=None if reshard is False else 0, recompute=recompute)
+    return ablation.passes_without(
+        without, default_passes(max_kept_bytes=None if reshard is False else 0, recompute=recompute)
+    )
 
 
 def _choose_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
@@ -312,7 +323,7 @@ class ZeroModule(nn.Module):
             RuntimeError: the norm is not finite and `error_if_nonfinite` is set.
         """
         engine = self._fxzero_engine
-        return clip_grad_norm_(engine.gradients, engine.comm, max_norm, norm_type, error_if_nonfinite)
+        return engine.clip_grad_norm(engine.gradients, engine.comm, max_norm, norm_type, error_if_nonfinite)
 
     # -- weights -------------------------------------------------------------------------------------------------
 
