@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 VOCABULARY = {"fxzero.ir", "fxzero.layout", "fxzero.ops", "fxzero.recompute", "fxzero.text", "fxzero.errors"}
 """What a pass may know, beside other passes."""
 CHANGED_BY_A_BUDGET = {"KeepGathered", "Pass", "PrefetchAllGathers", "RecomputeActivations", "SinkWaits"}
+LEFT_OUT_BY_AN_ABLATION = {"BucketAllGathers", "Pass", "PrefetchAllGathers", "SinkWaits"}
 RUN_TIME = (
     "runtime",
     "binding",
@@ -24,6 +25,9 @@ RUN_TIME = (
     "shards",
     "gradients",
     "interleave",
+    "tensor_lists",
+    "transient",
+    "clip",
     "optim",
 )
 """What runs a step: it makes no decision, so it knows nothing of what does."""
@@ -98,7 +102,8 @@ def test_list_of_passes_is_imported_by_the_entry_points_alone() -> None:
         for name in MODULES
         if name not in _within("fxzero.passes") and _imports(name) & {*_within("fxzero.passes")}
     }
-    assert knowing == {"fxzero.api", "fxzero.budget", "fxzero.planner"}
+    assert knowing == {"fxzero.ablation", "fxzero.api", "fxzero.budget", "fxzero.planner"}
+    assert _names_from("fxzero.ablation", "fxzero.passes") == LEFT_OUT_BY_AN_ABLATION
     assert _names_from("fxzero.budget", "fxzero.passes") == CHANGED_BY_A_BUDGET
     assert _names_from("fxzero.planner", "fxzero.passes") == {"BucketAllGathers", "Pass", "default_passes"}
     assert _names_from("fxzero.api", "fxzero.passes") == {"Pass", "default_passes"}
