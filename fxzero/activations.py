@@ -51,6 +51,8 @@ class PlacedTemporary:
 
 def placed_temporaries(step: StepGraph) -> dict[fx.Node, PlacedTemporary]:
     """The temporaries that have places in the arena, by node: large ones on the CPU, of operators with `out=`."""
+    if not step.is_persistent:
+        return {}
     returned = {memory_of(value) for value in (*step.model_outputs, *step.input_grads) if isinstance(value, fx.Node)}
     placed: dict[fx.Node, PlacedTemporary] = {}
     for node, buffer in activation_buffers(step).items():

@@ -15,8 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fxzero import agree, ownership, state
-from fxzero.clip import clip_grad_norm_
+from fxzero import ablation, agree, ownership, state
 from fxzero.cost import Cluster
 from fxzero.engine import Engine, Options
 from fxzero.errors import FxzeroError, InputMismatchError, OptimizerError
@@ -53,6 +52,7 @@ def compile(
     gather_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
     cluster: Cluster | str | None = None,
+    without: ablation.Without = (),
 ) -> ZeroModule:
     """Take a model over and train it by ZeRO stage 3 on a schedule that is written before it runs.
 
@@ -92,6 +92,8 @@ def compile(
             ranks, are made in their own dtype. Default: their own.
         cluster: what the schedule is made for: numbers, or a name of `fxzero.cost.CLUSTERS`. Default: measured, in a
             fraction of a second before the first plan, by all ranks together; not for less than 1 MiB of parameters.
+        without: optimizations to turn off, by the names of `fxzero.ablation`, or "all", to measure what they are worth.
+            Training stays the same, but for roundings that it lists.
 
     Returns:
         The module to call and train.
@@ -99,13 +101,13 @@ def compile(
     Raises:
         InputMismatchError: a parameter is not contiguous, not floating, or the model is compiled already.
         OptimizerError: the optimizer cannot step shards.
-        ValueError: options contradict each other, or there is no such layout.
+        ValueError: options contradict each other, or there is no such layout or optimization.
         CaptureError, RankMismatchError, PlanError: with `example`; else the first call raises them.
     """
-    if gather_dtype is torch.int8 and layout == "interleaved":
-        raise ValueError("gather_dtype=torch.int8 quantises whole shards; pass layout='contiguous', or torch.bfloat16.")
+    left_out = ablation.names(without)
     wire_dtypes = gather_dtype, reduce_dtype
-    chosen = _choose_passes(passes, memory_budget, reshard_after_forward, stage, recompute, wire_dtypes)
+    _check_wire(wire_dtypes, layout, left_out)
+    chosen = _choose_passes(passes, memory_budget, reshard_after_forward, stage, recompute, wire_dtypes, left_out)
     process_group = _choose_group(process_group)
     with agree.reporting_failure(process_group, "layout"):  # the other ranks wait for this one with what they compiled
         ownership.check_model(model)
@@ -121,9 +123,10 @@ def compile(
             elementwise_optimizer=elementwise_optimizer,
             timeout=timeout,
             memory_budget=memory_budget,
-            layout=layout,
+            layout=ablation.layout_without(left_out, layout),
+            without=left_out,
             cluster=None if cluster is None else Cluster.of(cluster),
-            tunes=passes is None,
+            tunes=passes is None and not ablation.scheduled(left_out),
             keeps_free=(memory_budget, reshard_after_forward, stage) == (None, None, None),
         )
         zero = ZeroModule(model, Engine(model, model.forward, options, process_group, optimizers))
@@ -144,6 +147,22 @@ def _prepare(zero: ZeroModule, example: Any) -> None:
         raise
 
 
+def _check_wire(
+    wire_dtypes: tuple[torch.dtype | None, torch.dtype | None],
+    layout: LayoutName,
+    without: tuple[ablation.Optimization, ...],
+) -> None:
+    """Refuse narrow types on the wire where something else decides about what travels.
+
+    Raises:
+        ValueError: names the two options.
+    """
+    if wire_dtypes[0] is torch.int8 and layout == "interleaved":
+        raise ValueError("gather_dtype=torch.int8 quantises whole shards; pass layout='contiguous', or torch.bfloat16.")
+    if wire_dtypes != (None, None) and without:
+        raise ValueError("without= measures optimizations with types as they are; drop gather_dtype and reduce_dtype.")
+
+
 def _choose_passes(
     passes: Sequence[Pass] | None,
     memory_budget: int | Literal["auto"] | None,
@@ -151,6 +170,7 @@ def _choose_passes(
     stage: int | None,
     recompute: Literal["none", "full"] | int,
     wire_dtypes: tuple[torch.dtype | None, torch.dtype | None],
+    without: tuple[ablation.Optimization, ...],
 ) -> tuple[Pass, ...]:
     """The passes that the options ask for.
 
@@ -166,6 +186,8 @@ def _choose_passes(
         is_bytes = isinstance(memory_budget, int) and not isinstance(memory_budget, bool) and memory_budget > 0
         if not is_bytes and memory_budget != "auto":
             raise ValueError(f'memory_budget is {memory_budget!r}; it must be a number of bytes, or "auto".')
+        if "persistent_buffers" in without:
+            raise ValueError("memory_budget plans persistent buffers; pass it without without='persistent_buffers'.")
         if reshard is not None:
             raise ValueError("memory_budget chooses what is kept; pass it without reshard_after_forward and stage.")
     if passes is not None:
@@ -175,14 +197,17 @@ def _choose_passes(
             raise ValueError(
                 "passes= is the whole list: give default_passes() gather_dtype and reduce_dtype, or drop passes."
             )
+        if left_out := ablation.scheduled(without):
+            raise ValueError(f"passes= is the whole list: take what schedules {', '.join(left_out)} out of it instead.")
         return tuple(passes)
     gather_dtype, reduce_dtype = wire_dtypes
-    return default_passes(
+    every = default_passes(
         max_kept_bytes=None if reshard is False else 0,
         recompute=recompute,
         gather_dtype=gather_dtype,
         reduce_dtype=reduce_dtype,
     )
+    return ablation.passes_without(without, every)
 
 
 def _choose_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
@@ -342,7 +367,7 @@ class ZeroModule(nn.Module):
             RuntimeError: the norm is not finite and `error_if_nonfinite` is set.
         """
         engine = self._fxzero_engine
-        return clip_grad_norm_(engine.gradients, engine.comm, max_norm, norm_type, error_if_nonfinite)
+        return engine.clip_grad_norm(engine.gradients, engine.comm, max_norm, norm_type, error_if_nonfinite)
 
     # -- weights -------------------------------------------------------------------------------------------------
 

@@ -123,7 +123,7 @@ class Binder:
     slots: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     """The slot of each gradient, by parameter."""
     copies: dict[fx.Node, Callable[[], object]] = field(default_factory=dict[fx.Node, Callable[[], object]])
-    """What fills the staging buffer of a start with what it sends, on the compute stream."""
+    """What comes before a start, on the compute stream: it fills the staging buffer of the start with what it sends."""
 
     def bind(self) -> dict[str, Callable[..., Any]]:
         """Make the globals of the generated code and define its functions in them.
@@ -134,10 +134,12 @@ class Binder:
         """
         code, names, events = self.code, self.names, self._events()
         names |= NAMES_IN_SOURCE
-        if events is not None:
-            code = generate(self.step, events.recorded, record_begin=events.begin is not None)
-            names |= {"record_begin": events.begin}
-            names |= {f"record_{node.name}": record for node, record in events.recorded.items()}
+        recorded = self.recorded(events)
+        if recorded or events is not None:
+            begin = None if events is None else events.begin
+            code = generate(self.step, recorded, record_begin=begin is not None)
+            names |= {"record_begin": begin}
+            names |= {f"record_{node.name}": record for node, record in recorded.items()}
         names |= {name: compat.direct_call(target) for name, target in code.operators.items()}
         for start in self.step.nodes(Role.ALL_GATHER):
             self._bind_gather(start)
@@ -149,6 +151,7 @@ class Binder:
         for node in code.placed:
             offset, value = self.placed["temporary", node][1], node.meta["val"]
             names[f"{PLACE_PREFIX}{node.name}"] = self.arena.view(offset, value.numel(), value.dtype).view(value.shape)
+        self.finish()
         if events is not None:
             for start in self.step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER):
                 names[start.name] = events.start(start, names[start.name], self.copies.get(start))
@@ -168,6 +171,13 @@ class Binder:
             for name in (start.name, f"wait_{start.name}"):
                 timed[name] = watch.timed(self.names[name])
         return _define(code, self.names | timed)[phase]
+
+    def recorded(self, events: Events | None) -> dict[fx.Node, Callable[[], object]]:
+        """What the generated code calls after nodes."""
+        return {} if events is None else dict(events.recorded)
+
+    def finish(self) -> None:
+        """Called when everything is bound, but for the order of streams."""
 
     def _skip_resident(self, events: Events | None) -> dict[str, Callable[..., object]]:
         """Globals that skip the gathers of buckets that are there; on CUDA, an event stands for each."""

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fxzero import agree, compat, state
+from fxzero import ablation, agree, compat, state
 from fxzero.allocator import give_back_freed_memory
 from fxzero.autograd import Call, StepFunction
 from fxzero.capture import Captured, capture
@@ -79,6 +79,7 @@ class Options:
     """The user left sizes and order to the costs."""
     keeps_free: bool = False
     """What costs no memory at the peak may stay gathered until backward."""
+    without: tuple[ablation.Optimization, ...] = ()
 
     def __post_init__(self) -> None:
         check_layout(self.layout)
@@ -89,6 +90,7 @@ class Options:
             "passes": ", ".join(map(repr, self.passes)),
             "device": self.device.type,
             "layout": self.layout,
+            "without": ", ".join(self.without) or "nothing",
             "sync_init": self.sync_init,
             "memory_budget": self.memory_budget,
             "cluster": self.cluster,
@@ -121,7 +123,8 @@ class Engine:
         self.params: dict[str, nn.Parameter] = dict(self.model.named_parameters())
         self.specs: dict[str, ParamSpec] = {fqn: spec_of(fqn, param) for fqn, param in self.params.items()}
         check_storage(self.params)
-        self.comm: Comm = make_comm(self.group, self.options.device)
+        self.comm: Comm = ablation.comm_without(self.options.without, make_comm(self.group, self.options.device))
+        self.clip_grad_norm = ablation.clip_without(self.options.without)
         if isinstance(self.comm, PlanningComm):  # nobody is there to send rank 0's values
             self.options = dataclasses.replace(self.options, sync_init=False)
         self.shards: Shards | None = None
@@ -388,6 +391,7 @@ class Engine:
         )
         captured.step.synchronize = signature.synchronize
         captured.step.layout = self.options.layout
+        captured.step.without = self.options.without
         return captured
 
     def fix_layout(self, layout: Layout, order: Sequence[str] = (), loaded: AbstractSet[str] = frozenset()) -> None:

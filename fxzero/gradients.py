@@ -68,6 +68,11 @@ class Gradients:
         """True if the next backward adds to gradients that are there."""
         return bool(self._held) or self._has_grad()
 
+    @property
+    def each(self) -> list[torch.Tensor]:
+        """This rank's slice of each gradient that there can be."""
+        return [view for _, view in self._pairs]
+
     def _has_grad(self) -> bool:
         for param, _ in self._pairs:  # noqa: SIM110 (a generator would be a call for each parameter)
             if param.grad is not None:

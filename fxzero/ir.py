@@ -105,6 +105,8 @@ class StepGraph:
     Also those that this step does not gather."""
     layout: LayoutName = "contiguous"
     """How parameters are cut; no pass depends on it."""
+    without: tuple[str, ...] = ()
+    """Optimizations that are turned off, as of `ablation.py`."""
     _buckets: dict[tuple[str, ...], Bucket] = field(default_factory=dict[tuple[str, ...], Bucket], repr=False)
     _param_nodes: dict[str, fx.Node] = field(default_factory=dict[str, fx.Node], repr=False)
 
@@ -118,6 +120,11 @@ class StepGraph:
     @property
     def has_backward(self) -> bool:
         return self.end_forward is not None
+
+    @property
+    def is_persistent(self) -> bool:
+        """False if buffers are allocated at each use, in place of one arena."""
+        return "persistent_buffers" not in self.without
 
     def phases(self) -> Iterator[tuple[Phase, list[fx.Node]]]:
         """The nodes between placeholders and output, phase by phase, without the boundary."""

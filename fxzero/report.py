@@ -88,7 +88,7 @@ class MemoryReport:
         if held.unsharded_gradients:
             rows.append(("unsharded gradients, no_sync()", held.unsharded_gradients))
         rows += [
-            ("arena", self.footprint.arena_bytes),
+            ("arena" if self.step.is_persistent else "allocated at each use", self.footprint.arena_bytes),
             ("  this plan", arena.peak_bytes),
             ("  this plan, lower bound", arena.lower_bound_bytes),
             ("  gathered buckets, at most", self.gather_arena_bytes),

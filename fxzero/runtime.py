@@ -34,6 +34,7 @@ from fxzero.memory import (
 from fxzero.residency import Residency
 from fxzero.shards import Shards
 from fxzero.stopwatch import Stopwatch
+from fxzero.transient import TransientBinder, TransientMemory
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,9 @@ class Executable:
         self._residency = residency
         gathered = {members(start) for start in plan.step.nodes(Role.ALL_GATHER)}
         self._resident = [] if comm.gathers_in_place else [fqns for fqns in plan.step.resident if fqns in gathered]
+        self._binder, self._memory = Binder, arena
+        if not plan.step.is_persistent:
+            self._binder, self._memory = TransientBinder, TransientMemory(shards.device)
         self._functions: dict[Variant, dict[str, Callable[..., Any]]] = {}
         self.memory: dict[Variant, MemoryPlan] = {}
         """The arena's plan for each variant that was bound."""
@@ -165,9 +169,9 @@ class Executable:
             with torch.inference_mode(False):  # views made in it could not be written outside
                 plan, placed = plan_arena(self.step, self._comm, variant)
                 self.memory[variant] = plan
-                self._arena.reserve(plan.peak_bytes)
-                binder = Binder(
-                    self.plan.code, self.step, self._shards, self._gradients, self._comm, self._arena, placed, variant
+                self._memory.reserve(plan.peak_bytes)
+                binder = self._binder(
+                    self.plan.code, self.step, self._shards, self._gradients, self._comm, self._memory, placed, variant
                 )
                 self._functions[variant] = binder.bind()
         return self._functions[variant]

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from fxzero.ablation import Without
 from fxzero.errors import PlanError
-from tests.pairs import both, pair, points
+from tests.pairs import assert_same, both, pair, points
 
 
 def _backward(zero: nn.Module, plain: nn.Module, seed: int = 0, use_extra: bool = False) -> None:
@@ -15,9 +16,15 @@ def _backward(zero: nn.Module, plain: nn.Module, seed: int = 0, use_extra: bool 
         output.loss.backward()
 
 
+@pytest.fixture(params=[(), ("fused_norm",)], ids=["fused", "each"])
+def without(request: pytest.FixtureRequest) -> Without:
+    """Both ways to clip."""
+    return request.param
+
+
 @pytest.mark.parametrize("norm_type", [2, 2.0, float("inf")])
-def test_clipping_is_that_of_torch(norm_type: float) -> None:
-    zero, plain = pair()
+def test_clipping_is_that_of_torch(norm_type: float, without: Without) -> None:
+    zero, plain = pair(without=without)
     _backward(zero, plain)
     norm = zero.clip_grad_norm_(0.01, norm_type)
     expected = nn.utils.clip_grad_norm_(plain.parameters(), 0.01, norm_type)
@@ -27,8 +34,8 @@ def test_clipping_is_that_of_torch(norm_type: float) -> None:
             torch.testing.assert_close(own.grad, other.grad.flatten(), rtol=1e-6, atol=0)
 
 
-def test_clipping_leaves_out_what_zero_grad_took_back() -> None:
-    zero, plain = pair()
+def test_clipping_leaves_out_what_zero_grad_took_back(without: Without) -> None:
+    zero, plain = pair(without=without)
     _backward(zero, plain, 0, use_extra=True)
     zero.zero_grad()
     plain.zero_grad()
@@ -39,8 +46,8 @@ def test_clipping_leaves_out_what_zero_grad_took_back() -> None:
     assert zero.extra.weight.grad is None
 
 
-def test_clipping_counts_a_gradient_of_the_users_own() -> None:
-    zero, plain = pair()
+def test_clipping_counts_a_gradient_of_the_users_own(without: Without) -> None:
+    zero, plain = pair(without=without)
     _backward(zero, plain)
     zero.head.bias.grad, plain.head.bias.grad = torch.full((5,), 7.0), torch.full((5,), 7.0)
     torch.testing.assert_close(
@@ -49,14 +56,23 @@ def test_clipping_counts_a_gradient_of_the_users_own() -> None:
     torch.testing.assert_close(zero.head.bias.grad, plain.head.bias.grad, rtol=1e-6, atol=0)
 
 
-def test_clipping_refuses_what_it_cannot_do() -> None:
-    zero, _ = pair()
+def test_clipping_refuses_what_it_cannot_do(without: Without) -> None:
+    zero, _ = pair(without=without)
     with pytest.raises(PlanError, match="no gradients before the first backward"):
         zero.clip_grad_norm_(1.0)
     zero(points()).loss.backward()
     with pytest.raises(ValueError, match=r"norm_type is 1.0; it must be 2.0 or inf"):
         zero.clip_grad_norm_(1.0, 1)
     zero.head.bias.grad[0] = float("nan")
-    with pytest.raises(RuntimeError, match="not finite"):
-        zero.clip_grad_norm_(1.0, error_if_nonfinite=True)
+    for norm_type in (2.0, float("inf")):
+        with pytest.raises(RuntimeError, match="not finite"):
+            zero.clip_grad_norm_(1.0, norm_type, error_if_nonfinite=True)
+    assert zero.clip_grad_norm_(1.0, float("inf")).isnan()
     assert zero.clip_grad_norm_(1.0).isnan()
+
+
+def test_gradients_below_the_norm_stay_as_they_are(without: Without) -> None:
+    zero, plain = pair(without=without)
+    _backward(zero, plain)
+    assert zero.clip_grad_norm_(1e6).dtype == torch.float32
+    assert_same(zero, plain)

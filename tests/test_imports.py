@@ -20,6 +20,7 @@ VOCABULARY = {
 }
 """What a pass may know, beside other passes."""
 CHANGED_BY_A_BUDGET = {"KeepGathered", "Pass", "PrefetchAllGathers", "RecomputeActivations", "SinkWaits"}
+LEFT_OUT_BY_AN_ABLATION = {"BucketAllGathers", "Pass", "PrefetchAllGathers", "SinkWaits"}
 RUN_TIME = (
     "runtime",
     "binding",
@@ -33,6 +34,9 @@ RUN_TIME = (
     "gradients",
     "interleave",
     "narrow",
+    "tensor_lists",
+    "transient",
+    "clip",
     "optim",
 )
 """What runs a step: it makes no decision, so it knows nothing of what does."""
@@ -108,6 +112,7 @@ def test_list_of_passes_is_imported_by_the_entry_points_alone() -> None:
         if name not in _within("fxzero.passes") and _imports(name) & {*_within("fxzero.passes")}
     }
     assert knowing == {
+        "fxzero.ablation",
         "fxzero.api",
         "fxzero.budget",
         "fxzero.costing",
@@ -115,6 +120,7 @@ def test_list_of_passes_is_imported_by_the_entry_points_alone() -> None:
         "fxzero.tuner",
         "fxzero.tuning",
     }
+    assert _names_from("fxzero.ablation", "fxzero.passes") == LEFT_OUT_BY_AN_ABLATION
     assert _names_from("fxzero.tuner", "fxzero.passes") == {"Pass"}
     assert _names_from("fxzero.budget", "fxzero.passes") == CHANGED_BY_A_BUDGET
     assert _names_from("fxzero.planner", "fxzero.passes") == {"BucketAllGathers", "Pass", "default_passes"}

@@ -14,6 +14,7 @@ DIFFERENCES = {
     "parameter": ("", "parameter more."),
     "passes": ("BucketAllGathers(", "BucketAllGathers(bucket_bytes=1"),
     "layout": ("option layout: contiguous", "option layout: interleaved"),
+    "without": ("option without: nothing", "option without: fused_norm"),
     "sync_init": ("option sync_init: True", "option sync_init: False"),
 }
 

@@ -1,0 +1,127 @@
+"""Turn optimizations off, so that what each is worth can be measured: one alone, several, or all.
+
+    fxzero.compile(model, without=["prefetch", "buckets"])
+    fxzero.compile(model, without="all")    # gather each parameter where it is used, and wait
+
+What made ZeRO-3 fast on a slow network in 2022, at run time, and what turns off its counterpart here:
+
+    1  collectives overlap compute                      overlap
+    2  decisions ahead of the step: what is used next   prefetch (a generated step decides nothing itself)
+    3  batched collectives, interleaved by copies       buckets; layout (here batches need no copies)
+    4  collectives of flat tensors                      flat_collectives
+    5  state in contiguous buffers                      persistent_buffers
+    6  gradient norm without host synchronisation       fused_norm
+    7  no norms computed for debug messages             (nothing to turn off)
+
+Training stays the same bit for bit, with two exceptions: without flat_collectives, on gloo, gradients of three ranks or
+more are added in gloo's order; without fused_norm, the norm that gradients are clipped by is rounded in another way.
+
+Each is turned off where it is chosen, once: in the list of passes, the layout, the collectives, the memory that buffers
+are bound to, the function that clips. A step has no switch in it.
+
+Source: "Making DeepSpeed ZeRO run efficiently on more-affordable hardware" (Amazon Science, 2022), DeepSpeed PR 1453.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+
+from fxzero.clip import clip_each_grad_norm_, clip_grad_norm_
+from fxzero.comm import Comm
+from fxzero.gradients import Gradients
+from fxzero.layout import LayoutName
+from fxzero.passes import BucketAllGathers, Pass, PrefetchAllGathers, SinkWaits
+from fxzero.tensor_lists import with_tensor_lists
+
+Optimization: TypeAlias = Literal[
+    "overlap", "prefetch", "buckets", "layout", "flat_collectives", "persistent_buffers", "fused_norm"
+]
+Without: TypeAlias = Sequence[Optimization] | Optimization | Literal["all"]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What turning an optimization off does."""
+
+    row: int
+    """Its number in the list above."""
+    text: str
+
+
+OPTIMIZATIONS: dict[Optimization, Effect] = {
+    "overlap": Effect(
+        1, "each collective is waited for where it starts, a gather at the first use; no prefetch either"
+    ),
+    "prefetch": Effect(2, "a gather starts at the first use of its bucket"),
+    "buckets": Effect(3, "one collective for each parameter"),
+    "layout": Effect(3, 'what a bucket sends and receives is interleaved by copies: layout="interleaved"'),
+    "flat_collectives": Effect(
+        4, "all_gather and reduce_scatter of lists of tensors; gloo then sends a reduce-scatter's bytes twice"
+    ),
+    "persistent_buffers": Effect(
+        5, "buffers of collectives and temporaries are allocated at each use, not planned in an arena; shards stay"
+    ),
+    "fused_norm": Effect(6, "clip_grad_norm_ goes from parameter to parameter, and the host reads each norm"),
+}
+"""By name, in the order in which they are listed."""
+
+Clip: TypeAlias = Callable[[Gradients | None, Comm, float, float, bool], torch.Tensor]
+
+
+def names(without: Without) -> tuple[Optimization, ...]:
+    """What a user asks to turn off, each once, in the order of `OPTIMIZATIONS`.
+
+    Raises:
+        ValueError: there is no such optimization.
+    """
+    if without == "all":
+        return tuple(OPTIMIZATIONS)
+    given: Iterable[str] = (without,) if isinstance(without, str) else without
+    if unknown := [name for name in given if name not in OPTIMIZATIONS]:
+        raise ValueError(f'without has {unknown[0]!r}; it must be "all", or of: {", ".join(OPTIMIZATIONS)}.')
+    return tuple(name for name in OPTIMIZATIONS if name in given)
+
+
+def scheduled(without: Iterable[Optimization]) -> list[Optimization]:
+    """Those that are passes, or options of one."""
+    return [name for name in without if name in ("overlap", "prefetch", "buckets")]
+
+
+def passes_without(without: Sequence[Optimization], passes: Iterable[Pass]) -> tuple[Pass, ...]:
+    """A list of passes with others in the place of those that make an optimization, or none."""
+    left_out: tuple[type, ...] = ()
+    if "prefetch" in without or "overlap" in without:
+        left_out += (PrefetchAllGathers,)
+    if "overlap" in without:
+        left_out += (SinkWaits,)
+    kept = [each for each in passes if not isinstance(each, left_out)]
+    if "buckets" in without:
+        kept = [dataclasses.replace(e, bucket_bytes=1) if isinstance(e, BucketAllGathers) else e for e in kept]
+    return tuple(kept)
+
+
+def layout_without(without: Sequence[Optimization], layout: LayoutName) -> LayoutName:
+    """How buckets are cut."""
+    return "interleaved" if "layout" in without else layout
+
+
+def comm_without(without: Sequence[Optimization], comm: Comm) -> Comm:
+    """The collectives of a group of ranks.
+
+    Raises:
+        ValueError: those have no form for lists of tensors.
+    """
+    return with_tensor_lists(comm) if "flat_collectives" in without else comm
+
+
+def clip_without(without: Sequence[Optimization]) -> Clip:
+    """What clips gradients by their norm."""
+    return clip_each_grad_norm_ if "fused_norm" in without else clip_grad_norm_
+
+
+__all__ = ["OPTIMIZATIONS", "Effect", "Optimization"]
