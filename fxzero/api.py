@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn, cast
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from fxzero import agree, ownership, state
 from fxzero.clip import clip_grad_norm_
@@ -21,6 +22,7 @@ from fxzero.engine import Engine, Options
 from fxzero.errors import FxzeroError, InputMismatchError, OptimizerError
 from fxzero.fitting import footprint_of
 from fxzero.layout import LayoutName
+from fxzero.mesh import Group, group_of_mesh
 from fxzero.optim import OptimizerGuard, check_optimizer
 from fxzero.passes import Pass, default_passes
 from fxzero.planner import as_arguments
@@ -48,6 +50,7 @@ def compile(
     passes: Sequence[Pass] | None = None,
     timeout: timedelta = timedelta(minutes=5),
     layout: LayoutName = "contiguous",
+    mesh: DeviceMesh | None = None,
 ) -> ZeroModule:
     """Take a model over and train it by ZeRO stage 3 on a schedule that is written before it runs.
 
@@ -79,19 +82,24 @@ def compile(
         layout: how a bucket of parameters is cut. "contiguous": as one flat buffer, so that collectives move parameters
             and gradients straight into place. "interleaved": each parameter by itself, as DeepSpeed does, so that each
             gather and each reduce copies its bucket; the same training bit for bit, as a reference to measure against.
+        mesh: instead of process_group, as FSDP2 takes it: 1-D, the ranks to shard over; 2-D of (across, inside), say
+            `init_device_mesh("cuda", (num_nodes, ranks_per_node), mesh_dim_names=("replicate", "shard"))`: every node
+            shards over its own ranks and is a replica of the others (HSDP, MiCS). All gathers stay inside a node; of
+            each gradient, its shard crosses nodes, after a reduce-scatter inside. A step is that of all ranks.
 
     Returns:
         The module to call and train.
 
     Raises:
-        InputMismatchError: a parameter is not contiguous, not floating, or the model is compiled already.
+        InputMismatchError: a parameter is not contiguous, not floating, or the model is compiled already; this rank is
+            not in the mesh, or the mesh is one of other devices.
         OptimizerError: the optimizer cannot step shards.
-        ValueError: options contradict each other, or there is no such layout.
+        ValueError: options contradict each other, there is no such layout, or the mesh has more than two dimensions.
         CaptureError, RankMismatchError, PlanError: with `example`; else the first call raises them.
     """
     chosen = _choose_passes(passes, memory_budget, reshard_after_forward, stage, recompute)
-    process_group = _choose_group(process_group)
-    with agree.reporting_failure(process_group, "layout"):  # the other ranks wait for this one with what they compiled
+    group = _choose_group(process_group, mesh)
+    with agree.reporting_failure(group, "layout"):  # the other ranks wait for this one with what they compiled
         ownership.check_model(model)
         optimizers = _as_tuple(optimizer)
         for each in optimizers:
@@ -99,7 +107,7 @@ def compile(
             _check_holds_parameters(each, model)
         options = Options(
             passes=chosen,
-            device=_choose_device(model, device),
+            device=_choose_device(model, device, mesh),
             sync_init=sync_init,
             init_fn=init_fn,
             elementwise_optimizer=elementwise_optimizer,
@@ -107,7 +115,7 @@ def compile(
             memory_budget=memory_budget,
             layout=layout,
         )
-        zero = ZeroModule(model, Engine(model, model.forward, options, process_group, optimizers))
+        zero = ZeroModule(model, Engine(model, model.forward, options, group, optimizers))
         if example is not None:
             _prepare(zero, example)
     return zero
@@ -155,7 +163,11 @@ def _choose_passes(
     return default_passes(max_kept_bytes=None if reshard is False else 0, recompute=recompute)
 
 
-def _choose_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+def _choose_group(group: dist.ProcessGroup | None, mesh: DeviceMesh | None) -> Group | None:
+    if mesh is not None:
+        if group is not None:
+            raise ValueError("Pass mesh or process_group, not both: the mesh says which ranks shard.")
+        return group_of_mesh(mesh)
     if cast(Any, group) == dist.GroupMember.NON_GROUP_MEMBER:
         raise InputMismatchError("This rank is no member of the process group. Compile on its members only.")
     if group is None and dist.is_available() and dist.is_initialized():
@@ -185,7 +197,7 @@ def _check_holds_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) 
         )
 
 
-def _choose_device(model: nn.Module, device: torch.device | str | None) -> torch.device:
+def _choose_device(model: nn.Module, device: torch.device | str | None, mesh: DeviceMesh | None) -> torch.device:
     found = {tensor.device for tensor in [*model.parameters(), *model.buffers()] if not tensor.is_meta}
     if device is not None:
         chosen = torch.device(device)
@@ -201,6 +213,11 @@ def _choose_device(model: nn.Module, device: torch.device | str | None) -> torch
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:  # tracing for a device that is not there ends the process
         raise InputMismatchError(f"The device {chosen} cannot be used: {str(error).splitlines()[0]}") from error
+    if mesh is not None and mesh.device_type != chosen.type:
+        raise InputMismatchError(
+            f"The mesh is one of {mesh.device_type} devices; the model is trained on {chosen}. Make it with "
+            f'init_device_mesh("{chosen.type}", ...), or pass device="{mesh.device_type}" for a model on meta.'
+        )
     return chosen
 
 

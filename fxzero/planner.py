@@ -69,6 +69,7 @@ def plan(
     optimizer: torch.optim.Optimizer | None = None,
     memory_budget: int | None = None,
     layout: LayoutName = "contiguous",
+    num_nodes: int = 1,
 ) -> Schedule:
     """The schedule of a model on ranks that are not there: no process group, no device, no memory for any tensor.
 
@@ -82,14 +83,19 @@ def plan(
         optimizer: what would train the model, for the bytes of its state. Default: one like AdamW.
         memory_budget: bytes that a rank may use; what fits stays gathered.
         layout: "contiguous" or "interleaved", as of `fxzero.compile`.
+        num_nodes: over which the ranks are spread evenly, each sharding inside and averaging across, as on a 2-D mesh
+            of (num_nodes, world_size // num_nodes).
 
     Raises:
         CaptureError: the model cannot be traced.
         ScheduleError: a pass left the schedule unsafe.
         PlanError: the step needs more than memory_budget.
-        ValueError: another layout.
+        ValueError: another layout, or num_nodes does not divide world_size.
     """
     check_layout(layout)
+    if num_nodes < 1 or world_size % num_nodes:
+        raise ValueError(f"num_nodes is {num_nodes}; it must divide the world_size of {world_size}")
+    ranks_inside = world_size // num_nodes
     args, kwargs = as_arguments(example)
     params = {fqn: spec_of(fqn, param) for fqn, param in model.named_parameters()}
     captured = capture(
@@ -99,12 +105,13 @@ def plan(
         kwargs,
         params,
         device=torch.device("cpu"),
-        world_size=world_size,
+        world_size=ranks_inside,
         with_backward=torch.is_grad_enabled() and any(param.requires_grad for param in params.values()),
     )
     captured.step.layout = layout
+    captured.step.num_nodes = num_nodes
     passes = default_passes() if passes is None else passes
-    comm = PlanningComm(0, world_size)
+    comm = PlanningComm(0, ranks_inside, num_nodes=num_nodes)
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     state = state_per_element([] if optimizer is None else [optimizer])
 
