@@ -227,7 +227,11 @@ class GlooAcross(GlooComm):
                 into[self.rank].copy_(own)
 
         reduced = self._exchange(
-            "reduction across nodes", bucket, [(slots[peer], peer) for peer in peers], [(parts[peer], peer) for peer in peers], total
+            "reduction across nodes",
+            bucket,
+            [(slots[peer], peer) for peer in peers],
+            [(parts[peer], peer) for peer in peers],
+            total,
         )
         gathered = self._exchange(
             "gather across nodes", bucket, [(into[peer], peer) for peer in peers], [(own, peer) for peer in peers]
