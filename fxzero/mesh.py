@@ -56,8 +56,8 @@ def group_of_mesh(mesh: DeviceMesh) -> Group:
 def sent_across_numel(shard_numel: int, num_nodes: int) -> int:
     """Elements that a rank sends to other nodes to reduce its shard [shard_numel] over all of them.
 
-    Two nodes exchange the shard. Of more, each reduces a part of it, and then all gather the parts: 2 (N - 1) / N of it,
-    where exchanging whole shards would send it N - 1 times. A rank whose part is smaller than that of others sends less.
+    Two nodes exchange the shard. Of more, each reduces a part of it, and then all gather the parts: 2 (N - 1) / N of
+    it, where exchanging whole shards would send it N - 1 times. A rank with a smaller part than others sends less.
     """
     if num_nodes < 3:
         return (num_nodes - 1) * shard_numel

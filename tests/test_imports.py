@@ -20,6 +20,8 @@ RUN_TIME = (
     "comm",
     "gloo",
     "nccl",
+    "mesh",
+    "hierarchy",
     "streams",
     "shards",
     "gradients",

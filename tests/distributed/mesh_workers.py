@@ -1,4 +1,4 @@
-"""What ranks do in test_mesh.py: nodes of ranks, each of which shards inside and is a replica of the others."""
+"""What ranks do in test_mesh_ranks.py: nodes of ranks, each of which shards inside and is a replica of the others."""
 
 from __future__ import annotations
 
