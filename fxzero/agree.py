@@ -32,6 +32,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from fxzero import compat
 from fxzero.comm import resolve_group
 from fxzero.errors import CommunicationError, RankMismatchError
+from fxzero.mesh import Group, Hierarchy
 
 Posted: TypeAlias = "list[str] | str"
 """What a rank posts: its lines, or the text of the error that stopped it."""
@@ -41,7 +42,7 @@ _LINGER_S = 1.0
 _MAX_CHECKED_FOR_OTHER_GROUPS = 64
 
 
-def agree(group: dist.ProcessGroup | None, topic: str, lines: Sequence[str], *, timeout: timedelta) -> None:
+def agree(group: Group | None, topic: str, lines: Sequence[str], *, timeout: timedelta) -> None:
     """Return once all ranks of the group (None: the default group) have called this with the same lines.
 
     Raises:
@@ -57,9 +58,7 @@ def agree(group: dist.ProcessGroup | None, topic: str, lines: Sequence[str], *, 
         raise _lost_store(topic, error) from error
 
 
-def exchange(
-    group: dist.ProcessGroup | None, topic: str, lines: Sequence[str], *, timeout: timedelta
-) -> list[list[str]]:
+def exchange(group: Group | None, topic: str, lines: Sequence[str], *, timeout: timedelta) -> list[list[str]]:
     """The lines of all ranks of the group, in its order, once all have called this; they may differ.
 
     Raises: as `agree`, but for a difference.
@@ -78,7 +77,7 @@ def _lost_store(topic: str, error: RuntimeError) -> CommunicationError:
     )
 
 
-def report_failure(group: dist.ProcessGroup | None, topic: str, error: BaseException) -> None:
+def report_failure(group: Group | None, topic: str, error: BaseException) -> None:
     """Tell the ranks that wait, or will wait, in the next agreement on this topic that this rank does not come."""
     with contextlib.suppress(RuntimeError):  # what matters is the error that is being reported
         agreement = _enter(group, topic)
@@ -87,7 +86,7 @@ def report_failure(group: dist.ProcessGroup | None, topic: str, error: BaseExcep
 
 
 @contextlib.contextmanager
-def reporting_failure(group: dist.ProcessGroup | None, topic: str) -> Generator[None]:
+def reporting_failure(group: Group | None, topic: str) -> Generator[None]:
     """Report an error that leaves the block before the block has entered its agreement on the topic."""
     members = _members(group)
     before = _num_calls(topic, members)
@@ -99,8 +98,10 @@ def reporting_failure(group: dist.ProcessGroup | None, topic: str) -> Generator[
         raise
 
 
-def _members(group: dist.ProcessGroup | None) -> tuple[int, ...]:
+def _members(group: Group | None) -> tuple[int, ...]:
     """The global ranks of the group, in its order; empty where there is nobody to agree with."""
+    if isinstance(group, Hierarchy):
+        return () if dist.get_backend(group.across) == "fake" else group.ranks
     group = resolve_group(group)
     if group is None or group.size() == 1 or dist.get_backend(group) == "fake":
         return ()
@@ -115,7 +116,7 @@ def _num_calls(topic: str, members: tuple[int, ...]) -> int:
     return -1
 
 
-def _enter(group: dist.ProcessGroup | None, topic: str) -> Agreement | None:
+def _enter(group: Group | None, topic: str) -> Agreement | None:
     members = _members(group)
     return Agreement.enter(compat.default_store(), topic, members, dist.get_rank()) if members else None
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn, cast
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from fxzero import ablation, agree, ownership, state
 from fxzero.cost import Cluster
@@ -21,6 +22,7 @@ from fxzero.engine import Engine, Options
 from fxzero.errors import FxzeroError, InputMismatchError, OptimizerError
 from fxzero.fitting import footprint_of
 from fxzero.layout import LayoutName
+from fxzero.mesh import Group, group_of_mesh
 from fxzero.optim import OptimizerGuard, check_optimizer
 from fxzero.passes import Pass, default_passes
 from fxzero.planner import as_arguments
@@ -53,6 +55,7 @@ def compile(
     reduce_dtype: torch.dtype | None = None,
     cluster: Cluster | str | None = None,
     without: ablation.Without = (),
+    mesh: DeviceMesh | None = None,
 ) -> ZeroModule:
     """Take a model over and train it by ZeRO stage 3 on a schedule that is written before it runs.
 
@@ -94,22 +97,28 @@ def compile(
             fraction of a second before the first plan, by all ranks together; not for less than 1 MiB of parameters.
         without: optimizations to turn off, by the names of `fxzero.ablation`, or "all", to measure what they are worth.
             Training stays the same, but for roundings that it lists.
+        mesh: instead of process_group, as FSDP2 takes it: 1-D, the ranks to shard over; 2-D of (across, inside), say
+            `init_device_mesh("cuda", (num_nodes, ranks_per_node), mesh_dim_names=("replicate", "shard"))`: every node
+            shards over its own ranks and is a replica of the others (HSDP, MiCS). All gathers stay inside a node; of
+            each gradient, its shard crosses nodes, after a reduce-scatter inside. A step is that of all ranks.
 
     Returns:
         The module to call and train.
 
     Raises:
-        InputMismatchError: a parameter is not contiguous, not floating, or the model is compiled already.
+        InputMismatchError: a parameter is not contiguous, not floating, or the model is compiled already; this rank is
+            not in the mesh, or the mesh is one of other devices.
         OptimizerError: the optimizer cannot step shards.
-        ValueError: options contradict each other, or there is no such layout or optimization.
+        ValueError: options contradict each other, there is no such layout or optimization, or the mesh has more
+            than two dimensions.
         CaptureError, RankMismatchError, PlanError: with `example`; else the first call raises them.
     """
     left_out = ablation.names(without)
     wire_dtypes = gather_dtype, reduce_dtype
-    _check_wire(wire_dtypes, layout, left_out)
+    _check_wire(wire_dtypes, layout, left_out, mesh)
     chosen = _choose_passes(passes, memory_budget, reshard_after_forward, stage, recompute, wire_dtypes, left_out)
-    process_group = _choose_group(process_group)
-    with agree.reporting_failure(process_group, "layout"):  # the other ranks wait for this one with what they compiled
+    group = _choose_group(process_group, mesh)
+    with agree.reporting_failure(group, "layout"):  # the other ranks wait for this one with what they compiled
         ownership.check_model(model)
         optimizers = _as_tuple(optimizer)
         for each in optimizers:
@@ -117,7 +126,7 @@ def compile(
             _check_holds_parameters(each, model)
         options = Options(
             passes=chosen,
-            device=_choose_device(model, device),
+            device=_choose_device(model, device, mesh),
             sync_init=sync_init,
             init_fn=init_fn,
             elementwise_optimizer=elementwise_optimizer,
@@ -129,7 +138,7 @@ def compile(
             tunes=passes is None and not ablation.scheduled(left_out),
             keeps_free=(memory_budget, reshard_after_forward, stage) == (None, None, None),
         )
-        zero = ZeroModule(model, Engine(model, model.forward, options, process_group, optimizers))
+        zero = ZeroModule(model, Engine(model, model.forward, options, group, optimizers))
         if example is not None:
             _prepare(zero, example)
     return zero
@@ -151,6 +160,7 @@ def _check_wire(
     wire_dtypes: tuple[torch.dtype | None, torch.dtype | None],
     layout: LayoutName,
     without: tuple[ablation.Optimization, ...],
+    mesh: DeviceMesh | None,
 ) -> None:
     """Refuse narrow types on the wire where something else decides about what travels.
 
@@ -161,6 +171,8 @@ def _check_wire(
         raise ValueError("gather_dtype=torch.int8 quantises whole shards; pass layout='contiguous', or torch.bfloat16.")
     if wire_dtypes != (None, None) and without:
         raise ValueError("without= measures optimizations with types as they are; drop gather_dtype and reduce_dtype.")
+    if wire_dtypes != (None, None) and mesh is not None and mesh.ndim > 1:
+        raise ValueError("On a 2-D mesh parameters and gradients travel as they are; drop gather_dtype, reduce_dtype.")
 
 
 def _choose_passes(
@@ -210,7 +222,11 @@ def _choose_passes(
     return ablation.passes_without(without, every)
 
 
-def _choose_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+def _choose_group(group: dist.ProcessGroup | None, mesh: DeviceMesh | None) -> Group | None:
+    if mesh is not None:
+        if group is not None:
+            raise ValueError("Pass mesh or process_group, not both: the mesh says which ranks shard.")
+        return group_of_mesh(mesh)
     if cast(Any, group) == dist.GroupMember.NON_GROUP_MEMBER:
         raise InputMismatchError("This rank is no member of the process group. Compile on its members only.")
     if group is None and dist.is_available() and dist.is_initialized():
@@ -240,7 +256,7 @@ def _check_holds_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) 
         )
 
 
-def _choose_device(model: nn.Module, device: torch.device | str | None) -> torch.device:
+def _choose_device(model: nn.Module, device: torch.device | str | None, mesh: DeviceMesh | None) -> torch.device:
     found = {tensor.device for tensor in [*model.parameters(), *model.buffers()] if not tensor.is_meta}
     if device is not None:
         chosen = torch.device(device)
@@ -256,6 +272,11 @@ def _choose_device(model: nn.Module, device: torch.device | str | None) -> torch
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:  # tracing for a device that is not there ends the process
         raise InputMismatchError(f"The device {chosen} cannot be used: {str(error).splitlines()[0]}") from error
+    if mesh is not None and mesh.device_type != chosen.type:
+        raise InputMismatchError(
+            f"The mesh is one of {mesh.device_type} devices; the model is trained on {chosen}. Make it with "
+            f'init_device_mesh("{chosen.type}", ...), or pass device="{mesh.device_type}" for a model on meta.'
+        )
     return chosen
 
 

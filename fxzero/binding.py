@@ -68,10 +68,12 @@ def plan_arena(step: StepGraph, comm: Comm, variant: Variant) -> tuple[MemoryPla
     common: dict[tuple[str, fx.Node], Buffer] = {}  # what all variants need
     extra: dict[tuple[str, fx.Node], Buffer] = {}
     gradients = {("gradient", start): buffer for start, buffer in gradient_buffers(step).items()}
-    if comm.gathers_in_place:
-        extra |= gradients if variant.accumulate else {}
-    else:
-        common |= {("gather", start): buffer for start, buffer in gather_buffers(step).items()} | gradients
+    if not comm.gathers_in_place:
+        common |= {("gather", start): buffer for start, buffer in gather_buffers(step).items()}
+    if not comm.is_alone:
+        common |= gradients
+    elif variant.accumulate:  # else they are computed in their shard
+        extra |= gradients
     common |= {("temporary", node): placed.buffer for node, placed in placed_temporaries(step).items()}
     common |= {("staging", start): buffer for start, buffer in staging_buffers(step).items()}
     common |= {("quantize", start): buffer for start, buffer in quantize_buffers(step).items()}

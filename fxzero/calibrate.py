@@ -12,12 +12,12 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 
 from fxzero import agree
 from fxzero.comm import Comm
 from fxzero.cost import Cluster, Device, Link, rounded
 from fxzero.layout import ALIGNMENT_BYTES, Bucket, ParamSpec
+from fxzero.mesh import Group
 
 SMALL_BYTES, LARGE_BYTES = 2**14, 2**22
 """Of the messages that latency and bandwidth are measured with, per rank that receives."""
@@ -39,7 +39,7 @@ def calibrate(comm: Comm, device: torch.device, dtype: torch.dtype = torch.float
     return Cluster(measure_device(device, dtype), measure_link(comm, device))
 
 
-def median_of_ranks(own: Cluster, group: dist.ProcessGroup | None, topic: str, timeout: timedelta) -> Cluster:
+def median_of_ranks(own: Cluster, group: Group | None, topic: str, timeout: timedelta) -> Cluster:
     """The median over ranks of each number, to two digits, the same on all of them."""
     lines = agree.exchange(group, topic, [json.dumps(own.numbers())], timeout=timeout)
     numbers = zip(*(json.loads(line) for (line,) in lines), strict=True)

@@ -22,6 +22,7 @@ from torch import Tensor
 from fxzero import compat
 from fxzero.errors import CommunicationError, PlanError
 from fxzero.layout import Bucket
+from fxzero.mesh import Group, Hierarchy
 
 REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
@@ -39,6 +40,18 @@ class Comm(ABC):
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank = rank
         self.world_size = world_size
+        self.num_nodes = 1
+        """Groups of `world_size` ranks that hold the same, and average gradients over all (`hierarchy.py`)."""
+
+    @property
+    def is_alone(self) -> bool:
+        """True if there is nobody to talk to."""
+        return self.world_size * self.num_nodes == 1
+
+    @property
+    def is_rank0(self) -> bool:
+        """True on the rank whose values count."""
+        return self.rank == 0
 
     @property
     def gathers_in_place(self) -> bool:
@@ -159,20 +172,23 @@ class PlanningComm(Comm):
     """A rank of a cluster that is not there: its numbers can be asked for, nothing can be bound or moved.
 
     Args:
+        rank, world_size: inside a node.
         device: whose numbers: "cpu" stands for gloo, "cuda" for NCCL.
     """
 
-    def __init__(self, rank: int, world_size: int, device: str | torch.device = "cpu") -> None:
+    def __init__(self, rank: int, world_size: int, device: str | torch.device = "cpu", *, num_nodes: int = 1) -> None:
         super().__init__(rank, world_size)
+        self.num_nodes = num_nodes
         self.device = torch.device(device)
 
     @property
     def sums_locally(self) -> bool:
-        return self.device.type == "cpu"
+        return self.num_nodes == 1 and self.device.type == "cpu"
 
     def reduce_scratch_numel(self, bucket: Bucket, *, accumulate: bool = True) -> int:
         if self.world_size == 1:
-            return 0
+            receives = accumulate and self.device.type == "cpu" and not self.is_alone
+            return bucket.shard_numel if receives else 0
         if self.device.type == "cpu":
             return (self.world_size - 2 + accumulate) * bucket.shard_numel
         return accumulate * bucket.shard_numel
@@ -213,6 +229,8 @@ class GroupComm(Comm):
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(group.rank(), group.size())
         self.group = group
+        self.called = f"Rank {self.rank} of {self.world_size}"
+        """This rank in error texts."""
 
     def all_reduce(self, tensor: Tensor, op: Literal["sum", "max"] = "sum") -> None:
         try:
@@ -252,7 +270,7 @@ class GroupComm(Comm):
     def lost(self, what: str, error: Exception) -> CommunicationError:
         """The error to raise where waiting for a peer ended in `error`."""
         return CommunicationError(
-            f"Rank {self.rank} of {self.world_size} did not complete {what}: {str(error).strip().splitlines()[0]}\n"
+            f"{self.called} did not complete {what}: {str(error).strip().splitlines()[0]}\n"
             "A peer has ended, or did not come within the process group's timeout: the first error among the other "
             "ranks says why. No rank can go on with this process group; restart from a checkpoint."
         )
@@ -277,15 +295,18 @@ def resolve_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     return group
 
 
-def make_comm(group: dist.ProcessGroup | None, device: torch.device) -> Comm:
-    """The Comm for a process group (None: the default group, if there is one) and the device of its buffers.
+def make_comm(group: Group | None, device: torch.device) -> Comm:
+    """The Comm for process groups (None: the default group, if there is one) and the device of its buffers.
 
     Raises:
         ValueError: the group has no backend for this device that fxzero knows.
     """
     from fxzero.gloo import GlooComm
+    from fxzero.hierarchy import make_hierarchical_comm
     from fxzero.nccl import NcclComm
 
+    if isinstance(group, Hierarchy):
+        return make_hierarchical_comm(group, device)
     group = resolve_group(group)
     if group is None:
         return LocalComm()
@@ -298,7 +319,12 @@ def make_comm(group: dist.ProcessGroup | None, device: torch.device) -> Comm:
         return GlooComm(group)
     if backend == "nccl" and device.type == "cuda":
         return NcclComm(group)
-    raise ValueError(
+    raise unknown_backend(backend, device)
+
+
+def unknown_backend(backend: str, device: torch.device) -> ValueError:
+    """The error for a process group that fxzero cannot use on a device."""
+    return ValueError(
         f"fxzero communicates by gloo on cpu and by nccl on cuda; this process group has {backend!r} for "
         f'{device.type}. Call torch.distributed.init_process_group("cpu:gloo,cuda:nccl").'
     )

@@ -32,6 +32,7 @@ from fxzero.gradients import Gradients, Stash
 from fxzero.layout import Layout, LayoutName, ParamSpec, check_layout
 from fxzero.materialize import check_meta_model
 from fxzero.memory import Arena
+from fxzero.mesh import Group, Hierarchy
 from fxzero.modes import Mode, Orders, Signature
 from fxzero.optim import ParamShard
 from fxzero.pipeline import Pass
@@ -106,7 +107,7 @@ class Engine:
     model: nn.Module
     forward: Callable[..., Any]
     options: Options
-    group: dist.ProcessGroup | None
+    group: Group | None
     optimizers: tuple[torch.optim.Optimizer, ...] = ()
     synchronize: bool = True
     """False inside no_sync()."""
@@ -392,6 +393,7 @@ class Engine:
         captured.step.synchronize = signature.synchronize
         captured.step.layout = self.options.layout
         captured.step.without = self.options.without
+        captured.step.num_nodes = self.comm.num_nodes
         return captured
 
     def fix_layout(self, layout: Layout, order: Sequence[str] = (), loaded: AbstractSet[str] = frozenset()) -> None:
@@ -402,6 +404,7 @@ class Engine:
                 "init_process_group() first."
             )
         lines = describe_layout(layout, self.options.agreed()) + [f"collective {line}" for line in order]
+        lines += [f"mesh: {self.group}"] if isinstance(self.group, Hierarchy) else []
         agree.agree(self.group, "layout", lines, timeout=self.options.timeout)
         with torch.inference_mode(False):  # shards made in it could not be trained
             shards = Shards(layout, self.comm.rank, self.options.device)

@@ -24,16 +24,21 @@ from fxzero.errors import CommunicationError
 from fxzero.layout import Bucket
 
 
-def _tag(word: str, bucket: Bucket) -> int:
+def message_tag(word: str, bucket: Bucket) -> int:
     """A number for the messages of one collective, equal on all ranks, above those that users choose by hand."""
     return zlib.crc32("\n".join((word, *bucket.fqns)).encode()) & 0x3FFFFFFF | 0x40000000
 
 
 class GlooComm(GroupComm):
-    """CPU tensors over gloo, two ranks or more."""
+    """CPU tensors over gloo, two ranks or more.
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    Args:
+        divisor: by which sums of gradients are divided. Default: the number of ranks.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, *, divisor: int | None = None) -> None:
         super().__init__(group)
+        self._divisor = self.world_size if divisor is None else divisor
         self._peers = [(self.rank + step) % self.world_size for step in range(1, self.world_size)]
         """Who is sent to, in order; every rank starts with another one."""
         self._unsent: list[tuple[dist.Work, str]] = []
@@ -45,7 +50,7 @@ class GlooComm(GroupComm):
 
     def bind_gather(self, bucket: Bucket, shard: Tensor, full: Tensor) -> Bound:
         send, recv, lost, unsent = self.group.send, self.group.recv, self.lost, self._unsent
-        what, tag = self.what("all-gather", bucket), _tag("all_gather", bucket)
+        what, tag = self.what("all-gather", bucket), message_tag("all_gather", bucket)
         slices = full.split(bucket.shard_numel)
         own = slices[self.rank]
         copies_own = own.data_ptr() != shard.data_ptr()
@@ -87,7 +92,7 @@ class GlooComm(GroupComm):
 
     def bind_exchange(self, bucket: Bucket, sent: Tensor, received: Sequence[Tensor]) -> Bound:
         send, recv, lost = self.group.send, self.group.recv, self.lost
-        what, tag = self.what("reduce-scatter", bucket), _tag("reduce_scatter", bucket)
+        what, tag = self.what("reduce-scatter", bucket), message_tag("reduce_scatter", bucket)
         slices = sent.split(bucket.shard_numel)
         sends = [([slices[peer]], peer) for peer in self._peers]
         receives = [([received[peer]], peer) for peer in self._peers]
@@ -119,8 +124,8 @@ class GlooComm(GroupComm):
     def bind_reduce(
         self, bucket: Bucket, full: Tensor, scratch: Tensor | None, shard: Tensor, *, accumulate: bool
     ) -> Bound:
-        send, recv, lost, world_size = self.group.send, self.group.recv, self.lost, self.world_size
-        what, tag = self.what("reduce-scatter", bucket), _tag("reduce_scatter", bucket)
+        send, recv, lost, divisor = self.group.send, self.group.recv, self.lost, self._divisor
+        what, tag = self.what("reduce-scatter", bucket), message_tag("reduce_scatter", bucket)
         slices = full.split(bucket.shard_numel)
         terms = self._terms(bucket, slices[self.rank], scratch, shard, accumulate)
         sends = [([slices[peer]], peer) for peer in self._peers]
@@ -151,7 +156,8 @@ class GlooComm(GroupComm):
                 del works[:]
             for term in addends:
                 total.add_(term)
-            total.div_(world_size)
+            if divisor != 1:
+                total.div_(divisor)
             if accumulate:
                 shard.add_(total)
 

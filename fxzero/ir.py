@@ -107,6 +107,8 @@ class StepGraph:
     """How parameters are cut; no pass depends on it."""
     without: tuple[str, ...] = ()
     """Optimizations that are turned off, as of `ablation.py`."""
+    num_nodes: int = 1
+    """Nodes of `world_size` ranks each that hold the same shards; no pass depends on it."""
     _buckets: dict[tuple[str, ...], Bucket] = field(default_factory=dict[tuple[str, ...], Bucket], repr=False)
     _param_nodes: dict[str, fx.Node] = field(default_factory=dict[str, fx.Node], repr=False)
 

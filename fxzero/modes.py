@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-import torch.distributed as dist
-
 from fxzero import agree
 from fxzero.errors import PlanError
+from fxzero.mesh import Group
 from fxzero.signature import CallSpec, is_tensor_leaf
 
 
@@ -62,7 +61,7 @@ class Mode:
 class Orders:
     """The collectives that ranks agreed on."""
 
-    group: dist.ProcessGroup | None
+    group: Group | None
     rank: int
     timeout: timedelta
     _first: dict[Mode, list[str]] = field(default_factory=dict[Mode, "list[str]"])

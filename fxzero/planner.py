@@ -73,6 +73,7 @@ def plan(
     memory_budget: int | None = None,
     layout: LayoutName = "contiguous",
     cluster: Cluster | str | None = None,
+    num_nodes: int = 1,
 ) -> Schedule:
     """The schedule of a model on ranks that are not there: no process group, no device, no memory for any tensor.
 
@@ -88,14 +89,19 @@ def plan(
         layout: "contiguous" or "interleaved", as of `fxzero.compile`.
         cluster: what the ranks are and what joins them: numbers, or a name of `fxzero.cost.CLUSTERS`. With it, sizes
             and order are chosen from costs, unless passes are given, and `schedule.timing` predicts the step.
+        num_nodes: over which the ranks are spread evenly, each sharding inside and averaging across, as on a 2-D mesh
+            of (num_nodes, world_size // num_nodes).
 
     Raises:
         CaptureError: the model cannot be traced.
         ScheduleError: a pass left the schedule unsafe.
         PlanError: the step needs more than memory_budget.
-        ValueError: another layout.
+        ValueError: another layout, or num_nodes does not divide world_size.
     """
     check_layout(layout)
+    if num_nodes < 1 or world_size % num_nodes:
+        raise ValueError(f"num_nodes is {num_nodes}; it must divide the world_size of {world_size}")
+    ranks_inside = world_size // num_nodes
     args, kwargs = as_arguments(example)
     params = {fqn: spec_of(fqn, param) for fqn, param in model.named_parameters()}
     captured = capture(
@@ -105,12 +111,13 @@ def plan(
         kwargs,
         params,
         device=torch.device("cpu"),
-        world_size=world_size,
+        world_size=ranks_inside,
         with_backward=torch.is_grad_enabled() and any(param.requires_grad for param in params.values()),
     )
     captured.step.layout = layout
+    captured.step.num_nodes = num_nodes
     chosen: Sequence[Pass] = default_passes() if passes is None else passes
-    comm = PlanningComm(0, world_size)
+    comm = PlanningComm(0, ranks_inside, num_nodes=num_nodes)
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     state = state_per_element([] if optimizer is None else [optimizer])
 
@@ -120,7 +127,7 @@ def plan(
     costs = None
     if cluster is not None:
         costs = CostModel(Cluster.of(cluster), optimizer_bytes(params.values(), world_size, state))
-        if captured.step.has_backward and world_size > 1 and passes is None:
+        if captured.step.has_backward and comm.world_size > 1 and num_nodes == 1 and passes is None:
             chosen = choose_sizes(captured.step, chosen, costs, keeps_free=memory_budget is None).passes(chosen)
     choice = None
     if must_choose(chosen, memory_budget) and captured.step.has_backward:

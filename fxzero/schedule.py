@@ -35,6 +35,7 @@ from fxzero.ir import (
     wire_format,
     written_in_place,
 )
+from fxzero.mesh import sent_across_numel
 from fxzero.text import block_depth, block_of, bucket_label, format_bytes, format_ops
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class Totals:
     gathered_bytes: int
     """Bytes received by all-gathers, in the type that travels; padding and scales count."""
     reduced_bytes: int
-    """Bytes sent by reduce-scatters, likewise."""
+    """Bytes sent by reduce-scatters, those across nodes included."""
     gathered_peak_bytes: int
     """Largest sum of the bytes of gathered buckets, from a start to its release; those that travel until its wait."""
     copied_grad_bytes: int
@@ -82,6 +83,8 @@ class Totals:
     interleaved_copy_bytes: int
     """Bytes copied between buckets and what travels, in a step: out of every gather and into every reduce. Only in the
     interleaved layout, and there not on one rank."""
+    across_bytes: int = 0
+    """Those of the bytes that leave the node, on a mesh of several."""
 
 
 def live_from(step: StepGraph, start: fx.Node, positions: dict[fx.Node, int]) -> fx.Node:
@@ -117,7 +120,9 @@ def live_bytes(step: StepGraph, *roles: Role) -> dict[fx.Node, int]:
     """
     positions = step.positions()
     change = dict.fromkeys(positions, 0)
-    for start in step.nodes(*roles) if step.world_size > 1 else []:
+    for start in step.nodes(*roles):
+        if step.world_size == 1 and (is_gather(start) or step.num_nodes == 1):
+            continue
         begin, end = live_from(step, start, positions), live_until(step, start)
         nbytes = step.bucket_of(start).nbytes
         change[begin] += nbytes
@@ -132,11 +137,15 @@ def totals(step: StepGraph) -> Totals:
     """Count the collectives of a step and their bytes."""
     gathers, reduces = step.nodes(Role.ALL_GATHER), step.nodes(Role.REDUCE_SCATTER)
     others = step.world_size - 1
+    across = [
+        sent_across_numel(bucket.shard_numel, step.num_nodes) * bucket.dtype.itemsize
+        for bucket in map(step.bucket_of, reduces)
+    ]
     return Totals(
         num_all_gathers=len(gathers),
         num_reduce_scatters=len(reduces),
         gathered_bytes=sum(step.wire_bucket_of(start).shard_nbytes * others for start in gathers),
-        reduced_bytes=sum(step.wire_bucket_of(start).shard_nbytes * others for start in reduces),
+        reduced_bytes=sum(step.wire_bucket_of(start).shard_nbytes * others for start in reduces) + sum(across),
         gathered_peak_bytes=max(live_bytes(step, Role.ALL_GATHER).values(), default=0),
         copied_grad_bytes=sum(
             step.params[grad_fqn(slot)].nbytes
@@ -146,6 +155,7 @@ def totals(step: StepGraph) -> Totals:
         interleaved_copy_bytes=sum(
             bucket.nbytes for bucket in map(step.bucket_of, [*gathers, *reduces]) if bucket.interleaved
         ),
+        across_bytes=sum(across),
     )
 
 
@@ -182,12 +192,16 @@ def _line(step: StepGraph, phase: Phase, node: fx.Node, live: int) -> Row:
 def header(step: StepGraph) -> str:
     """The first line: the totals of the step, per rank."""
     t = totals(step)
+    ranks, received, sent = f"world_size={step.world_size}", "received", f"{format_bytes(t.reduced_bytes)} sent"
+    if step.num_nodes > 1:
+        ranks = f"world_size={step.num_nodes * step.world_size} ({step.num_nodes} nodes of {step.world_size})"
+        received = "received inside"
+        sent = f"{format_bytes(t.reduced_bytes - t.across_bytes)} sent inside, {format_bytes(t.across_bytes)} across"
     parts = [
-        f"world_size={step.world_size}",
-        f"{_count(t.num_all_gathers, 'all_gather')}, {format_bytes(t.gathered_bytes)} received"
+        ranks,
+        f"{_count(t.num_all_gathers, 'all_gather')}, {format_bytes(t.gathered_bytes)} {received}"
         + _as_types(step, Role.ALL_GATHER),
-        f"{_count(t.num_reduce_scatters, 'reduce_scatter')}, {format_bytes(t.reduced_bytes)} sent"
-        + _as_types(step, Role.REDUCE_SCATTER),
+        f"{_count(t.num_reduce_scatters, 'reduce_scatter')}, {sent}" + _as_types(step, Role.REDUCE_SCATTER),
         f"gathered peak {format_bytes(t.gathered_peak_bytes)}",
     ]
     if step.kept:

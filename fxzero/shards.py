@@ -155,9 +155,9 @@ def shard_full_params(shards: Shards, params: Mapping[str, nn.Parameter], comm: 
     """
     for bucket in shards.layout.buckets:
         real = [param for param in bucket.params if not params[param.fqn].is_meta]
-        if real and sync_init and comm.world_size > 1:
+        if real and sync_init and not comm.is_alone:
             received = torch.empty_like(shards.params.parts[bucket])
-            comm.scatter_from_rank0(received, _flatten(bucket, params, shards.device) if comm.rank == 0 else None)
+            comm.scatter_from_rank0(received, _flatten(bucket, params, shards.device) if comm.is_rank0 else None)
             for param in real:
                 part = bucket.slice_of(param, comm.rank)
                 shards.param_view(param.fqn).copy_(received[part.offset : part.offset + part.numel])

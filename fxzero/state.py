@@ -95,11 +95,11 @@ def full_params(engine: Engine, *, rank0_only: bool) -> Iterator[tuple[str, torc
     shards, comm = engine.shards, engine.comm
     largest = max((bucket.nbytes for bucket in shards.layout.buckets), default=0)
     room = torch.empty(0, dtype=torch.uint8, device=shards.device)
-    if comm.rank == 0 or not rank0_only:
+    if comm.is_rank0 or not rank0_only:
         room = torch.empty(largest, dtype=torch.uint8, device=shards.device)
     for bucket in shards.layout.buckets:
         shard = shards.params.parts[bucket]
-        if comm.rank != 0 and rank0_only:
+        if rank0_only and not comm.is_rank0:
             comm.gather_to_rank0(shard, None)
             yield from ((fqn, None) for fqn in bucket.fqns)
             continue
@@ -115,7 +115,7 @@ def state_dict(
     engine: Engine, *, rank0_only: bool, prefix: str = "", destination: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """The full state dict, with the model's own names; tied parameters share one tensor. See ZeroModule.state_dict."""
-    keep = engine.comm.rank == 0 or not rank0_only
+    keep = engine.comm.is_rank0 or not rank0_only
     full = _full_copies(engine, rank0_only=rank0_only)
     names = {id(param): fqn for fqn, param in engine.params.items()}
     local = nn.Module.state_dict(engine.model, prefix=prefix, keep_vars=True)
@@ -145,7 +145,7 @@ def _full_copies(engine: Engine, *, rank0_only: bool) -> dict[str, torch.Tensor]
     """A copy of each parameter, at full size, by canonical name; empty on other ranks if `rank0_only`."""
     if engine.shards is None and not engine.has_meta_params():  # nothing is sharded yet
         if rank0_only:
-            params = engine.params if engine.comm.rank == 0 else {}
+            params = engine.params if engine.comm.is_rank0 else {}
             return {fqn: param.detach().clone() for fqn, param in params.items()}
         lines = describe_options(engine.options.agreed()) + describe_params(engine.specs.values())
         agree.agree(engine.group, "state dict", lines, timeout=engine.options.timeout)

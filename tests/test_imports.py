@@ -29,6 +29,8 @@ RUN_TIME = (
     "comm",
     "gloo",
     "nccl",
+    "mesh",
+    "hierarchy",
     "streams",
     "shards",
     "gradients",

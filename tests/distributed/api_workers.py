@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import weakref
 from collections.abc import Callable, Sequence
@@ -22,8 +23,15 @@ Loss = Callable[[nn.Module, int], Tensor]
 """The loss of one rank; called with the module and the rank, after seeding for both."""
 
 
+def _add(first: Sequence[Any], second: Sequence[Any]) -> list[Any]:
+    return [a if b is None else a + b for a, b in zip(first, second, strict=True)]
+
+
 class Pair:
     """A compiled net, and one plain replica for each rank; all of them share parameters, not buffers."""
+
+    ranks_per_node: int | None = None
+    """Gradients are summed over the ranks of a node, then over nodes. Default: all are one node."""
 
     def __init__(self, rank: int, world_size: int, build: Callable[[], nn.Module] = Net, **options: Any) -> None:
         self.rank = rank
@@ -42,11 +50,14 @@ class Pair:
 
     def backward(self, loss: Loss, seed: int = 0) -> None:
         """One backward of both; gradients of the replicas are averaged in rank order and added to the plain model's."""
-        total: list[Any] = []
+        of_ranks: list[Any] = []
         for rank, replica in enumerate(self.replicas):
             torch.manual_seed(100 * seed + rank)
             grads: Any = torch.autograd.grad(loss(replica, rank), list(replica.parameters()), allow_unused=True)
-            total = list(grads) if rank == 0 else [a if b is None else a + b for a, b in zip(total, grads, strict=True)]
+            of_ranks.append(grads)
+        size = self.ranks_per_node or len(of_ranks)
+        nodes = [functools.reduce(_add, of_ranks[first:][:size]) for first in range(0, len(of_ranks), size)]
+        total = functools.reduce(_add, nodes)
         for param, grad in zip(self.plain.parameters(), total, strict=True):
             if grad is not None:
                 mean = grad / len(self.replicas)

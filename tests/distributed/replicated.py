@@ -7,12 +7,14 @@ computes all ranks' gradients by itself, so nothing of what is tested is used to
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 import fxzero
 from fxzero import activations
@@ -82,12 +84,18 @@ def seed_of(step: int, rank: int, micro: int = 0) -> int:
     return 1000 + 100 * step + 10 * rank + micro
 
 
+def _add(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if a is None or b is None else a + b for a, b in zip(first, second, strict=True)]
+
+
 @dataclass
 class Replicated:
     """Replicated training of `world_size` ranks in one process."""
 
     model: nn.Module
     world_size: int
+    ranks_per_node: int | None = None
+    """Gradients are summed over the ranks of a node, then over nodes. Default: all are one node."""
     replicas: list[nn.Module] = field(default_factory=list[nn.Module])
 
     def __post_init__(self) -> None:
@@ -101,7 +109,7 @@ class Replicated:
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """Each rank's loss, and the average gradient of each parameter."""
         losses: list[Tensor] = []
-        total: list[Tensor | None] = []
+        of_ranks: list[list[Tensor | None]] = []
         for rank, replica in enumerate(self.replicas):
             torch.manual_seed(seeds[rank])
             loss = _loss(replica(**batches[rank]))
@@ -110,8 +118,10 @@ class Replicated:
             by_id = dict(zip(map(id, trained), torch.autograd.grad(loss, trained, allow_unused=True), strict=True))
             grads = [by_id.get(id(param)) for param in params]
             losses.append(loss.detach())
-            pairs = zip(total, grads, strict=True)
-            total = grads if rank == 0 else [None if a is None or b is None else a + b for a, b in pairs]
+            of_ranks.append(grads)
+        size = self.ranks_per_node or self.world_size
+        nodes = [functools.reduce(_add, of_ranks[first:][:size]) for first in range(0, self.world_size, size)]
+        total = functools.reduce(_add, nodes)
         return losses, [None if grad is None else grad / self.world_size for grad in total]
 
 
@@ -146,6 +156,8 @@ def train(
     clip: float | None = None,
     sizes: dict[str, Any] | None = None,
     layout: LayoutName = "contiguous",
+    mesh_shape: tuple[int, int] | None = None,
+    memory_budget: int | None = None,
 ) -> str:
     """Train both ways and compare losses, gradients, parameters and buffers after every step; the last schedule.
 
@@ -156,17 +168,21 @@ def train(
         seed_offset: seed this rank's model differently by so much times the rank: rank 0's weights must win.
         clip: clip by this norm; then compared within 1e-6.
         sizes: arguments of `default_passes`.
+        mesh_shape: the number of nodes, and of ranks in each.
     """
     case = CASES[name] if isinstance(name, str) else name
     torch.manual_seed(seed_offset * rank)
     model = case.build()
     torch.manual_seed(0)
-    reference = Replicated(case.build(), world_size)
+    reference = Replicated(case.build(), world_size, mesh_shape and mesh_shape[1])
     reference_optimizer = OPTIMIZERS[optimizer](reference.model.parameters())
     own_optimizer = OPTIMIZERS[optimizer](model.parameters())
     sizes = sizes or {"bucket_bytes": 8192, "prefetch_bytes": 16384, "reduce_bytes": 16384}
     passes = default_passes(**sizes)[:num_passes]
-    zero = fxzero.compile(model, optimizer=own_optimizer, passes=passes, layout=layout)
+    mesh = None if mesh_shape is None else init_device_mesh("cpu", mesh_shape)
+    zero = fxzero.compile(
+        model, optimizer=own_optimizer, passes=passes, layout=layout, mesh=mesh, memory_budget=memory_budget
+    )
     for step in range(steps):
         for micro in range(micro_batches):
             row = lengths[(step + micro) % len(lengths)]

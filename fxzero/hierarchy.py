@@ -1,0 +1,355 @@
+"""Collectives of a 2-D mesh: gathers and reduce-scatters inside a node, then one all-reduce of the shard across nodes.
+
+A gradient is the sum over the ranks of a node, in rank order, then over the nodes, in their order, divided once by the
+number of all ranks: ((g00 + g01) + (g10 + g11)) / 4. Ranks with the same shard get the same bits, so that replicas
+never part.
+
+The second stage needs the result of the first, and gloo tells that a message is there only to those who wait for it.
+So a reduction is carried on where it most likely need not wait: at the start of each later reduction by one stage, and
+at the latest at its own wait, which carries on the next one before it blocks:
+
+    start b2 | start b1: b2 across | start b0: b1 across | wait b2: b0 across | wait b1 | wait b0
+
+Source: MiCS (arXiv:2205.00119), 2-hop gradient synchronization, here of every backward; HSDP of PyTorch's FSDP.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fxzero import compat
+from fxzero.comm import Bound, Comm, GroupComm, LocalComm, PlanningComm, unknown_backend
+from fxzero.gloo import GlooComm, message_tag
+from fxzero.layout import Bucket
+from fxzero.mesh import Hierarchy
+from fxzero.nccl import NcclComm
+
+Stage = tuple[Callable[[], object], Callable[[], object]]
+"""The start and the end of a part of a reduction."""
+
+
+class HierarchicalComm(Comm):
+    """The ranks of all nodes: `rank` and `world_size` are those inside the node, as shards are of it.
+
+    Values of rank 0 are those of rank 0 of node 0, on all nodes.
+    """
+
+    def __init__(self, inside: Comm, across: GroupComm) -> None:
+        super().__init__(inside.rank, inside.world_size)
+        self.inside, self.across = inside, across
+        self.node, self.num_nodes = across.rank, across.world_size
+
+    @property
+    def is_rank0(self) -> bool:
+        return self.rank == 0 and self.node == 0
+
+    def reduce_scratch_numel(self, bucket: Bucket, *, accumulate: bool = True) -> int:
+        return self.inside.reduce_scratch_numel(bucket, accumulate=accumulate)
+
+    def bind_gather(self, bucket: Bucket, shard: Tensor, full: Tensor) -> Bound:
+        return self.inside.bind_gather(bucket, shard, full)
+
+    @abstractmethod
+    def bind_reduce(
+        self, bucket: Bucket, full: Tensor, scratch: Tensor | None, shard: Tensor, *, accumulate: bool
+    ) -> Bound: ...
+
+    def all_reduce(self, tensor: Tensor, op: Literal["sum", "max"] = "sum") -> None:
+        """Inside the node, which has all shards once; other nodes come to the same."""
+        self.inside.all_reduce(tensor, op)
+
+    def scatter_from_rank0(self, shard: Tensor, full: Tensor | None) -> None:
+        if self.node == 0:
+            self.inside.scatter_from_rank0(shard, full)
+        self.across.broadcast_from_rank0(shard)
+
+    def broadcast_from_rank0(self, tensor: Tensor) -> None:
+        if self.node == 0:
+            self.inside.broadcast_from_rank0(tensor)
+        self.across.broadcast_from_rank0(tensor)
+
+    def gather_to_all(self, shard: Tensor, full: Tensor) -> None:
+        self.inside.gather_to_all(shard, full)
+
+    def gather_to_rank0(self, shard: Tensor, full: Tensor | None) -> None:
+        if self.node == 0:
+            self.inside.gather_to_rank0(shard, full)
+
+    def drain(self) -> None:
+        self.inside.drain()
+        self.across.drain()
+
+    def abandon(self) -> None:
+        self.inside.abandon()
+        self.across.abandon()
+
+
+class _Chain:
+    """One reduction in stages, each of which starts when the one before has ended."""
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        self._starts, self._ends = zip(*stages, strict=True)
+        self._last = len(stages) - 1
+        self._at = 0
+
+    @property
+    def is_in_last_stage(self) -> bool:
+        return self._at == self._last
+
+    def start(self) -> None:
+        self._at = 0
+        self._starts[0]()
+
+    def advance(self) -> None:
+        """Wait for the stage under way and start the next one."""
+        self._ends[self._at]()
+        self._at += 1
+        self._starts[self._at]()
+
+    def end(self) -> None:
+        self._ends[self._at]()
+
+
+class GlooHierarchy(HierarchicalComm):
+    """CPU tensors over gloo.
+
+    Args:
+        inside: sums gradients undivided.
+    """
+
+    def __init__(self, inside: GlooComm | LocalComm, across: GlooAcross) -> None:
+        super().__init__(inside, across)
+        self._across = across
+        self._under_way: list[_Chain] = []
+        """Reductions from start to wait, in the order of their starts."""
+
+    def reduce_scratch_numel(self, bucket: Bucket, *, accumulate: bool = True) -> int:
+        if self.world_size == 1:
+            return accumulate * bucket.shard_numel
+        return super().reduce_scratch_numel(bucket, accumulate=accumulate)
+
+    def bind_reduce(
+        self, bucket: Bucket, full: Tensor, scratch: Tensor | None, shard: Tensor, *, accumulate: bool
+    ) -> Bound:
+        numel, needed = bucket.shard_numel, self.reduce_scratch_numel(bucket, accumulate=accumulate)
+        if needed and (scratch is None or scratch.numel() < needed):
+            raise ValueError(f"scratch must have at least {needed} elements to reduce {bucket.fqns[0]}")
+        aside = scratch[needed - numel : needed] if scratch is not None and accumulate else shard
+        divisor = self.world_size * self.num_nodes
+        if self.world_size == 1:
+            result = full if accumulate else shard
+            stages = self._across.bind_all_reduce(bucket, full, aside, result, divisor)
+        else:
+            result = aside
+            within = self.inside.bind_reduce(bucket, full, scratch, aside, accumulate=False)
+            stages = [cast("Stage", tuple(within))]
+            stages += self._across.bind_all_reduce(bucket, aside, full, aside, divisor)
+        chain, under_way = _Chain(stages), self._under_way
+
+        def start() -> None:
+            chain.start()
+            for older in under_way:
+                if not older.is_in_last_stage:
+                    older.advance()
+            under_way.append(chain)
+
+        def wait() -> None:
+            under_way.remove(chain)
+            while not chain.is_in_last_stage:
+                chain.advance()
+            for other in under_way:
+                if not other.is_in_last_stage:
+                    other.advance()
+                    break
+            chain.end()
+            if accumulate:
+                shard.add_(result)
+
+        return Bound(start, wait)
+
+    def abandon(self) -> None:
+        super().abandon()
+        self._under_way.clear()
+
+
+class GlooAcross(GlooComm):
+    """The ranks with the same shard, one of each node."""
+
+    def bind_all_reduce(
+        self, bucket: Bucket, source: Tensor, landing: Tensor, result: Tensor, divisor: int
+    ) -> list[Stage]:
+        """The stages that sum `source` over the nodes, in their order, and divide the sum.
+
+        Args:
+            source: [shard_numel]; its contents are undefined afterwards, if it is not the result.
+            landing: what others send arrives here: at least [shard_numel], other memory than `source`.
+            result: where the quotient goes: `source`, or `landing` [shard_numel].
+        """
+        result_is_source = result.data_ptr() == source.data_ptr()
+        if self.world_size > 2:
+            return self._bind_in_parts(bucket, source, landing, None if result_is_source else result, divisor)
+        landing = landing[: source.numel()]
+        peer = 1 - self.rank
+        other = landing if result_is_source else source
+
+        def finish() -> None:
+            result.add_(other)  # of two terms the order does not matter
+            result.div_(divisor)
+
+        return [self._exchange("reduction across nodes", bucket, [(landing, peer)], [(source, peer)], finish)]
+
+    def _bind_in_parts(
+        self, bucket: Bucket, source: Tensor, landing: Tensor, result: Tensor | None, divisor: int
+    ) -> list[Stage]:
+        """Each node sums a part and sends it to the others: fewer bytes than whole shards (`sent_across_numel`)."""
+        size = -(-source.numel() // self.world_size)
+        parts = [source[size * node :][:size] for node in range(self.world_size)]
+        own, peers = parts[self.rank], self._peers
+        if landing.numel() < len(peers) * own.numel():  # a shard of fewer elements than nodes squared
+            landing = torch.empty(len(peers) * own.numel(), dtype=source.dtype)
+        slots = {peer: landing[own.numel() * i :][: own.numel()] for i, peer in enumerate(sorted(peers))}
+        before, behind = [slots[n] for n in range(self.rank)], [slots[n] for n in range(self.rank + 1, self.world_size)]
+        into = parts if result is None else [result[size * node :][:size] for node in range(self.world_size)]
+
+        def total() -> None:
+            for term in before[1:]:
+                before[0].add_(term)
+            for term in (*before[:1], *behind):
+                own.add_(term)
+            own.div_(divisor)
+            if result is not None:
+                into[self.rank].copy_(own)
+
+        reduced = self._exchange(
+            "reduction across nodes",
+            bucket,
+            [(slots[peer], peer) for peer in peers],
+            [(parts[peer], peer) for peer in peers],
+            total,
+        )
+        gathered = self._exchange(
+            "gather across nodes", bucket, [(into[peer], peer) for peer in peers], [(own, peer) for peer in peers]
+        )
+        return [reduced, gathered]
+
+    def _exchange(
+        self,
+        word: str,
+        bucket: Bucket,
+        receives: Iterable[tuple[Tensor, int]],
+        sends: Iterable[tuple[Tensor, int]],
+        finish: Callable[[], object] | None = None,
+    ) -> Stage:
+        """Messages from and to other nodes; `finish` is called when all have come and gone."""
+        send, recv, lost, in_flight = self.group.send, self.group.recv, self.lost, self._in_flight
+        what, tag = self.what(word, bucket), message_tag(word, bucket)
+        incoming = [([into], peer) for into, peer in receives if into.numel()]
+        outgoing = [([message], peer) for message, peer in sends if message.numel()]
+        works: list[dist.Work] = []
+
+        def start() -> None:
+            in_flight.append(works)
+            try:
+                for into, peer in incoming:
+                    works.append(recv(into, peer, tag))
+                for message, peer in outgoing:
+                    works.append(send(message, peer, tag))
+            except RuntimeError as error:
+                raise lost(what, error) from error
+
+        def end() -> None:
+            try:
+                for work in works:
+                    work.wait()
+            except RuntimeError as error:
+                raise lost(what, error) from error
+            finally:
+                del works[:]
+            if finish is not None:
+                finish()
+
+        return start, end
+
+
+class NcclHierarchy(HierarchicalComm):
+    """CUDA tensors over NCCL. The order of sums is NCCL's, the same on all nodes.
+
+    What starts later waits for the all-reduce across nodes, as on one channel: `streams.py` takes it that collectives
+    end in the order of their starts.
+    """
+
+    def __init__(self, inside: NcclComm | LocalComm, across: NcclComm) -> None:
+        super().__init__(inside, across)
+
+    def bind_reduce(
+        self, bucket: Bucket, full: Tensor, scratch: Tensor | None, shard: Tensor, *, accumulate: bool
+    ) -> Bound:
+        all_reduce, lost = self.across.group.allreduce, self.across.lost
+        what = self.across.what("reduction across nodes", bucket)
+        if self.world_size == 1:
+            average, within = full, None
+        else:
+            if accumulate and (scratch is None or scratch.numel() < bucket.shard_numel):
+                raise ValueError(f"scratch must have at least {bucket.shard_numel} elements to reduce {bucket.fqns[0]}")
+            average = scratch[: bucket.shard_numel] if accumulate and scratch is not None else shard
+            within = cast("Stage", tuple(self.inside.bind_reduce(bucket, full, None, average, accumulate=False)))
+        message = [average]
+        options = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp(dist.ReduceOp.AVG)
+        work: dist.Work | None = None
+
+        def start() -> None:
+            nonlocal work
+            if within is not None:
+                for part in within:  # its wait orders the stream that is current, the host goes on
+                    part()
+            try:
+                work = all_reduce(message, options)
+                work.wait()
+            except RuntimeError as error:
+                raise lost(what, error) from error
+
+        def wait() -> None:
+            nonlocal work
+            assert work is not None, "wait without start"
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise lost(what, error) from error
+            work = None
+            if accumulate:
+                shard.add_(average)
+            elif average is not shard:
+                shard.copy_(average)
+
+        return Bound(start, wait)
+
+
+def make_hierarchical_comm(hierarchy: Hierarchy, device: torch.device) -> Comm:
+    """The Comm of two process groups and the device of the buffers.
+
+    Raises:
+        ValueError: the groups have no backend for this device that fxzero knows.
+    """
+    inside, across = hierarchy.inside, hierarchy.across
+    backend = compat.backend_name(across, device)
+    if backend == "fake":
+        return PlanningComm(inside.rank(), inside.size(), device, num_nodes=across.size())
+    comm: HierarchicalComm
+    if backend == "gloo" and device.type == "cpu":
+        comm = GlooHierarchy(LocalComm() if inside.size() == 1 else GlooComm(inside, divisor=1), GlooAcross(across))
+    elif backend == "nccl" and device.type == "cuda":
+        comm = NcclHierarchy(LocalComm() if inside.size() == 1 else NcclComm(inside), NcclComm(across))
+    else:
+        raise unknown_backend(backend, device)
+    place = f"Rank {dist.get_rank()}, which is rank {comm.rank} of {comm.world_size} of node {comm.node}"
+    for part in (comm.inside, comm.across):
+        if isinstance(part, GroupComm):
+            part.called = place
+    return comm
