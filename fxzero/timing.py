@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tabulate import tabulate
 from torch import fx
@@ -21,11 +21,17 @@ class Timing:
     timeline: Timeline
     bound: Bound
     costs: Costs
+    step: StepGraph
 
     @classmethod
     def of(cls, step: StepGraph, costs: Costs) -> Timing:
         """Predict a complete plan."""
-        return cls(simulate(step, costs), lower_bound(step, costs), costs)
+        return cls(simulate(step, costs), lower_bound(step, costs), costs, step)
+
+    def at_rate(self, bytes_per_s: float) -> Timing:
+        """The same plan where the link carries so many bytes a second, and all else is as it is."""
+        link = replace(self.costs.link, bytes_per_s=bytes_per_s)
+        return Timing.of(self.step, replace(self.costs, link=link))
 
     @property
     def predicted_step_s(self) -> float:

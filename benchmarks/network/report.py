@@ -81,7 +81,7 @@ def _summary(results: Results) -> str:
 
 def _of_rate(results: Results, rate: float) -> str:
     heads = ["system", "s", "min s", "n", "wire MB", "/ least", "bound s", "/ bound", "exposed"]
-    heads += ["main CPU s", "gloo CPU s", "peak MiB"]
+    heads += ["predicted s", "main CPU s", "gloo CPU s", "peak MiB"]
     rows: list[list[Any]] = []
     for group in results.groups:
         base = results.cells.get((group, rate, "compute"))
@@ -105,9 +105,16 @@ def _row(results: Results, system: str, rate: float, cell: Cell, base: Cell | No
         "" if bound is None else f"{bound:.2f}",
         "" if bound is None else f"{seconds / bound:.2f}",
         "" if compute is None else f"{(seconds - compute) / compute:.2f}",
+        _predicted(results, system, rate),
         f"{cell.median('main_cpu_s'):.2f}",
         f"{cell.median('other_cpu_s'):.2f}",
     ]
+
+
+def _predicted(results: Results, system: str, rate: float) -> str:
+    """What fxzero said a step would take at this rate, from its own measurements at the rate it started with."""
+    predicted = results.facts.get(system, {}).get("predicted", {}).get(f"{rate:g}")
+    return "" if predicted is None else f"{predicted:.2f}"
 
 
 def _share_of_least(results: Results, system: str, cell: Cell) -> str:

@@ -29,7 +29,10 @@ class Turns:
     """Turns of each system at each rate; the last number holds for all further rates."""
     k: int = 3
     """Consecutive steps of a turn; the first is not counted."""
-    warmup: int = 4
+    warmup: int = 6
+    """Steps of each system before any is counted; fxzero plans again from measured costs in the sixth."""
+    start_rate: float = 2
+    """Gbit/s while systems start: what fxzero calibrates, whatever the rate later is."""
     shape: Shape = field(default_factory=Shape)
     world_size: int = 2
     rank_options: Sequence[str] = ()
@@ -74,7 +77,7 @@ def run(turns: Turns, out: Path) -> None:
 
 def _run_group(turns: Turns, group: Sequence[str], network: Network, file: TextIO, logs: Path) -> None:
     name = ",".join(group)
-    network.set_rate(max(turns.rates))
+    network.set_rate(turns.start_rate)
     alive: list[World] = []
     try:
         for index, system in enumerate(group):
