@@ -106,8 +106,8 @@ def passes_without(without: Sequence[Optimization], passes: Iterable[Pass]) -> t
 
 
 def layout_without(without: Sequence[Optimization], layout: LayoutName) -> LayoutName:
-    """How buckets are cut."""
-    return "interleaved" if "layout" in without else layout
+    """How buckets are cut. One of a single parameter is cut alike in both layouts, and has nothing to interleave."""
+    return "interleaved" if "layout" in without and "buckets" not in without else layout
 
 
 def comm_without(without: Sequence[Optimization], comm: Comm) -> Comm:

@@ -189,10 +189,9 @@ def check_layout(name: str) -> None:
 
 
 def make_bucket(params: Iterable[ParamSpec], world_size: int, layout: LayoutName = "contiguous") -> Bucket:
-    """A bucket of a layout. One parameter has nothing to interleave, and neither has a rank that is alone."""
-    members = tuple(params)
-    is_interleaved = layout == "interleaved" and world_size > 1 and len(members) > 1
-    return (InterleavedBucket if is_interleaved else Bucket)(members, world_size)
+    """A bucket of a layout. A rank that is alone has nothing to interleave: its shard is the whole bucket."""
+    is_interleaved = layout == "interleaved" and world_size > 1
+    return (InterleavedBucket if is_interleaved else Bucket)(tuple(params), world_size)
 
 
 @dataclass(frozen=True)

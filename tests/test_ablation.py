@@ -14,11 +14,10 @@ from fxzero import ablation
 from fxzero.ablation import OPTIMIZATIONS, Optimization
 from fxzero.comm import Comm, LocalComm, PlanningComm
 from fxzero.ir import StepGraph
-from fxzero.layout import Bucket, ParamSpec
+from fxzero.layout import Bucket, ParamSpec, make_bucket
 from fxzero.memory import Buffer
 from fxzero.passes import default_passes
 from fxzero.pipeline import run_passes
-from fxzero.planner import plan
 from fxzero.schedule import format_schedule
 from fxzero.tensor_lists import with_tensor_lists
 from fxzero.transient import TransientMemory
@@ -218,11 +217,14 @@ def test_temporaries_have_no_places_without_persistent_buffers() -> None:
     assert "at_" in full.schedule.code and "at_" not in without.schedule.code.replace("cat_", "")
 
 
-def test_one_parameter_has_nothing_to_interleave() -> None:
-    with torch.device("meta"):
-        model = nn.Linear(64, 64)
-    x = torch.empty(2, 64, device="meta")
-    one = plan(model, x, world_size=4, layout="interleaved", passes=default_passes(bucket_bytes=1))
-    both_members = plan(model, x, world_size=4, layout="interleaved")
-    assert one.totals.interleaved_copy_bytes == 0
-    assert both_members.totals.interleaved_copy_bytes > 0
+def test_buckets_of_one_parameter_have_nothing_to_interleave() -> None:
+    assert ablation.layout_without(("layout",), "contiguous") == "interleaved"
+    assert ablation.layout_without(("buckets", "layout"), "contiguous") == "contiguous"
+    assert ablation.layout_without(("buckets",), "interleaved") == "interleaved"
+    for shape in (1000,), (7, 3), (1,), (64, 64):
+        params = [ParamSpec("w", shape, torch.float32, True)]
+        one, other = (make_bucket(params, 4, layout) for layout in ("contiguous", "interleaved"))
+        assert other.interleaved and (one.numel, one.offsets) == (other.numel, other.offsets)
+        assert [one.slice_of(params[0], rank) for rank in range(4)] == [
+            other.slice_of(params[0], rank) for rank in range(4)
+        ]

@@ -1,0 +1,177 @@
+"""Sizes and order chosen from costs: deterministic, never worse than what they replace, as the passes will write them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import nn
+
+from fxzero.capture import capture
+from fxzero.cost import GBIT, Cluster, Device, Link, roofline
+from fxzero.costing import CostModel, choose_sizes
+from fxzero.ir import Role, StepGraph, copy_of, members
+from fxzero.passes import BucketAllGathers, GathersFirst, Pass, default_passes
+from fxzero.pipeline import run_passes
+from fxzero.shards import spec_of
+from fxzero.stopwatch import Stopwatch, seconds_by_name, with_measured
+from fxzero.timeline import play, simulate
+from fxzero.tuning import Tuning, _events, needs_of
+
+SLOW = Cluster(Device(9e10, 1e10, 5e-6), Link(1 * GBIT, 2e-4, 1e-9))
+
+
+def captured_step(model: nn.Module, *inputs: torch.Tensor, world_size: int = 2) -> StepGraph:
+    params = {fqn: spec_of(fqn, param) for fqn, param in model.named_parameters()}
+    return capture(
+        model, model.forward, inputs, {}, params, device=torch.device("cpu"), world_size=world_size, with_backward=True
+    ).step
+
+
+def layers(*widths: int, batch: int = 256) -> StepGraph:
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)))
+        return captured_step(model, torch.empty(batch, widths[0]))
+
+
+def planned(step: StepGraph, passes: Sequence[Pass]) -> StepGraph:
+    copy = copy_of(step)
+    run_passes(copy, passes, dump=False)
+    return copy
+
+
+MODELS = {"wide": (1024, 2048, 2048, 2048, 512), "head": (4096, 1024, 1024, 256), "tail": (256, 512, 1024, 8192)}
+
+
+@pytest.mark.parametrize("kept", [0, None])
+@pytest.mark.parametrize("rate", [0.1, 1.0, 8.0])
+@pytest.mark.parametrize("name", MODELS)
+def test_choice_is_never_slower_than_the_default_sizes(name: str, rate: float, kept: int | None) -> None:
+    step, passes = layers(*MODELS[name]), default_passes(max_kept_bytes=kept)
+    model = CostModel(dataclasses.replace(SLOW, link=Link(rate * GBIT, 2e-4, 1e-9)))
+    tuning = choose_sizes(step, passes, model, keeps_free=False)
+    plans = [planned(step, each) for each in (passes, tuning.passes(passes))]
+    before, after = (simulate(each, model(each)).step_s for each in plans)
+    assert after <= 1.005 * before
+
+
+def test_choice_is_the_same_every_time() -> None:
+    step, passes, model = layers(*MODELS["wide"]), default_passes(), CostModel(SLOW)
+    first, second = (choose_sizes(step, passes, model, keeps_free=True) for _ in range(2))
+    assert first == second
+    assert Tuning.of_lines(first.lines()) == first
+
+
+def test_first_bucket_is_smaller_where_nothing_hides_it() -> None:
+    step, passes = layers(1024, *[1024] * 8), default_passes()
+    tuning = choose_sizes(step, passes, CostModel(SLOW), keeps_free=False)
+    plan = planned(step, tuning.passes(passes))
+    sizes = [plan.bucket_of(start).nbytes for start in plan.nodes(Role.ALL_GATHER)]
+    assert sizes[0] < max(sizes)
+
+
+@pytest.mark.parametrize("kept", [0, None])
+def test_prediction_of_a_candidate_is_that_of_the_plan(kept: int | None) -> None:
+    """What sizes are chosen by is what the passes then write."""
+    step, passes = (
+        layers(*MODELS["wide"]),
+        default_passes(bucket_bytes=2**20, prefetch_bytes=2**22, max_kept_bytes=kept),
+    )
+    prefix = copy_of(step)
+    for each in passes[:4]:
+        each(prefix)
+    needs = needs_of(prefix, roofline(prefix, SLOW), SLOW.device)
+    plan = planned(step, passes)
+    groups = [plan.bucket(fqns) for fqns in dict.fromkeys(members(start) for start in plan.nodes(Role.ALL_GATHER))]
+    total = sum(group.nbytes for group in groups)
+    inflight = 2**22
+    sink = [
+        dataclasses.replace(each, max_inflight_bytes=inflight) if hasattr(each, "max_inflight_bytes") else each
+        for each in passes
+    ]
+    plan = planned(step, sink)
+    told = play(_events(needs, groups, inflight, total if kept is None else 0), SLOW.link)
+    real = simulate(plan, roofline(plan, SLOW))
+    assert told.wire_s == pytest.approx(real.wire_s)
+    assert told.step_s == pytest.approx(real.step_s, rel=0.01)
+
+
+def test_what_is_kept_for_free_is_gathered_once() -> None:
+    step, passes = layers(1024, *[1024] * 8), default_passes()
+    tuning = choose_sizes(step, passes, CostModel(SLOW), keeps_free=True)
+    plan = planned(step, tuning.passes(passes))
+    assert plan.kept
+    assert sum(plan.bucket(fqns).nbytes for fqns in plan.kept) <= tuning.kept_bytes
+
+
+def test_buckets_that_are_there_stay() -> None:
+    step, passes = layers(*MODELS["wide"]), default_passes(bucket_bytes=2**20)
+    plan = planned(step, passes)
+    buckets = list(dict.fromkeys(members(start) for start in plan.nodes(Role.ALL_GATHER)))
+    tuning = choose_sizes(step, passes, CostModel(SLOW), keeps_free=False, buckets=buckets)
+    fixed = [dataclasses.replace(p, buckets=tuple(buckets)) if isinstance(p, BucketAllGathers) else p for p in passes]
+    again = planned(step, tuning.passes(fixed))
+    assert list(dict.fromkeys(members(start) for start in again.nodes(Role.ALL_GATHER))) == buckets
+
+
+def test_reduction_starts_behind_the_gather_it_is_told() -> None:
+    step = layers(256, 256, 256, 256)
+    passes = default_passes(bucket_bytes=1, prefetch_bytes=0)
+    plan = planned(step, passes)
+    (first, *_), gathers = plan.nodes(Role.REDUCE_SCATTER), plan.nodes(Role.ALL_GATHER)
+    gather = next(node for node in gathers if node > first)
+    told = GathersFirst(((members(first), members(gather)),))
+    moved = planned(step, [told if isinstance(each, GathersFirst) else each for each in passes])
+    nodes = [members(n) for n in moved.nodes(Role.REDUCE_SCATTER, Role.ALL_GATHER) if n > moved.end_forward]
+    assert nodes.index(members(first)) < len(nodes)
+    starts = moved.nodes(Role.REDUCE_SCATTER, Role.ALL_GATHER)
+    place = next(
+        i for i, n in enumerate(starts) if n in moved.nodes(Role.REDUCE_SCATTER) and members(n) == members(first)
+    )
+    assert members(starts[place - 1]) == members(gather)
+
+
+def test_measured_seconds_reach_the_nodes_of_another_plan() -> None:
+    step = layers(*MODELS["wide"])
+    first = planned(step, default_passes(bucket_bytes=2**20))
+    estimated = roofline(first, SLOW)
+    runs = 1 + sum(2 for _ in first.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER, Role.WAIT)) + 1
+    by_name = seconds_by_name(first, estimated, [2.0] * runs)
+    costs = with_measured(first, estimated, by_name, 0.5)
+    assert costs.optimizer_s == 0.5
+    measured = [seconds for node, seconds in costs.seconds.items() if seconds]
+    counted = sum(1 for run in _runs_with_cost(first, estimated))
+    assert sum(measured) == pytest.approx(2.0 * counted)
+    other = planned(step, default_passes(bucket_bytes=2**20, prefetch_bytes=2**24))
+    again = with_measured(other, roofline(other, SLOW), by_name, 0.5)
+    assert sum(again.seconds.values()) == pytest.approx(sum(costs.seconds.values()), rel=1e-6)
+
+
+def _runs_with_cost(step: StepGraph, estimated: object) -> list[float]:
+    runs, current = list[float](), 0.0
+    for _, nodes in step.phases():
+        for node in nodes:
+            kind = node in step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER), node in step.nodes(Role.WAIT)
+            if any(kind):
+                runs += [current] if current else []
+                runs += [estimated.of(node)] if kind[1] and estimated.of(node) else []
+                current = 0.0
+            else:
+                current += estimated.of(node)
+        runs += [current] if current else []
+        current = 0.0
+    return runs
+
+
+def test_measurement_of_another_step_is_not_used() -> None:
+    step = planned(layers(64, 64), default_passes())
+    assert seconds_by_name(step, roofline(step, SLOW), [1.0]) == {}
+
+
+def test_stopwatch_has_medians_of_like_steps_only() -> None:
+    watch = Stopwatch([[1.0, 5.0], [2.0, 6.0], [9.0, 7.0]])
+    assert watch.medians() == [2.0, 6.0]
+    watch.steps.append([1.0])
+    assert watch.medians() == []
