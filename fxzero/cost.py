@@ -151,6 +151,8 @@ def wire_bytes(step: StepGraph, start: fx.Node) -> int:
 
 def flops(node: fx.Node) -> int:
     """Floating-point operations of a matrix product, convolution or attention; 0 of anything else."""
+    if not compat.is_overload(node.target):
+        return 0
     overload = cast(Any, node.target)
     packet = _LIKE.get(overload.overloadpacket, overload.overloadpacket)
     formula = flop_registry.get(packet)

@@ -1,8 +1,9 @@
-"""Sizes and order chosen from costs: deterministic, never worse than what they replace, as the passes will write them."""
+"""Sizes and order chosen from costs: deterministic, no worse than what they replace, as the passes will write them."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -32,7 +33,7 @@ def captured_step(model: nn.Module, *inputs: torch.Tensor, world_size: int = 2) 
 
 def layers(*widths: int, batch: int = 256) -> StepGraph:
     with torch.device("meta"):
-        model = nn.Sequential(*(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)))
+        model = nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(widths)))
         return captured_step(model, torch.empty(batch, widths[0]))
 
 
@@ -65,7 +66,7 @@ def test_choice_is_the_same_every_time() -> None:
 
 
 def test_first_bucket_is_smaller_where_nothing_hides_it() -> None:
-    step, passes = layers(1024, *[1024] * 8), default_passes()
+    step, passes = layers(512, *[512] * 24), default_passes()
     tuning = choose_sizes(step, passes, CostModel(SLOW), keeps_free=False)
     plan = planned(step, tuning.passes(passes))
     sizes = [plan.bucket_of(start).nbytes for start in plan.nodes(Role.ALL_GATHER)]
@@ -117,7 +118,7 @@ def test_buckets_that_are_there_stay() -> None:
 
 
 def test_reduction_starts_behind_the_gather_it_is_told() -> None:
-    step = layers(256, 256, 256, 256)
+    step = layers(256, *[256] * 6)
     passes = default_passes(bucket_bytes=1, prefetch_bytes=0)
     plan = planned(step, passes)
     (first, *_), gathers = plan.nodes(Role.REDUCE_SCATTER), plan.nodes(Role.ALL_GATHER)
