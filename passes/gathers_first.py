@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fxzero.errors import PassOrderError
-from fxzero.ir import Phase, Role, StepGraph, members
+from fxzero.ir import Phase, Role, StepGraph, members, wait_of
 
 
 @dataclass(frozen=True)
@@ -36,3 +36,4 @@ class GathersFirst:
             start, gather = reductions.get(reduced), gathers.get(gathered)
             if start is not None and gather is not None and start < gather:
                 gather.append(start)
+                start.append(wait_of(start))  # SinkWaits, which comes next, moves it down again
