@@ -22,12 +22,15 @@ class CostModel:
     by_name: dict[str, float] = field(default_factory=dict[str, float])
     """Measured seconds of nodes; empty: all are estimated."""
     optimizer_s: float = 0.0
+    cpu_s_per_byte: float = 0.0
+    """Of threads other than the one whose seconds were measured."""
 
     def __call__(self, step: StepGraph) -> Costs:
         estimated = roofline(step, self.cluster, optimizer_bytes=self.optimizer_bytes)
         if not self.by_name:
             return estimated
-        return with_measured(step, estimated, self.by_name, self.optimizer_s or estimated.optimizer_s)
+        optimizer_s = self.optimizer_s or estimated.optimizer_s
+        return with_measured(step, estimated, self.by_name, optimizer_s, self.cpu_s_per_byte)
 
 
 def choose_sizes(

@@ -2,7 +2,8 @@
 
     forward    |--run 0--| start |--run 1--| wait |--run 2--|        one number per run, and one per collective
 
-Processor time leaves out what the thread waits for, and gloo's own threads where they take the core in between.
+Processor time leaves out what the thread waits for, and gloo's own threads where they take the core in between. Theirs
+is measured too: runs that were measured under traffic have the rest of a byte's cost in them already.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx
@@ -25,18 +26,25 @@ class Stopwatch:
 
     steps: list[list[float]] = field(default_factory=list[list[float]])
     """Of each step, seconds of its runs and collectives, in order."""
+    others: list[float] = field(default_factory=list[float])
+    """Of each step, seconds of all other threads."""
     _seconds: list[float] = field(default_factory=list[float])
+    _others: float = 0.0
     _last: float = 0.0
 
     def time_phase(self, phase: Callable[..., Any], *arguments: Any, is_first: bool) -> Any:
         """Run a phase whose collectives are timed; a step is complete with the second."""
         if is_first:
             self._seconds.clear()
+            self._others = 0.0
+        began = time.process_time() - time.thread_time()
         self._last = time.thread_time()
         returned = phase(*arguments)
         self.split()
+        self._others += time.process_time() - time.thread_time() - began
         if not is_first:
             self.steps.append(list(self._seconds))
+            self.others.append(self._others)
         return returned
 
     def split(self) -> None:
@@ -92,13 +100,19 @@ def seconds_by_name(step: StepGraph, estimated: Costs, measured: list[float]) ->
     return found
 
 
-def with_measured(step: StepGraph, estimated: Costs, by_name: Mapping[str, float], optimizer_s: float) -> Costs:
-    """The costs of a step with what was measured, also in a plan with another order; other nodes in proportion."""
+def with_measured(
+    step: StepGraph, estimated: Costs, by_name: Mapping[str, float], optimizer_s: float, cpu_s_per_byte: float
+) -> Costs:
+    """The costs of a step with what was measured, also in a plan with another order; other nodes in proportion.
+
+    Args:
+        cpu_s_per_byte: of threads other than the one that was measured.
+    """
     known = {node: by_name[_name(node)] for node in estimated.seconds if _name(node) in by_name}
     of_known = sum(estimated.of(node) for node in known)
     ratio = sum(known.values()) / of_known if of_known else 1.0
     seconds = {node: known.get(node, ratio * estimate) for node, estimate in estimated.seconds.items()}
-    return Costs(seconds, estimated.link, optimizer_s)
+    return Costs(seconds, replace(estimated.link, cpu_s_per_byte=cpu_s_per_byte), optimizer_s)
 
 
 def _name(node: fx.Node) -> str:

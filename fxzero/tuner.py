@@ -13,12 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from fxzero import agree
 from fxzero.calibrate import calibrate, median_of_ranks
 from fxzero.comm import PlanningComm
-from fxzero.cost import Cluster, roofline
+from fxzero.cost import Cluster, roofline, wire_bytes
 from fxzero.costing import CostModel, choose_again, choose_sizes, optimizer_bytes
-from fxzero.ir import StepGraph
+from fxzero.ir import Role, StepGraph
 from fxzero.optim import state_per_element
 from fxzero.passes import Pass
 from fxzero.runtime import Executable
@@ -33,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 MIN_BYTES = 2**20
 """Models with fewer bytes of parameters are left to the default sizes: one bucket has them all."""
-WARM_STEPS, MEASURED_STEPS = 2, 3
+WARM_STEPS, MEASURED_STEPS = 4, 4
 """Steps before compute is measured, and in which it is."""
 
 
@@ -57,6 +59,7 @@ class Tuner:
     _by_name: dict[str, float] = field(default_factory=dict[str, float])
     """Measured seconds of nodes; empty before."""
     _optimizer_s: float = 0.0
+    _cpu_s_per_byte: float = 0.0
 
     # -- at the first plan ---------------------------------------------------------------------------------------
 
@@ -107,6 +110,7 @@ class Tuner:
             optimizer_bytes(engine.specs.values(), engine.comm.world_size, state_per_element(engine.optimizers)),
             self._by_name,
             self._optimizer_s,
+            self._cpu_s_per_byte,
         )
 
     # -- some steps later ----------------------------------------------------------------------------------------
@@ -124,7 +128,7 @@ class Tuner:
     @property
     def is_due(self) -> bool:
         """True once enough steps were measured, until the choice was made again."""
-        return self.tuning is not None and not self._by_name and self._num_backwards == WARM_STEPS + MEASURED_STEPS
+        return self.tuning is not None and self._num_backwards == WARM_STEPS + MEASURED_STEPS
 
     def after_backward(self, executable: Executable) -> None:
         """Count the steps: ranks do so alike, whatever their shapes."""
@@ -142,25 +146,31 @@ class Tuner:
         assert self.cluster is not None and self.tuning is not None and self._measured is not None
         self._num_backwards += 1
         step, self._measured = self._measured.step, None
-        own = [self.optimizers_s / MEASURED_STEPS, *self.stopwatch.medians()]
+        others_s = statistics.median(self.stopwatch.others or [0.0])
+        own = [self.optimizers_s / MEASURED_STEPS, others_s, *self.stopwatch.medians()]
         self.stopwatch = Stopwatch()
         posts = agree.exchange(engine.group, "costs", [json.dumps(own)], timeout=engine.options.timeout)
         everyone: list[list[float]] = [json.loads(line) for (line,) in posts]
         if len({len(each) for each in everyone}) > 1:
             logger.info("ranks measured different steps; the plan stays as it is")
             return False
-        self._optimizer_s, *measured = [statistics.median(values) for values in zip(*everyone, strict=True)]
-        self._by_name = seconds_by_name(step, roofline(step, self.cluster), measured)
-        if not self._by_name:
-            return False
-        before = self.tuning
+        self._optimizer_s, others_s, *measured = [statistics.median(values) for values in zip(*everyone, strict=True)]
+        before = own_choice = self.tuning
         with agree.reporting_failure(engine.group, "costs"):
+            self._cpu_s_per_byte = self._cpu_of_a_byte(step, others_s)
+            self._by_name = seconds_by_name(step, roofline(step, self.cluster), measured)
             model = self.costs_of(engine)
-            assert model is not None
-            own_choice = choose_again(step, engine.options.passes, model, self.keeps_free, _buckets(engine))
+            if self._by_name and model is not None:
+                own_choice = choose_again(step, engine.options.passes, model, self.keeps_free, _buckets(engine))
         self.tuning = replace(self._settle(engine, own_choice, "costs"), **_sizes(before))
         logger.info("chosen again from measured costs: %s", "no change" if self.tuning == before else self.tuning)
         return self.tuning != before
+
+    def _cpu_of_a_byte(self, step: StepGraph, others_s: float) -> float:
+        """What other threads took for each byte that was sent; with threads that compute, what was calibrated."""
+        assert self.cluster is not None
+        sent = sum(wire_bytes(step, start) for start in step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER))
+        return others_s / sent if torch.get_num_threads() == 1 and sent else self.cluster.link.cpu_s_per_byte
 
 
 def _buckets(engine: Engine) -> list[tuple[str, ...]] | None:

@@ -140,13 +140,13 @@ def test_measured_seconds_reach_the_nodes_of_another_plan() -> None:
     estimated = roofline(first, SLOW)
     runs = 1 + sum(2 for _ in first.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER, Role.WAIT)) + 1
     by_name = seconds_by_name(first, estimated, [2.0] * runs)
-    costs = with_measured(first, estimated, by_name, 0.5)
+    costs = with_measured(first, estimated, by_name, 0.5, 1e-9)
     assert costs.optimizer_s == 0.5
     measured = [seconds for node, seconds in costs.seconds.items() if seconds]
     counted = sum(1 for run in _runs_with_cost(first, estimated))
     assert sum(measured) == pytest.approx(2.0 * counted)
     other = planned(step, default_passes(bucket_bytes=2**20, prefetch_bytes=2**24))
-    again = with_measured(other, roofline(other, SLOW), by_name, 0.5)
+    again = with_measured(other, roofline(other, SLOW), by_name, 0.5, 1e-9)
     assert sum(again.seconds.values()) == pytest.approx(sum(costs.seconds.values()), rel=1e-6)
 
 

@@ -1,0 +1,71 @@
+"""Costs are measured and choices made by all ranks alike; training is the same bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fxzero.calibrate import measure_link
+from fxzero.comm import make_comm
+from fxzero.testing import run_ranks
+from tests.distributed.tuner_workers import SLOW, fails_in_capture, for_a_cluster, small, tuned, untuned
+
+
+def assert_same_training(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one["losses"] == other["losses"]
+    for name, value in one["params"].items():
+        assert torch.equal(value, other["params"][name]), name
+
+
+@pytest.mark.parametrize("disturb", [False, True], ids=["", "plans made again"])
+@pytest.mark.parametrize("uneven", [False, True], ids=["", "other shapes"])
+def test_training_is_the_same_when_tuned(uneven: bool, disturb: bool) -> None:
+    ranks = run_ranks(2, tuned, uneven, disturb)
+    for one, other in zip(ranks, run_ranks(2, untuned, uneven), strict=True):
+        assert_same_training(one, other)
+        assert one["cluster"] is not None and other["cluster"] is None
+    first, second = ranks
+    assert first["cluster"] == second["cluster"]
+    assert first["tuning"] == second["tuning"]
+    assert first["buckets"] == second["buckets"]
+    assert first["measured"]
+    if disturb:
+        assert first["tuning"].inflight_bytes > 1
+
+
+def test_given_cluster_decides_without_a_measurement() -> None:
+    first, second = run_ranks(2, for_a_cluster, {})
+    assert first["cluster"] == SLOW
+    assert first["schedules"] == second["schedules"] == run_ranks(2, for_a_cluster, {})[0]["schedules"]
+    predicted, ratio = first["timing"]
+    assert predicted > 0
+    assert ratio >= 1.0
+
+
+def test_all_is_gathered_again_when_asked_to_be() -> None:
+    by_default, again = (run_ranks(2, for_a_cluster, options)[0] for options in ({}, {"reshard_after_forward": True}))
+    assert "kept" in by_default["schedules"][0].splitlines()[0]
+    assert "kept" not in again["schedules"][0].splitlines()[0]
+
+
+def test_small_models_are_left_alone() -> None:
+    assert run_ranks(2, small) == [True, True]
+
+
+def test_rank_that_cannot_trace_stops_the_others_before_they_measure() -> None:
+    assert run_ranks(2, fails_in_capture) == ["RankMismatchError", "CaptureError"]
+
+
+def link(rank: int, world_size: int) -> tuple[float, float, float]:
+    measured = measure_link(make_comm(None, torch.device("cpu")), torch.device("cpu"))
+    return measured.bytes_per_s, measured.latency_s, measured.cpu_s_per_byte
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_link_is_measured(world_size: int) -> None:
+    for bytes_per_s, latency_s, cpu_s_per_byte in run_ranks(world_size, link):
+        assert 1e6 < bytes_per_s < 1e12
+        assert 0 < latency_s < 1
+        assert 0 < cpu_s_per_byte < 1e-5
