@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from fxzero.cost import Cluster, Costs, roofline
 from fxzero.ir import StepGraph, copy_of
 from fxzero.layout import ParamSpec
 from fxzero.passes import BucketAllGathers, KeepGathered, Pass
 from fxzero.stopwatch import with_measured
-from fxzero.tuning import Tuning, needs_of, order_on_link, tune
+from fxzero.tuning import Tuning, needs_of, tune
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,7 @@ def choose_sizes(
     place = next((i for i, each in enumerate(passes) if isinstance(each, BucketAllGathers)), len(passes))
     step = _after(captured, passes[:place])
     needs = needs_of(step, model(step), model.cluster.device)
-    tuning = tune(needs, keeps_all=_keeps_all(passes), keeps_free=keeps_free, buckets=buckets)
-    chosen = tuning.passes(passes)
-    if buckets is not None:
-        chosen = [
-            replace(each, buckets=tuple(buckets)) if isinstance(each, BucketAllGathers) else each for each in chosen
-        ]
-    planned = _after(captured, chosen)
-    return replace(tuning, later=order_on_link(planned, model(planned))[0])
+    return tune(needs, keeps_all=_keeps_all(passes), keeps_free=keeps_free, buckets=buckets)
 
 
 def choose_again(
@@ -67,10 +60,8 @@ def choose_again(
     buckets: Sequence[tuple[str, ...]] | None,
 ) -> Tuning:
     """The same from a complete plan, for costs that were measured in it."""
-    costs = model(planned)
-    needs = needs_of(planned, costs, model.cluster.device)
-    tuning = tune(needs, keeps_all=_keeps_all(passes), keeps_free=keeps_free, buckets=buckets)
-    return replace(tuning, later=order_on_link(planned, costs)[0])
+    needs = needs_of(planned, model(planned), model.cluster.device)
+    return tune(needs, keeps_all=_keeps_all(passes), keeps_free=keeps_free, buckets=buckets)
 
 
 def _keeps_all(passes: Sequence[Pass]) -> bool:

@@ -13,10 +13,10 @@ from typing import Literal, NamedTuple, TypeAlias
 from torch import fx
 
 from fxzero.cost import Costs, Link, wire_bytes
-from fxzero.ir import Role, StepGraph, role, started_by
+from fxzero.ir import Phase, Role, StepGraph, role, started_by
 
-Key: TypeAlias = "fx.Node | int"
-"""Which collective: its start in a graph, or a number where there is no graph."""
+Key: TypeAlias = "fx.Node | tuple[Role, Phase, tuple[str, ...]]"
+"""Which collective: its start in a graph; where there is none, what it is, in which phase, and its members."""
 
 
 class Event(NamedTuple):

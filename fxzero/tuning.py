@@ -13,11 +13,10 @@ import json
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 from torch import fx
 
-from fxzero.cost import Costs, Device
+from fxzero.cost import Costs, Device, Link
 from fxzero.ir import (
     Phase,
     Role,
@@ -30,7 +29,7 @@ from fxzero.ir import (
 )
 from fxzero.layout import Bucket, ParamSpec, group_into_buckets
 from fxzero.passes import BucketAllGathers, GathersFirst, KeepGathered, Pass, PrefetchAllGathers, SinkWaits
-from fxzero.timeline import Event, Timeline, events, play
+from fxzero.timeline import Event, Key, Timeline, events, play
 
 MIB = 2**20
 BODY_BYTES = tuple(size * MIB for size in (4, 8, 12, 16, 24, 32, 64, 128))
@@ -45,8 +44,8 @@ AHEAD = (3, 2, 4, 6)
 """Buckets of the largest size that may be in flight, in the order in which they are tried."""
 CLOSE = 1.003
 """Of two predictions this close, the candidate that was tried first is taken."""
-MAX_MOVES = 200
-"""Reductions for which another place is tried."""
+TRIED_IN_VAIN = 16
+"""Reductions in a row that gain nothing in another place, after which no further one is tried."""
 
 Fqns = tuple[str, ...]
 
@@ -157,7 +156,7 @@ def tune(needs: Needs, *, keeps_all: bool, keeps_free: bool, buckets: Sequence[F
     """
     order, world_size, link = needs.params, needs.step.world_size, needs.costs.link
     most = max(MOST_BYTES, sum(param.nbytes for param in order) // 16)
-    best: tuple[float, Tuning] | None = None
+    best: tuple[float, Tuning, list[Event]] | None = None
     tried: set[tuple[tuple[Fqns, ...], int]] = set()
     for body, head, ahead in _sizes(buckets):
         if buckets is None:
@@ -171,11 +170,12 @@ def tune(needs: Needs, *, keeps_all: bool, keeps_free: bool, buckets: Sequence[F
         tried.add(key)
         tuning = Tuning(body, head, inflight, min(inflight, MOST_BYTES) if keeps_free else 0)
         kept = sum(bucket.nbytes for bucket in groups) if keeps_all else tuning.kept_bytes
-        step_s = play(_events(needs, groups, inflight, kept), link).step_s
+        happening = list(_events(needs, groups, inflight, kept))
+        step_s = play(happening, link).step_s
         if best is None or step_s * CLOSE < best[0]:
-            best = step_s, tuning
+            best = step_s, tuning, happening
     assert best is not None, "a step without parameters has nothing to tune"
-    return best[1]
+    return dataclasses.replace(best[1], later=_best_order(best[2], link)[0])
 
 
 def _sizes(buckets: Sequence[Fqns] | None) -> Iterator[tuple[int, int | None, int]]:
@@ -189,7 +189,6 @@ def _sizes(buckets: Sequence[Fqns] | None) -> Iterator[tuple[int, int | None, in
 
 def _events(needs: Needs, groups: Sequence[Bucket], inflight: int, kept_bytes: int) -> Iterator[Event]:
     """What a rank does in a step with these buckets, as the passes would write it."""
-    numbers = itertools.count()
     forward = _gathers(needs, groups, Phase.FORWARD)
     backward = _gathers(needs, groups, Phase.BACKWARD)
     there, again, room = {bucket for _, bucket in forward}, list[tuple[float, Bucket]](), kept_bytes
@@ -203,9 +202,9 @@ def _events(needs: Needs, groups: Sequence[Bucket], inflight: int, kept_bytes: i
         for bucket in groups
         if any(fqn in needs.ready_s for fqn in bucket.fqns)
     ]
-    yield from _phase(needs, forward, [], needs.phase_s[Phase.FORWARD], inflight, numbers)
+    yield from _phase(needs, Phase.FORWARD, forward, [], inflight)
     reductions = sorted(ready, key=lambda item: item[0])
-    yield from _phase(needs, again, reductions, needs.phase_s.get(Phase.BACKWARD, 0.0), inflight, numbers)
+    yield from _phase(needs, Phase.BACKWARD, again, reductions, inflight)
     yield Event("compute", needs.costs.optimizer_s)
 
 
@@ -222,29 +221,30 @@ def _gathers(needs: Needs, groups: Sequence[Bucket], phase: Phase) -> list[tuple
 
 def _phase(
     needs: Needs,
+    phase: Phase,
     gathers: Sequence[tuple[float, Bucket]],
     reductions: Sequence[tuple[float, Bucket]],
-    seconds: float,
     inflight: int,
-    numbers: Iterator[int],
 ) -> Iterator[Event]:
     """The events of one phase: gathers start as PrefetchAllGathers writes it, reductions end as SinkWaits does."""
     others = needs.step.world_size - 1
     nbytes = [bucket.nbytes for _, bucket in gathers]
     starts_at: dict[int, list[int]] = {}
-    first = 0
+    first = flying_bytes = 0
     for k in range(len(gathers)):
-        while first < k - 1 and sum(nbytes[first : k + 1]) > inflight:
+        flying_bytes += nbytes[k]
+        while first < k - 1 and flying_bytes > inflight:
+            flying_bytes -= nbytes[first]
             first += 1
         starts_at.setdefault(first if first > 0 else -1, []).append(k)
-    keys = [next(numbers) for _ in gathers]
+    keys: list[Key] = [(Role.ALL_GATHER, phase, bucket.fqns) for _, bucket in gathers]
 
     def launch(anchor: int) -> Iterator[Event]:
         for k in starts_at.get(anchor, ()):
             yield Event("start", 0.0, keys[k], gathers[k][1].shard_nbytes * others)
 
     happening = [(at, 1, k) for k, (at, _) in enumerate(gathers)] + [(at, 0, k) for k, (at, _) in enumerate(reductions)]
-    flying: deque[tuple[int, Bucket]] = deque()
+    flying: deque[tuple[Key, Bucket]] = deque()
     now = 0.0
     yield from launch(-1)
     for at, is_gather_, k in sorted(happening):
@@ -256,16 +256,16 @@ def _phase(
             yield Event("compute", 2 * gathers[k][1].shard_nbytes / needs.device.bytes_per_s)
             continue
         bucket = reductions[k][1]
-        flying.append((next(numbers), bucket))
+        flying.append(((Role.REDUCE_SCATTER, phase, bucket.fqns), bucket))
         while len(flying) > 1 and sum(each.nbytes for _, each in flying) > inflight:
             yield from _finish(needs, *flying.popleft())
         yield Event("start", 0.0, flying[-1][0], bucket.shard_nbytes * others)
-    yield Event("compute", seconds - now)
+    yield Event("compute", needs.phase_s.get(phase, 0.0) - now)
     for key, bucket in flying:
         yield from _finish(needs, key, bucket)
 
 
-def _finish(needs: Needs, key: int, bucket: Bucket) -> Iterator[Event]:
+def _finish(needs: Needs, key: Key, bucket: Bucket) -> Iterator[Event]:
     """Wait for a reduction, and add up what came."""
     yield Event("wait", 0.0, key)
     moved = (3 * (needs.step.world_size - 1) + 2) * bucket.shard_nbytes
@@ -273,37 +273,47 @@ def _finish(needs: Needs, key: int, bucket: Bucket) -> Iterator[Event]:
 
 
 def order_on_link(step: StepGraph, costs: Costs) -> tuple[tuple[tuple[Fqns, Fqns], ...], Timeline]:
-    """Which reductions to start behind a later gather: each in turn moves while that makes the step faster.
+    """Which reductions of a complete plan to start behind a later gather, and how the step would go then."""
+    return _best_order(events(step, costs), costs.link)
 
-    Args:
-        step: a complete plan; it stays as it is.
 
-    Returns:
-        The pairs for `GathersFirst`, and how the step would go.
-    """
-    happening = events(step, costs)
-    best = play(happening, costs.link)
+def _best_order(happening: list[Event], link: Link) -> tuple[tuple[tuple[Fqns, Fqns], ...], Timeline]:
+    """Move each reduction in turn behind later gathers, while that makes the step faster."""
+    best = play(happening, link)
     later: dict[Fqns, Fqns] = {}
-    reductions = [start for start in step.nodes(Role.REDUCE_SCATTER)][:MAX_MOVES]
-    for start in reductions if best.stalls else []:
-        while (moved := _behind_next_gather(happening, start)) is not None:
+    reductions = [event.key for event in happening if event.kind == "start" and not _is_gather(event.key)]
+    in_vain = 0
+    for key in reductions if best.stalls else []:
+        in_vain += 1
+        while (moved := _behind_next_gather(happening, key)) is not None:
             order, gather = moved
-            played = play(order, costs.link)
+            played = play(order, link)
             if played.step_s * 1.0005 >= best.step_s:
                 break
-            happening, best = order, played
-            later[members(start)] = members(gather)
+            happening, best, in_vain = order, played, 0
+            later[_members(key)] = _members(gather)
+        if in_vain >= TRIED_IN_VAIN:
+            break
     return tuple(later.items()), best
 
 
-def _behind_next_gather(happening: list[Event], start: fx.Node) -> tuple[list[Event], fx.Node] | None:
+def _behind_next_gather(happening: list[Event], start: Key | None) -> tuple[list[Event], Key] | None:
     """The events with one reduction started behind the next gather, if one starts before that reduction is over."""
     index = next(i for i, event in enumerate(happening) if event.kind == "start" and event.key is start)
     for place in range(index + 1, len(happening)):
         kind, _, key, _ = happening[place]
         if kind == "wait" and key is start:
             return None
-        if kind == "start" and is_gather(cast(fx.Node, key)):
+        if kind == "start" and key is not None and _is_gather(key):
             rest = [*happening[:index], *happening[index + 1 : place + 1], happening[index], *happening[place + 1 :]]
-            return rest, cast(fx.Node, key)
+            return rest, key
     return None
+
+
+def _is_gather(key: Key | None) -> bool:
+    return is_gather(key) if isinstance(key, fx.Node) else key is not None and key[0] is Role.ALL_GATHER
+
+
+def _members(key: Key | None) -> Fqns:
+    assert key is not None
+    return members(key) if isinstance(key, fx.Node) else key[2]
