@@ -29,7 +29,7 @@ from fxzero.ir import (
 )
 from fxzero.layout import Bucket, ParamSpec, group_into_buckets
 from fxzero.passes import BucketAllGathers, GathersFirst, KeepGathered, Pass, PrefetchAllGathers, SinkWaits
-from fxzero.timeline import Event, Key, Timeline, events, play
+from fxzero.timeline import Event, Key, Timeline, play
 
 MIB = 2**20
 BODY_BYTES = tuple(size * MIB for size in (4, 8, 12, 16, 24, 32, 64, 128))
@@ -175,7 +175,7 @@ def tune(needs: Needs, *, keeps_all: bool, keeps_free: bool, buckets: Sequence[F
         if best is None or step_s * CLOSE < best[0]:
             best = step_s, tuning, happening
     assert best is not None, "a step without parameters has nothing to tune"
-    return dataclasses.replace(best[1], later=_best_order(best[2], link)[0])
+    return dataclasses.replace(best[1], later=best_order(best[2], link)[0])
 
 
 def _sizes(buckets: Sequence[Fqns] | None) -> Iterator[tuple[int, int | None, int]]:
@@ -272,13 +272,12 @@ def _finish(needs: Needs, key: Key, bucket: Bucket) -> Iterator[Event]:
     yield Event("compute", moved / needs.device.bytes_per_s)
 
 
-def order_on_link(step: StepGraph, costs: Costs) -> tuple[tuple[tuple[Fqns, Fqns], ...], Timeline]:
-    """Which reductions of a complete plan to start behind a later gather, and how the step would go then."""
-    return _best_order(events(step, costs), costs.link)
+def best_order(happening: list[Event], link: Link) -> tuple[tuple[tuple[Fqns, Fqns], ...], Timeline]:
+    """Move each reduction in turn behind later gathers, while that makes the step faster.
 
-
-def _best_order(happening: list[Event], link: Link) -> tuple[tuple[tuple[Fqns, Fqns], ...], Timeline]:
-    """Move each reduction in turn behind later gathers, while that makes the step faster."""
+    Returns:
+        The pairs for `GathersFirst`, and how the step would go with them.
+    """
     best = play(happening, link)
     later: dict[Fqns, Fqns] = {}
     reductions = [event.key for event in happening if event.kind == "start" and not _is_gather(event.key)]

@@ -17,7 +17,7 @@ from fxzero.ir import Role, StepGraph, members
 from fxzero.passes import default_passes
 from fxzero.planner import plan
 from fxzero.timeline import Event, events, play, simulate
-from fxzero.tuning import order_on_link
+from fxzero.tuning import best_order
 
 MIB = 2**20
 ALONE = default_passes(bucket_bytes=1, prefetch_bytes=0)
@@ -85,7 +85,7 @@ def test_no_schedule_is_faster_than_the_bound(widths: tuple[int, ...], rate: flo
 def test_schedule_is_close_to_the_best_there_is(widths: tuple[int, ...], rate: float) -> None:
     step, costs = planned(widths, rate, keep=True)
     best = min(play(schedule, costs.link).step_s for schedule in schedules(step, costs))
-    _, timeline = order_on_link(step, costs)
+    _, timeline = best_order(events(step, costs), costs.link)
     assert best * (1 - 1e-9) <= timeline.step_s <= 1.1 * best
 
 
@@ -143,7 +143,7 @@ def replace_waits(step: StepGraph, costs: Costs) -> Costs:
 
 def test_moved_reduction_is_the_one_that_delays_a_gather() -> None:
     step, costs = planned((1024, 16, 1024, 16), 2e7, batch=512)
-    later, timeline = order_on_link(step, costs)
+    later, timeline = best_order(events(step, costs), costs.link)
     assert timeline.step_s <= simulate(step, costs).step_s
     known = {members(start) for start in step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER)}
     assert {fqns for pair in later for fqns in pair} <= known
