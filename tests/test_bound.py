@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import fx, nn
 
 from fxzero.bound import lower_bound
 from fxzero.cost import GBIT, Cluster, Costs, Device, Link, roofline
@@ -44,10 +44,10 @@ def schedules(step: StepGraph, costs: Costs) -> Iterator[list[Event]]:
     happening = events(step, costs)
     starts = [event for event in happening if event.kind == "start"]
     frame = [event for event in happening if event.kind != "start"]
-    first_backward = next(
-        (i for i, event in enumerate(happening) if event.key is not None and event.key > step.end_forward),
-        len(happening),
-    )
+    boundary = step.end_forward
+    assert boundary is not None
+    is_later = [isinstance(event.key, fx.Node) and event.key > boundary for event in happening]
+    first_backward = is_later.index(True) if any(is_later) else len(happening)
     places: list[list[int]] = []
     for start in starts:
         index = happening.index(start)
