@@ -23,6 +23,7 @@ from fxzero.costing import CostModel, choose_again, choose_sizes, optimizer_byte
 from fxzero.ir import Role, StepGraph
 from fxzero.optim import state_per_element
 from fxzero.passes import Pass
+from fxzero.planner import describe_options
 from fxzero.runtime import Executable
 from fxzero.stopwatch import Stopwatch, seconds_by_name
 from fxzero.timing import Timing
@@ -80,8 +81,9 @@ class Tuner:
     def choose(self, engine: Engine, captured: StepGraph, topic: str) -> None:
         """Calibrate, if the cluster was not given, and settle on the choice of rank 0; a collective."""
         timeout = engine.options.timeout
+        # Before a link is measured: every rank is there, and will measure it too.
+        agree.agree(engine.group, topic, describe_options(engine.options.agreed()), timeout=timeout)
         if self.cluster is None:
-            agree.exchange(engine.group, topic, [], timeout=timeout)  # nobody measures a link to ranks that failed
             dtype = next(iter(engine.specs.values())).dtype
             own = calibrate(engine.comm, engine.options.device, dtype)
             self.cluster = median_of_ranks(own, engine.group, topic, timeout)

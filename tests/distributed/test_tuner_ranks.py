@@ -10,7 +10,7 @@ import torch
 from fxzero.calibrate import measure_link
 from fxzero.comm import make_comm
 from fxzero.testing import run_ranks
-from tests.distributed.tuner_workers import SLOW, fails_in_capture, for_a_cluster, small, tuned, untuned
+from tests.distributed.tuner_workers import SLOW, disagrees, fails_in_capture, for_a_cluster, small, tuned, untuned
 
 
 def assert_same_training(one: dict[str, Any], other: dict[str, Any]) -> None:
@@ -56,6 +56,12 @@ def test_small_models_are_left_alone() -> None:
 
 def test_rank_that_cannot_trace_stops_the_others_before_they_measure() -> None:
     assert run_ranks(2, fails_in_capture) == ["RankMismatchError", "CaptureError"]
+
+
+def test_ranks_that_are_given_different_clusters_say_so() -> None:
+    for error in run_ranks(2, disagrees):
+        assert error.startswith("RankMismatchError")
+        assert "cluster" in error
 
 
 def link(rank: int, world_size: int) -> tuple[float, float, float]:

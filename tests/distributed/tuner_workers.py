@@ -90,3 +90,13 @@ def fails_in_capture(rank: int, world_size: int) -> str:
     except fxzero.FxzeroError as error:
         return type(error).__name__
     return "none"
+
+
+def disagrees(rank: int, world_size: int) -> str:
+    """Rank 1 alone is given a cluster."""
+    zero = fxzero.compile(make_model(), cluster=SLOW if rank == 1 else None)
+    try:
+        zero(make_batch(0, rank))
+    except fxzero.FxzeroError as error:
+        return f"{type(error).__name__} {error}"
+    return "none"
