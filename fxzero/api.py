@@ -29,7 +29,6 @@ from fxzero.planner import as_arguments
 from fxzero.report import MemoryReport
 from fxzero.runtime import Executable
 from fxzero.schedule import Schedule
-from fxzero.tuner import timing_of
 
 _REFUSED_METHODS = ("generate",)
 
@@ -440,7 +439,7 @@ class ZeroModule(nn.Module):
         if last is None:
             return Schedule()
         costs = self._fxzero_engine.tuner.costs_of(self._fxzero_engine)
-        timing = None if costs is None else partial(timing_of, last.step, costs)
+        timing = None if costs is None else partial(costs.timing, last.step)
         return Schedule(last.step, last.plan.code.source, partial(self._memory, last), timing)
 
     def _memory(self, executable: Executable) -> MemoryReport:

@@ -18,7 +18,8 @@ from torch.utils.flop_counter import flop_registry
 
 from fxzero import compat
 from fxzero.errors import PlanError
-from fxzero.ir import Role, StepGraph, is_gather, is_view, started_by, tensor_bytes
+from fxzero.ir import Role, StepGraph, is_gather, is_view, tensor_bytes
+from fxzero.layout import Bucket
 
 aten = torch.ops.aten
 GBIT = 1e9 / 8
@@ -125,7 +126,9 @@ def roofline(step: StepGraph, cluster: Cluster, *, optimizer_bytes: int = 0) -> 
     device = cluster.device
     seconds = {node: operator_seconds(node, device) for node in step.nodes(Role.COMPUTE)}
     if step.world_size > 1:
-        seconds |= {node: wait_bytes(step, node) / device.bytes_per_s for node in step.nodes(Role.WAIT)}
+        for node in step.nodes(Role.WAIT):
+            moved = gather_wait_bytes if is_gather(node) else reduce_wait_bytes
+            seconds[node] = moved(step.bucket_of(node)) / device.bytes_per_s
     return Costs(seconds, cluster.link, optimizer_bytes / device.bytes_per_s)
 
 
@@ -138,15 +141,19 @@ def operator_seconds(node: fx.Node, device: Device) -> float:
     return max(flops(node) / device.flops_per_s, moved / device.bytes_per_s) + device.op_s
 
 
-def wait_bytes(step: StepGraph, wait: fx.Node) -> int:
-    """Bytes that the wait of a collective reads and writes: the rank's own slice, or the sum over ranks."""
-    shard = step.bucket_of(started_by(wait)).shard_nbytes
-    return 2 * shard if is_gather(wait) else (3 * (step.world_size - 1) + 2) * shard
+def gather_wait_bytes(bucket: Bucket) -> int:
+    """Bytes that the wait of a gather reads and writes: it copies the rank's own slice."""
+    return 2 * bucket.shard_nbytes
 
 
-def wire_bytes(step: StepGraph, start: fx.Node) -> int:
-    """Bytes that a rank sends, and receives, in a collective."""
-    return step.wire_bucket_of(start).shard_nbytes * (step.world_size - 1)
+def reduce_wait_bytes(bucket: Bucket) -> int:
+    """Bytes that the wait of a reduce-scatter reads and writes: sums over the ranks, and one division."""
+    return (3 * (bucket.world_size - 1) + 2) * bucket.shard_nbytes
+
+
+def sent_bytes(bucket: Bucket) -> int:
+    """Bytes that a rank sends, and receives, when a bucket is gathered or reduced."""
+    return bucket.shard_nbytes * (bucket.world_size - 1)
 
 
 def flops(node: fx.Node) -> int:

@@ -10,6 +10,7 @@ from fxzero.ir import StepGraph, copy_of
 from fxzero.layout import ParamSpec
 from fxzero.passes import BucketAllGathers, KeepGathered, Pass
 from fxzero.stopwatch import with_measured
+from fxzero.timing import Timing
 from fxzero.tuning import Tuning, needs_of, tune
 
 
@@ -32,6 +33,10 @@ class CostModel:
         optimizer_s = self.optimizer_s or estimated.optimizer_s
         return with_measured(step, estimated, self.by_name, optimizer_s, self.cpu_s_per_byte)
 
+    def timing(self, step: StepGraph) -> Timing:
+        """The prediction for a complete plan."""
+        return Timing.of(step, self(step))
+
 
 def choose_sizes(
     captured: StepGraph,
@@ -47,9 +52,7 @@ def choose_sizes(
         buckets: their members, if the layout is fixed already.
     """
     place = next((i for i, each in enumerate(passes) if isinstance(each, BucketAllGathers)), len(passes))
-    step = _after(captured, passes[:place])
-    needs = needs_of(step, model(step), model.cluster.device)
-    return tune(needs, keeps_all=_keeps_all(passes), keeps_free=keeps_free, buckets=buckets)
+    return choose_again(_after(captured, passes[:place]), passes, model, keeps_free, buckets)
 
 
 def choose_again(
@@ -59,13 +62,10 @@ def choose_again(
     keeps_free: bool,
     buckets: Sequence[tuple[str, ...]] | None,
 ) -> Tuning:
-    """The same from a complete plan, for costs that were measured in it."""
+    """The same for a step that has its collectives, bucketed or not: a complete plan, whose compute was measured."""
     needs = needs_of(planned, model(planned), model.cluster.device)
-    return tune(needs, keeps_all=_keeps_all(passes), keeps_free=keeps_free, buckets=buckets)
-
-
-def _keeps_all(passes: Sequence[Pass]) -> bool:
-    return any(isinstance(each, KeepGathered) and each.max_kept_bytes is None for each in passes)
+    keeps_all = any(isinstance(each, KeepGathered) and each.max_kept_bytes is None for each in passes)
+    return tune(needs, keeps_all=keeps_all, keeps_free=keeps_free, buckets=buckets)
 
 
 def _after(captured: StepGraph, passes: Sequence[Pass]) -> StepGraph:

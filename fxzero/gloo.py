@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch.distributed as dist
 from torch import Tensor
@@ -91,11 +91,28 @@ class GlooComm(GroupComm):
         return True
 
     def bind_exchange(self, bucket: Bucket, sent: Tensor, received: Sequence[Tensor]) -> Bound:
-        send, recv, lost = self.group.send, self.group.recv, self.lost
-        what, tag = self.what("reduce-scatter", bucket), message_tag("reduce_scatter", bucket)
         slices = sent.split(bucket.shard_numel)
-        sends = [([slices[peer]], peer) for peer in self._peers]
-        receives = [([received[peer]], peer) for peer in self._peers]
+        return self.bind_messages(
+            self.what("reduce-scatter", bucket),
+            message_tag("reduce_scatter", bucket),
+            [(received[peer], peer) for peer in self._peers],
+            [(slices[peer], peer) for peer in self._peers],
+        )
+
+    def bind_messages(
+        self, what: str, tag: int, receives: Iterable[tuple[Tensor, int]], sends: Iterable[tuple[Tensor, int]]
+    ) -> Bound:
+        """Messages from and to ranks of this group; the wait is over when all have come and gone.
+
+        Args:
+            what: the exchange in error texts.
+            tag: of all its messages.
+            receives: where to put what each rank sends; a message without elements is none.
+            sends: what to send to each rank.
+        """
+        send, recv, lost = self.group.send, self.group.recv, self.lost
+        incoming = [([into], peer) for into, peer in receives if into.numel()]
+        outgoing = [([message], peer) for message, peer in sends if message.numel()]
         works: list[dist.Work] = []
         in_flight, entry = self._in_flight, (works,)
 
@@ -103,9 +120,9 @@ class GlooComm(GroupComm):
             nonlocal works, in_flight
             in_flight += entry
             try:
-                for into, peer in receives:
+                for into, peer in incoming:
                     works += (recv(into, peer, tag),)
-                for message, peer in sends:
+                for message, peer in outgoing:
                     works += (send(message, peer, tag),)
             except RuntimeError as error:
                 raise lost(what, error) from error
@@ -124,36 +141,15 @@ class GlooComm(GroupComm):
     def bind_reduce(
         self, bucket: Bucket, full: Tensor, scratch: Tensor | None, shard: Tensor, *, accumulate: bool
     ) -> Bound:
-        send, recv, lost, divisor = self.group.send, self.group.recv, self.lost, self._divisor
-        what, tag = self.what("reduce-scatter", bucket), message_tag("reduce_scatter", bucket)
-        slices = full.split(bucket.shard_numel)
-        terms = self._terms(bucket, slices[self.rank], scratch, shard, accumulate)
-        sends = [([slices[peer]], peer) for peer in self._peers]
-        receives = [([terms[peer]], peer) for peer in self._peers]
+        own, divisor = full.split(bucket.shard_numel)[self.rank], self._divisor
+        terms = self._terms(bucket, own, scratch, shard, accumulate)
+        start, all_came = self.bind_exchange(bucket, full, terms)
+        assert all_came is not None
         total = terms[1 if self.rank == 0 else 0]  # of two terms the order does not matter: g1 + g0 is g0 + g1
         addends = [term for term in terms if term is not total]
-        works: list[dist.Work] = []
-        in_flight, entry = self._in_flight, (works,)
-
-        def start() -> None:
-            nonlocal works, in_flight
-            in_flight += entry
-            try:
-                for into, peer in receives:
-                    works += (recv(into, peer, tag),)
-                for message, peer in sends:
-                    works += (send(message, peer, tag),)
-            except RuntimeError as error:
-                raise lost(what, error) from error
 
         def wait() -> None:
-            try:
-                for work in works:
-                    work.wait()
-            except RuntimeError as error:
-                raise lost(what, error) from error
-            finally:
-                del works[:]
+            all_came()
             for term in addends:
                 total.add_(term)
             if divisor != 1:

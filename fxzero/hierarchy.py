@@ -247,32 +247,14 @@ class GlooAcross(GlooComm):
         finish: Callable[[], object] | None = None,
     ) -> Stage:
         """Messages from and to other nodes; `finish` is called when all have come and gone."""
-        send, recv, lost, in_flight = self.group.send, self.group.recv, self.lost, self._in_flight
-        what, tag = self.what(word, bucket), message_tag(word, bucket)
-        incoming = [([into], peer) for into, peer in receives if into.numel()]
-        outgoing = [([message], peer) for message, peer in sends if message.numel()]
-        works: list[dist.Work] = []
-
-        def start() -> None:
-            in_flight.append(works)
-            try:
-                for into, peer in incoming:
-                    works.append(recv(into, peer, tag))
-                for message, peer in outgoing:
-                    works.append(send(message, peer, tag))
-            except RuntimeError as error:
-                raise lost(what, error) from error
+        bound = self.bind_messages(self.what(word, bucket), message_tag(word, bucket), receives, sends)
+        start, all_came = cast("Stage", tuple(bound))
+        if finish is None:
+            return start, all_came
 
         def end() -> None:
-            try:
-                for work in works:
-                    work.wait()
-            except RuntimeError as error:
-                raise lost(what, error) from error
-            finally:
-                del works[:]
-            if finish is not None:
-                finish()
+            all_came()
+            finish()
 
         return start, end
 

@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -32,7 +33,6 @@ from fxzero.runtime import Plan
 from fxzero.schedule import Schedule
 from fxzero.shards import spec_of
 from fxzero.text import bucket_label
-from fxzero.timing import Timing
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ def plan(
         made.step,
         made.code.source,
         lambda: MemoryReport(footprint(made.step, comm, held(made.step)), made.step),
-        None if costs is None else lambda: Timing.of(made.step, costs(made.step)),
+        None if costs is None else partial(costs.timing, made.step),
     )
 
 

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from torch import fx
 
-from fxzero.cost import Costs, Link, wire_bytes
+from fxzero.cost import Costs, Link, sent_bytes
 from fxzero.ir import Phase, Role, StepGraph, role, started_by
 
 Key: TypeAlias = "fx.Node | tuple[Role, Phase, tuple[str, ...]]"
@@ -61,7 +61,7 @@ def events(step: StepGraph, costs: Costs) -> list[Event]:
             if compute:
                 found.append(Event("compute", compute))
             start = started_by(node)
-            nbytes = wire_bytes(step, start) if node is start else 0
+            nbytes = sent_bytes(step.wire_bucket_of(start)) if node is start else 0
             found.append(Event("start" if node is start else "wait", 0.0, start, nbytes))
             compute = 0.0
         compute += costs.of(node)
@@ -83,14 +83,15 @@ def play(happening: Iterable[Event], link: Link) -> Timeline:
             slowed = shared / (1.0 - load) - shared
             slowed_s += slowed
             now += seconds + slowed
-        elif kind == "start":
-            assert key is not None
+            continue
+        assert key is not None
+        if kind == "start":
             on_wire = nbytes / rate
             busy_until = max(busy_until, now) + on_wire
             wire_s += on_wire
             arrives[key] = busy_until + link.latency_s
-        elif (late := arrives[key] - now) > 0:  # type: ignore[index]
-            stalls[key] = late  # type: ignore[index]
+        elif (late := arrives[key] - now) > 0:
+            stalls[key] = late
             now += late
     return Timeline(now, compute_s, slowed_s, wire_s, stalls)
 

@@ -11,22 +11,22 @@ import logging
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from fxzero import agree
 from fxzero.calibrate import calibrate, median_of_ranks
 from fxzero.comm import PlanningComm
-from fxzero.cost import Cluster, roofline, wire_bytes
+from fxzero.cost import Cluster, roofline
 from fxzero.costing import CostModel, choose_again, choose_sizes, optimizer_bytes
-from fxzero.ir import Role, StepGraph
+from fxzero.ir import StepGraph
 from fxzero.optim import state_per_element
 from fxzero.passes import Pass
 from fxzero.planner import describe_options
 from fxzero.runtime import Executable
+from fxzero.schedule import totals
 from fxzero.stopwatch import Stopwatch, seconds_by_name
-from fxzero.timing import Timing
 from fxzero.tuning import Tuning
 
 if TYPE_CHECKING:
@@ -119,9 +119,10 @@ class Tuner:
 
     def measures(self, executable: Executable) -> bool:
         """True in the steps in which compute is measured, on processors."""
+        if not self._is_time or executable.device.type != "cpu":
+            return False
         step = executable.step
-        is_whole = step.has_backward and step.synchronize and not step.resident
-        return self._is_time and is_whole and executable.device.type == "cpu"
+        return step.has_backward and step.synchronize and not step.resident
 
     @property
     def _is_time(self) -> bool:
@@ -164,27 +165,19 @@ class Tuner:
             model = self.costs_of(engine)
             if self._by_name and model is not None:
                 own_choice = choose_again(step, engine.options.passes, model, self.keeps_free, _buckets(engine))
-        self.tuning = replace(self._settle(engine, own_choice, "costs"), **_sizes(before))
+        settled = self._settle(engine, own_choice, "costs")
+        self.tuning = replace(settled, bucket_bytes=before.bucket_bytes, head_bytes=before.head_bytes)
         logger.info("chosen again from measured costs: %s", "no change" if self.tuning == before else self.tuning)
         return self.tuning != before
 
     def _cpu_of_a_byte(self, step: StepGraph, others_s: float) -> float:
         """What other threads took for each byte that was sent; with threads that compute, what was calibrated."""
         assert self.cluster is not None
-        sent = sum(wire_bytes(step, start) for start in step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER))
+        moved = totals(step)
+        sent = moved.gathered_bytes + moved.reduced_bytes
         return others_s / sent if torch.get_num_threads() == 1 and sent else self.cluster.link.cpu_s_per_byte
 
 
 def _buckets(engine: Engine) -> list[tuple[str, ...]] | None:
     """The members of each bucket; None before the layout is fixed."""
     return None if engine.shards is None else [bucket.fqns for bucket in engine.shards.layout.buckets]
-
-
-def _sizes(tuning: Tuning) -> dict[str, Any]:
-    """What made the buckets."""
-    return {"bucket_bytes": tuning.bucket_bytes, "head_bytes": tuning.head_bytes}
-
-
-def timing_of(step: StepGraph, model: CostModel) -> Timing:
-    """The prediction for a plan."""
-    return Timing.of(step, model(step))

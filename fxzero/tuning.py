@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from fxzero.cost import Costs, Device, Link
+from fxzero.cost import Costs, Device, Link, gather_wait_bytes, reduce_wait_bytes, sent_bytes
 from fxzero.ir import (
     Phase,
     Role,
@@ -25,6 +25,7 @@ from fxzero.ir import (
     in_memory_of,
     is_gather,
     members,
+    role,
     started_by,
 )
 from fxzero.layout import Bucket, ParamSpec, group_into_buckets
@@ -34,8 +35,6 @@ from fxzero.timeline import Event, Key, Timeline, play
 MIB = 2**20
 BODY_BYTES = tuple(size * MIB for size in (4, 8, 12, 16, 24, 32, 64, 128))
 """Upper bounds on a bucket that are tried."""
-BODY = BODY_BYTES.index(16 * MIB)
-"""That of buckets which were made without a choice."""
 MOST_BYTES = 48 * MIB
 """Upper bound on what is in flight in each direction; a sixteenth of the model where that is more."""
 HEAD_SHARES = (1, 2, 4, 8)
@@ -117,7 +116,7 @@ def needs_of(step: StepGraph, costs: Costs, device: Device) -> Needs:
         elapsed = 0.0
         for node in nodes:
             before[node] = elapsed
-            elapsed += _compute_s(costs, node)
+            elapsed += 0.0 if role(node) is Role.WAIT else costs.of(node)  # waits cost what the buckets make of them
         phase_s[phase] = elapsed
     first: dict[tuple[Phase, str], float] = {}
     phase_of = step.phase_of()
@@ -135,15 +134,6 @@ def needs_of(step: StepGraph, costs: Costs, device: Device) -> Needs:
         ready |= dict.fromkeys(members(start), before[start])
     in_order = dict(sorted(first.items(), key=lambda item: (item[0][0] is Phase.BACKWARD, item[1])))
     return Needs(step, in_order, ready, phase_s, device, costs)
-
-
-def _compute_s(costs: Costs, node: fx.Node) -> float:
-    """Of a node that is no wait: what waits cost depends on the buckets."""
-    return 0.0 if node.op == "call_function" and _is_wait(node) else costs.of(node)
-
-
-def _is_wait(node: fx.Node) -> bool:
-    return started_by(node) is not node
 
 
 def tune(needs: Needs, *, keeps_all: bool, keeps_free: bool, buckets: Sequence[Fqns] | None = None) -> Tuning:
@@ -181,7 +171,7 @@ def tune(needs: Needs, *, keeps_all: bool, keeps_free: bool, buckets: Sequence[F
 def _sizes(buckets: Sequence[Fqns] | None) -> Iterator[tuple[int, int | None, int]]:
     """What to try: the size of buckets, that of the first, and how many of the largest are in flight."""
     if buckets is not None:
-        yield from ((BODY_BYTES[BODY], None, ahead) for ahead in AHEAD)
+        yield from ((BucketAllGathers.bucket_bytes, None, ahead) for ahead in AHEAD)
         return
     for body, share in itertools.product(BODY_BYTES, HEAD_SHARES):
         yield body, None if share == 1 else body // share, AHEAD[0]
@@ -227,7 +217,6 @@ def _phase(
     inflight: int,
 ) -> Iterator[Event]:
     """The events of one phase: gathers start as PrefetchAllGathers writes it, reductions end as SinkWaits does."""
-    others = needs.step.world_size - 1
     nbytes = [bucket.nbytes for _, bucket in gathers]
     starts_at: dict[int, list[int]] = {}
     first = flying_bytes = 0
@@ -241,7 +230,7 @@ def _phase(
 
     def launch(anchor: int) -> Iterator[Event]:
         for k in starts_at.get(anchor, ()):
-            yield Event("start", 0.0, keys[k], gathers[k][1].shard_nbytes * others)
+            yield Event("start", 0.0, keys[k], sent_bytes(gathers[k][1]))
 
     happening = [(at, 1, k) for k, (at, _) in enumerate(gathers)] + [(at, 0, k) for k, (at, _) in enumerate(reductions)]
     flying: deque[tuple[Key, Bucket]] = deque()
@@ -253,13 +242,13 @@ def _phase(
         if is_gather_:
             yield from launch(k)
             yield Event("wait", 0.0, keys[k])
-            yield Event("compute", 2 * gathers[k][1].shard_nbytes / needs.device.bytes_per_s)
+            yield Event("compute", gather_wait_bytes(gathers[k][1]) / needs.device.bytes_per_s)
             continue
         bucket = reductions[k][1]
         flying.append(((Role.REDUCE_SCATTER, phase, bucket.fqns), bucket))
         while len(flying) > 1 and sum(each.nbytes for _, each in flying) > inflight:
             yield from _finish(needs, *flying.popleft())
-        yield Event("start", 0.0, flying[-1][0], bucket.shard_nbytes * others)
+        yield Event("start", 0.0, flying[-1][0], sent_bytes(bucket))
     yield Event("compute", needs.phase_s.get(phase, 0.0) - now)
     for key, bucket in flying:
         yield from _finish(needs, key, bucket)
@@ -268,8 +257,7 @@ def _phase(
 def _finish(needs: Needs, key: Key, bucket: Bucket) -> Iterator[Event]:
     """Wait for a reduction, and add up what came."""
     yield Event("wait", 0.0, key)
-    moved = (3 * (needs.step.world_size - 1) + 2) * bucket.shard_nbytes
-    yield Event("compute", moved / needs.device.bytes_per_s)
+    yield Event("compute", reduce_wait_bytes(bucket) / needs.device.bytes_per_s)
 
 
 def best_order(happening: list[Event], link: Link) -> tuple[tuple[tuple[Fqns, Fqns], ...], Timeline]:

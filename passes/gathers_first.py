@@ -20,7 +20,7 @@ class GathersFirst:
 
     Needs: BucketReduceScatters; PrefetchAllGathers, whose gathers it orders by; before SinkWaits.
     Numerics: unchanged, bit for bit.
-    Source: list scheduling by urgency; DeepCompile (arXiv:2504.09983) orders gathers only.
+    Source: list scheduling, with the most urgent message first.
     """
 
     later: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = ()
