@@ -22,6 +22,7 @@ from torch import Tensor
 from fxzero.comm import Bound, GroupComm
 from fxzero.errors import CommunicationError
 from fxzero.layout import Bucket
+from fxzero.threads import hurry_message_threads
 
 
 def message_tag(word: str, bucket: Bucket) -> int:
@@ -38,6 +39,7 @@ class GlooComm(GroupComm):
 
     def __init__(self, group: dist.ProcessGroup, *, divisor: int | None = None) -> None:
         super().__init__(group)
+        hurry_message_threads()
         self._divisor = self.world_size if divisor is None else divisor
         self._peers = [(self.rank + step) % self.world_size for step in range(1, self.world_size)]
         """Who is sent to, in order; every rank starts with another one."""
