@@ -234,7 +234,7 @@ def _phase(
 
     happening = [(at, 1, k) for k, (at, _) in enumerate(gathers)] + [(at, 0, k) for k, (at, _) in enumerate(reductions)]
     flying: deque[tuple[Key, Bucket]] = deque()
-    now = 0.0
+    reduced_bytes, now = 0, 0.0
     yield from launch(-1)
     for at, is_gather_, k in sorted(happening):
         yield Event("compute", at - now)
@@ -246,7 +246,9 @@ def _phase(
             continue
         bucket = reductions[k][1]
         flying.append(((Role.REDUCE_SCATTER, phase, bucket.fqns), bucket))
-        while len(flying) > 1 and sum(each.nbytes for _, each in flying) > inflight:
+        reduced_bytes += bucket.nbytes
+        while len(flying) > 1 and reduced_bytes > inflight:
+            reduced_bytes -= flying[0][1].nbytes
             yield from _finish(needs, *flying.popleft())
         yield Event("start", 0.0, flying[-1][0], sent_bytes(bucket))
     yield Event("compute", needs.phase_s.get(phase, 0.0) - now)

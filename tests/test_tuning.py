@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 from collections.abc import Sequence
 
@@ -174,3 +175,14 @@ def test_stopwatch_has_medians_of_like_steps_only() -> None:
     assert watch.medians() == [2.0, 6.0]
     watch.steps.append([1.0])
     assert watch.medians() == []
+
+
+def test_choosing_leaves_the_garbage_collector_as_it_was() -> None:
+    step, passes, model = layers(64, 64), default_passes(), CostModel(SLOW)
+    for enabled in (True, False):
+        (gc.enable if enabled else gc.disable)()
+        try:
+            choose_sizes(step, passes, model, keeps_free=True)
+            assert gc.isenabled() == enabled
+        finally:
+            gc.enable()
