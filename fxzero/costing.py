@@ -9,7 +9,7 @@ from fxzero.collector import collector_paused
 from fxzero.cost import Cluster, Costs, roofline
 from fxzero.ir import StepGraph, copy_of
 from fxzero.layout import ParamSpec
-from fxzero.passes import BucketAllGathers, KeepGathered, Pass
+from fxzero.passes import BucketAllGathers, KeepGathered, NarrowAllGathers, NarrowReduceScatters, Pass
 from fxzero.stopwatch import with_measured
 from fxzero.timing import Timing
 from fxzero.tuning import Tuning, needs_of, tune
@@ -66,8 +66,10 @@ def choose_again(
 ) -> Tuning:
     """The same for a step that has its collectives, bucketed or not: a complete plan, whose compute was measured."""
     keeps_all = any(isinstance(each, KeepGathered) and each.max_kept_bytes is None for each in passes)
+    gathered_as = next((each.format for each in passes if isinstance(each, NarrowAllGathers)), None)
+    reduced_as = next((each.format for each in passes if isinstance(each, NarrowReduceScatters)), None)
     with collector_paused():
-        needs = needs_of(planned, model(planned), model.cluster.device)
+        needs = needs_of(planned, model(planned), model.cluster.device, gathered_as, reduced_as)
         return tune(needs, keeps_all=keeps_all, keeps_free=keeps_free, buckets=buckets)
 
 
