@@ -188,7 +188,7 @@ def _rows(world_size: int, gbit_per_s: float, found: dict[str, Any]) -> list[dic
                 "wire, ms": 1e3 * found["sent"] / (gbit_per_s * 1e9 / 8),
                 "direct, ms": 1e3 * direct_s,
                 "ring, ms": 1e3 * ring_s,
-                "ring / direct": f"{ring_s / direct_s:.2f}",
+                "ring / direct, %": 100 * ring_s / direct_s,
                 "direct, CPU ms": 1e3 * direct_cpu_s / world_size,
                 "ring, CPU ms": 1e3 * ring_cpu_s / world_size,
                 "other sums": "" if kind == "gather" else f"{found['other']:.0%}",
