@@ -23,6 +23,8 @@ SMALL_BYTES, LARGE_BYTES = 2**14, 2**22
 """Of the messages that latency and bandwidth are measured with, per rank that receives."""
 IN_FLIGHT = 3
 """Large messages at a time: what a schedule keeps the link busy with."""
+BATCH_S, NUM_BATCHES = 0.005, 9
+"""Seconds of calls between two looks at the clock, at least, and how often."""
 LINK_S = 0.3
 """After so long no further message is sent."""
 
@@ -53,23 +55,29 @@ def measure_device(device: torch.device, dtype: torch.dtype = torch.float32) -> 
     tiny = torch.zeros(1, device=device)
     product = torch.empty(512, 2048, device=device, dtype=dtype)
     with torch.no_grad():
-        product_s = _seconds_of(lambda: torch.mm(left, right, out=product), device, 8)
-        sum_s = _seconds_of(lambda: into.add_(addend), device, 3)
-        tiny_s = _seconds_of(lambda: tiny.add_(1.0), device, 200)
+        product_s = _seconds_of(lambda: torch.mm(left, right, out=product), device)
+        sum_s = _seconds_of(lambda: into.add_(addend), device)
+        tiny_s = _seconds_of(lambda: tiny.add_(1.0), device)
     return Device(2 * 512 * 512 * 2048 / product_s, 3 * into.nbytes / sum_s, tiny_s)
 
 
-def _seconds_of(run: Callable[[], object], device: torch.device, times: int) -> float:
-    """The median seconds of a call: of three batches of `times` calls each, after one batch."""
-    batches: list[float] = []
-    for _ in range(4):
-        _finish(device)
-        begin = time.perf_counter()
-        for _ in range(times):
-            run()
-        _finish(device)
-        batches.append((time.perf_counter() - begin) / times)
-    return statistics.median(batches[1:])
+def _seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """The median seconds of a call over batches of `BATCH_S` or more, after shorter ones that find how many calls."""
+    times, seconds = 1, _batch_s(run, device, 1)
+    while seconds < BATCH_S:
+        times *= 2
+        seconds = _batch_s(run, device, times)
+    return statistics.median(_batch_s(run, device, times) for _ in range(NUM_BATCHES)) / times
+
+
+def _batch_s(run: Callable[[], object], device: torch.device, times: int) -> float:
+    """Seconds of so many calls."""
+    _finish(device)
+    begin = time.perf_counter()
+    for _ in range(times):
+        run()
+    _finish(device)
+    return time.perf_counter() - begin
 
 
 def measure_link(comm: Comm, device: torch.device) -> Link:

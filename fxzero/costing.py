@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from fxzero.collector import collector_paused
 from fxzero.cost import Cluster, Costs, roofline
 from fxzero.ir import StepGraph, copy_of
 from fxzero.layout import ParamSpec
-from fxzero.passes import BucketAllGathers, KeepGathered, Pass
+from fxzero.passes import BucketAllGathers, KeepGathered, NarrowAllGathers, NarrowReduceScatters, Pass
 from fxzero.stopwatch import with_measured
 from fxzero.timing import Timing
 from fxzero.tuning import Tuning, needs_of, tune
@@ -52,7 +53,8 @@ def choose_sizes(
         buckets: their members, if the layout is fixed already.
     """
     place = next((i for i, each in enumerate(passes) if isinstance(each, BucketAllGathers)), len(passes))
-    return choose_again(_after(captured, passes[:place]), passes, model, keeps_free, buckets)
+    with collector_paused():
+        return choose_again(_after(captured, passes[:place]), passes, model, keeps_free, buckets)
 
 
 def choose_again(
@@ -63,9 +65,12 @@ def choose_again(
     buckets: Sequence[tuple[str, ...]] | None,
 ) -> Tuning:
     """The same for a step that has its collectives, bucketed or not: a complete plan, whose compute was measured."""
-    needs = needs_of(planned, model(planned), model.cluster.device)
     keeps_all = any(isinstance(each, KeepGathered) and each.max_kept_bytes is None for each in passes)
-    return tune(needs, keeps_all=keeps_all, keeps_free=keeps_free, buckets=buckets)
+    gathered_as = next((each.format for each in passes if isinstance(each, NarrowAllGathers)), None)
+    reduced_as = next((each.format for each in passes if isinstance(each, NarrowReduceScatters)), None)
+    with collector_paused():
+        needs = needs_of(planned, model(planned), model.cluster.device, gathered_as, reduced_as)
+        return tune(needs, keeps_all=keeps_all, keeps_free=keeps_free, buckets=buckets)
 
 
 def _after(captured: StepGraph, passes: Sequence[Pass]) -> StepGraph:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import itertools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -60,15 +61,19 @@ class NodeInfo:
     """PARAM, BUFFER: its name. INPUT: the path of the argument. COMPUTE: the module that runs it. Else empty."""
 
 
-_ROLE_OF_TARGET = {
-    ops.all_gather: Role.ALL_GATHER,
-    ops.reduce_scatter: Role.REDUCE_SCATTER,
-    ops.wait: Role.WAIT,
-    ops.release: Role.RELEASE,
-    ops.grad_slot: Role.GRAD_SLOT,
-    ops.write_grad: Role.WRITE_GRAD,
-    ops.end_forward: Role.END_FORWARD,
+_TARGET_OF_ROLE: dict[Role, Callable[..., Any]] = {
+    Role.ALL_GATHER: ops.all_gather,
+    Role.REDUCE_SCATTER: ops.reduce_scatter,
+    Role.WAIT: ops.wait,
+    Role.RELEASE: ops.release,
+    Role.GRAD_SLOT: ops.grad_slot,
+    Role.WRITE_GRAD: ops.write_grad,
+    Role.END_FORWARD: ops.end_forward,
 }
+"""The words of the schedule: a node has one of these roles if and only if it has the target."""
+_INFO_OF_TARGET: dict[Any, NodeInfo] = {target: NodeInfo(role) for role, target in _TARGET_OF_ROLE.items()}
+_INFO_OF_OP = {"output": NodeInfo(Role.OUTPUT), "get_attr": NodeInfo(Role.CONSTANT)}
+_COMPUTE = NodeInfo(Role.COMPUTE)
 
 
 def info(node: fx.Node) -> NodeInfo:
@@ -76,9 +81,7 @@ def info(node: fx.Node) -> NodeInfo:
     stored = node.meta.get(META_KEY)
     if stored is not None:
         return stored
-    if node.op in ("output", "get_attr"):
-        return NodeInfo(Role.OUTPUT if node.op == "output" else Role.CONSTANT)
-    return NodeInfo(_ROLE_OF_TARGET.get(cast(Any, node.target), Role.COMPUTE))
+    return _INFO_OF_OP.get(node.op) or _INFO_OF_TARGET.get(node.target, _COMPUTE)
 
 
 def role(node: fx.Node) -> Role:
@@ -154,6 +157,10 @@ class StepGraph:
 
     def nodes(self, *roles: Role) -> list[fx.Node]:
         """All nodes of the given roles, in order."""
+        if all(each in _TARGET_OF_ROLE for each in roles):
+            find = self.graph.find_nodes
+            found = (find(op="call_function", target=_TARGET_OF_ROLE[each], sort=False) for each in set(roles))
+            return sorted(itertools.chain.from_iterable(found))
         return [node for node in self.graph.nodes if role(node) in roles]
 
     def param_nodes(self) -> dict[str, fx.Node]:

@@ -49,7 +49,7 @@ class ParamSpec:
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
 
@@ -232,12 +232,13 @@ def group_into_buckets(
         head_bytes: the same of the first bucket; each later one may be twice as large, up to `bucket_bytes`.
     """
     done: list[list[ParamSpec]] = []
-    open_: dict[tuple[torch.dtype, bool], list[ParamSpec]] = {}
+    open_: dict[tuple[torch.dtype, bool], tuple[list[ParamSpec], int]] = {}
     for param in params:
-        members = open_.get(param.bucket_key)
+        members, nbytes = open_.get(param.bucket_key, (None, 0))
         limit = bucket_bytes if head_bytes is None else min(bucket_bytes, head_bytes << min(max(len(done) - 1, 0), 40))
-        if members is None or sum(p.nbytes for p in members) + param.nbytes > limit:
-            members = open_[param.bucket_key] = []
+        if members is None or nbytes + param.nbytes > limit:
+            members, nbytes = list[ParamSpec](), 0
             done.append(members)
         members.append(param)
+        open_[param.bucket_key] = members, nbytes + param.nbytes
     return tuple(make_bucket(members, world_size, layout) for members in done)

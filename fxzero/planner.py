@@ -19,6 +19,7 @@ from torch import nn
 from fxzero.budget import Choice, choose, must_choose
 from fxzero.capture import Captured, capture
 from fxzero.codegen import generate
+from fxzero.collector import collector_paused
 from fxzero.comm import PlanningComm
 from fxzero.cost import Cluster
 from fxzero.costing import CostModel, choose_sizes, optimizer_bytes
@@ -48,8 +49,9 @@ def make_plan(
     Raises:
         ScheduleError: a pass left the schedule unsafe.
     """
-    run_passes(captured.step, passes if choice is None else choice.passes(passes), observers=observers)
-    return Plan(captured, generate(captured.step))
+    with collector_paused():
+        run_passes(captured.step, passes if choice is None else choice.passes(passes), observers=observers)
+        return Plan(captured, generate(captured.step))
 
 
 def in_layout(step: StepGraph, passes: Sequence[Pass], layout: Layout | None) -> list[Pass]:

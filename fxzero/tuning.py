@@ -31,6 +31,7 @@ from fxzero.ir import (
 from fxzero.layout import Bucket, ParamSpec, group_into_buckets
 from fxzero.passes import BucketAllGathers, GathersFirst, KeepGathered, Pass, PrefetchAllGathers, SinkWaits
 from fxzero.timeline import Event, Key, Timeline, play
+from fxzero.wire import WireFormat, narrowed
 
 MIB = 2**20
 BODY_BYTES = tuple(size * MIB for size in (4, 8, 12, 16, 24, 32, 64, 128))
@@ -101,6 +102,10 @@ class Needs:
     phase_s: dict[Phase, float]
     device: Device
     costs: Costs
+    gathered_as: WireFormat | None = None
+    """In which buckets travel to ranks, where that makes them narrower."""
+    reduced_as: WireFormat | None = None
+    """The same of gradients."""
 
     @property
     def params(self) -> list[ParamSpec]:
@@ -108,8 +113,19 @@ class Needs:
         return [self.step.params[fqn] for fqn in dict.fromkeys(fqn for _, fqn in self.first_s)]
 
 
-def needs_of(step: StepGraph, costs: Costs, device: Device) -> Needs:
-    """Read a step that has its gathers and reductions, bucketed or not."""
+def needs_of(
+    step: StepGraph,
+    costs: Costs,
+    device: Device,
+    gathered_as: WireFormat | None = None,
+    reduced_as: WireFormat | None = None,
+) -> Needs:
+    """Read a step that has its gathers and reductions, bucketed or not.
+
+    Args:
+        gathered_as: in which buckets will travel to ranks; a format that the step has already is not looked at.
+        reduced_as: the same of gradients.
+    """
     before: dict[fx.Node, float] = {}
     phase_s: dict[Phase, float] = {}
     for phase, nodes in step.phases():
@@ -133,7 +149,7 @@ def needs_of(step: StepGraph, costs: Costs, device: Device) -> Needs:
     for start in step.nodes(Role.REDUCE_SCATTER):
         ready |= dict.fromkeys(members(start), before[start])
     in_order = dict(sorted(first.items(), key=lambda item: (item[0][0] is Phase.BACKWARD, item[1])))
-    return Needs(step, in_order, ready, phase_s, device, costs)
+    return Needs(step, in_order, ready, phase_s, device, costs, gathered_as, reduced_as)
 
 
 def tune(needs: Needs, *, keeps_all: bool, keeps_free: bool, buckets: Sequence[Fqns] | None = None) -> Tuning:
@@ -230,11 +246,11 @@ def _phase(
 
     def launch(anchor: int) -> Iterator[Event]:
         for k in starts_at.get(anchor, ()):
-            yield Event("start", 0.0, keys[k], sent_bytes(gathers[k][1]))
+            yield Event("start", 0.0, keys[k], sent_bytes(narrowed(gathers[k][1], needs.gathered_as)))
 
     happening = [(at, 1, k) for k, (at, _) in enumerate(gathers)] + [(at, 0, k) for k, (at, _) in enumerate(reductions)]
     flying: deque[tuple[Key, Bucket]] = deque()
-    now = 0.0
+    reduced_bytes, now = 0, 0.0
     yield from launch(-1)
     for at, is_gather_, k in sorted(happening):
         yield Event("compute", at - now)
@@ -246,9 +262,11 @@ def _phase(
             continue
         bucket = reductions[k][1]
         flying.append(((Role.REDUCE_SCATTER, phase, bucket.fqns), bucket))
-        while len(flying) > 1 and sum(each.nbytes for _, each in flying) > inflight:
+        reduced_bytes += bucket.nbytes
+        while len(flying) > 1 and reduced_bytes > inflight:
+            reduced_bytes -= flying[0][1].nbytes
             yield from _finish(needs, *flying.popleft())
-        yield Event("start", 0.0, flying[-1][0], sent_bytes(bucket))
+        yield Event("start", 0.0, flying[-1][0], sent_bytes(narrowed(bucket, needs.reduced_as)))
     yield Event("compute", needs.phase_s.get(phase, 0.0) - now)
     for key, bucket in flying:
         yield from _finish(needs, key, bucket)

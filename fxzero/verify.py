@@ -72,18 +72,19 @@ def verify_graph(step: StepGraph) -> None:
     _check_wire_formats(step)
     walk = _Walk(has_gathers=bool(step.nodes(Role.ALL_GATHER)), kept=frozenset(step.kept))
     for node in step.graph.nodes:
-        _check_order(walk, node)
-        if role(node) is Role.END_FORWARD:
+        sources, kind = node.all_input_nodes, role(node)
+        _check_order(walk, node, sources)
+        if kind is Role.END_FORWARD:
             _check_nothing_in_flight(walk, "the end of forward")
             walk.phase = Phase.BACKWARD
-        elif role(node) in (Role.ALL_GATHER, Role.REDUCE_SCATTER):
+        elif kind in (Role.ALL_GATHER, Role.REDUCE_SCATTER):
             walk.started[node] = walk.phase
-        elif role(node) is Role.WAIT:
+        elif kind is Role.WAIT:
             _check_wait(walk, node)
-        elif role(node) is Role.RELEASE:
+        elif kind is Role.RELEASE:
             _check_release(walk, node)
         else:
-            _check_reads(walk, node)
+            _check_reads(walk, node, sources)
             _check_writes(walk, node)
         walk.seen.add(node)
     _check_nothing_in_flight(walk, "the end of the step")
@@ -112,8 +113,8 @@ def verify_plan(step: StepGraph) -> None:
                 raise GradientReduceError(f"The gradient of {fqn} is never reduced. Run InsertReduceScatters.")
 
 
-def _check_order(walk: _Walk, node: fx.Node) -> None:
-    for source in node.all_input_nodes:
+def _check_order(walk: _Walk, node: fx.Node, sources: list[fx.Node]) -> None:
+    for source in sources:
         if source not in walk.seen:
             raise MalformedGraphError(
                 f"{describe(node)} stands before {describe(source)}, which it reads. A pass moved it too far up."
@@ -139,9 +140,9 @@ def _check_release(walk: _Walk, release: fx.Node) -> None:
     walk.released.add(start)
 
 
-def _check_reads(walk: _Walk, node: fx.Node) -> None:
-    for source in node.all_input_nodes:
-        if role(source) is Role.PARAM and walk.has_gathers:
+def _check_reads(walk: _Walk, node: fx.Node, sources: list[fx.Node]) -> None:
+    for source in sources:
+        if walk.has_gathers and role(source) is Role.PARAM:
             raise ReadWithoutGatherError(
                 f"{info(source).fqn} is read by {describe(node)} without a gather. Read the result of its wait."
             )

@@ -72,6 +72,12 @@ def on_wire(bucket: Bucket, format: WireFormat | None) -> Bucket:
     return bucket if format is None else WireBucket(bucket.params, bucket.world_size, bucket, format)
 
 
+def narrowed(bucket: Bucket, format: WireFormat | None) -> Bucket:
+    """What travels of a bucket that is to be narrower: the bucket itself where the format would not make it so."""
+    travels = on_wire(bucket, format)
+    return travels if travels.nbytes < bucket.nbytes else bucket
+
+
 def split_rows(rows: torch.Tensor, shard_numel: int, format: WireFormat) -> tuple[torch.Tensor, torch.Tensor]:
     """Views of the values `[..., shard_numel]` and scales `[..., num_scales]` in quantised rows `[..., row_numel]`."""
     end = shard_numel + format.num_scales(shard_numel) * SCALE_DTYPE.itemsize

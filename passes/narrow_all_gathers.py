@@ -8,7 +8,7 @@ import torch
 
 from fxzero.errors import PassOrderError
 from fxzero.ir import Role, StepGraph, set_wire_format
-from fxzero.wire import BLOCK_NUMEL, WireFormat, on_wire
+from fxzero.wire import BLOCK_NUMEL, WireFormat, narrowed
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,16 @@ class NarrowAllGathers:
         if self.block_numel < 1:
             raise ValueError(f"block_numel is {self.block_numel}; it must be at least 1")
 
+    @property
+    def format(self) -> WireFormat:
+        """What buckets travel in, where that is narrower."""
+        return WireFormat(self.dtype, self.block_numel if self.dtype is torch.int8 else None)
+
     def __call__(self, step: StepGraph, /) -> None:
         starts = step.nodes(Role.ALL_GATHER)
         if not starts and any(param.users for param in step.param_nodes().values()):
             raise PassOrderError("no all_gather in the graph; run InsertAllGathers first")
-        format = WireFormat(self.dtype, self.block_numel if self.dtype is torch.int8 else None)
         for start in starts if step.world_size > 1 else []:
             bucket = step.bucket_of(start)
-            if on_wire(bucket, format).nbytes < bucket.nbytes:
-                set_wire_format(start, format)
+            if narrowed(bucket, self.format) is not bucket:
+                set_wire_format(start, self.format)

@@ -8,7 +8,7 @@ import torch
 
 from fxzero.errors import PassOrderError
 from fxzero.ir import Role, StepGraph, set_wire_format
-from fxzero.wire import WireFormat, on_wire
+from fxzero.wire import WireFormat, narrowed
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,16 @@ class NarrowReduceScatters:
         if self.dtype is not torch.bfloat16:
             raise ValueError(f"dtype is {self.dtype}; reduce-scatters travel as torch.bfloat16")
 
+    @property
+    def format(self) -> WireFormat:
+        """What buckets travel in, where that is narrower."""
+        return WireFormat(self.dtype)
+
     def __call__(self, step: StepGraph, /) -> None:
         starts = step.nodes(Role.REDUCE_SCATTER)
         if not starts and step.has_backward and step.synchronize and step.grads:
             raise PassOrderError("no reduce_scatter in the graph; run InsertReduceScatters first")
-        format = WireFormat(self.dtype)
         for start in starts if step.world_size > 1 else []:
             bucket = step.bucket_of(start)
-            if on_wire(bucket, format).nbytes < bucket.nbytes:
-                set_wire_format(start, format)
+            if narrowed(bucket, self.format) is not bucket:
+                set_wire_format(start, self.format)

@@ -39,9 +39,11 @@ class PrefetchAllGathers:
             starts = [node for node in nodes if role(node) is Role.ALL_GATHER]
             nbytes = [step.bucket_of(start).nbytes for start in starts]
             head = next((node for node in nodes if node not in starts), None)
-            first = 0
+            first = flying_bytes = 0
             for k, start in enumerate(starts):
-                while first < k - 1 and sum(nbytes[first : k + 1]) > self.max_inflight_bytes:
+                flying_bytes += nbytes[k]
+                while first < k - 1 and flying_bytes > self.max_inflight_bytes:
+                    flying_bytes -= nbytes[first]
                     first += 1
                 anchor = wait_of(starts[first]) if first > 0 else head
                 assert anchor is not None

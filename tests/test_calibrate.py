@@ -7,8 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 import fxzero
 from fxzero.__main__ import main
+from fxzero.calibrate import _seconds_of
 from fxzero.cost import Cluster
 
 
@@ -29,3 +33,19 @@ def test_two_ranks_print_a_cluster_that_compile_takes(tmp_path: Path) -> None:
     cluster = eval(line.removeprefix("cluster="), {"fxzero": fxzero})
     assert cluster == Cluster.of_numbers(json.loads(out.read_text()))
     assert "Gbit/s" in printed
+
+
+@pytest.mark.parametrize(("call_s", "num_calls"), [(0.1, 1 + 9), (0.001, 1 + 2 + 4 + 8 + 9 * 8)])
+def test_a_call_is_timed_in_few_batches_of_which_slow_ones_do_not_count(
+    call_s: float, num_calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, now = 0, 0.0
+
+    def run() -> None:
+        nonlocal calls, now
+        calls += 1
+        now += call_s + (7.0 if calls > num_calls // 2 and calls % 5 == 0 and call_s > 0.01 else 0.0)
+
+    monkeypatch.setattr("fxzero.calibrate.time.perf_counter", lambda: now)
+    assert _seconds_of(run, torch.device("cpu")) == pytest.approx(call_s)
+    assert calls == num_calls

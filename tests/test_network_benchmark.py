@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.about import ROOT
 from benchmarks.network.__main__ import make_parser, turns_of
 from benchmarks.network.bound import Costs, Traffic, least_traffic, lower_bound_s
 from benchmarks.network.model import Encoder, make_batch
@@ -128,6 +129,29 @@ def test_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     text = str(caught.value)
     assert "not root" in text and "'tc'; install iproute2" in text and "each of 1000 ranks" in text
     assert "'ip'" not in text
+
+
+def test_ranks_that_share_cores_need_none_each() -> None:
+    assert any("each of 1000 ranks" in reason for reason in missing(1000))
+    assert not any("each of 1000 ranks" in reason for reason in missing(1000, shares_cores=True))
+
+
+def test_ring_and_direct_messages_agree() -> None:
+    """Each rank of the benchmark compares what it gathered and reduced in both ways; on the machine's own network."""
+    world_size = 3
+    command = [sys.executable, "-m", "benchmarks.ring_or_direct", "--as-rank", "--rounds", "1", "--mib", "1"]
+    environment = dict(os.environ, WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    environment["GLOO_SOCKET_IFNAME"] = "lo"
+    ranks = [
+        subprocess.Popen(
+            command, env=environment | {"RANK": str(rank)}, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        for rank in range(world_size)
+    ]
+    printed = [rank.communicate(timeout=300)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * world_size
+    found = json.loads(printed[0].splitlines()[-1])
+    assert 0 < found["other"] < 1  # sums around a ring have another order
 
 
 def test_other_systems_than_linux_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from fxzero.capture import capture
 from fxzero.cost import GBIT, Cluster, Costs, Device, Link, roofline
 from fxzero.costing import CostModel, choose_sizes
-from fxzero.ir import Role, StepGraph, copy_of, members
-from fxzero.passes import BucketAllGathers, GathersFirst, Pass, default_passes
+from fxzero.ir import Role, StepGraph, copy_of, members, role
+from fxzero.passes import (
+    BucketAllGathers,
+    GathersFirst,
+    NarrowAllGathers,
+    NarrowReduceScatters,
+    Pass,
+    default_passes,
+)
 from fxzero.pipeline import run_passes
 from fxzero.shards import spec_of
 from fxzero.stopwatch import Stopwatch, seconds_by_name, with_measured
-from fxzero.timeline import play, simulate
+from fxzero.timeline import Event, events, play, simulate
 from fxzero.tuning import Tuning, _events, needs_of
 
 SLOW = Cluster(Device(9e10, 1e10, 5e-6), Link(1 * GBIT, 2e-4, 1e-9))
@@ -31,10 +39,10 @@ def captured_step(model: nn.Module, *inputs: torch.Tensor, world_size: int = 2) 
     ).step
 
 
-def layers(*widths: int, batch: int = 256) -> StepGraph:
+def layers(*widths: int, batch: int = 256, world_size: int = 2) -> StepGraph:
     with torch.device("meta"):
         model = nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(widths)))
-        return captured_step(model, torch.empty(batch, widths[0]))
+        return captured_step(model, torch.empty(batch, widths[0]), world_size=world_size)
 
 
 def planned(step: StepGraph, passes: Sequence[Pass]) -> StepGraph:
@@ -73,30 +81,67 @@ def test_first_bucket_is_smaller_where_nothing_hides_it() -> None:
     assert sizes[0] < max(sizes)
 
 
+WIRES: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {
+    "full": (None, None),
+    "bf16 gathers": (torch.bfloat16, None),
+    "int8 gathers": (torch.int8, None),
+    "bf16 reductions": (None, torch.bfloat16),
+    "both": (torch.int8, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("wire", WIRES)
 @pytest.mark.parametrize("kept", [0, None])
-def test_prediction_of_a_candidate_is_that_of_the_plan(kept: int | None) -> None:
-    """What sizes are chosen by is what the passes then write."""
-    step, passes = (
-        layers(*MODELS["wide"]),
-        default_passes(bucket_bytes=2**20, prefetch_bytes=2**22, max_kept_bytes=kept),
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_candidate_is_what_the_passes_write(world_size: int, kept: int | None, wire: str) -> None:
+    """Every start and wait in its place, with the bytes that travel; and as long as the plan is predicted to take."""
+    step = layers(*MODELS["wide"], world_size=world_size)
+    gathered, reduced = WIRES[wire]
+    inflight = 2**22
+    passes = default_passes(
+        bucket_bytes=2**20,
+        prefetch_bytes=inflight,
+        reduce_bytes=inflight,
+        max_kept_bytes=kept,
+        gather_dtype=gathered,
+        reduce_dtype=reduced,
     )
     prefix = copy_of(step)
     for each in passes[:4]:
         each(prefix)
-    needs = needs_of(prefix, roofline(prefix, SLOW), SLOW.device)
+    formats = [
+        next((each.format for each in passes if isinstance(each, kind)), None)
+        for kind in (NarrowAllGathers, NarrowReduceScatters)
+    ]
+    needs = needs_of(prefix, roofline(prefix, SLOW), SLOW.device, *formats)
     plan = planned(step, passes)
     groups = [plan.bucket(fqns) for fqns in dict.fromkeys(members(start) for start in plan.nodes(Role.ALL_GATHER))]
-    total = sum(group.nbytes for group in groups)
-    inflight = 2**22
-    sink = [
-        dataclasses.replace(each, max_inflight_bytes=inflight) if hasattr(each, "max_inflight_bytes") else each
-        for each in passes
+    kept_bytes = sum(group.nbytes for group in groups) if kept is None else 0
+    candidate = list(_events(needs, groups, inflight, kept_bytes))
+    costs = roofline(plan, SLOW)
+    told, real = play(candidate, SLOW.link), simulate(plan, costs)
+    assert [_message(event) for event in candidate if event.key] == [
+        _message(event) for event in events(plan, costs) if event.key
     ]
-    plan = planned(step, sink)
-    told = play(_events(needs, groups, inflight, total if kept is None else 0), SLOW.link)
-    real = simulate(plan, roofline(plan, SLOW))
     assert told.wire_s == pytest.approx(real.wire_s)
     assert told.step_s == pytest.approx(real.step_s, rel=0.01)
+
+
+def _message(event: Event) -> tuple[str, Role, tuple[str, ...], int]:
+    key = event.key
+    assert key is not None
+    kind, fqns = (role(key), members(key)) if isinstance(key, fx.Node) else (key[0], key[2])
+    return event.kind, kind, fqns, event.nbytes
+
+
+def test_choice_for_narrow_buckets_is_no_slower_than_that_for_full_ones() -> None:
+    step, model = layers(512, *[512] * 24), CostModel(SLOW)
+    narrow = default_passes(gather_dtype=torch.int8, reduce_dtype=torch.bfloat16)
+    choices = [choose_sizes(step, passes, model, keeps_free=False) for passes in (narrow, default_passes())]
+    plans = [planned(step, choice.passes(narrow)) for choice in choices]
+    informed, misled = (simulate(plan, model(plan)).step_s for plan in plans)
+    assert choices[0] != choices[1]
+    assert informed <= 1.003 * misled
 
 
 def test_what_is_kept_for_free_is_gathered_once() -> None:
@@ -174,3 +219,14 @@ def test_stopwatch_has_medians_of_like_steps_only() -> None:
     assert watch.medians() == [2.0, 6.0]
     watch.steps.append([1.0])
     assert watch.medians() == []
+
+
+def test_choosing_leaves_the_garbage_collector_as_it_was() -> None:
+    step, passes, model = layers(64, 64), default_passes(), CostModel(SLOW)
+    for enabled in (True, False):
+        (gc.enable if enabled else gc.disable)()
+        try:
+            choose_sizes(step, passes, model, keeps_free=True)
+            assert gc.isenabled() == enabled
+        finally:
+            gc.enable()

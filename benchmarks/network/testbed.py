@@ -18,8 +18,12 @@ class CannotRunHere(RuntimeError):
     """This machine has not what the testbed needs."""
 
 
-def missing(world_size: int = 2) -> list[str]:
-    """What the testbed needs and does not find, one sentence each."""
+def missing(world_size: int = 2, *, shares_cores: bool = False) -> list[str]:
+    """What the testbed needs and does not find, one sentence each.
+
+    Args:
+        shares_cores: ranks need no core each.
+    """
     found: list[str] = []
     if platform.system() != "Linux":
         return [f"The system is {platform.system()}; network namespaces need Linux."]
@@ -29,15 +33,15 @@ def missing(world_size: int = 2) -> list[str]:
         if shutil.which(program) is None:
             found.append(f"There is no program {program!r}; install iproute2.")
     cores = len(os.sched_getaffinity(0))
-    if cores < world_size:
+    if cores < world_size and not shares_cores:
         found.append(f"It has {cores} core(s); each of {world_size} ranks needs one of its own.")
     return found
 
 
-def check(world_size: int = 2) -> None:
+def check(world_size: int = 2, *, shares_cores: bool = False) -> None:
     """Raise CannotRunHere if something is missing."""
-    if reasons := missing(world_size):
-        raise CannotRunHere("The network benchmark cannot run here.\n" + "\n".join(reasons))
+    if reasons := missing(world_size, shares_cores=shares_cores):
+        raise CannotRunHere("The testbed cannot run here.\n" + "\n".join(reasons))
 
 
 def burst_bytes(gbit_per_s: float) -> int:
@@ -48,6 +52,10 @@ def burst_bytes(gbit_per_s: float) -> int:
 class Network:
     """The namespaces and their links, from `with` to its end.
 
+    Args:
+        prefix: of the names of the namespaces.
+        shares_cores: ranks need no core each.
+
     Raises:
         CannotRunHere: the machine lacks something, or the kernel refuses.
     """
@@ -55,15 +63,16 @@ class Network:
     interface = "wire"
     """Of every rank, in its own namespace."""
 
-    def __init__(self, world_size: int = 2) -> None:
-        check(world_size)
+    def __init__(self, world_size: int = 2, *, prefix: str = _PREFIX, shares_cores: bool = False) -> None:
+        check(world_size, shares_cores=shares_cores)
         self.world_size = world_size
-        self._own = f"{_PREFIX}{os.getpid()}-"
+        self._prefix = prefix
+        self._own = f"{prefix}{os.getpid()}-"
         self.namespaces = [f"{self._own}{rank}" for rank in range(world_size)]
         self.addresses = [f"10.98.7.{rank + 1}" for rank in range(world_size)]
 
     def __enter__(self) -> Network:
-        _remove_leftovers()
+        _remove_leftovers(self._prefix)
         try:
             self._make()
         except BaseException:
@@ -88,6 +97,12 @@ class Network:
         for name in self.namespaces:
             limit = f"rate {gbit_per_s * 1000:g}mbit burst {burst_bytes(gbit_per_s)} latency 50ms"
             _run(f"tc -n {name} qdisc replace dev {self.interface} root tbf {limit}")
+
+    def set_rate_of_ports(self, gbit_per_s: float) -> None:
+        """Limit what each rank receives too, as the port of a switch does; three ranks or more."""
+        limit = f"rate {gbit_per_s * 1000:g}mbit burst {burst_bytes(gbit_per_s)} latency 50ms"
+        for rank in range(self.world_size):
+            _run(f"tc -n {self._own}bridge qdisc replace dev port{rank} root tbf {limit}")
 
     def _make(self) -> None:
         for name in self.namespaces:
@@ -116,7 +131,7 @@ def _run(command: str) -> None:
     done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
     if done.returncode:
         said = (done.stderr or done.stdout).strip()
-        raise CannotRunHere(f"The network benchmark cannot run here: `{command}` failed: {said}")
+        raise CannotRunHere(f"The testbed cannot run here: `{command}` failed: {said}")
 
 
 def _namespaces(prefix: str) -> list[str]:
@@ -124,9 +139,9 @@ def _namespaces(prefix: str) -> list[str]:
     return [line.split()[0] for line in listed.splitlines() if line.startswith(prefix)]
 
 
-def _remove_leftovers() -> None:
+def _remove_leftovers(prefix: str) -> None:
     """Remove the namespaces of runs that were killed."""
-    for name in _namespaces(_PREFIX):
-        owner = name[len(_PREFIX) :].split("-")[0]
+    for name in _namespaces(prefix):
+        owner = name[len(prefix) :].split("-")[0]
         if not Path("/proc", owner).exists():
             subprocess.run(["ip", "netns", "del", name], check=False)
