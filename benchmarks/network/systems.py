@@ -103,6 +103,7 @@ SYSTEMS = {
     "fxzero_stubbed": System("ours:stubbed", Policy.SILENT, "fxzero's code, collectives stubbed out"),
     "fxzero": System("ours:train", Policy.AGAIN, "fxzero"),
     "fxzero_keep": System("ours:train", Policy.KEEP, "fxzero, stage=2", {"stage": 2}),
+    "fxzero_overlap": System("ours:train", Policy.AGAIN, "fxzero, optimizer overlapped", {"overlap_optimizer": True}),
     "fxzero_naive": System("ours:naive", Policy.AGAIN, "fxzero, naive schedule"),
     "ddp": System("peers:ddp", Policy.REPLICATED, "DDP"),
     "fsdp2": System("peers:fsdp2", Policy.AGAIN, "FSDP2"),

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import fxzero
 from fxzero.errors import GradientsInFlightError
+from fxzero.ir import Role, head_gathers
 from fxzero.passes import default_passes
-from fxzero.testing import run_ranks
+from tests.distributed import tuner_workers
 
 WIDTH, DEPTH = 24, 6
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -123,6 +127,13 @@ def halves(model: nn.Module) -> list[torch.optim.Optimizer]:
     params = list(model.parameters())
     return [torch.optim.AdamW(params[:6], lr=1e-2), torch.optim.SGD(params[6:], lr=0.1)]
 
+
+BUILDERS: dict[str, Callable[[nn.Module], list[torch.optim.Optimizer]]] = {
+    **{name: one(name) for name in OPTIMIZERS},
+    "groups": groups,
+    "two": two,
+    "halves": halves,
+}
 
 # -- what may happen in a step -----------------------------------------------------------------------------------------
 
@@ -241,7 +252,7 @@ def hooks(run: Run, step: int) -> None:
     run.backward(step)
     run.step()
     handle.remove()
-    last = list(run.zero.parameters())[0]
+    last = next(iter(run.zero.parameters()))
     handle = last.register_post_accumulate_grad_hook(lambda param: run.note([param.grad]))
     run.backward(step + 30)
     run.step()
@@ -296,21 +307,148 @@ SCENARIOS = {
 }
 
 
-def compare(rank: int, world_size: int, cases: list[tuple[str, Any, dict[str, Any]]], num_steps: int = 6) -> None:
+def compare(rank: int, world_size: int, cases: list[tuple[str, str, dict[str, Any]]], num_steps: int = 6) -> None:
     """Run scenarios both ways; every number that is noted must be the same."""
     for scenario, optimizers, options in cases:
         noted: list[list[torch.Tensor]] = []
         for overlaps in (False, True):
-            run = Run(rank, overlaps, one(optimizers) if isinstance(optimizers, str) else optimizers, **options)
+            run = Run(rank, overlaps, BUILDERS[optimizers], **options)
             for step in range(num_steps):
                 SCENARIOS[scenario](run, step)
             run.finish()
             noted.append(run.noted)
-            run.zero.wait_for_gradients()
         assert len(noted[0]) == len(noted[1]) > 0, (scenario, optimizers)
         for index, (plainly, overlapped) in enumerate(zip(*noted, strict=True)):
             same = torch.equal(plainly.nan_to_num(0.5), overlapped.nan_to_num(0.5))
             assert same, f"{scenario} {optimizers} {options}: value {index} differs"
 
 
-__all__ = ["GradientsInFlightError", "compare", "run_ranks"]
+def tuned(rank: int, world_size: int) -> None:
+    """A model that is large enough to be measured, in the ninth step of which all is planned again."""
+    results = [
+        tuner_workers.train(rank, 12, uneven=True, cluster=tuner_workers.SLOW, overlap_optimizer=overlaps)
+        for overlaps in (False, True)
+    ]
+    assert results[0]["losses"] == results[1]["losses"]
+    assert all(torch.equal(value, results[1]["params"][name]) for name, value in results[0]["params"].items())
+    assert results[1]["measured"]
+
+
+def order_of_work(rank: int, world_size: int) -> None:
+    """What happens in the third step, in order: waits of reductions, steps of optimizers in parts, gathers."""
+    run = Run(rank, True, BUILDERS["adamw"])
+    for step in range(2):
+        plain(run, step)
+    happened: list[str] = []
+    (tail,) = {id(tail): tail for tail in run.zero._fxzero_engine.last._tails.values() if tail}.values()
+    tail[:] = [part._replace(finish=_noting(happened, f"wait {n}", part.finish)) for n, part in enumerate(tail)]
+    assert len(tail) > 2
+    kernel = torch.optim.adamw.adam  # type: ignore[attr-defined]
+    numels = {part.fqns: sum(run.zero.get_parameter(fqn).numel() for fqn in part.fqns) for part in tail}
+
+    def noting_kernel(params: Any, *args: Any, **kwargs: Any) -> None:
+        happened.append(f"step {sum(param.numel() for param in params)}")
+        kernel(params, *args, **kwargs)
+
+    run.backward(2)
+    assert happened == []
+    assert run.overlap.are_pending
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.optim.adam.adam", noting_kernel)
+        run.optimizers[0].step()
+    total = sum(param.numel() for param in run.zero.parameters())
+    first = total - sum(numels.values())
+    expected = [f"step {first}"] if first else []
+    for number, part in enumerate(tail):
+        expected += [f"wait {number}", f"step {numels[part.fqns]}"]
+    assert happened == expected
+    assert not run.overlap.are_pending
+
+
+def _noting(happened: list[str], name: str, call: Callable[[], object]) -> Callable[[], object]:
+    def noting() -> None:
+        happened.append(name)
+        call()
+
+    return noting
+
+
+def early_gathers(rank: int, world_size: int) -> None:
+    """How many gathers are in flight after a step, and how many the plans that follow start themselves."""
+    run = Run(rank, True, BUILDERS["adamw"])
+    plain(run, 0)
+    num_head = len(head_gathers(run.zero.schedule.step))
+    assert len(run.overlap.early._flying) == num_head > 1
+    started: list[str] = []
+    comm = run.zero._fxzero_engine.comm
+    bind = comm.bind_gather
+
+    def noting_bind(bucket: Any, shard: Any, full: Any) -> Any:
+        bound = bind(bucket, shard, full)
+        return bound._replace(start=_noting(started, bucket.fqns[0], bound.start))
+
+    comm.bind_gather = noting_bind
+    with torch.no_grad():
+        run.zero(batch(0, rank, rows=7))  # another plan
+    in_forward = [node for node in run.zero.schedule.step.nodes(Role.ALL_GATHER)]
+    assert len(started) == len(in_forward) - num_head
+    assert not run.overlap.early._flying
+    plain(run, 1)  # the plan of the evaluation is taken for the next one, too
+    with torch.no_grad():
+        del started[:]
+        run.zero(batch(0, rank, rows=7))
+        assert len(started) == len(in_forward) - num_head
+        run.zero(batch(0, rank, rows=7))
+        assert len(started) == 2 * len(in_forward) - num_head
+    run.backward(2)
+    run.step()
+    next(run.zero.parameters()).data.zero_()
+    run.zero.wait_for_gradients()
+    assert not run.overlap.early._flying
+
+
+def write_in_flight(rank: int, world_size: int) -> None:
+    """Writing to gradients whose reduction is in flight is an error in whatever comes next; waiting before is none."""
+    run = Run(rank, True, BUILDERS["adamw"])
+    plain(run, 0)
+    for use in (
+        run.step,
+        run.zero.wait_for_gradients,
+        lambda: run.zero.clip_grad_norm_(1.0),
+        lambda: run.backward(3),
+    ):
+        run.backward(1)
+        assert run.overlap.are_pending
+        run.optimizers[0].zero_grad(set_to_none=False)
+        with pytest.raises(GradientsInFlightError, match="wait_for_gradients"):
+            use()
+        assert not run.overlap.are_pending
+    run.zero.zero_grad()
+    run.backward(1)
+    run.zero.wait_for_gradients()
+    torch._foreach_mul_([param.grad for param in run.zero.parameters()], 0.5)
+    run.step()
+
+
+def end_in_flight(rank: int, world_size: int) -> None:
+    """The last step leaves gathers in flight, and a last backward reductions."""
+    run = Run(rank, True, BUILDERS["adamw"])
+    for step in range(3):
+        plain(run, step)
+    assert run.overlap.early._flying
+    if rank == 0:
+        run.note(run.zero.parameters())
+
+
+def freed(rank: int, world_size: int) -> None:
+    """The model and its shards are freed without the garbage collector."""
+    gc.disable()
+    run = Run(rank, True, BUILDERS["adamw"])
+    for step in range(3):
+        plain(run, step)
+    run.zero.wait_for_gradients()
+    shards = weakref.ref(run.zero._fxzero_engine.shards)
+    engine = weakref.ref(run.zero._fxzero_engine)
+    del run
+    assert (engine(), shards()) == (None, None)
+    gc.enable()
