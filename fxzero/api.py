@@ -103,8 +103,9 @@ def compile(
             each gradient, its shard crosses nodes, after a reduce-scatter inside. A step is that of all ranks.
         overlap_optimizer: let backward return while its last gradients are in flight. An optimizer's step then takes
             each bucket as it arrives, and starts the gathers that the next forward begins with; the same training bit
-            for bit. Call `zero.wait_for_gradients()` before anything but an optimizer's step, `zero.clip_grad_norm_` or
-            `zero.zero_grad` reads or writes `.grad`, and between a step and a write through `param.data`.
+            for bit. Call `zero.wait_for_gradients()` before anything but the step of a torch.optim.Optimizer,
+            `zero.clip_grad_norm_` or `zero.zero_grad` reads or writes `.grad` (a gradient scaler does), and between a
+            step and a write through `param.data`.
 
     Returns:
         The module to call and train.

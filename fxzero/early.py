@@ -82,6 +82,11 @@ class EarlyGathers:
         self._taken: dict[Fqns, torch.Tensor | None] = {}
         """What the forward that runs finds started: in its place, or as a copy of what came."""
 
+    @property
+    def are_due(self) -> bool:
+        """True from a backward to the next forward."""
+        return self._waiting is not None
+
     def after_backward(self, reached: Iterable[str]) -> None:
         """Expect steps of optimizers.
 
@@ -123,8 +128,9 @@ class EarlyGathers:
         if self._looks_for_first:
             self._first, self._looks_for_first = weakref.ref(plan), False
         self._waiting = None
+        if not self._flying:
+            return False
         flying, self._flying = self._flying, []
-        self._taken.clear()
         are_new = [stamp == self._stamp(gather.fqns) for gather, stamp in flying]
         if self._owner() is plan and all(are_new):
             self._taken.update({gather.fqns: None for gather, _ in flying})

@@ -178,8 +178,9 @@ class Overlap:
         for param, grad in self._put_aside:
             param.grad = grad
         self._put_aside.clear()
-        stepped = [id(param) for group in optimizer.param_groups for param in group["params"]]
-        self.early.after_step(stepped, is_arena_free=not self._pending)
+        if self.early.are_due:
+            stepped = [id(param) for group in optimizer.param_groups for param in group["params"]]
+            self.early.after_step(stepped, is_arena_free=not self._pending)
 
     def _ids_of(self, reduction: Reduction) -> list[int]:
         return [self._ids[fqn] for fqn in reduction.fqns]

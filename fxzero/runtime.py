@@ -162,7 +162,7 @@ class Executable:
             raise
         self._comm.drain()
         self._arena.generation += 1
-        if self.step.synchronize:
+        if self.step.synchronize and self.step.overlaps_optimizer:
             self._overlap.after_backward(() if watch is not None else self._tails[variant], self.reached)
         return input_grads
 
