@@ -173,6 +173,11 @@ def same_storage(a: Any, b: Any) -> bool:
     return a.untyped_storage()._cdata == b.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
 
 
+def storage_id(tensor: torch.Tensor) -> int:
+    """A number for the storage of a tensor, also an empty one, while it is alive. `UntypedStorage._cdata`: 2.13."""
+    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
+
+
 def out_variant(overload: Any) -> tuple[Any, str] | None:
     """The form of an operator that writes its one output into a given tensor, and the name of that argument.
 

@@ -22,6 +22,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import nn
 
+from fxzero import compat
 from fxzero.memory import Arena
 
 Fqns = tuple[str, ...]
@@ -157,6 +158,8 @@ class EarlyGathers:
 
     def drop(self) -> None:
         """Wait for all, and do without them. To be called on all ranks alike."""
+        if not self._flying:
+            return
         flying, self._flying = self._flying, []
         self._owner, self._waiting = _none, None
         for gather, _ in flying:
@@ -176,4 +179,4 @@ class EarlyGathers:
         A rank that has none of a replaced parameter has no other way to see it than the storage.
         """
         params = [self._params[fqn] for fqn in fqns]
-        return [(param._version, param.untyped_storage().data_ptr()) for param in params]
+        return [(param._version, compat.storage_id(param)) for param in params]

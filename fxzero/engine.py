@@ -141,6 +141,7 @@ class Engine:
             lambda: (this.version(), 0 if this.gradients is None else this.gradients.version),
         )
         self.overlap = Overlap(self.params, self.residency, self.arena, ELEMENTWISE)
+        weakref.finalize(self, self.overlap.close).atexit = False
         self.fitting = Fitting()
         self.tuner = Tuner(self.options.tunes, self.options.keeps_free, self.options.cluster)
         self._orders = Orders(self.group, self.comm.rank, self.options.timeout)

@@ -13,6 +13,7 @@ whole buckets, so that gradient accumulation, clipping and several optimizers st
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from torch import nn
 
 from fxzero import compat
 from fxzero.early import EarlyGathers
-from fxzero.errors import GradientsInFlightError
+from fxzero.errors import FxzeroError, GradientsInFlightError
 from fxzero.memory import Arena
 from fxzero.residency import Residency
 from fxzero.text import bucket_label
@@ -86,6 +87,11 @@ class Overlap:
         """Leave nothing in flight."""
         self.finish()
         self.early.drop()
+
+    def close(self) -> None:
+        """Let nothing arrive in memory that is about to be freed, or be taken for what another model waits for."""
+        with contextlib.suppress(FxzeroError):
+            self.settle()
 
     def finish(self) -> None:
         """Wait for all reductions.
