@@ -91,7 +91,9 @@ class Overlap:
     def close(self) -> None:
         """Let nothing arrive in memory that is about to be freed, or be taken for what another model waits for."""
         with contextlib.suppress(FxzeroError):
-            self.settle()
+            for reduction in list(self._pending):
+                self._complete(reduction)
+            self.early.drop()
 
     def finish(self) -> None:
         """Wait for all reductions.

@@ -308,7 +308,7 @@ SCENARIOS = {
 }
 
 
-def compare(rank: int, world_size: int, cases: list[tuple[str, str, dict[str, Any]]], num_steps: int = 4) -> None:
+def compare(rank: int, world_size: int, cases: list[tuple[str, str, dict[str, Any]]], num_steps: int = 3) -> None:
     """Run scenarios both ways; every number that is noted must be the same."""
     for scenario, optimizers, options in cases:
         noted: list[list[torch.Tensor]] = []
@@ -442,14 +442,20 @@ def end_in_flight(rank: int, world_size: int) -> None:
 
 
 def freed(rank: int, world_size: int) -> None:
-    """The model and its shards are freed without the garbage collector."""
+    """The model and its shards are freed without the garbage collector; what is in flight is waited for."""
     gc.disable()
-    run = Run(rank, True, BUILDERS["adamw"])
-    for step in range(3):
-        plain(run, step)
-    run.zero.wait_for_gradients()
-    shards = weakref.ref(run.zero._fxzero_engine.shards)
-    engine = weakref.ref(run.zero._fxzero_engine)
-    del run
-    assert (engine(), shards()) == (None, None)
+    for ends_in_backward in (False, True):
+        run = Run(rank, True, BUILDERS["adamw"])
+        for step in range(3):
+            plain(run, step)
+        if ends_in_backward:
+            run.backward(3)
+        overlap = run.overlap
+        assert overlap.are_pending == ends_in_backward != bool(overlap.early._flying)
+        shards = weakref.ref(run.zero._fxzero_engine.shards)
+        engine = weakref.ref(run.zero._fxzero_engine)
+        del run
+        assert not overlap.are_pending and not overlap.early._flying
+        del overlap
+        assert (engine(), shards()) == (None, None)
     gc.enable()
