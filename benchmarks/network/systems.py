@@ -116,7 +116,10 @@ SYSTEMS = {
 }
 
 GROUPS = (
-    ("compute", "wire", "fxzero_stubbed", "fxzero", "fxzero_keep", "ddp", "simple_fsdp", "fsdp2_best"),
+    (
+        *("compute", "wire", "fxzero_stubbed", "fxzero", "fxzero_overlap", "fxzero_keep"),
+        *("ddp", "simple_fsdp", "fsdp2_best"),
+    ),
     ("compute", "fxzero_naive", "fsdp2", "fsdp2_async"),
     ("compute", "ds", "ds_tuned", "ds_deopt"),
 )
