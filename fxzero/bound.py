@@ -8,6 +8,8 @@ path        the longest chain of one gather, compute, and one reduction
 
     |--- head ---|------------- busy -------------|-- tail --|
 
+With an overlapped optimizer, its step hides the tail as any other compute does, and follows a reduction nowhere.
+
 Messages are single parameters, without latency, so the bound holds for every choice of buckets.
 """
 
@@ -73,7 +75,9 @@ def lower_bound(step: StepGraph, costs: Costs) -> Bound:
     per_byte = min(costs.link.cpu_s_per_byte, 1.0 / rate)
     total, compute = sum(needs.arriving) + sum(needs.leaving), sum(needs.seconds)
     # A byte that moves outside of head and tail takes `per_byte` from compute; inside it takes longer, on the link.
-    tails, sent, after = [0.0], 0, 0.0
+    hiding_s = costs.optimizer_s if step.overlaps_optimizer else 0.0
+    last_s = costs.optimizer_s - hiding_s
+    tails, sent, after = [0.0], 0, hiding_s
     for seconds, nbytes in zip(reversed(needs.seconds), reversed(needs.leaving), strict=True):
         sent += nbytes
         tails.append(max(tails[-1], sent / rate - after - per_byte * sent))
@@ -87,13 +91,17 @@ def lower_bound(step: StepGraph, costs: Costs) -> Bound:
     return Bound(
         compute + per_byte * total + costs.optimizer_s,
         *best,
-        total / rate + costs.optimizer_s,
-        _critical_path(needs, rate) + costs.optimizer_s,
+        total / rate + last_s,
+        _critical_path(needs, rate, hiding_s) + last_s,
     )
 
 
-def _critical_path(needs: _Needs, rate: float) -> float:
-    """The longest path over runs of compute, each gather before the run that reads it and each reduction after its."""
+def _critical_path(needs: _Needs, rate: float, hiding_s: float) -> float:
+    """The longest path over runs of compute, each gather before the run that reads it and each reduction after its.
+
+    Args:
+        hiding_s: compute after the last run that no reduction must precede.
+    """
     graph: nx.DiGraph[str] = nx.DiGraph()
     graph.add_edge("begin", "run 0", weight=0.0)
     for index, seconds in enumerate(needs.seconds):
@@ -102,7 +110,8 @@ def _critical_path(needs: _Needs, rate: float) -> float:
             graph.add_edge("begin", f"run {index}", weight=needs.arriving[index] / rate)
         if needs.leaving[index]:
             graph.add_edge(f"run {index + 1}", "end", weight=needs.leaving[index] / rate)
-    graph.add_edge(f"run {len(needs.seconds)}", "end", weight=0.0)
+    last = f"run {len(needs.seconds)}"
+    graph.add_edge(last, "end", weight=max(hiding_s, needs.leaving[-1] / rate))
     return float(nx.dag_longest_path_length(graph))
 
 

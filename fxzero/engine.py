@@ -34,7 +34,8 @@ from fxzero.materialize import check_meta_model
 from fxzero.memory import Arena
 from fxzero.mesh import Group, Hierarchy
 from fxzero.modes import Mode, Orders, Signature
-from fxzero.optim import ParamShard
+from fxzero.optim import ELEMENTWISE, ParamShard
+from fxzero.overlap import Overlap
 from fxzero.pipeline import Pass
 from fxzero.planner import (
     describe_layout,
@@ -81,6 +82,7 @@ class Options:
     keeps_free: bool = False
     """What costs no memory at the peak may stay gathered until backward."""
     without: tuple[ablation.Optimization, ...] = ()
+    overlap_optimizer: bool = False
 
     def __post_init__(self) -> None:
         check_layout(self.layout)
@@ -92,6 +94,7 @@ class Options:
             "device": self.device.type,
             "layout": self.layout,
             "without": ", ".join(self.without) or "nothing",
+            "overlap_optimizer": self.overlap_optimizer,
             "sync_init": self.sync_init,
             "memory_budget": self.memory_budget,
             "cluster": self.cluster,
@@ -137,6 +140,8 @@ class Engine:
             lambda: this.gradients is not None and this.gradients.are_added_to,
             lambda: (this.version(), 0 if this.gradients is None else this.gradients.version),
         )
+        self.overlap = Overlap(self.params, self.residency, self.arena, ELEMENTWISE)
+        weakref.finalize(self, self.overlap.close).atexit = False
         self.fitting = Fitting()
         self.tuner = Tuner(self.options.tunes, self.options.keeps_free, self.options.cluster)
         self._orders = Orders(self.group, self.comm.rank, self.options.timeout)
@@ -361,7 +366,8 @@ class Engine:
             warn_if_out_of_order(plan.step, self.shards.layout)
         mode = Mode(plan.step.has_backward, *kind[1:], captured.differentiated)
         self._orders.check(mode, signature.flags, order, agreed=fixes_layout)
-        executable = Executable(plan, self.shards, self.gradients, self.comm, self.arena, self.residency)
+        in_flight = self.residency, self.overlap
+        executable = Executable(plan, self.shards, self.gradients, self.comm, self.arena, *in_flight)
         self.fitting.warn_if_over(self, executable.step)
         executable.example_only = any(leaf[3].type == "meta" for leaf in signature.tensor_leaves)
         return executable, captured.differentiated
@@ -394,6 +400,7 @@ class Engine:
         captured.step.layout = self.options.layout
         captured.step.without = self.options.without
         captured.step.num_nodes = self.comm.num_nodes
+        captured.step.overlaps_optimizer = self.options.overlap_optimizer and not self.comm.is_alone
         return captured
 
     def fix_layout(self, layout: Layout, order: Sequence[str] = (), loaded: AbstractSet[str] = frozenset()) -> None:
@@ -409,7 +416,7 @@ class Engine:
         with torch.inference_mode(False):  # shards made in it could not be trained
             shards = Shards(layout, self.comm.rank, self.options.device)
             state.fill_shards(self, shards, loaded)
-            self.shards, self.gradients = shards, Gradients(shards, self.params)
+            self.shards, self.gradients = shards, Gradients(shards, self.params, self.overlap.finish)
             self._addresses = [param.data_ptr() for param in self._param_list]
 
     def adopt_replaced_data(self) -> None:

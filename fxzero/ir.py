@@ -112,6 +112,9 @@ class StepGraph:
     """Optimizations that are turned off, as of `ablation.py`."""
     num_nodes: int = 1
     """Nodes of `world_size` ranks each that hold the same shards; no pass depends on it."""
+    overlaps_optimizer: bool = False
+    """The optimizer steps each bucket once its gradients are there, while others are in flight; no pass depends on
+    it."""
     _buckets: dict[tuple[str, ...], Bucket] = field(default_factory=dict[tuple[str, ...], Bucket], repr=False)
     _param_nodes: dict[str, fx.Node] = field(default_factory=dict[str, fx.Node], repr=False)
 
@@ -257,6 +260,23 @@ def set_wire_format(start: fx.Node, format: WireFormat) -> None:
 def wait_of(start: fx.Node) -> fx.Node:
     """The one wait of a collective."""
     return next(user for user in start.users if role(user) is Role.WAIT)
+
+
+def tail_waits(step: StepGraph) -> list[fx.Node]:
+    """The waits for reductions at the end of backward, behind the last compute and the last start, in order."""
+    found: list[fx.Node] = []
+    for node in reversed(dict(step.phases()).get(Phase.BACKWARD, [])):
+        if role(node) is Role.WAIT and not is_gather(node):
+            found.append(node)
+        elif role(node) is not Role.RELEASE:
+            break
+    return found[::-1]
+
+
+def head_gathers(step: StepGraph) -> list[fx.Node]:
+    """The gathers that forward starts before all else, in order."""
+    forward = dict(step.phases())[Phase.FORWARD]
+    return list(itertools.takewhile(lambda node: role(node) is Role.ALL_GATHER, forward))
 
 
 def release_of(wait: fx.Node) -> fx.Node | None:

@@ -76,6 +76,7 @@ def plan(
     layout: LayoutName = "contiguous",
     cluster: Cluster | str | None = None,
     num_nodes: int = 1,
+    overlap_optimizer: bool = False,
 ) -> Schedule:
     """The schedule of a model on ranks that are not there: no process group, no device, no memory for any tensor.
 
@@ -93,6 +94,7 @@ def plan(
             and order are chosen from costs, unless passes are given, and `schedule.timing` predicts the step.
         num_nodes: over which the ranks are spread evenly, each sharding inside and averaging across, as on a 2-D mesh
             of (num_nodes, world_size // num_nodes).
+        overlap_optimizer: the optimizer steps each bucket once its gradients are there, as of `fxzero.compile`.
 
     Raises:
         CaptureError: the model cannot be traced.
@@ -118,6 +120,7 @@ def plan(
     )
     captured.step.layout = layout
     captured.step.num_nodes = num_nodes
+    captured.step.overlaps_optimizer = overlap_optimizer and world_size > 1
     chosen: Sequence[Pass] = default_passes() if passes is None else passes
     comm = PlanningComm(0, ranks_inside, num_nodes=num_nodes)
     buffers = sum(buffer.nbytes for buffer in model.buffers())

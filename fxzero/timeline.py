@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, TypeAlias
 from torch import fx
 
 from fxzero.cost import Costs, Link, sent_bytes
-from fxzero.ir import Phase, Role, StepGraph, role, started_by
+from fxzero.ir import Phase, Role, StepGraph, members, role, started_by, tail_waits
 
 Key: TypeAlias = "fx.Node | tuple[Role, Phase, tuple[str, ...]]"
 """Which collective: its start in a graph; where there is none, what it is, in which phase, and its members."""
@@ -51,12 +51,31 @@ class Timeline:
         return sum(self.stalls.values())
 
 
+def shares_of_optimizer(step: StepGraph, reductions: Iterable[Iterable[str]]) -> tuple[float, list[float]]:
+    """Which parts of the optimizer's step come before the last reductions have arrived, and after each of them.
+
+    Args:
+        reductions: the members of each.
+    """
+    total = sum(step.params[fqn].nbytes for fqn in step.grads)
+    shares = [sum(step.params[fqn].nbytes for fqn in fqns) / total for fqns in reductions]
+    return 1.0 - sum(shares), shares
+
+
 def events(step: StepGraph, costs: Costs) -> list[Event]:
-    """What a rank does in a step, in order; compute between collectives is one event. The optimizer's step is last."""
+    """What a rank does in a step, in order; compute between collectives is one event. The optimizer's step is last.
+
+    Where it is overlapped, it comes in parts between the last waits.
+    """
     found: list[Event] = []
     compute = 0.0
+    waits = tail_waits(step) if step.overlaps_optimizer and step.world_size > 1 else []
+    before, after = shares_of_optimizer(step, map(members, waits))
+    shares = dict(zip(waits, after, strict=True))
     for node in step.graph.nodes:
         kind = role(node)
+        if waits and node is waits[0]:
+            compute += before * costs.optimizer_s
         if kind in (Role.ALL_GATHER, Role.REDUCE_SCATTER, Role.WAIT) and step.world_size > 1:
             if compute:
                 found.append(Event("compute", compute))
@@ -64,9 +83,10 @@ def events(step: StepGraph, costs: Costs) -> list[Event]:
             nbytes = sent_bytes(step.wire_bucket_of(start)) if node is start else 0
             found.append(Event("start" if node is start else "wait", 0.0, start, nbytes))
             compute = 0.0
-        compute += costs.of(node)
-    if compute + costs.optimizer_s:
-        found.append(Event("compute", compute + costs.optimizer_s))
+        compute += costs.of(node) + shares.get(node, 0.0) * costs.optimizer_s
+    compute += 0.0 if waits else costs.optimizer_s
+    if compute:
+        found.append(Event("compute", compute))
     return found
 
 

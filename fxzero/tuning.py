@@ -30,7 +30,7 @@ from fxzero.ir import (
 )
 from fxzero.layout import Bucket, ParamSpec, group_into_buckets
 from fxzero.passes import BucketAllGathers, GathersFirst, KeepGathered, Pass, PrefetchAllGathers, SinkWaits
-from fxzero.timeline import Event, Key, Timeline, play
+from fxzero.timeline import Event, Key, Timeline, play, shares_of_optimizer
 from fxzero.wire import WireFormat, narrowed
 
 MIB = 2**20
@@ -211,7 +211,8 @@ def _events(needs: Needs, groups: Sequence[Bucket], inflight: int, kept_bytes: i
     yield from _phase(needs, Phase.FORWARD, forward, [], inflight)
     reductions = sorted(ready, key=lambda item: item[0])
     yield from _phase(needs, Phase.BACKWARD, again, reductions, inflight)
-    yield Event("compute", needs.costs.optimizer_s)
+    if not needs.step.overlaps_optimizer:
+        yield Event("compute", needs.costs.optimizer_s)
 
 
 def _gathers(needs: Needs, groups: Sequence[Bucket], phase: Phase) -> list[tuple[float, Bucket]]:
@@ -267,9 +268,13 @@ def _phase(
             reduced_bytes -= flying[0][1].nbytes
             yield from _finish(needs, *flying.popleft())
         yield Event("start", 0.0, flying[-1][0], sent_bytes(narrowed(bucket, needs.reduced_as)))
-    yield Event("compute", needs.phase_s.get(phase, 0.0) - now)
-    for key, bucket in flying:
+    steps = phase is Phase.BACKWARD and needs.step.overlaps_optimizer
+    optimizer_s = needs.costs.optimizer_s if steps else 0.0
+    before, after = shares_of_optimizer(needs.step, [_members(key) for key, _ in flying])
+    yield Event("compute", needs.phase_s.get(phase, 0.0) - now + before * optimizer_s)
+    for (key, bucket), share in zip(flying, after, strict=True):
         yield from _finish(needs, key, bucket)
+        yield Event("compute", share * optimizer_s)
 
 
 def _finish(needs: Needs, key: Key, bucket: Bucket) -> Iterator[Event]:

@@ -31,6 +31,7 @@ from fxzero.ir import (
     gathered_params,
     grad_fqn,
     grad_of,
+    head_gathers,
     in_memory_of,
     info,
     is_gather,
@@ -266,8 +267,11 @@ def _check_wire_formats(step: StepGraph) -> None:
 
 def collectives(step: StepGraph) -> list[str]:
     """The order of collectives, as text equal on two ranks exactly if the order, the buckets and the formats are."""
-    return [
+    lines = [
         f"{role(start).value} {','.join(members(start))}"
         + (f" as {format}" if (format := wire_format(start)) is not None else "")
         for start in step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER)
     ]
+    if step.overlaps_optimizer:
+        lines.append(f"may start before forward: the first {len(head_gathers(step))}")
+    return lines
