@@ -32,7 +32,7 @@ from fxzero.gradients import Gradients, Stash
 from fxzero.layout import Layout, LayoutName, ParamSpec, check_layout
 from fxzero.materialize import check_meta_model
 from fxzero.memory import Arena
-from fxzero.mesh import Group, Hierarchy
+from fxzero.mesh import Across, Group, Hierarchy
 from fxzero.modes import Mode, Orders, Signature
 from fxzero.optim import ParamShard
 from fxzero.pipeline import Pass
@@ -81,6 +81,7 @@ class Options:
     keeps_free: bool = False
     """What costs no memory at the peak may stay gathered until backward."""
     without: tuple[ablation.Optimization, ...] = ()
+    across: Across = "replicate"
 
     def __post_init__(self) -> None:
         check_layout(self.layout)
@@ -92,6 +93,7 @@ class Options:
             "device": self.device.type,
             "layout": self.layout,
             "without": ", ".join(self.without) or "nothing",
+            "across": self.across,
             "sync_init": self.sync_init,
             "memory_budget": self.memory_budget,
             "cluster": self.cluster,
@@ -271,7 +273,7 @@ class Engine:
         """Run a backward and bring `.grad` of every parameter it reached up to date."""
         gradients = self.gradients
         assert gradients is not None
-        stays = bool(executable.step.resident)
+        stays = executable.leaves_buckets
         if stays:
             self.residency.look()
         synchronize = executable.step.synchronize
@@ -393,7 +395,7 @@ class Engine:
         captured.step.synchronize = signature.synchronize
         captured.step.layout = self.options.layout
         captured.step.without = self.options.without
-        captured.step.num_nodes = self.comm.num_nodes
+        captured.step.num_nodes, captured.step.shards_across = self.comm.num_nodes, self.comm.shards_across
         return captured
 
     def fix_layout(self, layout: Layout, order: Sequence[str] = (), loaded: AbstractSet[str] = frozenset()) -> None:
