@@ -176,8 +176,8 @@ def _check_wire(
         raise ValueError("gather_dtype=torch.int8 quantises whole shards; pass layout='contiguous', or torch.bfloat16.")
     if wire_dtypes != (None, None) and without:
         raise ValueError("without= measures optimizations with types as they are; drop gather_dtype and reduce_dtype.")
-    if wire_dtypes != (None, None) and mesh is not None and mesh.ndim > 1:
-        raise ValueError("On a 2-D mesh parameters and gradients travel as they are; drop gather_dtype, reduce_dtype.")
+    if wire_dtypes[1] is not None and mesh is not None and mesh.ndim > 1:
+        raise ValueError("On a 2-D mesh gradients travel as they are; drop reduce_dtype.")
 
 
 def _check_across(across: Across, without: tuple[ablation.Optimization, ...], mesh: DeviceMesh | None) -> None:

@@ -273,21 +273,30 @@ class Binder:
         return _then(self.comm.bind_gather_keeping(travels, shard, full, secondary), bring)
 
     def _bind_staged_gather(self, start: fx.Node, bucket: Bucket, shard: torch.Tensor, full: torch.Tensor) -> Bound:
-        """Gather into a staging buffer, whose own row is what this rank sends if the type is another."""
+        """Gather into a staging buffer; what is sent in another type is a row of it, or of a secondary shard."""
         travels, format = self.step.wire_bucket_of(start), wire_format(start)
         staging, work = self._view("staging", start, travels), None
         if format is not None:
             if ("quantize", start) in self.placed:
                 numel, dtype = bucket.shard_numel, SCALE_DTYPE
                 work = self.arena.view(self.placed["quantize", start][1], numel, dtype)
-            row = staging.split(travels.shard_numel)[self.comm.rank]
-            self.copies[start], shard = pack(format, shard, row, work), row
+            row = self._own_row(start, staging)
+            if not is_inside(start):
+                self.copies[start] = pack(format, shard, row, work)
+            shard = row
         if isinstance(bucket, InterleavedBucket):
             bring = copy_out(bucket, staging, full)
         else:
             assert format is not None
             bring = unpack(format, bucket, staging, full, work)
         return self._gather_into(start, shard, staging, bring)
+
+    def _own_row(self, start: fx.Node, staging: torch.Tensor) -> torch.Tensor:
+        """Where this rank writes what it sends in a type of the wire: in the secondary shard, if there is one."""
+        row_numel, within = self.step.wire_bucket_of(start).shard_numel, self.secondaries.get(members(start))
+        if within is None:
+            return staging.split(row_numel)[self.comm.rank]
+        return self.shards.secondaries.parts[within].split(row_numel)[self.comm.rank % self.comm.num_nodes]
 
     def _view(self, kind: str, start: fx.Node, bucket: Bucket) -> torch.Tensor:
         """The memory of a collective in the arena, flat, `[bucket.numel]`."""

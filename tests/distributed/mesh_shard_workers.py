@@ -317,7 +317,7 @@ def initialise_on_meta(rank: int, world_size: int, shape: Shape) -> list[Tensor]
 
 
 def report_memory(rank: int, world_size: int, shape: Shape) -> tuple[dict[str, Any], int, int, int]:
-    """The report's rows; the bytes of secondary shards that are there, of all parameters, and of those gathered twice."""
+    """The report's rows; bytes of secondary shards that are there, of all parameters, and of those gathered twice."""
     torch.manual_seed(0)
     case = replicated.CASES["gpt"]
     zero = fxzero.compile(
