@@ -65,6 +65,16 @@ def parameters_again(schedule: fxzero.Schedule) -> int:
     return sum(bucket.nbytes for bucket in schedule.step.secondaries().values())
 
 
+@pytest.mark.parametrize("across", ["replicate", "shard"])
+def test_all_bytes_of_nodes_are_timed_as_of_one_link(across: str) -> None:
+    cluster = fxzero.Cluster(fxzero.Device(1e9, 1e9), fxzero.Link(1e6))
+    nodes = planned(8, 2, across, cluster=cluster)
+    sent = nodes.totals.gathered_bytes + nodes.totals.reduced_bytes
+    assert nodes.timing.timeline.wire_s == pytest.approx(sent / 1e6)
+    assert 0.8 * sent / 1e6 < nodes.timing.bound.link_s <= sent / 1e6  # which has no padding
+    assert 1.0 <= nodes.timing.ratio < 1.3
+
+
 def test_secondary_shards_are_planned_as_memory_that_is_held() -> None:
     nodes, flat = planned(8, 2, "shard"), planned(8)
     held, rows = nodes.memory.footprint.held, dict(nodes.memory.rows())
