@@ -177,7 +177,7 @@ def train_as_replicas(rank: int, world_size: int, shape: Shape) -> None:
         zero = fxzero.compile(model, mesh=init_device_mesh("cpu", shape), across=across, passes=passes)
         optimizer = torch.optim.AdamW(zero.parameters(), lr=1e-2)
         seen: list[Tensor] = []
-        for step in range(3):
+        for step in range(2):
             for micro in range(2):
                 torch.manual_seed(step)
                 loss = zero(**replicated.CASES["gpt"].batch(100 * step + 10 * micro + rank, 12 + 4 * micro)).loss
@@ -249,12 +249,12 @@ def count_bytes(rank: int, world_size: int, shape: Shape, options: dict[str, Any
 
 def evaluate_between_forward_and_backward(rank: int, world_size: int, shape: Shape) -> None:
     """Secondary shards outlive whatever runs between a forward and its backward; values that are stale are not used."""
-    case = replicated.CASES["gpt"]
+    case = replicated.CASES["net"]
     grads: list[list[Tensor]] = []
     for disturbed in (False, True):
         torch.manual_seed(0)
         zero = fxzero.compile(
-            case.build(), mesh=init_device_mesh("cpu", shape), across="shard", passes=default_passes(bucket_bytes=8192)
+            case.build(), mesh=init_device_mesh("cpu", shape), across="shard", passes=default_passes(bucket_bytes=1024)
         )
         zero.eval()
         batch = case.batch(rank, 12)
@@ -296,7 +296,7 @@ def train_without(rank: int, world_size: int, shape: Shape, without: list[Any], 
     results: list[list[Tensor]] = []
     for options in ({}, {"without": without, "layout": layout}):
         torch.manual_seed(0)
-        case = replicated.CASES["gpt"]
+        case = replicated.CASES["net"]
         zero = fxzero.compile(case.build(), mesh=init_device_mesh("cpu", shape), across="shard", **options)
         optimizer = torch.optim.SGD(zero.parameters(), lr=0.1)
         for seed in range(4):
