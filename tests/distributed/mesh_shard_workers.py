@@ -258,7 +258,7 @@ def evaluate_between_forward_and_backward(rank: int, world_size: int, shape: Sha
         )
         zero.eval()
         batch = case.batch(rank, 12)
-        loss = zero(**batch).loss
+        loss = replicated._loss(zero(**batch))
         if disturbed:
             with torch.no_grad():
                 zero(**case.batch(rank + 50, 16))
@@ -267,11 +267,11 @@ def evaluate_between_forward_and_backward(rank: int, world_size: int, shape: Sha
         if disturbed:
             with torch.no_grad():
                 zero(**batch)
-        zero(**batch).loss.backward()
+        replicated._loss(zero(**batch)).backward()
         with torch.no_grad():
             for param in zero.parameters():
                 param.mul_(0.5)
-        zero(**batch).loss.backward()
+        replicated._loss(zero(**batch)).backward()
         grads.append([param.grad.clone() for param in zero.parameters() if param.grad is not None])
     assert len(grads[0]) > 0 and all(map(torch.equal, *grads))
 
@@ -300,7 +300,7 @@ def train_without(rank: int, world_size: int, shape: Shape, without: list[Any], 
         zero = fxzero.compile(case.build(), mesh=init_device_mesh("cpu", shape), across="shard", **options)
         optimizer = torch.optim.SGD(zero.parameters(), lr=0.1)
         for seed in range(4):
-            zero(**case.batch(10 * seed + rank, 12)).loss.backward()
+            replicated._loss(zero(**case.batch(10 * seed + rank, 12))).backward()
             if seed % 2:
                 optimizer.step()
                 optimizer.zero_grad()
