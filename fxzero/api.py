@@ -22,7 +22,7 @@ from fxzero.engine import Engine, Options
 from fxzero.errors import FxzeroError, InputMismatchError, OptimizerError
 from fxzero.fitting import footprint_of
 from fxzero.layout import LayoutName
-from fxzero.mesh import Group, group_of_mesh
+from fxzero.mesh import Across, Group, check_across, group_of_mesh
 from fxzero.optim import OptimizerGuard, check_optimizer
 from fxzero.passes import Pass, default_passes
 from fxzero.planner import as_arguments
@@ -56,6 +56,7 @@ def compile(
     without: ablation.Without = (),
     mesh: DeviceMesh | None = None,
     overlap_optimizer: bool = False,
+    across: Across = "replicate",
 ) -> ZeroModule:
     """Take a model over and train it by ZeRO stage 3 on a schedule that is written before it runs.
 
@@ -105,7 +106,10 @@ def compile(
             each bucket as it arrives, and starts the gathers that the next forward begins with; the same training bit
             for bit. Call `zero.wait_for_gradients()` before anything but the step of a torch.optim.Optimizer,
             `zero.clip_grad_norm_` or `zero.zero_grad` reads or writes `.grad` (a gradient scaler does), and between a
-            step and a write through `param.data`.
+            step and a write through `param.data`. It has no effect on one rank, and where nodes share shards.
+        across: "replicate", or "shard": the nodes of the mesh share the shards, as if all ranks were one group, and
+            each keeps what it gathered from others in secondary shards, so that gathers in backward, and in further
+            micro-steps, stay inside it (ZeRO++'s hpZ). Gradients cross nodes once, at half the bytes or less.
 
     Returns:
         The module to call and train.
@@ -114,15 +118,16 @@ def compile(
         InputMismatchError: a parameter is not contiguous, not floating, or the model is compiled already; this rank is
             not in the mesh, or the mesh is one of other devices.
         OptimizerError: the optimizer cannot step shards.
-        ValueError: options contradict each other, there is no such layout or optimization, or the mesh has more
-            than two dimensions.
+        ValueError: options contradict each other, there is no such layout, optimization or relation of nodes, or the
+            mesh has more than two dimensions.
         CaptureError, RankMismatchError, PlanError: with `example`; else the first call raises them.
     """
     left_out = ablation.names(without)
     wire_dtypes = gather_dtype, reduce_dtype
     _check_wire(wire_dtypes, layout, left_out, mesh)
+    _check_across(across, left_out, mesh)
     chosen = _choose_passes(passes, memory_budget, reshard_after_forward, stage, recompute, wire_dtypes, left_out)
-    group = _choose_group(process_group, mesh)
+    group = _choose_group(process_group, mesh, across)
     with agree.reporting_failure(group, "layout"):  # the other ranks wait for this one with what they compiled
         ownership.check_model(model)
         optimizers = _as_tuple(optimizer)
@@ -143,6 +148,7 @@ def compile(
             tunes=passes is None and not ablation.scheduled(left_out),
             keeps_free=(memory_budget, reshard_after_forward, stage) == (None, None, None),
             overlap_optimizer=overlap_optimizer,
+            across=across,
         )
         zero = ZeroModule(model, Engine(model, model.forward, options, group, optimizers))
         if example is not None:
@@ -177,8 +183,21 @@ def _check_wire(
         raise ValueError("gather_dtype=torch.int8 quantises whole shards; pass layout='contiguous', or torch.bfloat16.")
     if wire_dtypes != (None, None) and without:
         raise ValueError("without= measures optimizations with types as they are; drop gather_dtype and reduce_dtype.")
-    if wire_dtypes != (None, None) and mesh is not None and mesh.ndim > 1:
-        raise ValueError("On a 2-D mesh parameters and gradients travel as they are; drop gather_dtype, reduce_dtype.")
+    if wire_dtypes[1] is not None and mesh is not None and mesh.ndim > 1:
+        raise ValueError("On a 2-D mesh gradients travel as they are; drop reduce_dtype.")
+
+
+def _check_across(across: Across, without: tuple[ablation.Optimization, ...], mesh: DeviceMesh | None) -> None:
+    """Refuse what nodes cannot do.
+
+    Raises:
+        ValueError: names what it needs, or the two options.
+    """
+    check_across(across)
+    if across == "shard" and (mesh is None or mesh.ndim != 2):
+        raise ValueError('across="shard" is about the nodes of a 2-D mesh of (across, inside); pass one as mesh=.')
+    if "flat_collectives" in without and mesh is not None and mesh.ndim > 1:
+        raise ValueError("On a 2-D mesh there are no collectives of lists of tensors; drop without='flat_collectives'.")
 
 
 def _choose_passes(
@@ -228,11 +247,11 @@ def _choose_passes(
     return ablation.passes_without(without, every)
 
 
-def _choose_group(group: dist.ProcessGroup | None, mesh: DeviceMesh | None) -> Group | None:
+def _choose_group(group: dist.ProcessGroup | None, mesh: DeviceMesh | None, across: Across) -> Group | None:
     if mesh is not None:
         if group is not None:
             raise ValueError("Pass mesh or process_group, not both: the mesh says which ranks shard.")
-        return group_of_mesh(mesh)
+        return group_of_mesh(mesh, across)
     if cast(Any, group) == dist.GroupMember.NON_GROUP_MEMBER:
         raise InputMismatchError("This rank is no member of the process group. Compile on its members only.")
     if group is None and dist.is_available() and dist.is_initialized():

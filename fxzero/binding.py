@@ -30,6 +30,7 @@ from fxzero.ir import (
     head_gathers,
     is_gather,
     is_gathered_param,
+    is_inside,
     members,
     operands,
     role,
@@ -135,6 +136,10 @@ class Binder:
     """What is in flight at the end of the generated backward."""
     copies: dict[fx.Node, Callable[[], object]] = field(default_factory=dict[fx.Node, Callable[[], object]])
     """What comes before a start, on the compute stream: it fills the staging buffer of the start with what it sends."""
+    secondaries: dict[tuple[str, ...], Bucket] = field(default_factory=dict[tuple[str, ...], Bucket])
+    """As of `StepGraph.secondaries`."""
+    inside: dict[fx.Node, Bound] = field(default_factory=dict[fx.Node, Bound])
+    """For each gather that leaves secondary shards: the same from those, if they are there."""
 
     def bind(self) -> dict[str, Callable[..., Any]]:
         """Make the globals of the generated code and define its functions in them.
@@ -153,6 +158,8 @@ class Binder:
             names |= {"record_begin": begin}
             names |= {f"record_{node.name}": record for node, record in recorded.items()}
         names |= {name: compat.direct_call(target) for name, target in code.operators.items()}
+        self.secondaries = self.step.secondaries()
+        self.shards.keep_secondaries(self.secondaries.values())
         for start in self.step.nodes(Role.ALL_GATHER):
             self._bind_gather(start)
         for start in self.step.nodes(Role.REDUCE_SCATTER):
@@ -170,8 +177,8 @@ class Binder:
         for start, copy in self.copies.items() if events is None else ():
             names[start.name] = _in_turn(copy, names[start.name])
         functions = {"gather_kept": _in_turn(*self._gather_kept())} | _define(code, names)
-        if self.step.resident:
-            again = names | self._skip_resident(events)
+        if self.step.resident or self.inside:
+            again = names | self._gather_inside(events) | self._skip_resident(events)
             functions["forward_again"] = _define(code, again)["forward"]
         for name, wait in code.tail:
             shard = self.shards.grad_shard(self._layout_bucket(wait))
@@ -233,6 +240,16 @@ class Binder:
                 names |= {start.name: events.start(start, passed.record), f"wait_{start.name}": passed.wait}
         return names
 
+    def _gather_inside(self, events: Events | None) -> dict[str, Callable[..., object]]:
+        """Globals that gather from secondary shards what else leaves them."""
+        names: dict[str, Callable[..., object]] = {}
+        for start, bound in self.inside.items():
+            assert bound.start is not None and bound.wait is not None
+            copies = self.copies.get(start)
+            first = _in_turn(copies, bound.start) if events is None else events.start(start, bound.start, copies)
+            names |= {start.name: first, f"wait_{start.name}": bound.wait}
+        return names
+
     def _events(self) -> Events | None:
         """The events of two CUDA streams; None where one thread does all."""
         if self.shards.device.type != "cuda" or self.comm.world_size == 1:
@@ -274,26 +291,52 @@ class Binder:
         if self.step.is_staged(start):
             bound = self._bind_staged_gather(start, bucket, shard, full)
         else:
-            bound = self.comm.bind_gather(bucket, shard, full)
+            bound = self._gather_into(start, shard, full)
         self._bind_collective(start, bound)
 
+    def _gather_into(
+        self, start: fx.Node, shard: torch.Tensor, full: torch.Tensor, bring: Callable[[], object] | None = None
+    ) -> Bound:
+        """Gather what travels, from secondary shards or leaving them where some gather of the step reads them.
+
+        Args:
+            bring: what follows the wait.
+        """
+        travels, within = self.step.wire_bucket_of(start), self.secondaries.get(members(start))
+        if within is None:
+            return _then(self.comm.bind_gather(travels, shard, full), bring)
+        secondary = self.shards.secondaries.parts[within]
+        again = _then(self.comm.bind_gather_inside(travels, secondary, full), bring)
+        if is_inside(start):
+            return again
+        self.inside[start] = again
+        return _then(self.comm.bind_gather_keeping(travels, shard, full, secondary), bring)
+
     def _bind_staged_gather(self, start: fx.Node, bucket: Bucket, shard: torch.Tensor, full: torch.Tensor) -> Bound:
-        """Gather into a staging buffer, whose own row is what this rank sends if the type is another."""
+        """Gather into a staging buffer; what is sent in another type is a row of it, or of a secondary shard."""
         travels, format = self.step.wire_bucket_of(start), wire_format(start)
         staging, work = self._view("staging", start, travels), None
         if format is not None:
             if ("quantize", start) in self.placed:
                 numel, dtype = bucket.shard_numel, SCALE_DTYPE
                 work = self.arena.view(self.placed["quantize", start][1], numel, dtype)
-            row = staging.split(travels.shard_numel)[self.comm.rank]
-            self.copies[start], shard = pack(format, shard, row, work), row
-        bound = self.comm.bind_gather(travels, shard, staging)
+            row = self._own_row(start, staging)
+            if not is_inside(start):
+                self.copies[start] = pack(format, shard, row, work)
+            shard = row
         if isinstance(bucket, InterleavedBucket):
             bring = copy_out(bucket, staging, full)
         else:
             assert format is not None
             bring = unpack(format, bucket, staging, full, work)
-        return Bound(bound.start, _in_turn(bound.wait, bring))
+        return self._gather_into(start, shard, staging, bring)
+
+    def _own_row(self, start: fx.Node, staging: torch.Tensor) -> torch.Tensor:
+        """Where this rank writes what it sends in a type of the wire: in the secondary shard, if there is one."""
+        row_numel, within = self.step.wire_bucket_of(start).shard_numel, self.secondaries.get(members(start))
+        if within is None:
+            return staging.split(row_numel)[self.comm.rank]
+        return self.shards.secondaries.parts[within].split(row_numel)[self.comm.rank % self.comm.num_nodes]
 
     def _view(self, kind: str, start: fx.Node, bucket: Bucket) -> torch.Tensor:
         """The memory of a collective in the arena, flat, `[bucket.numel]`."""
@@ -409,6 +452,11 @@ def _in_turn(*functions: Callable[[], object] | None) -> Callable[[], object]:
             call()
 
     return all_of_them
+
+
+def _then(bound: Bound, work: Callable[[], object] | None) -> Bound:
+    """A collective whose wait is followed by work, if there is some."""
+    return bound if work is None else Bound(bound.start, _in_turn(bound.wait, work))
 
 
 def is_partial(step: StepGraph, start: fx.Node) -> bool:

@@ -33,6 +33,7 @@ from fxzero.ir import (
     role,
     started_by,
 )
+from fxzero.schedule import across_bytes, inside_bytes
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,8 @@ def _needs(step: StepGraph, costs: Costs) -> _Needs:
 
 def _share(step: StepGraph, fqn: str, start: fx.Node) -> int:
     """Bytes that a rank must exchange for one parameter in a collective, without padding."""
-    narrowed = step.wire_bucket_of(start).nbytes / step.bucket_of(start).nbytes
-    return int(step.params[fqn].nbytes * narrowed * (step.world_size - 1) / step.world_size)
+    moved = inside_bytes(step, start) + across_bytes(step, start)
+    return int(step.params[fqn].nbytes * moved / step.bucket_of(start).nbytes)
 
 
 def _first_readers(step: StepGraph) -> dict[fx.Node, int]:

@@ -41,12 +41,20 @@ class Comm(ABC):
         self.rank = rank
         self.world_size = world_size
         self.num_nodes = 1
-        """Groups of `world_size` ranks that hold the same, and average gradients over all (`hierarchy.py`)."""
+        """Of a 2-D mesh: groups of `world_size` ranks that hold the same, and average gradients over all
+        (`hierarchy.py`), or parts of one such group (`hierarchy_shard.py`)."""
+        self.shards_across = False
+        """True if nodes are parts of one group."""
 
     @property
     def is_alone(self) -> bool:
         """True if there is nobody to talk to."""
         return self.world_size * self.num_nodes == 1
+
+    @property
+    def can_overlap_optimizer(self) -> bool:
+        """True if the last reductions may be in flight behind backward: not where nodes share shards."""
+        return not self.is_alone and not self.shards_across
 
     @property
     def is_rank0(self) -> bool:
@@ -76,6 +84,21 @@ class Comm(ABC):
 
         If `shard` is this rank's slice of `full`, which need not persist, it is sent by the end of the wait.
         """
+
+    def bind_gather_keeping(self, bucket: Bucket, shard: Tensor, full: Tensor, secondary: Tensor) -> Bound:
+        """The same, and leave this rank's slice of what travels inside its node in `secondary`, which persists.
+
+        Only where `shards_across`.
+
+        Args:
+            secondary: `[num_nodes * shard_numel]`. If `shard` is this rank's part of it, that is sent by the end of the
+                wait.
+        """
+        raise NotImplementedError(f"{type(self).__name__} gathers in one stage")
+
+    def bind_gather_inside(self, bucket: Bucket, secondary: Tensor, full: Tensor) -> Bound:
+        """Gather from the secondary shards of this node alone, which `bind_gather_keeping` left."""
+        raise NotImplementedError(f"{type(self).__name__} gathers in one stage")
 
     @abstractmethod
     def bind_reduce(
@@ -303,10 +326,11 @@ def make_comm(group: Group | None, device: torch.device) -> Comm:
     """
     from fxzero.gloo import GlooComm
     from fxzero.hierarchy import make_hierarchical_comm
+    from fxzero.hierarchy_shard import make_sharded_comm
     from fxzero.nccl import NcclComm
 
     if isinstance(group, Hierarchy):
-        return make_hierarchical_comm(group, device)
+        return (make_sharded_comm if group.shards_across else make_hierarchical_comm)(group, device)
     group = resolve_group(group)
     if group is None:
         return LocalComm()

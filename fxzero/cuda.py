@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from fxzero.ir import Role, StepGraph, is_gather, role, wait_of, wire_format
+from fxzero.ir import Role, StepGraph, is_gather, is_inside, role, wait_of, wire_format
 from fxzero.memory import Buffer
 from fxzero.streams import BEGIN, CudaStreams, plan_events, queues_of, readers_of, requirements, works_at_wait
 
@@ -23,7 +23,8 @@ def occupied_before(step: StepGraph, placed: Placed, *, accumulate: bool) -> dic
     parameters, and reads scratch at the wait of a reduce-scatter that accumulates or travels in another type. A staged
     gather writes its staging buffer, from which compute copies at its wait; the bucket, and the staging buffer of a
     reduce-scatter, are written by compute, which has waited for all collectives that used their bytes. So is the rank's
-    own row in the staging buffer of what travels in another type: the start waits for that, and so for all before it.
+    own row in the staging buffer of what travels in another type, unless it comes from secondary shards: the start
+    waits for that, and so for all before it.
     """
     at = step.positions()
     before: dict[fx.Node, list[fx.Node]] = {}
@@ -47,7 +48,7 @@ def occupied_before(step: StepGraph, placed: Placed, *, accumulate: bool) -> dic
 def _written_by_start(step: StepGraph, kind: str, start: fx.Node) -> bool:
     """False for memory that only compute writes."""
     if kind == "staging":
-        return is_gather(start) and wire_format(start) is None
+        return is_gather(start) and (wire_format(start) is None or is_inside(start))
     return kind not in ("gradient", "quantize") and not (kind == "gather" and step.is_staged(start))
 
 

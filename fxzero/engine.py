@@ -32,7 +32,7 @@ from fxzero.gradients import Gradients, Stash
 from fxzero.layout import Layout, LayoutName, ParamSpec, check_layout
 from fxzero.materialize import check_meta_model
 from fxzero.memory import Arena
-from fxzero.mesh import Group, Hierarchy
+from fxzero.mesh import Across, Group, Hierarchy
 from fxzero.modes import Mode, Orders, Signature
 from fxzero.optim import ELEMENTWISE, ParamShard
 from fxzero.overlap import Overlap
@@ -83,6 +83,7 @@ class Options:
     """What costs no memory at the peak may stay gathered until backward."""
     without: tuple[ablation.Optimization, ...] = ()
     overlap_optimizer: bool = False
+    across: Across = "replicate"
 
     def __post_init__(self) -> None:
         check_layout(self.layout)
@@ -95,6 +96,7 @@ class Options:
             "layout": self.layout,
             "without": ", ".join(self.without) or "nothing",
             "overlap_optimizer": self.overlap_optimizer,
+            "across": self.across,
             "sync_init": self.sync_init,
             "memory_budget": self.memory_budget,
             "cluster": self.cluster,
@@ -276,7 +278,7 @@ class Engine:
         """Run a backward and bring `.grad` of every parameter it reached up to date."""
         gradients = self.gradients
         assert gradients is not None
-        stays = bool(executable.step.resident)
+        stays = executable.leaves_buckets
         if stays:
             self.residency.look()
         synchronize = executable.step.synchronize
@@ -399,8 +401,8 @@ class Engine:
         captured.step.synchronize = signature.synchronize
         captured.step.layout = self.options.layout
         captured.step.without = self.options.without
-        captured.step.num_nodes = self.comm.num_nodes
-        captured.step.overlaps_optimizer = self.options.overlap_optimizer and not self.comm.is_alone
+        captured.step.overlaps_optimizer = self.options.overlap_optimizer and self.comm.can_overlap_optimizer
+        captured.step.num_nodes, captured.step.shards_across = self.comm.num_nodes, self.comm.shards_across
         return captured
 
     def fix_layout(self, layout: Layout, order: Sequence[str] = (), loaded: AbstractSet[str] = frozenset()) -> None:

@@ -99,6 +99,12 @@ class WireFormatError(ScheduleError):
     Cure: let the passes NarrowAllGathers and NarrowReduceScatters choose; they leave alone what does not fit."""
 
 
+class InsideGatherError(ScheduleError):
+    """A gather reads secondary shards that no gather before it in the step has left, or that there are none of.
+
+    Cure: let the pass LocalizeAllGathers choose."""
+
+
 class PhaseError(ScheduleError):
     """A collective or a gathered parameter crosses from forward to backward. Cure: gather again in backward."""
 

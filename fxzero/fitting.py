@@ -66,7 +66,10 @@ def held(engine: Engine, step: StepGraph) -> Held:
     layout = engine.shards.layout if engine.shards is not None else layout_of(step, engine.options.passes)
     buffers = sum(buffer.nbytes for _, buffer in engine.named_buffers())
     state = state_per_element(engine.optimizers)
-    return held_by(layout, state_per_element=state, buffers=buffers, synchronize=step.synchronize)
+    secondaries = {*step.secondaries().values(), *(engine.shards.secondaries.parts if engine.shards else ())}
+    return held_by(
+        layout, state_per_element=state, buffers=buffers, synchronize=step.synchronize, secondaries=secondaries
+    )
 
 
 def footprint_of(engine: Engine, executable: Executable) -> Footprint:
@@ -84,4 +87,5 @@ def _budget_bytes(engine: Engine) -> int | None:
     free = int(AUTO_SHARE * free_bytes(engine.options.device, ranks_here))
     if engine.shards is None:  # what full parameters take now will be given back
         return free + sum(param.nbytes for param in engine.params.values() if not param.is_meta)
-    return free + engine.arena.nbytes + engine.shards.params.nbytes + engine.shards.grads.nbytes
+    shards = engine.shards
+    return free + engine.arena.nbytes + shards.params.nbytes + shards.grads.nbytes + shards.secondaries.nbytes

@@ -18,7 +18,7 @@ from fxzero.binding import plan_arena
 from fxzero.comm import Comm
 from fxzero.gradients import Stash, Variant
 from fxzero.ir import StepGraph
-from fxzero.layout import Layout
+from fxzero.layout import Bucket, Layout
 from fxzero.memory import Buffer, MemoryPlan, live_bytes
 
 
@@ -32,6 +32,8 @@ class Held:
     buffers: int = 0
     unsharded_gradients: int = 0
     """Under no_sync()."""
+    secondaries: int = 0
+    """Secondary shards of parameters, where nodes share the primary ones."""
 
     @property
     def total(self) -> int:
@@ -107,13 +109,21 @@ def footprint(
     return Footprint(held, arena, activations, len(step.graph.nodes), max(arena.peak_bytes, arena_bytes))
 
 
-def held_by(layout: Layout, *, state_per_element: float, buffers: int, synchronize: bool = True) -> Held:
+def held_by(
+    layout: Layout,
+    *,
+    state_per_element: float,
+    buffers: int,
+    synchronize: bool = True,
+    secondaries: Iterable[Bucket] = (),
+) -> Held:
     """What a rank holds of a model.
 
     Args:
         state_per_element: elements of optimizer state for each element of a trained parameter (AdamW: 2).
         buffers: bytes of the module's buffers.
         synchronize: False under no_sync(), which keeps whole gradients.
+        secondaries: buckets of which it has secondary shards, as `StepGraph.secondaries` has them.
     """
     trained = [bucket for bucket in layout.buckets if bucket.requires_grad]
     gradients = sum(bucket.shard_nbytes for bucket in trained)
@@ -123,4 +133,5 @@ def held_by(layout: Layout, *, state_per_element: float, buffers: int, synchroni
         optimizer_state=round(gradients * state_per_element),
         buffers=buffers,
         unsharded_gradients=0 if synchronize else sum(bucket.nbytes for bucket in trained),
+        secondaries=sum(bucket.shard_nbytes for bucket in secondaries),
     )

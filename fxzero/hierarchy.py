@@ -31,7 +31,7 @@ from fxzero.mesh import Hierarchy
 from fxzero.nccl import NcclComm
 
 Stage = tuple[Callable[[], object], Callable[[], object]]
-"""The start and the end of a part of a reduction."""
+"""The start and the end of a part of a collective."""
 
 
 class HierarchicalComm(Comm):
@@ -90,8 +90,8 @@ class HierarchicalComm(Comm):
         self.across.abandon()
 
 
-class _Chain:
-    """One reduction in stages, each of which starts when the one before has ended."""
+class Chain:
+    """One collective in stages, each of which starts when the one before has ended."""
 
     def __init__(self, stages: Sequence[Stage]) -> None:
         self._starts, self._ends = zip(*stages, strict=True)
@@ -126,7 +126,7 @@ class GlooHierarchy(HierarchicalComm):
     def __init__(self, inside: GlooComm | LocalComm, across: GlooAcross) -> None:
         super().__init__(inside, across)
         self._across = across
-        self._under_way: list[_Chain] = []
+        self._under_way: list[Chain] = []
         """Reductions from start to wait, in the order of their starts."""
 
     def reduce_scratch_numel(self, bucket: Bucket, *, accumulate: bool = True) -> int:
@@ -150,7 +150,7 @@ class GlooHierarchy(HierarchicalComm):
             within = self.inside.bind_reduce(bucket, full, scratch, aside, accumulate=False)
             stages = [cast("Stage", tuple(within))]
             stages += self._across.bind_all_reduce(bucket, aside, full, aside, divisor)
-        chain, under_way = _Chain(stages), self._under_way
+        chain, under_way = Chain(stages), self._under_way
 
         def start() -> None:
             chain.start()

@@ -21,6 +21,7 @@ from torch import fx
 
 from fxzero import compat, ops
 from fxzero.layout import Bucket, LayoutName, ParamSpec, make_bucket
+from fxzero.mesh import stage_inside
 from fxzero.wire import WireFormat, on_wire
 
 META_KEY = "fxzero"
@@ -111,7 +112,9 @@ class StepGraph:
     without: tuple[str, ...] = ()
     """Optimizations that are turned off, as of `ablation.py`."""
     num_nodes: int = 1
-    """Nodes of `world_size` ranks each that hold the same shards; no pass depends on it."""
+    """Of a 2-D mesh: of `world_size` ranks each, that hold the same shards, or all together if nodes share them."""
+    shards_across: bool = False
+    """Nodes share the shards: a gather crosses nodes, unless it is one from secondary shards (`is_inside`)."""
     overlaps_optimizer: bool = False
     """The optimizer steps each bucket once its gradients are there, while others are in flight; no pass depends on
     it."""
@@ -133,6 +136,15 @@ class StepGraph:
     def is_persistent(self) -> bool:
         """False if buffers are allocated at each use, in place of one arena."""
         return "persistent_buffers" not in self.without
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.world_size // self.num_nodes if self.shards_across else self.world_size
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of all nodes."""
+        return self.ranks_per_node * self.num_nodes
 
     def phases(self) -> Iterator[tuple[Phase, list[fx.Node]]]:
         """The nodes between placeholders and output, phase by phase, without the boundary."""
@@ -219,6 +231,14 @@ class StepGraph:
         """The same as it travels, in the collective's wire format."""
         return on_wire(self.bucket_of(collective), wire_format(collective))
 
+    def secondaries(self) -> dict[tuple[str, ...], Bucket]:
+        """The buckets of which a step keeps secondary shards, as they travel inside a node, by their members."""
+        return {
+            members(start): stage_inside(self.wire_bucket_of(start), self.num_nodes)
+            for start in self.nodes(Role.ALL_GATHER)
+            if is_inside(start)
+        }
+
     def is_staged(self, collective: fx.Node) -> bool:
         """True if what travels is of another layout or type than the bucket, so that both need memory."""
         return self.bucket_of(collective).interleaved or wire_format(collective) is not None
@@ -254,7 +274,17 @@ def wire_format(collective: fx.Node) -> WireFormat | None:
 def set_wire_format(start: fx.Node, format: WireFormat) -> None:
     """Let an all_gather or a reduce_scatter travel in another type than its bucket's."""
     blocks = {} if format.block_numel is None else {"block_numel": format.block_numel}
-    start.kwargs = {"dtype": format.dtype, **blocks}
+    start.kwargs = {**start.kwargs, "dtype": format.dtype, **blocks}
+
+
+def is_inside(gather: fx.Node) -> bool:
+    """True for an all_gather from the secondary shards of a node, which its first gather in the step left there."""
+    return bool(gather.kwargs.get("inside", False))
+
+
+def set_inside(start: fx.Node) -> None:
+    """Let an all_gather read secondary shards."""
+    start.kwargs = {**start.kwargs, "inside": True}
 
 
 def wait_of(start: fx.Node) -> fx.Node:

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from fxzero.errors import MemoryOverlapError
-from fxzero.ir import Role, StepGraph, first_write, operands, wait_of, wire_format
+from fxzero.ir import Role, StepGraph, first_write, is_inside, operands, wait_of, wire_format
 from fxzero.layout import ALIGNMENT_BYTES, align
 from fxzero.packing import EFFORT, pack
 from fxzero.schedule import live_until
@@ -211,6 +211,7 @@ def quantize_buffers(step: StepGraph) -> dict[fx.Node, Buffer]:
         for start in step.nodes(Role.ALL_GATHER)
         for bucket in [step.bucket_of(start)]
         if (format := wire_format(start)) is not None and format.block_numel is not None
+        if bucket.dtype is not SCALE_DTYPE or not is_inside(start)  # what comes from secondary shards is quantised
     }
 
 

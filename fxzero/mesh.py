@@ -1,19 +1,30 @@
-"""The ranks of a 2-D mesh: nodes of ranks that shard among each other, each node a replica of the others.
+"""The ranks of a 2-D mesh: nodes that hold a copy of the shards each, or share one.
 
           inside ->
-across    0 1 2 3      node 0      a row shards: all its gathers stay inside
-   |      4 5 6 7      node 1      a column has the same shard, of which it averages the gradient
+across    0 1 2 3      node 0     replicate: a row shards; a column has the same shard and averages its gradient
+   |      4 5 6 7      node 1     shard: all share the shards; a column has neighbours, the slice that a row exchanges
+
+Shards that nodes share are numbered column by column, rank r of node n has that of r * num_nodes + n:
+
+bucket    [ 0 1 | 2 3 | 4 5 | 6 7 ]       the shards of four ranks in two nodes
+inside    [  0  |  1  |  2  |  3  ]       the slices that a rank of each node receives from the others of its node
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from functools import cached_property
+from typing import Literal, TypeAlias, get_args
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from fxzero.errors import InputMismatchError
+from fxzero.layout import Bucket
+
+Across: TypeAlias = Literal["replicate", "shard"]
+"""What nodes are to each other: replicas, or holders of parts of the same shards."""
 
 
 @dataclass(frozen=True)
@@ -21,21 +32,35 @@ class Hierarchy:
     """The two process groups of a rank in a mesh, and all ranks of it."""
 
     inside: dist.ProcessGroup
-    """The ranks of this node; the rank in it is that of the shard."""
+    """The ranks of this node; the rank in it is that of the shard, or of the slice that nodes cut into shards."""
     across: dist.ProcessGroup
-    """The ranks with the same shard, one of each node, two at least; the rank in it is the number of the node."""
+    """The ranks of the same rank inside, one of each node, two at least; the rank in it is the number of the node."""
     ranks: tuple[int, ...]
     """The global ranks of all nodes, node by node."""
+    shards_across: bool = False
+    """Nodes share the shards; else each holds all of them."""
 
     def __str__(self) -> str:
-        return f"{self.across.size()} nodes of {self.inside.size()}"
+        return f"{self.across.size()} nodes of {self.inside.size()}" + ", sharded across" * self.shards_across
 
 
 Group: TypeAlias = dist.ProcessGroup | Hierarchy
 
 
-def group_of_mesh(mesh: DeviceMesh) -> Group:
+def check_across(across: str) -> None:
+    """Refuse what nodes cannot be to each other.
+
+    Raises:
+        ValueError: names what they can.
+    """
+    if across not in get_args(Across):
+        raise ValueError(f"across is {across!r}; it must be one of {', '.join(map(repr, get_args(Across)))}")
+
+
+def group_of_mesh(mesh: DeviceMesh, across: Across = "replicate") -> Group:
     """The group of a 1-D mesh, the groups of a 2-D mesh of (across, inside); a mesh of one node is that node's group.
+
+    Nodes of one rank that share shards have nothing inside: they are one group, that of the column.
 
     Raises:
         ValueError: the mesh has another number of dimensions.
@@ -50,7 +75,38 @@ def group_of_mesh(mesh: DeviceMesh) -> Group:
         raise InputMismatchError("This rank is no member of the mesh. Compile on its members only.")
     if mesh.ndim == 1 or mesh.size(0) == 1:
         return mesh.get_group(mesh.ndim - 1)
-    return Hierarchy(mesh.get_group(1), mesh.get_group(0), tuple(mesh.mesh.flatten().tolist()))
+    shards_across = across == "shard"
+    if shards_across and mesh.size(1) == 1:
+        return mesh.get_group(0)
+    return Hierarchy(mesh.get_group(1), mesh.get_group(0), tuple(mesh.mesh.flatten().tolist()), shards_across)
+
+
+@dataclass(frozen=True)
+class StageBucket(Bucket):
+    """What one stage of a collective moves of a bucket: `world_size` slices, each of some neighbouring shards of it."""
+
+    whole: Bucket
+    """As all nodes gather or reduce it."""
+    num_shards: int
+    """Shards of the whole in a slice."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.whole.dtype
+
+    @cached_property
+    def shard_numel(self) -> int:
+        return self.num_shards * self.whole.shard_numel
+
+
+def stage_inside(bucket: Bucket, num_nodes: int) -> Bucket:
+    """A whole bucket, cut into the slices of the ranks of one node."""
+    return StageBucket(bucket.params, bucket.world_size // num_nodes, bucket, num_nodes)
+
+
+def stage_across(bucket: Bucket, num_nodes: int) -> Bucket:
+    """One such slice, cut into the shards of the nodes."""
+    return StageBucket(bucket.params, num_nodes, bucket, 1)
 
 
 def sent_across_numel(shard_numel: int, num_nodes: int) -> int:

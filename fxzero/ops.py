@@ -25,12 +25,15 @@ def _only_in_a_graph(name: str) -> NoReturn:
 
 
 @fx.has_side_effect
-def all_gather(*shards: Any, dtype: torch.dtype | None = None, block_numel: int | None = None) -> Any:
+def all_gather(
+    *shards: Any, dtype: torch.dtype | None = None, block_numel: int | None = None, inside: bool = False
+) -> Any:
     """Start gathering the members of one bucket. Bytes received per rank: (W-1)/W of the bucket, as it travels.
 
     Args:
         dtype: in which it travels, if that is not the bucket's.
         block_numel: elements that share a scale, if it travels quantised.
+        inside: from the secondary shards of this rank's node alone.
     """
     _only_in_a_graph("all_gather")
 

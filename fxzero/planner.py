@@ -24,8 +24,10 @@ from fxzero.comm import PlanningComm
 from fxzero.cost import Cluster
 from fxzero.costing import CostModel, choose_sizes, optimizer_bytes
 from fxzero.footprint import Held, footprint, held_by
+from fxzero.hierarchy_shard import ShardedPlanningComm
 from fxzero.ir import Role, StepGraph, members
 from fxzero.layout import Bucket, Layout, LayoutName, ParamSpec, check_layout, group_into_buckets
+from fxzero.mesh import Across, check_across
 from fxzero.optim import state_per_element
 from fxzero.passes import BucketAllGathers, Pass, default_passes
 from fxzero.pipeline import Observer, run_passes
@@ -77,6 +79,7 @@ def plan(
     cluster: Cluster | str | None = None,
     num_nodes: int = 1,
     overlap_optimizer: bool = False,
+    across: Across = "replicate",
 ) -> Schedule:
     """The schedule of a model on ranks that are not there: no process group, no device, no memory for any tensor.
 
@@ -92,20 +95,18 @@ def plan(
         layout: "contiguous" or "interleaved", as of `fxzero.compile`.
         cluster: what the ranks are and what joins them: numbers, or a name of `fxzero.cost.CLUSTERS`. With it, sizes
             and order are chosen from costs, unless passes are given, and `schedule.timing` predicts the step.
-        num_nodes: over which the ranks are spread evenly, each sharding inside and averaging across, as on a 2-D mesh
-            of (num_nodes, world_size // num_nodes).
         overlap_optimizer: the optimizer steps each bucket once its gradients are there, as of `fxzero.compile`.
+        num_nodes: over which the ranks are spread evenly, as on a 2-D mesh of (num_nodes, world_size // num_nodes).
+        across: what nodes are to each other, as of `fxzero.compile`.
 
     Raises:
         CaptureError: the model cannot be traced.
         ScheduleError: a pass left the schedule unsafe.
         PlanError: the step needs more than memory_budget.
-        ValueError: another layout, or num_nodes does not divide world_size.
+        ValueError: another layout or relation of nodes, or num_nodes does not divide world_size.
     """
     check_layout(layout)
-    if num_nodes < 1 or world_size % num_nodes:
-        raise ValueError(f"num_nodes is {num_nodes}; it must divide the world_size of {world_size}")
-    ranks_inside = world_size // num_nodes
+    comm = _planning_comm(world_size, num_nodes, across)
     args, kwargs = as_arguments(example)
     params = {fqn: spec_of(fqn, param) for fqn, param in model.named_parameters()}
     captured = capture(
@@ -115,23 +116,23 @@ def plan(
         kwargs,
         params,
         device=torch.device("cpu"),
-        world_size=ranks_inside,
+        world_size=comm.world_size,
         with_backward=torch.is_grad_enabled() and any(param.requires_grad for param in params.values()),
     )
     captured.step.layout = layout
-    captured.step.num_nodes = num_nodes
-    captured.step.overlaps_optimizer = overlap_optimizer and world_size > 1
+    captured.step.overlaps_optimizer = overlap_optimizer and comm.can_overlap_optimizer
+    captured.step.num_nodes, captured.step.shards_across = comm.num_nodes, comm.shards_across
     chosen: Sequence[Pass] = default_passes() if passes is None else passes
-    comm = PlanningComm(0, ranks_inside, num_nodes=num_nodes)
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     state = state_per_element([] if optimizer is None else [optimizer])
 
     def held(step: StepGraph) -> Held:
-        return held_by(layout_of(step, chosen), state_per_element=state, buffers=buffers)
+        layout, secondaries = layout_of(step, chosen), step.secondaries().values()
+        return held_by(layout, state_per_element=state, buffers=buffers, secondaries=secondaries)
 
     costs = None
     if cluster is not None:
-        costs = CostModel(Cluster.of(cluster), optimizer_bytes(params.values(), world_size, state))
+        costs = CostModel(Cluster.of(cluster), optimizer_bytes(params.values(), comm.world_size, state))
         if captured.step.has_backward and comm.world_size > 1 and num_nodes == 1 and passes is None:
             chosen = choose_sizes(captured.step, chosen, costs, keeps_free=memory_budget is None).passes(chosen)
     choice = None
@@ -144,6 +145,18 @@ def plan(
         lambda: MemoryReport(footprint(made.step, comm, held(made.step)), made.step),
         None if costs is None else partial(costs.timing, made.step),
     )
+
+
+def _planning_comm(world_size: int, num_nodes: int, across: Across) -> PlanningComm:
+    """A rank that is not there; as of `mesh.group_of_mesh`, nodes of one rank that share shards are one group."""
+    check_across(across)
+    if num_nodes < 1 or world_size % num_nodes:
+        raise ValueError(f"num_nodes is {num_nodes}; it must divide the world_size of {world_size}")
+    if across == "replicate":
+        return PlanningComm(0, world_size // num_nodes, num_nodes=num_nodes)
+    if num_nodes in (1, world_size):
+        return PlanningComm(0, world_size)
+    return ShardedPlanningComm(0, world_size, num_nodes=num_nodes)
 
 
 def as_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -85,6 +85,8 @@ class MemoryReport:
             ("optimizer state (shards)", held.optimizer_state),
             ("buffers", held.buffers),
         ]
+        if held.secondaries:
+            rows.insert(1, ("parameters (secondary shards)", held.secondaries))
         if held.unsharded_gradients:
             rows.append(("unsharded gradients, no_sync()", held.unsharded_gradients))
         rows += [
@@ -120,7 +122,7 @@ class MemoryReport:
 
         held, footprint = self.footprint.held, self.footprint
         areas = {
-            "parameters": [held.parameters] * footprint.num_positions,
+            "parameters": [held.parameters + held.secondaries] * footprint.num_positions,
             "gradients": [held.gradients + held.unsharded_gradients] * footprint.num_positions,
             "optimizer state": [held.optimizer_state] * footprint.num_positions,
             "buffers": [held.buffers] * footprint.num_positions,

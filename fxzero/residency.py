@@ -1,8 +1,9 @@
 """Which buckets are still gathered from an earlier step: under gradient accumulation, until the shards change.
 
-A bucket counts as there only while an accumulation is under way and nobody touched a parameter or a gradient since it
-was gathered: no optimizer stepped, no version of a parameter or of a `.grad` changed. Whatever else is the case, it is
-gathered again. Only a write through `param.data` between two micro-steps goes unnoticed, as it does by autograd.
+So are secondary shards, where nodes share the primary ones. A bucket counts as there only while an accumulation is
+under way and nobody touched a parameter or a gradient since it was gathered: no optimizer stepped, no version of a
+parameter or of a `.grad` changed. Whatever else is the case, it is gathered again. Only a write through `param.data`
+between two micro-steps goes unnoticed, as it does by autograd.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Nothing is decided in a step but which binding runs: overwrite or add to `.grad`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -53,6 +53,11 @@ class Plan:
         return self.captured.step
 
 
+def _lasting_secondaries(step: StepGraph) -> Iterable[tuple[str, ...]]:
+    """Buckets that a later forward gathers inside the node; not into buffers that are allocated at each use."""
+    return step.secondaries() if step.is_persistent else ()
+
+
 class Executable:
     """A plan bound to the storage of this rank."""
 
@@ -71,7 +76,9 @@ class Executable:
         self._shards, self._gradients, self._comm, self._arena = shards, gradients, comm, arena
         self._residency = residency
         gathered = {members(start) for start in plan.step.nodes(Role.ALL_GATHER)}
-        self._resident = [] if comm.gathers_in_place else [fqns for fqns in plan.step.resident if fqns in gathered]
+        lasting = () if comm.gathers_in_place else (*plan.step.resident, *_lasting_secondaries(plan.step))
+        self._lasting = [fqns for fqns in lasting if fqns in gathered]
+        """Buckets that are there for the next micro-step, gathered or as secondary shards."""
         self._binder, self._memory = Binder, arena
         if not plan.step.is_persistent:
             self._binder, self._memory = TransientBinder, TransientMemory(shards.device)
@@ -122,13 +129,18 @@ class Executable:
     def step(self) -> StepGraph:
         return self.plan.step
 
+    @property
+    def leaves_buckets(self) -> bool:
+        """True if the next micro-step gathers less than this one, or nothing."""
+        return bool(self._lasting)
+
     def forward(self, inputs: list[torch.Tensor], buffers: list[torch.Tensor]) -> tuple[tuple[Any, ...], list[Any]]:
         """Run the forward phase: the flat outputs and what backward needs."""
         unused = Variant(False, Stash.NONE if self.step.synchronize else Stash.FIRST)
         self._overlap.finish()
         takes = self._overlap.early.hand_over(self)
         functions = self._bound(next(iter(self._functions), unused))
-        are_there = self._resident and self._residency.has(self._resident)
+        are_there = self._lasting and self._residency.has(self._lasting)
         watch = self.stopwatch
         try:
             if watch is not None:
@@ -141,7 +153,7 @@ class Executable:
             raise
         self._comm.drain()
         self._arena.generation += 1
-        self._residency.add(self._resident)
+        self._residency.add(self._lasting)
         return outputs
 
     def backward(self, variant: Variant, saved: list[Any], tangents: list[torch.Tensor]) -> tuple[Any, ...]:

@@ -26,6 +26,7 @@ from fxzero.ir import (
     grad_of,
     info,
     is_gather,
+    is_inside,
     members,
     operands,
     release_of,
@@ -35,7 +36,7 @@ from fxzero.ir import (
     wire_format,
     written_in_place,
 )
-from fxzero.mesh import sent_across_numel
+from fxzero.mesh import sent_across_numel, stage_inside
 from fxzero.text import block_depth, block_of, bucket_label, format_bytes, format_ops
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ class Row:
     """Bytes of gathered and gradient buckets that are live after this line."""
     wire: str = ""
     """The type that travels, at a start where it is not that of the bucket."""
+    reach: str = ""
+    """"across" at a start of what crosses nodes, where nodes share the shards."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,9 @@ class Totals:
     """Bytes copied between buckets and what travels, in a step: out of every gather and into every reduce. Only in the
     interleaved layout, and there not on one rank."""
     across_bytes: int = 0
-    """Those of the bytes that leave the node, on a mesh of several."""
+    """Those of the bytes that are sent out of the node, on a mesh of several."""
+    gathered_across_bytes: int = 0
+    """Those of them that all-gathers send, and receive: where nodes share the shards."""
 
 
 def live_from(step: StepGraph, start: fx.Node, positions: dict[fx.Node, int]) -> fx.Node:
@@ -136,16 +141,13 @@ def live_bytes(step: StepGraph, *roles: Role) -> dict[fx.Node, int]:
 def totals(step: StepGraph) -> Totals:
     """Count the collectives of a step and their bytes."""
     gathers, reduces = step.nodes(Role.ALL_GATHER), step.nodes(Role.REDUCE_SCATTER)
-    others = step.world_size - 1
-    across = [
-        sent_across_numel(bucket.shard_numel, step.num_nodes) * bucket.dtype.itemsize
-        for bucket in map(step.bucket_of, reduces)
-    ]
+    gathered_across = sum(across_bytes(step, start) for start in gathers)
+    reduced_across = sum(across_bytes(step, start) for start in reduces)
     return Totals(
         num_all_gathers=len(gathers),
         num_reduce_scatters=len(reduces),
-        gathered_bytes=sum(step.wire_bucket_of(start).shard_nbytes * others for start in gathers),
-        reduced_bytes=sum(step.wire_bucket_of(start).shard_nbytes * others for start in reduces) + sum(across),
+        gathered_bytes=sum(inside_bytes(step, start) for start in gathers) + gathered_across,
+        reduced_bytes=sum(inside_bytes(step, start) for start in reduces) + reduced_across,
         gathered_peak_bytes=max(live_bytes(step, Role.ALL_GATHER).values(), default=0),
         copied_grad_bytes=sum(
             step.params[grad_fqn(slot)].nbytes
@@ -155,8 +157,25 @@ def totals(step: StepGraph) -> Totals:
         interleaved_copy_bytes=sum(
             bucket.nbytes for bucket in map(step.bucket_of, [*gathers, *reduces]) if bucket.interleaved
         ),
-        across_bytes=sum(across),
+        across_bytes=gathered_across + reduced_across,
+        gathered_across_bytes=gathered_across,
     )
+
+
+def inside_bytes(step: StepGraph, start: fx.Node) -> int:
+    """Bytes that a rank sends, and receives, in a collective inside its node."""
+    travels = step.wire_bucket_of(start)
+    if step.shards_across:
+        travels = stage_inside(travels, step.num_nodes)
+    return travels.shard_nbytes * (travels.world_size - 1)
+
+
+def across_bytes(step: StepGraph, start: fx.Node) -> int:
+    """Bytes that a rank sends to other nodes in a collective."""
+    travels = step.wire_bucket_of(start)
+    if step.shards_across:
+        return 0 if is_inside(start) else (step.num_nodes - 1) * travels.shard_nbytes
+    return 0 if is_gather(start) else sent_across_numel(travels.shard_numel, step.num_nodes) * travels.dtype.itemsize
 
 
 def rows(step: StepGraph) -> Iterator[Row]:
@@ -186,20 +205,26 @@ def _line(step: StepGraph, phase: Phase, node: fx.Node, live: int) -> Row:
     action = role(node).value if is_start or is_gather(node) else "wait_reduce"
     nbytes = step.wire_bucket_of(node).nbytes if is_start else 0
     wire = str(wire_format(node) or "") if is_start else ""
-    return Row(phase, action, bucket_label(members(node)), nbytes, live_bytes=live, wire=wire)
+    reach = "across" if is_start and step.shards_across and not is_inside(node) else ""
+    return Row(phase, action, bucket_label(members(node)), nbytes, live_bytes=live, wire=wire, reach=reach)
 
 
 def header(step: StepGraph) -> str:
     """The first line: the totals of the step, per rank."""
     t = totals(step)
     ranks, received, sent = f"world_size={step.world_size}", "received", f"{format_bytes(t.reduced_bytes)} sent"
+    gathered = t.gathered_bytes - t.gathered_across_bytes
     if step.num_nodes > 1:
-        ranks = f"world_size={step.num_nodes * step.world_size} ({step.num_nodes} nodes of {step.world_size})"
+        sharing = ", sharded across" if step.shards_across else ""
+        ranks = f"world_size={step.num_ranks} ({step.num_nodes} nodes of {step.ranks_per_node}{sharing})"
         received = "received inside"
-        sent = f"{format_bytes(t.reduced_bytes - t.across_bytes)} sent inside, {format_bytes(t.across_bytes)} across"
+        if step.shards_across:
+            received += f", {format_bytes(t.gathered_across_bytes)} across"
+        across = t.across_bytes - t.gathered_across_bytes
+        sent = f"{format_bytes(t.reduced_bytes - across)} sent inside, {format_bytes(across)} across"
     parts = [
         ranks,
-        f"{_count(t.num_all_gathers, 'all_gather')}, {format_bytes(t.gathered_bytes)} {received}"
+        f"{_count(t.num_all_gathers, 'all_gather')}, {format_bytes(gathered)} {received}"
         + _as_types(step, Role.ALL_GATHER),
         f"{_count(t.num_reduce_scatters, 'reduce_scatter')}, {sent}" + _as_types(step, Role.REDUCE_SCATTER),
         f"gathered peak {format_bytes(t.gathered_peak_bytes)}",
@@ -259,7 +284,7 @@ def format_schedule(step: StepGraph, *, memory: bool = False) -> str:
         line = f"{row.action:<{actions}}  {row.name:<{width}}  {amount:>9}"
         if memory:
             line += f"  {format_bytes(row.live_bytes):>9}"
-        lines.append(f"{line}  {row.wire}".rstrip())
+        lines.append("  ".join(filter(None, (line, row.wire, row.reach))).rstrip())
     return "\n".join(lines)
 
 
@@ -270,7 +295,7 @@ def format_table(step: StepGraph) -> str:
             row.phase.value,
             row.action,
             row.name,
-            f"{format_bytes(row.nbytes)} {row.wire}".rstrip() if row.nbytes else "",
+            " ".join(filter(None, (format_bytes(row.nbytes), row.wire, row.reach))) if row.nbytes else "",
             row.num_ops or "",
             format_bytes(row.live_bytes),
         )

@@ -102,6 +102,14 @@ class Shards:
         self.device = device
         self.params = FlatBuffer(layout.buckets, device)
         self.grads = FlatBuffer((b for b in layout.buckets if b.requires_grad), device)
+        self.secondaries = FlatBuffer((), device)
+        """The slices of buckets that this rank gathered from other nodes, as they travel inside its own."""
+
+    def keep_secondaries(self, buckets: Iterable[Bucket]) -> None:
+        """Make memory for the secondary shards of buckets, as `StepGraph.secondaries` has them, where there is none."""
+        missing = [bucket for bucket in buckets if bucket not in self.secondaries.parts]
+        if missing:
+            self.secondaries.extend(FlatBuffer(missing, self.device))
 
     def grad_shard(self, bucket: Bucket) -> torch.Tensor:
         """The gradient shard of a bucket; that of one frozen when the layout was fixed is made on demand."""

@@ -12,8 +12,9 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from torch import fx
 
-from fxzero.cost import Costs, Link, sent_bytes
+from fxzero.cost import Costs, Link
 from fxzero.ir import Phase, Role, StepGraph, members, role, started_by, tail_waits
+from fxzero.schedule import across_bytes, inside_bytes
 
 Key: TypeAlias = "fx.Node | tuple[Role, Phase, tuple[str, ...]]"
 """Which collective: its start in a graph; where there is none, what it is, in which phase, and its members."""
@@ -65,7 +66,7 @@ def shares_of_optimizer(step: StepGraph, reductions: Iterable[Iterable[str]]) ->
 def events(step: StepGraph, costs: Costs) -> list[Event]:
     """What a rank does in a step, in order; compute between collectives is one event. The optimizer's step is last.
 
-    Where it is overlapped, it comes in parts between the last waits.
+    Where it is overlapped, it comes in parts between the last waits. Of several nodes, all bytes are those of one link.
     """
     found: list[Event] = []
     compute = 0.0
@@ -80,7 +81,7 @@ def events(step: StepGraph, costs: Costs) -> list[Event]:
             if compute:
                 found.append(Event("compute", compute))
             start = started_by(node)
-            nbytes = sent_bytes(step.wire_bucket_of(start)) if node is start else 0
+            nbytes = inside_bytes(step, start) + across_bytes(step, start) if node is start else 0
             found.append(Event("start" if node is start else "wait", 0.0, start, nbytes))
             compute = 0.0
         compute += costs.of(node) + shares.get(node, 0.0) * costs.optimizer_s

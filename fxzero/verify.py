@@ -15,6 +15,7 @@ from fxzero.errors import (
     DoubleReleaseError,
     GradientMemoryError,
     GradientReduceError,
+    InsideGatherError,
     MalformedGraphError,
     MissingReleaseError,
     MissingWaitError,
@@ -35,6 +36,7 @@ from fxzero.ir import (
     in_memory_of,
     info,
     is_gather,
+    is_inside,
     members,
     memory_of,
     operands,
@@ -46,6 +48,7 @@ from fxzero.ir import (
     written_in_place,
 )
 from fxzero.text import bucket_label, describe
+from fxzero.wire import WireFormat
 
 
 @dataclass
@@ -71,6 +74,7 @@ def verify_graph(step: StepGraph) -> None:
     """
     _check_buckets(step)
     _check_wire_formats(step)
+    _check_inside_gathers(step)
     walk = _Walk(has_gathers=bool(step.nodes(Role.ALL_GATHER)), kept=frozenset(step.kept))
     for node in step.graph.nodes:
         sources, kind = node.all_input_nodes, role(node)
@@ -265,11 +269,30 @@ def _check_wire_formats(step: StepGraph) -> None:
         raise WireFormatError(f"{describe(start)} travels as {format}, but {why}.")
 
 
+def _check_inside_gathers(step: StepGraph) -> None:
+    """What is gathered from secondary shards was gathered across nodes before, in the same type."""
+    left: dict[tuple[str, ...], WireFormat | None] = {}
+    for start in step.nodes(Role.ALL_GATHER):
+        if not is_inside(start):
+            left[members(start)] = wire_format(start)
+            continue
+        if not step.shards_across:
+            why = "all gathers do: nodes share no shards"
+        elif members(start) not in left:
+            why = "no gather before it has crossed nodes"
+        elif left[members(start)] != wire_format(start):
+            why = f"what crossed nodes before travelled as {left[members(start)] or step.bucket_of(start).dtype}"
+        else:
+            continue
+        raise InsideGatherError(f"{describe(start)} is to stay inside the node, but {why}.")
+
+
 def collectives(step: StepGraph) -> list[str]:
     """The order of collectives, as text equal on two ranks exactly if the order, the buckets and the formats are."""
     lines = [
         f"{role(start).value} {','.join(members(start))}"
         + (f" as {format}" if (format := wire_format(start)) is not None else "")
+        + " inside" * is_inside(start)
         for start in step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER)
     ]
     if step.overlaps_optimizer:

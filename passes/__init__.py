@@ -14,6 +14,7 @@ from fxzero.passes.gathers_first import GathersFirst
 from fxzero.passes.insert_all_gathers import InsertAllGathers
 from fxzero.passes.insert_reduce_scatters import InsertReduceScatters
 from fxzero.passes.keep_gathered import KeepGathered
+from fxzero.passes.localize_all_gathers import LocalizeAllGathers
 from fxzero.passes.narrow_all_gathers import NarrowAllGathers
 from fxzero.passes.narrow_reduce_scatters import NarrowReduceScatters
 from fxzero.passes.prefetch_all_gathers import PrefetchAllGathers
@@ -63,6 +64,7 @@ def default_passes(
         SinkWaits(reduce_bytes),
         ReleaseParams(),
         WriteGradsInPlace(),
+        LocalizeAllGathers(),
         *narrow,
     )
 
@@ -74,6 +76,7 @@ __all__ = [
     "InsertAllGathers",
     "InsertReduceScatters",
     "KeepGathered",
+    "LocalizeAllGathers",
     "NarrowAllGathers",
     "NarrowReduceScatters",
     "Pass",

@@ -9,7 +9,7 @@ from torch import fx
 
 from fxzero import ops
 from fxzero.errors import PassOrderError
-from fxzero.ir import Role, StepGraph, gathered_params, is_gather, members, new_value, wait_of, wire_format
+from fxzero.ir import Role, StepGraph, gathered_params, is_gather, is_inside, members, new_value, wait_of, wire_format
 from fxzero.layout import group_into_buckets
 
 MIB = 2**20
@@ -49,6 +49,8 @@ class BucketAllGathers:
             raise PassOrderError("no all_gather in the graph; run InsertAllGathers first")
         if any(wire_format(start) for start in starts):
             raise PassOrderError("an all_gather has a wire format already; run NarrowAllGathers after this pass")
+        if any(is_inside(start) for start in starts):
+            raise PassOrderError("an all_gather stays inside its node already; run LocalizeAllGathers after this pass")
         in_order = dict.fromkeys(fqn for start in starts for fqn in members(start))
         if self.buckets is None:
             params = (step.params[fqn] for fqn in in_order)

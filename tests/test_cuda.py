@@ -20,7 +20,8 @@ from fxzero.codegen import generate
 from fxzero.comm import PlanningComm
 from fxzero.cuda import Events, Placed, plan_cuda_events
 from fxzero.gradients import Stash, Variant
-from fxzero.ir import Role, StepGraph, first_write, is_gather, operands, role, started_by, wire_format
+from fxzero.hierarchy_shard import ShardedPlanningComm
+from fxzero.ir import Role, StepGraph, first_write, is_gather, is_inside, operands, role, started_by, wire_format
 from fxzero.layout import LayoutName
 from fxzero.passes import default_passes
 from fxzero.pipeline import run_passes
@@ -157,7 +158,7 @@ class Simulation:
             self.touch(operation, "staging", node, writes=True, node=node)
 
         staged = self.step.is_staged(node)
-        sends_copy = staged and not (is_gather(node) and wire_format(node) is None)
+        sends_copy = staged and not (is_gather(node) and (wire_format(node) is None or is_inside(node)))
         self.events.start(node, collective, copies if sends_copy else None)()
 
     def touch(self, operation: tuple[str, int], kind: str, start: fx.Node, *, writes: bool, node: fx.Node) -> None:
@@ -180,21 +181,26 @@ def simulate(
     dtypes: dict[str, Any] | None = None,
     narrowed: int = -1,
     param_dtype: torch.dtype = torch.float32,
+    num_nodes: int = 1,
+    frozen: int = -1,
 ) -> Simulation:
     """Walk a schedule.
 
     Args:
         dtypes: of the wire, as of `default_passes`.
         narrowed: of the collectives only those in a narrower type whose number is a multiple of this.
+        num_nodes: that share the shards, if there are several.
     """
-    step = toy_step(num_layers=6, world_size=4)
+    step = toy_step(num_layers=6, world_size=4, frozen=frozen)
+    step.num_nodes, step.shards_across = num_nodes, num_nodes > 1
     step.layout = layout
     step.params = {fqn: replace(param, dtype=param_dtype) for fqn, param in step.params.items()}
     run_passes(step, default_passes(bucket_bytes=2**14, prefetch_bytes=2**15, reduce_bytes=2**15, **(dtypes or {})))
     for index, start in enumerate(step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER)):
         if index % narrowed:
             start.kwargs = {}
-    _, placed = plan_arena(step, PlanningComm(0, 4, "cuda"), Variant(accumulate, Stash.NONE))
+    comm = ShardedPlanningComm(0, 4, "cuda", num_nodes=num_nodes) if num_nodes > 1 else PlanningComm(0, 4, "cuda")
+    _, placed = plan_arena(step, comm, Variant(accumulate, Stash.NONE))
     clocks = Clocks()
     events = plan_cuda_events(step, placed, clocks.cuda(), None, accumulate=accumulate)
     if drop is not None:
@@ -219,6 +225,21 @@ def test_conflicting_accesses_are_ordered_when_some_collectives_are_narrow(
 ) -> None:
     dtypes = {"gather_dtype": gather_dtype, "reduce_dtype": torch.bfloat16}
     assert simulate(accumulate, dtypes=dtypes, narrowed=narrowed, param_dtype=param_dtype).conflicts > 20
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"layout": "interleaved"}, *({"dtypes": {"gather_dtype": dtype}} for dtype in (torch.bfloat16, torch.int8))],
+)
+@pytest.mark.parametrize("frozen", [-1, 3])
+@pytest.mark.parametrize("param_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_conflicting_accesses_are_ordered_when_nodes_share_shards(
+    accumulate: bool, param_dtype: torch.dtype, frozen: int, options: dict[str, Any]
+) -> None:
+    simulation = simulate(accumulate, param_dtype=param_dtype, num_nodes=2, frozen=frozen, **options)
+    assert simulation.conflicts > 20
+    assert any(is_inside(start) for start in simulation.step.nodes(Role.ALL_GATHER))
 
 
 @pytest.mark.parametrize("layout", get_args(LayoutName))

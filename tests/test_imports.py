@@ -31,6 +31,7 @@ RUN_TIME = (
     "nccl",
     "mesh",
     "hierarchy",
+    "hierarchy_shard",
     "streams",
     "shards",
     "gradients",

@@ -15,7 +15,7 @@ import fxzero
 from fxzero.comm import make_comm
 from fxzero.hierarchy import GlooAcross, GlooHierarchy, HierarchicalComm, NcclHierarchy
 from fxzero.layout import Bucket
-from fxzero.mesh import Hierarchy, group_of_mesh
+from fxzero.mesh import Across, Hierarchy, group_of_mesh
 from fxzero.nccl import NcclComm
 from fxzero.passes import default_passes
 from tests.distributed import api_workers, replicated
@@ -128,10 +128,12 @@ def nccl_code_on_gloo(rank: int, world_size: int, shape: tuple[int, int]) -> Non
         torch.testing.assert_close(shard, accumulate + average(bucket, shape, comm.rank, 10))
 
 
-def on_mesh(rank: int, world_size: int, shape: tuple[int, int], name: str, *args: Any) -> Any:
+def on_mesh(
+    rank: int, world_size: int, shape: tuple[int, int], name: str, *args: Any, across: Across = "replicate"
+) -> Any:
     """A worker of api_workers whose modules are compiled on a mesh."""
     compile_, before = fxzero.compile, api_workers.Pair.ranks_per_node
-    fxzero.compile = functools.partial(compile_, mesh=init_device_mesh("cpu", shape))
+    fxzero.compile = functools.partial(compile_, mesh=init_device_mesh("cpu", shape), across=across)
     api_workers.Pair.ranks_per_node = shape[1]
     try:
         return getattr(api_workers, name)(rank, world_size, *args)

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import fxzero
 from fxzero import activations
 from fxzero.layout import LayoutName
+from fxzero.mesh import Across
 from fxzero.models import GPT, GPT_PRESETS, MLP, MLP_PRESETS, ROBERTA_PRESETS, RobertaForMaskedLM
 from fxzero.passes import default_passes
 
@@ -157,6 +158,7 @@ def train(
     sizes: dict[str, Any] | None = None,
     layout: LayoutName = "contiguous",
     mesh_shape: tuple[int, int] | None = None,
+    across: Across = "replicate",
     memory_budget: int | None = None,
 ) -> str:
     """Train both ways and compare losses, gradients, parameters and buffers after every step; the last schedule.
@@ -169,6 +171,7 @@ def train(
         clip: clip by this norm; then compared within 1e-6.
         sizes: arguments of `default_passes`.
         mesh_shape: the number of nodes, and of ranks in each.
+        across: what nodes are to each other.
     """
     case = CASES[name] if isinstance(name, str) else name
     torch.manual_seed(seed_offset * rank)
@@ -181,7 +184,13 @@ def train(
     passes = default_passes(**sizes)[:num_passes]
     mesh = None if mesh_shape is None else init_device_mesh("cpu", mesh_shape)
     zero = fxzero.compile(
-        model, optimizer=own_optimizer, passes=passes, layout=layout, mesh=mesh, memory_budget=memory_budget
+        model,
+        optimizer=own_optimizer,
+        passes=passes,
+        layout=layout,
+        mesh=mesh,
+        across=across,
+        memory_budget=memory_budget,
     )
     for step in range(steps):
         for micro in range(micro_batches):

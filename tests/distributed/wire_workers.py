@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 import fxzero
 from fxzero.gloo import GlooComm
 from fxzero.layout import Layout, LayoutName
+from fxzero.mesh import Across
 from fxzero.passes import default_passes
 from tests.distributed import replicated
 from tests.distributed.interleaved_workers import MIXED
@@ -52,6 +55,8 @@ class Rounding:
     world_size: int
     gather_dtype: torch.dtype | None
     reduce_dtype: torch.dtype | None
+    ranks_per_node: int | None = None
+    """Gradients are summed over the ranks of a node, then over nodes. Default: all are one node."""
     replicas: list[nn.Module] = field(default_factory=list[nn.Module])
     unsent: list[dict[str, Tensor]] = field(default_factory=list["dict[str, Tensor]"])
     """Of each rank, the gradients of no_sync()."""
@@ -88,10 +93,9 @@ class Rounding:
         for fqn in list(self.unsent[0]):
             terms = [each.pop(fqn) for each in self.unsent]
             terms = [rounded(term) for term in terms] if self.reduce_dtype is BF16 else terms
-            total = terms[0].clone()
-            for term in terms[1:]:
-                total += term
-            total /= self.world_size
+            size = self.ranks_per_node or self.world_size
+            nodes = [functools.reduce(torch.add, terms[first:][:size]) for first in range(0, self.world_size, size)]
+            total = functools.reduce(torch.add, nodes) / self.world_size
             before = params[fqn].grad
             params[fqn].grad = total if before is None else before + total
 
@@ -107,14 +111,18 @@ def train(
     no_sync: bool = False,
     layout: LayoutName = "contiguous",
     sizes: dict[str, Any] | None = None,
+    mesh_shape: tuple[int, int] | None = None,
+    across: Across = "replicate",
 ) -> str:
     """Train both ways; losses, gradients, parameters are the same bit for bit, in train and eval. The last schedule."""
     case = MIXED if name == "mixed" else replicated.CASES[name]
     torch.manual_seed(0)
     model = case.build()
-    reference = Rounding(copy.deepcopy(model), world_size, gather_dtype, reduce_dtype)
+    ranks_per_node = None if mesh_shape is None else mesh_shape[1]
+    reference = Rounding(copy.deepcopy(model), world_size, gather_dtype, reduce_dtype, ranks_per_node)
     passes = default_passes(**(SIZES | (sizes or {})), gather_dtype=gather_dtype, reduce_dtype=reduce_dtype)
-    zero = fxzero.compile(model, passes=passes, layout=layout)
+    mesh = None if mesh_shape is None else init_device_mesh("cpu", mesh_shape)
+    zero = fxzero.compile(model, passes=passes, layout=layout, mesh=mesh, across=across)
     optimizers = [torch.optim.AdamW(module.parameters(), lr=1e-2, foreach=False) for module in (zero, reference.model)]
     engine, batches = zero._fxzero_engine, list[replicated.Batch]()
     for step in range(3):

@@ -1,0 +1,308 @@
+"""Collectives of a 2-D mesh whose nodes share the shards: each has a stage inside a node and one across nodes.
+
+gather          across: a column gathers the parts of its slice; inside: a row gathers slices into the bucket
+again           inside alone, from the slice that was kept: the secondary shard
+reduce-scatter  inside: the slice of this rank, summed over the node; across: that cut over the nodes, each part summed
+                in their order and divided by the number of all ranks: ((g00 + g01) + (g10 + g11)) / 4
+
+A gradient so has the bits that it has where nodes are replicas, and crosses nodes once, as one slice less its part.
+
+gloo tells that a message is there only to those who wait for it. A second stage so starts at a later start of another
+collective, when compute has run since its own, or at its own wait:
+
+    start g0 | start g1 | wait g0: inside, both waited for | compute 0 | start g2: g1 inside | wait g1 | compute 1 ...
+
+Ranks start collectives in one order, each starts second stages in that order too, and none waits for a first stage
+while an older collective has yet to enter its second. So of all collectives that ranks are blocked at, the oldest goes
+on: a rank it waits for is not blocked, or blocked at a younger one and past all starts of this. Where waits stand does
+not matter, so ranks may have different shapes in one step.
+
+Source: ZeRO++ (arXiv:2306.10209), hpZ; deviation: gradients are reduced in two stages over the same mesh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fxzero import compat
+from fxzero.comm import Bound, Comm, GroupComm, PlanningComm, unknown_backend
+from fxzero.gloo import GlooComm
+from fxzero.hierarchy import Chain, HierarchicalComm, Stage
+from fxzero.layout import Bucket
+from fxzero.mesh import Hierarchy, stage_across, stage_inside
+from fxzero.nccl import NcclComm
+
+
+class ShardedHierarchy(HierarchicalComm):
+    """The ranks of all nodes as one group: rank r of node n is number r * num_nodes + n."""
+
+    def __init__(self, inside: GroupComm, across: GroupComm) -> None:
+        super().__init__(inside, across)
+        self.rank = inside.rank * self.num_nodes + self.node
+        self.world_size = inside.world_size * self.num_nodes
+        self.shards_across = True
+
+    def _slice_of(self, full: Tensor) -> Tensor:
+        """What this rank sends inside its node of a bucket, flat."""
+        return full.chunk(self.inside.world_size)[self.inside.rank]
+
+    def bind_gather(self, bucket: Bucket, shard: Tensor, full: Tensor) -> Bound:
+        return self.bind_gather_keeping(bucket, shard, full, self._slice_of(full))
+
+    def bind_gather_inside(self, bucket: Bucket, secondary: Tensor, full: Tensor) -> Bound:
+        return self.inside.bind_gather(stage_inside(bucket, self.num_nodes), secondary, full)
+
+    def _gather_stages(self, bucket: Bucket, shard: Tensor, full: Tensor, secondary: Tensor) -> list[Stage]:
+        across = self.across.bind_gather(stage_across(bucket, self.num_nodes), shard, secondary)
+        return [_stage(across), _stage(self.bind_gather_inside(bucket, secondary, full))]
+
+    def all_reduce(self, tensor: Tensor, op: Literal["sum", "max"] = "sum") -> None:
+        self.inside.all_reduce(tensor, op)
+        self.across.all_reduce(tensor, op)
+
+    def scatter_from_rank0(self, shard: Tensor, full: Tensor | None) -> None:
+        own_slice = None
+        if self.node == 0:
+            own_slice = self._room_for_slice(shard)
+            self.inside.scatter_from_rank0(own_slice, full)
+        self.across.scatter_from_rank0(shard, own_slice)
+
+    def gather_to_all(self, shard: Tensor, full: Tensor) -> None:
+        own_slice = self._room_for_slice(shard)
+        self.across.gather_to_all(shard, own_slice)
+        self.inside.gather_to_all(own_slice, full)
+
+    def gather_to_rank0(self, shard: Tensor, full: Tensor | None) -> None:
+        own_slice = self._room_for_slice(shard) if self.node == 0 else None
+        self.across.gather_to_rank0(shard, own_slice)
+        if own_slice is not None:
+            self.inside.gather_to_rank0(own_slice, full)
+
+    def _room_for_slice(self, shard: Tensor) -> Tensor:
+        return shard.new_empty(self.num_nodes * shard.numel())
+
+
+class GlooShardedHierarchy(ShardedHierarchy):
+    """CPU tensors over gloo.
+
+    Args:
+        inside: sums gradients undivided.
+        across: divides by the number of all ranks.
+    """
+
+    def __init__(self, inside: GlooComm, across: GlooComm) -> None:
+        super().__init__(inside, across)
+        self._under_way = _UnderWay()
+
+    def bind_gather_keeping(self, bucket: Bucket, shard: Tensor, full: Tensor, secondary: Tensor) -> Bound:
+        return self._under_way.bind(self._gather_stages(bucket, shard, full, secondary), is_gather=True)
+
+    def reduce_scratch_numel(self, bucket: Bucket, *, accumulate: bool = True) -> int:
+        return gloo_scratch_numel(bucket, self.num_nodes)
+
+    def bind_reduce(
+        self, bucket: Bucket, full: Tensor, scratch: Tensor | None, shard: Tensor, *, accumulate: bool
+    ) -> Bound:
+        within, between = stage_inside(bucket, self.num_nodes), stage_across(bucket, self.num_nodes)
+        needed = self.reduce_scratch_numel(bucket, accumulate=accumulate)
+        if scratch is None or scratch.numel() < needed:
+            raise ValueError(f"scratch must have at least {needed} elements to reduce {bucket.fqns[0]}")
+        own_slice, others = scratch[: within.shard_numel], scratch[within.shard_numel : needed]
+        stages = [
+            self.inside.bind_reduce(within, full, others, own_slice, accumulate=False),
+            # The bucket is free once the first stage is over: what other nodes send arrives there.
+            self.across.bind_reduce(between, own_slice, full, shard, accumulate=accumulate),
+        ]
+        return self._under_way.bind([_stage(bound) for bound in stages], is_gather=False)
+
+    def abandon(self) -> None:
+        super().abandon()
+        self._under_way.clear()
+
+
+def gloo_scratch_numel(bucket: Bucket, num_nodes: int) -> int:
+    """Elements that a reduce-scatter over the ranks of several nodes works in: the other slices of a node like its own.
+
+    Accumulating needs no more than overwriting: what comes from other nodes lies in the bucket.
+    """
+    return bucket.numel - num_nodes * bucket.shard_numel
+
+
+class _UnderWay:
+    """Collectives in two stages from start to wait, in the order of their starts; see the module docstring."""
+
+    def __init__(self) -> None:
+        self._chains: list[_Timed] = []
+        self._num_waits = 0
+
+    def bind(self, stages: Sequence[Stage], *, is_gather: bool) -> Bound:
+        chain, chains = _Timed(stages, is_gather), self._chains
+
+        def start() -> None:
+            chain.start()
+            older = self._oldest_in_first_stage()
+            if older is not None and self._has_had_compute(older, is_gather):
+                older.advance()
+            chain.num_waits_before = self._num_waits
+            chains.append(chain)
+
+        def wait() -> None:
+            while not chain.is_in_last_stage:
+                older = self._oldest_in_first_stage()
+                assert older is not None
+                older.advance()
+            chains.remove(chain)
+            if not is_gather and (other := self._oldest_in_first_stage()) is not None and not other.is_gather:
+                other.advance()
+            chain.end()
+            self._num_waits += 1
+
+        return Bound(start, wait)
+
+    def _oldest_in_first_stage(self) -> _Timed | None:
+        for chain in self._chains:
+            if not chain.is_in_last_stage:
+                return chain
+        return None
+
+    def _has_had_compute(self, chain: _Timed, before_gather: bool) -> bool:
+        """True if compute ran since the start of a collective, so that waiting for its first stage takes least.
+
+        A gradient is computed between any two reductions; gathers may start in a row.
+        """
+        return chain.num_waits_before < self._num_waits or not (chain.is_gather or before_gather)
+
+    def clear(self) -> None:
+        """Forget all, after they were abandoned."""
+        self._chains.clear()
+
+
+class _Timed(Chain):
+    """A collective, and how many had been waited for when it started."""
+
+    def __init__(self, stages: Sequence[Stage], is_gather: bool) -> None:
+        super().__init__(stages)
+        self.is_gather = is_gather
+        self.num_waits_before = 0
+
+
+class NcclShardedHierarchy(ShardedHierarchy):
+    """CUDA tensors over NCCL. The order of sums is NCCL's.
+
+    Both stages follow each other on the communication stream. What starts later waits for a reduction's second one:
+    `streams.py` takes it that collectives end in the order of their starts.
+    """
+
+    def __init__(self, inside: NcclComm, across: NcclComm) -> None:
+        super().__init__(inside, across)
+
+    def bind_gather_keeping(self, bucket: Bucket, shard: Tensor, full: Tensor, secondary: Tensor) -> Bound:
+        (start_across, wait_across), (start_inside, wait_inside) = self._gather_stages(bucket, shard, full, secondary)
+
+        def start() -> None:
+            start_across()
+            wait_across()  # orders the stream that is current, the host goes on
+            start_inside()
+
+        return Bound(start, wait_inside)
+
+    def reduce_scratch_numel(self, bucket: Bucket, *, accumulate: bool = True) -> int:
+        return nccl_scratch_numel(bucket, self.num_nodes, accumulate=accumulate)
+
+    def bind_reduce(
+        self, bucket: Bucket, full: Tensor, scratch: Tensor | None, shard: Tensor, *, accumulate: bool
+    ) -> Bound:
+        needed = self.reduce_scratch_numel(bucket, accumulate=accumulate)
+        if scratch is None or scratch.numel() < needed:
+            raise ValueError(f"scratch must have at least {needed} elements to reduce {bucket.fqns[0]}")
+        within = stage_inside(bucket, self.num_nodes)
+        own_slice = scratch[: within.shard_numel]
+        average = scratch[within.shard_numel : needed] if accumulate else shard
+        start_inside, wait_inside = _stage(self.inside.bind_reduce(within, full, None, own_slice, accumulate=False))
+        reduce_scatter, lost = compat.reduce_scatter_base(self.across.group), self.across.lost
+        what = self.across.what("reduce-scatter across nodes", bucket)
+        options = dist.ReduceScatterOptions()
+        options.reduceOp = dist.ReduceOp(dist.ReduceOp.AVG)
+        work: dist.Work | None = None
+
+        def start() -> None:
+            nonlocal work
+            start_inside()
+            wait_inside()
+            try:
+                work = reduce_scatter(average, own_slice, options)
+                work.wait()
+            except RuntimeError as error:
+                raise lost(what, error) from error
+
+        def wait() -> None:
+            nonlocal work
+            assert work is not None, "wait without start"
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise lost(what, error) from error
+            work = None
+            if accumulate:
+                shard.add_(average)
+
+        return Bound(start, wait)
+
+
+def nccl_scratch_numel(bucket: Bucket, num_nodes: int, *, accumulate: bool) -> int:
+    """The same on NCCL: a slice between the stages, and what is added to the shard."""
+    return (num_nodes + accumulate) * bucket.shard_numel
+
+
+def _stage(bound: Bound) -> Stage:
+    """Of a group of several ranks, which has something to do."""
+    assert bound.start is not None and bound.wait is not None
+    return cast("Stage", tuple(bound))
+
+
+class ShardedPlanningComm(PlanningComm):
+    """A rank of nodes that are not there and share the shards.
+
+    Args:
+        rank, world_size: of all nodes.
+    """
+
+    def __init__(self, rank: int, world_size: int, device: str | torch.device = "cpu", *, num_nodes: int) -> None:
+        super().__init__(rank, world_size, device, num_nodes=num_nodes)
+        self.shards_across = True
+
+    def reduce_scratch_numel(self, bucket: Bucket, *, accumulate: bool = True) -> int:
+        if self.device.type == "cpu":
+            return gloo_scratch_numel(bucket, self.num_nodes)
+        return nccl_scratch_numel(bucket, self.num_nodes, accumulate=accumulate)
+
+
+def make_sharded_comm(hierarchy: Hierarchy, device: torch.device) -> Comm:
+    """The Comm of nodes of two ranks or more that share the shards, and the device of the buffers.
+
+    Raises:
+        ValueError: the groups have no backend for this device that fxzero knows.
+    """
+    inside, across = hierarchy.inside, hierarchy.across
+    backend = compat.backend_name(across, device)
+    if backend == "fake":
+        number, num_ranks = inside.rank() * across.size() + across.rank(), inside.size() * across.size()
+        return ShardedPlanningComm(number, num_ranks, device, num_nodes=across.size())
+    comm: ShardedHierarchy
+    if backend == "gloo" and device.type == "cpu":
+        num_ranks = inside.size() * across.size()
+        comm = GlooShardedHierarchy(GlooComm(inside, divisor=1), GlooComm(across, divisor=num_ranks))
+    elif backend == "nccl" and device.type == "cuda":
+        comm = NcclShardedHierarchy(NcclComm(inside), NcclComm(across))
+    else:
+        raise unknown_backend(backend, device)
+    place = f"Rank {dist.get_rank()}, which is rank {inside.rank()} of {inside.size()} of node {comm.node}"
+    for part in (comm.inside, comm.across):
+        assert isinstance(part, GroupComm)
+        part.called = place
+    return comm

@@ -1,0 +1,357 @@
+"""What ranks do in test_mesh_shard_ranks.py: nodes of ranks that share the shards."""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+import fxzero
+from fxzero.comm import Bound, make_comm
+from fxzero.hierarchy import HierarchicalComm
+from fxzero.hierarchy_shard import GlooShardedHierarchy, NcclShardedHierarchy
+from fxzero.layout import Bucket
+from fxzero.mesh import Hierarchy, group_of_mesh, stage_inside
+from fxzero.nccl import NcclComm
+from fxzero.passes import default_passes
+from tests.distributed import replicated
+from tests.distributed.error_workers import error_of
+from tests.distributed.mesh_workers import CPU, CountedGroup
+from tests.distributed.test_collectives import make_bucket, poisoned, reduced, values
+from tests.pairs import Net, points
+
+Shape = tuple[int, int]
+
+
+def make_hierarchy(shape: Shape) -> Hierarchy:
+    group = group_of_mesh(init_device_mesh("cpu", shape), "shard")
+    assert isinstance(group, Hierarchy) and group.shards_across
+    return group
+
+
+def average(bucket: Bucket, shape: Shape, shard: int, seed: int) -> Tensor:
+    """A shard of the mean of all ranks' values: summed in a node, then over nodes, then divided."""
+    nodes: list[Tensor] = []
+    for node in range(shape[0]):
+        each = [values(bucket, seed + shape[1] * node + rank) for rank in range(shape[1])]
+        nodes.append(functools.reduce(torch.add, each))
+    return (functools.reduce(torch.add, nodes) / (shape[0] * shape[1])).split(bucket.shard_numel)[shard]
+
+
+def start_all(bound: list[Bound]) -> None:
+    for start, _ in bound:
+        assert start is not None
+        start()
+
+
+def wait_for_all(bound: list[Bound]) -> None:
+    for _, wait in bound:
+        assert wait is not None
+        wait()
+
+
+def reduce_over_nodes(rank: int, world_size: int, shape: Shape) -> None:
+    """Reductions alone, then several in flight, waited for in both orders, then after some were abandoned."""
+    comm = make_comm(make_hierarchy(shape), CPU)
+    assert isinstance(comm, GlooShardedHierarchy)
+    assert (comm.rank, comm.world_size) == (rank % shape[1] * shape[0] + rank // shape[1], world_size)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        bucket = make_bucket(world_size, dtype, f"alone.{dtype}")
+        for accumulate in (False, True):
+            shard = torch.ones(bucket.shard_numel, dtype=dtype) if accumulate else poisoned(bucket.shard_numel, dtype)
+            mean = average(bucket, shape, comm.rank, 10)
+            reduced(comm, bucket, values(bucket, 10 + rank), shard, accumulate=accumulate)
+            assert torch.equal(shard, 1 + mean if accumulate else mean)
+    buckets = [make_bucket(world_size, name=f"layers.{index}", numel=9_000 * index + 5) for index in range(5)]
+    fulls = [torch.empty(bucket.numel) for bucket in buckets]
+    shards = [torch.empty(bucket.shard_numel) for bucket in buckets]
+    bound: list[Any] = []
+    for bucket, full, shard in zip(buckets, fulls, shards, strict=True):
+        scratch = torch.empty(comm.reduce_scratch_numel(bucket, accumulate=False))
+        bound.append(comm.bind_reduce(bucket, full, scratch, shard, accumulate=False))
+    for step, order in enumerate([1, -1, 0, 1]):
+        for index, (bucket, full) in enumerate(zip(buckets, fulls, strict=True)):
+            full.copy_(values(bucket, 100 * step + index + rank))
+        start_all(bound)
+        if order == 0:
+            bound[0].wait()
+            comm.abandon()
+            continue
+        wait_for_all(bound[::order])
+        comm.drain()
+        for index, (bucket, shard) in enumerate(zip(buckets, shards, strict=True)):
+            assert torch.equal(shard, average(bucket, shape, comm.rank, 100 * step + index)), (step, index)
+
+
+def gather_over_nodes(rank: int, world_size: int, shape: Shape) -> None:
+    """Gathers in place, leaving secondary shards, and from those; waits stand elsewhere on every rank."""
+    comm = make_comm(make_hierarchy(shape), CPU)
+    buckets = [make_bucket(world_size, name=f"layers.{index}", numel=20_000 * index + 7) for index in range(4)]
+    expected = [values(bucket, index) for index, bucket in enumerate(buckets)]
+    shards = [full.split(b.shard_numel)[comm.rank].clone() for full, b in zip(expected, buckets, strict=True)]
+    fulls = [poisoned(bucket.numel, bucket.dtype) for bucket in buckets]
+    secondaries = [poisoned(stage_inside(b, shape[0]).shard_numel, b.dtype) for b in buckets]
+    arguments = list(zip(buckets, shards, fulls, secondaries, strict=True))
+    in_place = [comm.bind_gather(bucket, shard, full) for bucket, shard, full, _ in arguments]
+    keeping = [comm.bind_gather_keeping(*each) for each in arguments]
+    inside = [comm.bind_gather_inside(bucket, secondary, full) for bucket, _, full, secondary in arguments]
+    for bound in (in_place, keeping, inside, keeping[::-1]):
+        if rank % 3 == 0:
+            start_all(bound)
+            wait_for_all(bound)
+        elif rank % 3 == 1:
+            for each in bound:
+                start_all([each])
+                time.sleep(0.01)
+                wait_for_all([each])
+        else:
+            start_all(bound[:2])
+            wait_for_all(bound[:1])
+            start_all(bound[2:])
+            wait_for_all(bound[:0:-1])
+        comm.drain()
+        for full, right in zip(fulls, expected, strict=True):
+            assert torch.equal(full, right)
+            full.fill_(float("nan"))
+    for secondary, right in zip(secondaries, expected, strict=True):
+        assert torch.equal(secondary, right.chunk(shape[1])[rank % shape[1]])
+
+
+def move_from_rank_0(rank: int, world_size: int, shape: Shape) -> None:
+    comm = make_comm(make_hierarchy(shape), CPU)
+    assert comm.is_rank0 == (rank == 0)
+    bucket = make_bucket(world_size)
+    expected = values(bucket, 3)
+    shard = poisoned(bucket.shard_numel, bucket.dtype)
+    comm.scatter_from_rank0(shard, expected.clone() if rank == 0 else None)
+    assert torch.equal(shard, expected.split(bucket.shard_numel)[comm.rank])
+    full = poisoned(bucket.numel, bucket.dtype)
+    comm.gather_to_all(shard, full)
+    assert torch.equal(full, expected)
+    comm.gather_to_rank0(shard, full.zero_() if rank == 0 else None)
+    assert rank != 0 or torch.equal(full, expected)
+    flag = torch.tensor(rank)
+    comm.broadcast_from_rank0(flag)
+    assert flag == 0
+    total = torch.tensor(float(comm.rank))
+    comm.all_reduce(total, "max")
+    assert total == world_size - 1
+    comm.all_reduce(total)
+    assert total == world_size * (world_size - 1)
+
+
+def nccl_code_on_gloo(rank: int, world_size: int, shape: Shape) -> None:
+    """The calls that NcclShardedHierarchy makes exist in gloo too."""
+    hierarchy = make_hierarchy(shape)
+    comm = NcclShardedHierarchy(NcclComm(hierarchy.inside), NcclComm(hierarchy.across))
+    bucket = make_bucket(world_size, name="over")
+    for accumulate in (False, True):
+        shard = torch.full((bucket.shard_numel,), 1.0)
+        reduced(comm, bucket, values(bucket, 10 + rank), shard, accumulate=accumulate)
+        torch.testing.assert_close(shard, accumulate + average(bucket, shape, comm.rank, 10))
+    expected = values(bucket, 3)
+    shard, full = expected.split(bucket.shard_numel)[comm.rank].clone(), poisoned(bucket.numel, bucket.dtype)
+    secondary = poisoned(stage_inside(bucket, shape[0]).shard_numel, bucket.dtype)
+    for bound in (
+        comm.bind_gather_keeping(bucket, shard, full, secondary),
+        comm.bind_gather_inside(bucket, secondary, full),
+    ):
+        start_all([bound])
+        wait_for_all([bound])
+        assert torch.equal(full, expected)
+        full.zero_()
+
+
+def train_as_replicas(rank: int, world_size: int, shape: Shape) -> None:
+    """Full weights, losses and outputs are those of the same mesh whose nodes are replicas, bit for bit."""
+    trained: list[list[Tensor]] = []
+    for across in ("replicate", "shard"):
+        torch.manual_seed(rank)
+        model = replicated.CASES["gpt"].build()
+        passes = default_passes(bucket_bytes=8192)
+        zero = fxzero.compile(model, mesh=init_device_mesh("cpu", shape), across=across, passes=passes)
+        optimizer = torch.optim.AdamW(zero.parameters(), lr=1e-2)
+        seen: list[Tensor] = []
+        for step in range(2):
+            for micro in range(2):
+                torch.manual_seed(step)
+                loss = zero(**replicated.CASES["gpt"].batch(100 * step + 10 * micro + rank, 12 + 4 * micro)).loss
+                loss.backward()
+                seen.append(loss.detach())
+            optimizer.step()
+            optimizer.zero_grad()
+        trained.append([*seen, *zero.state_dict().values()])
+        if across == "shard":
+            assert all(param.numel() <= -(-full.numel() // 2) for param, full in zip_params(zero))
+    assert all(map(torch.equal, *trained))
+
+
+def zip_params(zero: fxzero.ZeroModule) -> list[tuple[Tensor, Tensor]]:
+    """This rank's slice of each large parameter and its full values."""
+    full = {name: value.clone() for name, value in zero.iter_full_params() if value is not None}
+    return [(param, full[name]) for name, param in zero.named_parameters() if full[name].numel() > 4096]
+
+
+def sent_by_phase(comm: Any, run: list[Any]) -> list[list[int]]:
+    """Bytes sent inside and across by each function."""
+    assert isinstance(comm, HierarchicalComm)
+    inside, across = comm.inside.group, comm.across.group  # pyright: ignore[reportAttributeAccessIssue]
+    counted = CountedGroup(inside), CountedGroup(across)
+    comm.inside.group, comm.across.group = counted  # pyright: ignore[reportAttributeAccessIssue]
+    sent: list[list[int]] = []
+    for each in run:
+        before = [group.nbytes for group in counted]
+        each()
+        sent.append([group.nbytes - old for group, old in zip(counted, before, strict=True)])
+    return sent
+
+
+def count_bytes(rank: int, world_size: int, shape: Shape, options: dict[str, Any]) -> tuple[Any, Any, str]:
+    """What a step sends across by phase, twice without new shards and then with; what the schedule says."""
+    torch.manual_seed(0)
+    case = replicated.CASES["gpt"]
+    zero = fxzero.compile(
+        case.build(), mesh=init_device_mesh("cpu", shape), across="shard", passes=default_passes(**options)
+    )
+    optimizer = torch.optim.SGD(zero.parameters(), lr=0.1)
+    zero.state_dict()  # values are there
+    losses: list[Tensor] = []
+
+    def forward() -> None:
+        losses.append(zero(**case.batch(rank, 12)).loss)
+
+    def backward() -> None:
+        losses.pop().backward()
+
+    def step() -> None:
+        optimizer.step()
+
+    def evaluate() -> None:
+        with torch.no_grad():
+            forward()
+
+    def change() -> None:
+        with torch.no_grad():
+            next(zero.parameters()).mul_(1.0)
+
+    sent = sent_by_phase(
+        zero._fxzero_engine.comm,
+        [forward, backward, forward, backward, step, forward, backward, evaluate, change, forward],
+    )
+    totals = zero.schedule.totals
+    return sent, totals, str(zero.schedule)
+
+
+def evaluate_between_forward_and_backward(rank: int, world_size: int, shape: Shape) -> None:
+    """Secondary shards outlive whatever runs between a forward and its backward; values that are stale are not used."""
+    case = replicated.CASES["net"]
+    grads: list[list[Tensor]] = []
+    for disturbed in (False, True):
+        torch.manual_seed(0)
+        zero = fxzero.compile(
+            case.build(), mesh=init_device_mesh("cpu", shape), across="shard", passes=default_passes(bucket_bytes=1024)
+        )
+        zero.eval()
+        batch = case.batch(rank, 12)
+        loss = replicated._loss(zero(**batch))
+        if disturbed:
+            with torch.no_grad():
+                zero(**case.batch(rank + 50, 16))
+            zero.state_dict()
+        loss.backward()
+        if disturbed:
+            with torch.no_grad():
+                zero(**batch)
+        replicated._loss(zero(**batch)).backward()
+        with torch.no_grad():
+            for param in zero.parameters():
+                param.mul_(0.5)
+        replicated._loss(zero(**batch)).backward()
+        grads.append([param.grad.clone() for param in zero.parameters() if param.grad is not None])
+    assert len(grads[0]) > 0 and all(map(torch.equal, *grads))
+
+
+def change_weights_between_micro_steps(rank: int, world_size: int, shape: Shape) -> None:
+    """A change in place between two micro-steps reaches the second, of all nodes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 1))
+    zero = fxzero.compile(
+        model, mesh=init_device_mesh("cpu", shape), across="shard", passes=default_passes(bucket_bytes=8192)
+    )
+    x = torch.ones(2, 64)
+    first = zero(x)
+    first.sum().backward()
+    zero.load_state_dict({name: value * 0 for name, value in zero.state_dict().items()})
+    second = zero(x)
+    assert first.abs().min() > 0 and second.abs().max() == 0
+
+
+def train_without(rank: int, world_size: int, shape: Shape, without: list[Any], layout: Any) -> None:
+    """Optimizations that are turned off, one way or several, change no bit."""
+    results: list[list[Tensor]] = []
+    for options in ({}, {"without": without, "layout": layout}):
+        torch.manual_seed(0)
+        case = replicated.CASES["net"]
+        zero = fxzero.compile(case.build(), mesh=init_device_mesh("cpu", shape), across="shard", **options)
+        optimizer = torch.optim.SGD(zero.parameters(), lr=0.1)
+        for seed in range(4):
+            replicated._loss(zero(**case.batch(10 * seed + rank, 12))).backward()
+            if seed % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+        results.append(list(zero.state_dict().values()))
+    assert all(map(torch.equal, *results))
+
+
+def initialise_on_meta(rank: int, world_size: int, shape: Shape) -> list[Tensor]:
+    torch.manual_seed(rank)
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 3))
+    zero = fxzero.compile(model, mesh=init_device_mesh("cpu", shape), across="shard", device="cpu")
+    return list(zero.state_dict().values())
+
+
+def report_memory(rank: int, world_size: int, shape: Shape) -> tuple[dict[str, Any], int, int, int]:
+    """The report's rows; bytes of secondary shards that are there, of all parameters, and of those gathered twice."""
+    torch.manual_seed(0)
+    case = replicated.CASES["gpt"]
+    zero = fxzero.compile(
+        case.build(), mesh=init_device_mesh("cpu", shape), across="shard", passes=default_passes(bucket_bytes=8192)
+    )
+    zero(**case.batch(rank, 12)).loss.backward()
+    shards = zero._fxzero_engine.shards
+    assert shards is not None
+    twice = sum(zero.schedule.step.bucket(fqns).nbytes for fqns in zero.schedule.step.secondaries())
+    with torch.no_grad():
+        zero(**case.batch(rank, 12))  # a plan that needs none of them
+    rows = dict(zero.schedule.memory.rows())
+    return rows, shards.secondaries.nbytes, sum(bucket.nbytes for bucket in shards.layout.buckets), twice
+
+
+def train_nodes_of_one(rank: int, world_size: int, shape: Shape) -> str:
+    zero = fxzero.compile(Net(), mesh=init_device_mesh("cpu", shape), across="shard")
+    zero(points(rank)).loss.backward()
+    return str(zero.schedule).split("  ")[0]
+
+
+def differ(rank: int, world_size: int) -> str:
+    """One node takes the others for replicas."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    zero = fxzero.compile(nn.Linear(4, 4), mesh=mesh, across="replicate" if rank >= 2 else "shard")
+    return error_of(lambda: zero(torch.ones(2, 4)))
+
+
+def refuse(rank: int, world_size: int) -> list[str]:
+    mesh = init_device_mesh("cpu", (2,))
+    texts: list[str] = []
+    for options in ({"mesh": mesh}, {"process_group": dist.group.WORLD}):
+        try:
+            fxzero.compile(Net(), across="shard", **options)
+        except ValueError as error:
+            texts.append(str(error))
+    return texts
