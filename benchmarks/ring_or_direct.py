@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +25,7 @@ import torch.distributed as dist
 from tabulate import tabulate
 from torch import Tensor
 
-from benchmarks.about import ROOT, about, one_line
+from benchmarks.about import about, one_line
 from benchmarks.network.testbed import CannotRunHere, Network
 from fxzero.comm import make_comm
 from fxzero.layout import Bucket, ParamSpec
@@ -145,33 +143,8 @@ def measure(world_size: int, gbit_per_s: float, options: argparse.Namespace) -> 
         network.set_rate_of_ports(gbit_per_s)
         command = [sys.executable, "-m", "benchmarks.ring_or_direct", "--as-rank", "--rounds", str(options.rounds)]
         command += ["--mib", *map(str, options.mib)]
-        environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), WORLD_SIZE=str(world_size))
-        environment |= {"MASTER_ADDR": network.addresses[0], "MASTER_PORT": "29541"}
-        environment |= {"GLOO_SOCKET_IFNAME": network.interface}
-        ranks = [
-            subprocess.Popen(
-                [*network.command(rank), *command],
-                stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
-                text=True,
-                cwd=ROOT,
-                env=environment | {"RANK": str(rank)},
-            )
-            for rank in range(world_size)
-        ]
-        try:
-            printed, _ = ranks[0].communicate(timeout=options.timeout)
-            if any(rank.wait(30) for rank in ranks):
-                raise SystemExit("A rank failed; what it said is above.")
-        finally:
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
-    return [
-        row
-        for line in printed.splitlines()
-        if line.startswith("{")
-        for row in _rows(world_size, gbit_per_s, json.loads(line))
-    ]
+        found = network.run_ranks(command, timeout=options.timeout)
+    return [row for each in found for row in _rows(world_size, gbit_per_s, each)]
 
 
 def _rows(world_size: int, gbit_per_s: float, found: dict[str, Any]) -> list[dict[str, Any]]:

@@ -5,11 +5,16 @@ What a rank sends passes a token bucket (`tc tbf`) of the link's rate on its own
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from benchmarks.about import ROOT
 
 _PREFIX = "fxzero-bench-"
 
@@ -91,6 +96,37 @@ class Network:
     def command(self, rank: int) -> list[str]:
         """What to put before a command so that it runs on a rank's network."""
         return ["ip", "netns", "exec", self.namespaces[rank]]
+
+    def run_ranks(self, command: Sequence[str], timeout: float) -> list[dict[str, Any]]:
+        """Run one program in all ranks, which finds its place in the variables of torchrun.
+
+        Returns:
+            The JSON objects, one a line, that the first rank printed.
+
+        Raises:
+            SystemExit: a rank failed.
+        """
+        environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), WORLD_SIZE=str(self.world_size))
+        environment |= {"MASTER_ADDR": self.addresses[0], "MASTER_PORT": "29541", "GLOO_SOCKET_IFNAME": self.interface}
+        ranks = [
+            subprocess.Popen(
+                [*self.command(rank), *command],
+                stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
+                text=True,
+                cwd=ROOT,
+                env=environment | {"RANK": str(rank)},
+            )
+            for rank in range(self.world_size)
+        ]
+        try:
+            printed, _ = ranks[0].communicate(timeout=timeout)
+            if any(rank.wait(30) for rank in ranks):
+                raise SystemExit("A rank failed; what it said is above.")
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.wait()
+        return [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
 
     def set_rate(self, gbit_per_s: float) -> None:
         """Limit what each rank sends. A queue of 50 ms paces TCP instead of dropping its packets."""
