@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import fx
 
 from fxzero.cost import Costs
 from fxzero.ir import Role, StepGraph, members, role, started_by
+
+Sample = TypeVar("Sample")
 
 
 @dataclass
@@ -64,10 +66,19 @@ class Stopwatch:
         return timed_call
 
     def medians(self) -> list[float]:
-        """Of each run and collective over the steps; empty if steps had different ones."""
+        """Of each run and collective over the calm steps; empty if steps had different ones."""
         if not self.steps or len({len(step) for step in self.steps}) > 1:
             return []
-        return [statistics.median(values) for values in zip(*self.steps, strict=True)]
+        return [statistics.median(values) for values in zip(*calm(self.steps, sum), strict=True)]
+
+    def others_s(self) -> float:
+        """Seconds of all other threads in a calm step."""
+        return statistics.median(calm(self.others, float) or [0.0])
+
+
+def calm(samples: Sequence[Sample], key: Callable[[Sample], float]) -> list[Sample]:
+    """The lesser half: what else runs on a machine comes in bursts, and only adds to what is measured."""
+    return sorted(samples, key=key)[: -(-len(samples) // 2)]
 
 
 def seconds_by_name(step: StepGraph, estimated: Costs, measured: list[float]) -> dict[str, float]:

@@ -26,7 +26,7 @@ from fxzero.passes import Pass
 from fxzero.planner import describe_options
 from fxzero.runtime import Executable
 from fxzero.schedule import totals
-from fxzero.stopwatch import Stopwatch, seconds_by_name
+from fxzero.stopwatch import Stopwatch, calm, seconds_by_name
 from fxzero.tuning import Tuning
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 MIN_BYTES = 2**20
 """Models with fewer bytes of parameters are left to the default sizes: one bucket has them all."""
-WARM_STEPS, MEASURED_STEPS = 4, 4
+WARM_STEPS, MEASURED_STEPS = 4, 8
 """Steps before compute is measured, and in which it is."""
 
 
@@ -52,8 +52,8 @@ class Tuner:
     """None until it was calibrated, if it was not given."""
     tuning: Tuning | None = None
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
-    optimizers_s: float = 0.0
-    """What optimizers took in the steps that are measured, all together."""
+    optimizers_s: list[float] = field(default_factory=lambda: [0.0] * MEASURED_STEPS)
+    """What optimizers took in each of the steps that are measured."""
     _num_backwards: int = 0
     _measured: Executable | None = None
     """The plan that ran last while steps were counted."""
@@ -142,15 +142,15 @@ class Tuner:
     def after_optimizer(self, seconds: float) -> None:
         """An optimizer's step is over."""
         if self._is_time:
-            self.optimizers_s += seconds
+            self.optimizers_s[self._num_backwards - WARM_STEPS] += seconds
 
     def choose_again(self, engine: Engine) -> bool:
         """Choose once more, from what was measured; a collective. True if that changes plans."""
         assert self.cluster is not None and self.tuning is not None and self._measured is not None
         self._num_backwards += 1
         step, self._measured = self._measured.step, None
-        others_s = statistics.median(self.stopwatch.others or [0.0])
-        own = [self.optimizers_s / MEASURED_STEPS, others_s, *self.stopwatch.medians()]
+        optimizer_s = statistics.median(calm(self.optimizers_s, float))
+        own = [optimizer_s, self.stopwatch.others_s(), *self.stopwatch.medians()]
         self.stopwatch = Stopwatch()
         posts = agree.exchange(engine.group, "costs", [json.dumps(own)], timeout=engine.options.timeout)
         everyone: list[list[float]] = [json.loads(line) for (line,) in posts]

@@ -215,10 +215,17 @@ def test_measurement_of_another_step_is_not_used() -> None:
 
 
 def test_stopwatch_has_medians_of_like_steps_only() -> None:
-    watch = Stopwatch([[1.0, 5.0], [2.0, 6.0], [9.0, 7.0]])
-    assert watch.medians() == [2.0, 6.0]
+    watch = Stopwatch([[1.0, 5.0], [3.0, 6.0]])
+    assert watch.medians() == [1.0, 5.0]
     watch.steps.append([1.0])
     assert watch.medians() == []
+
+
+def test_stopwatch_leaves_out_a_burst_of_noise_in_up_to_half_of_the_steps() -> None:
+    steps = [[1.0, 5.0], [2.0, 4.5], [1.5, 4.0]]
+    watch = Stopwatch([*steps, [9.0, 3.0], [1.0, 30.0]], others=[0.1, 0.2, 0.3, 4.0, 5.0])
+    assert watch.medians() == [1.5, 4.5]
+    assert watch.others_s() == 0.2
 
 
 def test_choosing_leaves_the_garbage_collector_as_it_was() -> None:

@@ -29,8 +29,8 @@ class Turns:
     """Turns of each system at each rate; the last number holds for all further rates."""
     k: int = 3
     """Consecutive steps of a turn; the first is not counted."""
-    warmup: int = 9
-    """Steps of each system before any is counted; fxzero plans again from measured costs in the ninth."""
+    warmup: int = 13
+    """Steps of each system before any is counted; fxzero plans again from measured costs in the last of them."""
     start_rate: float = 2
     """Gbit/s while systems start: what fxzero calibrates, whatever the rate later is."""
     shape: Shape = field(default_factory=Shape)

@@ -325,9 +325,11 @@ def compare(rank: int, world_size: int, cases: list[tuple[str, str, dict[str, An
 
 
 def tuned(rank: int, world_size: int) -> None:
-    """A model that is large enough to be measured, in the ninth step of which all is planned again."""
+    """A model that is large enough to be measured; later all is planned again."""
     results = [
-        tuner_workers.train(rank, 12, uneven=True, cluster=tuner_workers.SLOW, overlap_optimizer=overlaps)
+        tuner_workers.train(
+            rank, tuner_workers.NUM_STEPS, uneven=True, cluster=tuner_workers.SLOW, overlap_optimizer=overlaps
+        )
         for overlaps in (False, True)
     ]
     assert results[0]["losses"] == results[1]["losses"]

@@ -11,7 +11,9 @@ from torch import nn
 import fxzero
 from fxzero.cost import Cluster, Device, Link
 from fxzero.passes import default_passes
+from fxzero.tuner import MEASURED_STEPS, WARM_STEPS
 
+NUM_STEPS = WARM_STEPS + MEASURED_STEPS + 3
 SLOW = Cluster(Device(1e10, 1e10, 5e-6), Link(1e7, 2e-4, 1e-9))
 
 
@@ -57,11 +59,11 @@ def train(rank: int, num_steps: int, *, uneven: bool = False, disturb: bool = Fa
 
 
 def tuned(rank: int, world_size: int, uneven: bool, disturb: bool) -> dict[str, Any]:
-    return train(rank, 11, uneven=uneven, disturb=disturb)
+    return train(rank, NUM_STEPS, uneven=uneven, disturb=disturb)
 
 
 def untuned(rank: int, world_size: int, uneven: bool) -> dict[str, Any]:
-    return train(rank, 11, uneven=uneven, passes=default_passes())
+    return train(rank, NUM_STEPS, uneven=uneven, passes=default_passes())
 
 
 def for_a_cluster(rank: int, world_size: int, options: dict[str, Any]) -> dict[str, Any]:
