@@ -21,7 +21,8 @@ from typing import Any, cast
 from torch import fx
 
 from fxzero import compat
-from fxzero.ir import Phase, Role, StepGraph, info, is_gathered_param, is_view, memory_of, role, tensor_bytes
+from fxzero.aliasing import is_view, memory_of
+from fxzero.ir import Phase, Role, StepGraph, info, is_gathered_param, role, tensor_bytes
 from fxzero.memory import Buffer
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -18,13 +16,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fxzero import ablation, agree, ownership, state
 from fxzero.cost import Cluster
-from fxzero.engine import Engine, Options
-from fxzero.errors import FxzeroError, InputMismatchError, OptimizerError
+from fxzero.engine import Engine
+from fxzero.errors import FxzeroError, OptimizerError
 from fxzero.fitting import footprint_of
 from fxzero.layout import LayoutName
-from fxzero.mesh import Across, Group, check_across, group_of_mesh
+from fxzero.mesh import Across
 from fxzero.optim import OptimizerGuard, check_optimizer
-from fxzero.passes import Pass, default_passes
+from fxzero.options import Options, check_across_options, check_wire, choose_device, choose_group, choose_passes
+from fxzero.passes import Pass
 from fxzero.planner import as_arguments
 from fxzero.report import MemoryReport
 from fxzero.runtime import Executable
@@ -124,10 +123,10 @@ def compile(
     """
     left_out = ablation.names(without)
     wire_dtypes = gather_dtype, reduce_dtype
-    _check_wire(wire_dtypes, layout, left_out, mesh)
-    _check_across(across, left_out, mesh)
-    chosen = _choose_passes(passes, memory_budget, reshard_after_forward, stage, recompute, wire_dtypes, left_out)
-    group = _choose_group(process_group, mesh, across)
+    check_wire(wire_dtypes, layout, left_out, mesh)
+    check_across_options(across, left_out, mesh)
+    chosen = choose_passes(passes, memory_budget, reshard_after_forward, stage, recompute, wire_dtypes, left_out)
+    group = choose_group(process_group, mesh, across)
     with agree.reporting_failure(group, "layout"):  # the other ranks wait for this one with what they compiled
         ownership.check_model(model)
         optimizers = _as_tuple(optimizer)
@@ -136,7 +135,7 @@ def compile(
             _check_holds_parameters(each, model)
         options = Options(
             passes=chosen,
-            device=_choose_device(model, device, mesh),
+            device=choose_device(model, device, mesh),
             sync_init=sync_init,
             init_fn=init_fn,
             elementwise_optimizer=elementwise_optimizer,
@@ -168,104 +167,6 @@ def _prepare(zero: ZeroModule, example: Any) -> None:
         raise
 
 
-def _check_wire(
-    wire_dtypes: tuple[torch.dtype | None, torch.dtype | None],
-    layout: LayoutName,
-    without: tuple[ablation.Optimization, ...],
-    mesh: DeviceMesh | None,
-) -> None:
-    """Refuse narrow types on the wire where something else decides about what travels.
-
-    Raises:
-        ValueError: names the two options.
-    """
-    if wire_dtypes[0] is torch.int8 and layout == "interleaved":
-        raise ValueError("gather_dtype=torch.int8 quantises whole shards; pass layout='contiguous', or torch.bfloat16.")
-    if wire_dtypes != (None, None) and without:
-        raise ValueError("without= measures optimizations with types as they are; drop gather_dtype and reduce_dtype.")
-    if wire_dtypes[1] is not None and mesh is not None and mesh.ndim > 1:
-        raise ValueError("On a 2-D mesh gradients travel as they are; drop reduce_dtype.")
-
-
-def _check_across(across: Across, without: tuple[ablation.Optimization, ...], mesh: DeviceMesh | None) -> None:
-    """Refuse what nodes cannot do.
-
-    Raises:
-        ValueError: names what it needs, or the two options.
-    """
-    check_across(across)
-    if across == "shard" and (mesh is None or mesh.ndim != 2):
-        raise ValueError('across="shard" is about the nodes of a 2-D mesh of (across, inside); pass one as mesh=.')
-    if "flat_collectives" in without and mesh is not None and mesh.ndim > 1:
-        raise ValueError("On a 2-D mesh there are no collectives of lists of tensors; drop without='flat_collectives'.")
-
-
-def _choose_passes(
-    passes: Sequence[Pass] | None,
-    memory_budget: int | Literal["auto"] | None,
-    reshard_after_forward: bool | None,
-    stage: int | None,
-    recompute: Literal["none", "full"] | int,
-    wire_dtypes: tuple[torch.dtype | None, torch.dtype | None],
-    without: tuple[ablation.Optimization, ...],
-) -> tuple[Pass, ...]:
-    """The passes that the options ask for.
-
-    Raises:
-        ValueError: two options contradict each other, or one has no such value.
-    """
-    if stage not in (None, 2, 3):
-        raise ValueError(f"stage is {stage!r}; fxzero shards everything: 3, or 2 to keep parameters until backward.")
-    if stage is not None and reshard_after_forward not in (None, stage == 3):
-        raise ValueError(f"stage={stage} means reshard_after_forward={stage == 3}; pass one of the two.")
-    reshard = stage == 3 if stage is not None else reshard_after_forward
-    if memory_budget is not None:
-        is_bytes = isinstance(memory_budget, int) and not isinstance(memory_budget, bool) and memory_budget > 0
-        if not is_bytes and memory_budget != "auto":
-            raise ValueError(f'memory_budget is {memory_budget!r}; it must be a number of bytes, or "auto".')
-        if "persistent_buffers" in without:
-            raise ValueError("memory_budget plans persistent buffers; pass it without without='persistent_buffers'.")
-        if reshard is not None:
-            raise ValueError("memory_budget chooses what is kept; pass it without reshard_after_forward and stage.")
-    if passes is not None:
-        if reshard is not None or recompute != "none":
-            raise ValueError("passes= is the whole list: drop stage, reshard_after_forward and recompute, or passes.")
-        if wire_dtypes != (None, None):
-            raise ValueError(
-                "passes= is the whole list: give default_passes() gather_dtype and reduce_dtype, or drop passes."
-            )
-        if left_out := ablation.scheduled(without):
-            raise ValueError(f"passes= is the whole list: take what schedules {', '.join(left_out)} out of it instead.")
-        return tuple(passes)
-    gather_dtype, reduce_dtype = wire_dtypes
-    every = default_passes(
-        max_kept_bytes=None if reshard is False else 0,
-        recompute=recompute,
-        gather_dtype=gather_dtype,
-        reduce_dtype=reduce_dtype,
-    )
-    return ablation.passes_without(without, every)
-
-
-def _choose_group(group: dist.ProcessGroup | None, mesh: DeviceMesh | None, across: Across) -> Group | None:
-    if mesh is not None:
-        if group is not None:
-            raise ValueError("Pass mesh or process_group, not both: the mesh says which ranks shard.")
-        return group_of_mesh(mesh, across)
-    if cast(Any, group) == dist.GroupMember.NON_GROUP_MEMBER:
-        raise InputMismatchError("This rank is no member of the process group. Compile on its members only.")
-    if group is None and dist.is_available() and dist.is_initialized():
-        return dist.group.WORLD
-    num_started = int(os.environ.get("WORLD_SIZE", "1"))
-    if group is None and num_started > 1:
-        warnings.warn(
-            f"{num_started} ranks were started (WORLD_SIZE), but torch.distributed is not initialised, so this one "
-            "trains alone. Call torch.distributed.init_process_group() before fxzero.compile.",
-            stacklevel=3,
-        )
-    return group
-
-
 def _as_tuple(optimizer: Any) -> tuple[torch.optim.Optimizer, ...]:
     if optimizer is None:
         return ()
@@ -279,30 +180,6 @@ def _check_holds_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) 
             f"{type(optimizer).__name__} holds no parameter of this model. Build it from model.parameters() before "
             "compile, or from the parameters of what compile returns."
         )
-
-
-def _choose_device(model: nn.Module, device: torch.device | str | None, mesh: DeviceMesh | None) -> torch.device:
-    found = {tensor.device for tensor in [*model.parameters(), *model.buffers()] if not tensor.is_meta}
-    if device is not None:
-        chosen = torch.device(device)
-    elif len({d.type for d in found}) > 1:
-        raise InputMismatchError(f"The model lies on several devices: {sorted(map(str, found))}. Pass device=.")
-    elif found:
-        chosen = next(iter(found))
-    else:
-        chosen = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        if chosen.type != "cpu" and not str(chosen).endswith(tuple("0123456789")):
-            chosen = torch.device(chosen.type, torch.accelerator.current_device_index())
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:  # tracing for a device that is not there ends the process
-        raise InputMismatchError(f"The device {chosen} cannot be used: {str(error).splitlines()[0]}") from error
-    if mesh is not None and mesh.device_type != chosen.type:
-        raise InputMismatchError(
-            f"The mesh is one of {mesh.device_type} devices; the model is trained on {chosen}. Make it with "
-            f'init_device_mesh("{chosen.type}", ...), or pass device="{mesh.device_type}" for a model on meta.'
-        )
-    return chosen
 
 
 class ZeroModule(nn.Module):

@@ -14,9 +14,9 @@ import torch
 from torch import fx
 
 from fxzero import compat
-from fxzero.activations import placed_temporaries
+from fxzero.arena_plan import is_partial, scratch_nbytes
 from fxzero.codegen import NAMES_IN_SOURCE, PLACE_PREFIX, Code, generate
-from fxzero.comm import Bound, Comm
+from fxzero.comm import Bound, Comm, in_turn
 from fxzero.cuda import Events, Placed, plan_cuda_events
 from fxzero.early import EarlyGathers, Gather
 from fxzero.errors import PlanError
@@ -56,59 +56,6 @@ from fxzero.overlap import Reduction
 from fxzero.shards import Shards, unflatten
 from fxzero.stopwatch import Stopwatch
 from fxzero.wire import SCALE_DTYPE
-
-EFFORT = 5
-"""Of the search for the arena's offsets: a fraction of a second where the lower bound is out of reach."""
-
-
-def plan_arena(step: StepGraph, comm: Comm, variant: Variant) -> tuple[MemoryPlan, Placed]:
-    """Place the communication memory of one variant of a step, and those temporaries that have a place.
-
-    If forward keeps buckets, what all variants need lies at the same place in all of them, so that whichever backward
-    follows finds them; what only an accumulating backward needs is placed around it.
-
-    Returns:
-        The plan, and each buffer and its offset in bytes, by kind and the start of its collective, or the node.
-    """
-    common: dict[tuple[str, fx.Node], Buffer] = {}  # what all variants need
-    extra: dict[tuple[str, fx.Node], Buffer] = {}
-    gradients = {("gradient", start): buffer for start, buffer in gradient_buffers(step).items()}
-    if not comm.gathers_in_place:
-        common |= {("gather", start): buffer for start, buffer in gather_buffers(step).items()}
-    if not comm.is_alone:
-        common |= gradients
-    elif variant.accumulate:  # else they are computed in their shard
-        extra |= gradients
-    common |= {("temporary", node): placed.buffer for node, placed in placed_temporaries(step).items()}
-    common |= {("staging", start): buffer for start, buffer in staging_buffers(step).items()}
-    common |= {("quantize", start): buffer for start, buffer in quantize_buffers(step).items()}
-    reduces = {start: step.bucket_of(start) for start in step.nodes(Role.REDUCE_SCATTER)}
-    for needed, accumulate in ((common, False), (extra, True)):
-        if variant.accumulate or not accumulate:
-            nbytes = {start: _scratch_nbytes(step, comm, start, accumulate=accumulate) for start in reduces}
-            needed |= {("scratch", start): buffer for start, buffer in working_buffers(step, "scratch", nbytes).items()}
-    some = {start: bucket.shard_nbytes for start, bucket in reduces.items() if is_partial(step, start)}
-    common |= {("partial", start): buffer for start, buffer in working_buffers(step, "partial", some).items()}
-    resident = {} if comm.gathers_in_place else resident_buffers(step)
-    if not step.kept:
-        common, extra = common | extra, {}
-    own = MemoryPlan(tuple(buffer for buffer, _ in resident.values()), tuple(at for _, at in resident.values()))
-    rest, begin = plan_memory(list(common.values()), effort=EFFORT), align(own.peak_bytes, ALIGNMENT_BYTES)
-    offsets = (*own.offsets, *(begin + offset for offset in rest.offsets))
-    plan = plan_around(MemoryPlan((*own.buffers, *rest.buffers), offsets), list(extra.values()))
-    plan.verify()
-    placed = list(zip(plan.buffers, plan.offsets, strict=True))
-    gathers = {members(start): start for start in step.nodes(Role.ALL_GATHER)}
-    homes = {("gather", gathers[fqns]): placed[i] for i, fqns in enumerate(resident) if fqns in gathers}
-    return plan, homes | dict(zip([*common, *extra], placed[len(resident) :], strict=True))
-
-
-def _scratch_nbytes(step: StepGraph, comm: Comm, start: fx.Node, *, accumulate: bool) -> int:
-    """Bytes that a reduce-scatter works in."""
-    bucket, format = step.bucket_of(start), wire_format(start)
-    if format is not None:
-        return reduce_scratch_nbytes(comm, bucket, format, accumulate=accumulate)
-    return comm.reduce_scratch_numel(bucket, accumulate=accumulate) * bucket.dtype.itemsize
 
 
 @dataclass
@@ -175,8 +122,8 @@ class Binder:
             for start in self.step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER):
                 names[start.name] = events.start(start, names[start.name], self.copies.get(start))
         for start, copy in self.copies.items() if events is None else ():
-            names[start.name] = _in_turn(copy, names[start.name])
-        functions = {"gather_kept": _in_turn(*self._gather_kept())} | _define(code, names)
+            names[start.name] = in_turn(copy, names[start.name])
+        functions = {"gather_kept": in_turn(*self._gather_kept())} | _define(code, names)
         if self.step.resident or self.inside:
             again = names | self._gather_inside(events) | self._skip_resident(events)
             functions["forward_again"] = _define(code, again)["forward"]
@@ -246,7 +193,7 @@ class Binder:
         for start, bound in self.inside.items():
             assert bound.start is not None and bound.wait is not None
             copies = self.copies.get(start)
-            first = _in_turn(copies, bound.start) if events is None else events.start(start, bound.start, copies)
+            first = in_turn(copies, bound.start) if events is None else events.start(start, bound.start, copies)
             names |= {start.name: first, f"wait_{start.name}": bound.wait}
         return names
 
@@ -304,13 +251,13 @@ class Binder:
         """
         travels, within = self.step.wire_bucket_of(start), self.secondaries.get(members(start))
         if within is None:
-            return _then(self.comm.bind_gather(travels, shard, full), bring)
+            return self.comm.bind_gather(travels, shard, full).then(bring)
         secondary = self.shards.secondaries.parts[within]
-        again = _then(self.comm.bind_gather_inside(travels, secondary, full), bring)
+        again = self.comm.bind_gather_inside(travels, secondary, full).then(bring)
         if is_inside(start):
             return again
         self.inside[start] = again
-        return _then(self.comm.bind_gather_keeping(travels, shard, full, secondary), bring)
+        return self.comm.bind_gather_keeping(travels, shard, full, secondary).then(bring)
 
     def _bind_staged_gather(self, start: fx.Node, bucket: Bucket, shard: torch.Tensor, full: torch.Tensor) -> Bound:
         """Gather into a staging buffer; what is sent in another type is a row of it, or of a secondary shard."""
@@ -366,9 +313,9 @@ class Binder:
         if is_staged:
             is_interleaved = isinstance(bucket, InterleavedBucket)
             bring = copy_in(bucket, full, sent) if is_interleaved else partial(sent.copy_, full)
-            self.copies[start] = _in_turn(*before, bring)
+            self.copies[start] = in_turn(*before, bring)
         elif before:
-            bound = Bound(_in_turn(*before, bound.start), bound.wait)
+            bound = Bound(in_turn(*before, bound.start), bound.wait)
         self._bind_collective(start, bound)
         views = unflatten(bucket, full)
         for slot in operands(start):
@@ -381,7 +328,7 @@ class Binder:
     ) -> Bound:
         """Average what is sent, in the collective's wire format, into a shard."""
         placed, format = self.placed.get(("scratch", start)), wire_format(start)
-        nbytes = _scratch_nbytes(self.step, self.comm, start, accumulate=accumulate)
+        nbytes = scratch_nbytes(self.step, self.comm, start, accumulate=accumulate)
         scratch = self.arena.view(placed[1], nbytes, torch.uint8) if placed else None
         if format is not None:
             assert scratch is not None
@@ -401,7 +348,7 @@ class Binder:
                 mine = self.shards.grad_view(param.fqn)
                 write = mine.add_ if self.variant.accumulate else mine.copy_
                 keep.append(partial(write, room[part.offset : part.offset + part.numel]))
-        return Bound(bound.start, _in_turn(bound.wait, *keep))
+        return bound.then(*keep)
 
     def _bind_unsharded(self) -> None:
         """Bind the slots of a step under no_sync()."""
@@ -441,27 +388,6 @@ def _define(code: Code, names: dict[str, Any]) -> dict[str, Callable[..., Any]]:
 
 def _nothing() -> None:
     """A collective that has nothing to do at world size 1."""
-
-
-def _in_turn(*functions: Callable[[], object] | None) -> Callable[[], object]:
-    """One function that calls those that are there, in order."""
-    calls = [function for function in functions if function is not None]
-
-    def all_of_them() -> None:
-        for call in calls:
-            call()
-
-    return all_of_them
-
-
-def _then(bound: Bound, work: Callable[[], object] | None) -> Bound:
-    """A collective whose wait is followed by work, if there is some."""
-    return bound if work is None else Bound(bound.start, _in_turn(bound.wait, work))
-
-
-def is_partial(step: StepGraph, start: fx.Node) -> bool:
-    """True for a reduce_scatter of some members of the bucket of its gather."""
-    return members(start) != step.bucket_of(start).fqns
 
 
 def _writer(slot: torch.Tensor, node: fx.Node, *, add: bool) -> Callable[..., object]:

@@ -20,19 +20,9 @@ from dataclasses import dataclass
 import networkx as nx
 from torch import fx
 
+from fxzero.aliasing import in_memory_of
 from fxzero.cost import Costs
-from fxzero.ir import (
-    Role,
-    StepGraph,
-    gathered_params,
-    grad_fqn,
-    in_memory_of,
-    is_gather,
-    members,
-    operands,
-    role,
-    started_by,
-)
+from fxzero.ir import Role, StepGraph, gathered_params, grad_fqn, is_gather, members, operands, role, started_by
 from fxzero.schedule import across_bytes, inside_bytes
 
 

@@ -21,9 +21,9 @@ from fxzero.comm import Comm
 from fxzero.errors import PlanError
 from fxzero.footprint import Footprint, Held, footprint, live_at
 from fxzero.ir import Phase, Role, StepGraph, copy_of, members
+from fxzero.liveness import live_until
 from fxzero.passes import KeepGathered, Pass, PrefetchAllGathers, RecomputeActivations, SinkWaits
 from fxzero.pipeline import run_passes
-from fxzero.schedule import live_until
 from fxzero.text import format_bytes
 
 MAX_TRIED = 20_000

@@ -33,6 +33,21 @@ class Bound(NamedTuple):
     start: Callable[[], object] | None
     wait: Callable[[], object] | None
 
+    def then(self, *work: Callable[[], object] | None) -> Bound:
+        """The same, whose wait is followed by work, if there is some."""
+        return Bound(self.start, in_turn(self.wait, *work)) if any(work) else self
+
+
+def in_turn(*functions: Callable[[], object] | None) -> Callable[[], object]:
+    """One function that calls those that are there, in order."""
+    calls = [function for function in functions if function is not None]
+
+    def all_of_them() -> None:
+        for call in calls:
+            call()
+
+    return all_of_them
+
 
 class Comm(ABC):
     """What the ranks of one process group exchange. All operations but the bound ones block (on CUDA: the stream)."""

@@ -17,8 +17,9 @@ from torch import fx
 from torch.utils.flop_counter import flop_registry
 
 from fxzero import compat
+from fxzero.aliasing import is_view
 from fxzero.errors import PlanError
-from fxzero.ir import Role, StepGraph, is_gather, is_view, tensor_bytes
+from fxzero.ir import Role, StepGraph, is_gather, tensor_bytes
 from fxzero.layout import Bucket
 
 aten = torch.ops.aten

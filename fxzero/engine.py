@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import warnings
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Generator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,19 +21,18 @@ from fxzero.allocator import give_back_freed_memory
 from fxzero.autograd import Call, StepFunction
 from fxzero.capture import Captured, capture
 from fxzero.comm import Comm, PlanningComm, make_comm
-from fxzero.cost import Cluster
 from fxzero.errors import CaptureError, FxzeroError, InputMismatchError
 from fxzero.fitting import Fitting
 from fxzero.gauge import MemoryGauge
 from fxzero.gradients import Gradients, Stash
-from fxzero.layout import Layout, LayoutName, ParamSpec, check_layout
+from fxzero.layout import Layout, ParamSpec
 from fxzero.materialize import check_meta_model
 from fxzero.memory import Arena
-from fxzero.mesh import Across, Group, Hierarchy
+from fxzero.mesh import Group, Hierarchy
 from fxzero.modes import Mode, Orders, Signature
 from fxzero.optim import ELEMENTWISE, ParamShard
+from fxzero.options import Options
 from fxzero.overlap import Overlap
-from fxzero.pipeline import Pass
 from fxzero.planner import (
     describe_layout,
     in_layout,
@@ -45,6 +41,7 @@ from fxzero.planner import (
     make_plan,
     warn_if_out_of_order,
 )
+from fxzero.plan_cache import Pattern, PlanCache
 from fxzero.residency import Residency
 from fxzero.runtime import Executable
 from fxzero.shards import Shards, check_storage, spec_of
@@ -53,56 +50,6 @@ from fxzero.tuner import Tuner
 from fxzero.verify import collectives
 
 logger = logging.getLogger(__name__)
-
-MAX_PLANS = 64
-"""Plans kept; the least recently used is dropped beyond."""
-MANY_SHAPES = 9
-"""The number of different shapes at which a warning advises padding."""
-
-Pattern: TypeAlias = tuple[int, ...]
-"""Which of the flat outputs receive a gradient."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the user asked for."""
-
-    passes: tuple[Pass, ...]
-    device: torch.device
-    sync_init: bool = True
-    init_fn: Callable[[nn.Module], object] | None = None
-    elementwise_optimizer: bool = False
-    timeout: timedelta = timedelta(minutes=5)
-    memory_budget: int | Literal["auto"] | None = None
-    layout: LayoutName = "contiguous"
-    cluster: Cluster | None = None
-    """What to plan for; None: it is calibrated."""
-    tunes: bool = False
-    """The user left sizes and order to the costs."""
-    keeps_free: bool = False
-    """What costs no memory at the peak may stay gathered until backward."""
-    without: tuple[ablation.Optimization, ...] = ()
-    overlap_optimizer: bool = False
-    across: Across = "replicate"
-
-    def __post_init__(self) -> None:
-        check_layout(self.layout)
-
-    def agreed(self) -> dict[str, object]:
-        """The options that must be the same on all ranks."""
-        return {
-            "passes": ", ".join(map(repr, self.passes)),
-            "device": self.device.type,
-            "layout": self.layout,
-            "without": ", ".join(self.without) or "nothing",
-            "overlap_optimizer": self.overlap_optimizer,
-            "across": self.across,
-            "sync_init": self.sync_init,
-            "memory_budget": self.memory_budget,
-            "cluster": self.cluster,
-            "tuned": self.tunes,
-            "torch": torch.__version__.split("+")[0],
-        }
 
 
 @dataclass
@@ -118,12 +65,7 @@ class Engine:
     """False inside no_sync()."""
     last: Executable | None = None
     """The plan that ran last: the one that `zero.schedule` shows."""
-    _plans: OrderedDict[tuple[Signature, Pattern], Executable] = field(
-        default_factory=OrderedDict[tuple[Signature, Pattern], Executable]
-    )
-    _patterns: dict[Signature, Pattern] = field(default_factory=dict[Signature, Pattern])
-    """For which pattern a kind of call was differentiated last: its next forward runs that plan."""
-    _warned: bool = False
+    plans: PlanCache = field(default_factory=PlanCache)
 
     def __post_init__(self) -> None:
         self.params: dict[str, nn.Parameter] = dict(self.model.named_parameters())
@@ -182,12 +124,9 @@ class Engine:
         """The tensors of a call, what chooses its plan, and the plan, made if it is new."""
         inputs, spec = flatten_call(args, kwargs)
         signature = self._signature(spec)
-        pattern = self._patterns.get(signature)
-        executable = None if pattern is None else self._plans.get((signature, pattern))
+        executable = self.plans.find(signature)
         if executable is None:
-            executable = self._make(signature, pattern, args, kwargs)
-        elif pattern is not None:
-            self._plans.move_to_end((signature, pattern))
+            executable = self._make(signature, self.plans.pattern_of(signature), args, kwargs)
         self.last = executable
         return inputs, signature, executable
 
@@ -212,7 +151,7 @@ class Engine:
     def _tune_again(self) -> None:
         """Choose order and prefetching from measured costs, once; plans are made again if that changes them."""
         if self.tuner.choose_again(self):
-            self._plans.clear()
+            self.plans.clear()
             self._orders = Orders(self.group, self.comm.rank, self.options.timeout)
 
     def _run(self, call: Call, executable: Executable, inputs: list[torch.Tensor]) -> Sequence[Any]:
@@ -301,11 +240,11 @@ class Engine:
         self, signature: Signature, pattern: Pattern, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Executable:
         """The plan for another pattern of arriving gradients; later calls of this kind start with it."""
-        executable = self._plans.get((signature, pattern))
+        executable = self.plans.get(signature, pattern)
         if executable is None:
             with self._as_in(signature):
                 executable = self._make(signature, pattern, args, kwargs)
-        self._patterns[signature] = pattern
+        self.plans.prefer(signature, pattern)
         self.last = executable
         return executable
 
@@ -333,9 +272,7 @@ class Engine:
         with torch.inference_mode(False), compat.outside_of_autograd_modes():
             executable, pattern = self._plan(signature, pattern, args, kwargs)
         give_back_freed_memory()
-        self._plans[signature, pattern] = executable
-        self._patterns.setdefault(signature, pattern)
-        self._bound_cache(signature)
+        self.plans.keep(signature, pattern, executable)
         return executable
 
     def _plan(
@@ -357,7 +294,7 @@ class Engine:
             choice = self.fitting.choose(self, captured.step, passes)
         if choice is not None:
             self.fitting.agree(self, choice, topic)
-            self._plans.clear()  # made before it, of evaluations: they know of no bucket that has a place of its own
+            self.plans.clear()  # made before it, of evaluations: they know of no bucket that has a place of its own
         with reporting() if others_wait else nullcontext():
             plan = make_plan(captured, passes, self.fitting.choice)
             order = collectives(plan.step)
@@ -449,20 +386,3 @@ class Engine:
             passes, name = self.options.passes, self.options.layout
             layout = layout_in_registration_order(now, self.comm.world_size, passes, name)
             self.fix_layout(layout, loaded=loaded)
-
-    def _bound_cache(self, signature: Signature) -> None:
-        shapes = dict.fromkeys(
-            tuple(tuple(leaf[0]) for leaf in key.tensor_leaves) for key, _ in self._plans if key.grad == signature.grad
-        )
-        if len(shapes) >= MANY_SHAPES and not self._warned:
-            self._warned = True
-            listed = ", ".join(str(shape) for shape in shapes)
-            warnings.warn(
-                f"{len(shapes)} different input shapes so far, each traced and planned for itself: {listed}. Pad the "
-                "inputs to a multiple (of 64 tokens, say) so that few shapes remain.",
-                stacklevel=8,
-            )
-        while len(self._plans) > MAX_PLANS:
-            (oldest, pattern), _ = self._plans.popitem(last=False)
-            if self._patterns.get(oldest) == pattern:
-                del self._patterns[oldest]

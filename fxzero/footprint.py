@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from fxzero.activations import activation_buffers, placed_temporaries
-from fxzero.binding import plan_arena
+from fxzero.arena_plan import plan_arena
 from fxzero.comm import Comm
 from fxzero.gradients import Stash, Variant
 from fxzero.ir import StepGraph

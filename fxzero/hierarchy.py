@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -24,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fxzero import compat
-from fxzero.comm import Bound, Comm, GroupComm, LocalComm, PlanningComm, unknown_backend
+from fxzero.comm import Bound, Comm, GroupComm, LocalComm, PlanningComm, in_turn, unknown_backend
 from fxzero.gloo import GlooComm, message_tag
 from fxzero.layout import Bucket
 from fxzero.mesh import Hierarchy
@@ -268,49 +269,25 @@ class NcclHierarchy(HierarchicalComm):
 
     def __init__(self, inside: NcclComm | LocalComm, across: NcclComm) -> None:
         super().__init__(inside, across)
+        self._across = across
 
     def bind_reduce(
         self, bucket: Bucket, full: Tensor, scratch: Tensor | None, shard: Tensor, *, accumulate: bool
     ) -> Bound:
-        all_reduce, lost = self.across.group.allreduce, self.across.lost
-        what = self.across.what("reduction across nodes", bucket)
         if self.world_size == 1:
-            average, within = full, None
+            average, within = full, ()
         else:
             if accumulate and (scratch is None or scratch.numel() < bucket.shard_numel):
                 raise ValueError(f"scratch must have at least {bucket.shard_numel} elements to reduce {bucket.fqns[0]}")
             average = scratch[: bucket.shard_numel] if accumulate and scratch is not None else shard
-            within = cast("Stage", tuple(self.inside.bind_reduce(bucket, full, None, average, accumulate=False)))
-        message = [average]
+            within = self.inside.bind_reduce(bucket, full, None, average, accumulate=False)
         options = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp(dist.ReduceOp.AVG)
-        work: dist.Work | None = None
-
-        def start() -> None:
-            nonlocal work
-            if within is not None:
-                for part in within:  # its wait orders the stream that is current, the host goes on
-                    part()
-            try:
-                work = all_reduce(message, options)
-                work.wait()
-            except RuntimeError as error:
-                raise lost(what, error) from error
-
-        def wait() -> None:
-            nonlocal work
-            assert work is not None, "wait without start"
-            try:
-                work.wait()
-            except RuntimeError as error:
-                raise lost(what, error) from error
-            work = None
-            if accumulate:
-                shard.add_(average)
-            elif average is not shard:
-                shard.copy_(average)
-
-        return Bound(start, wait)
+        call, what = self._across.group.allreduce, self._across.what("reduction across nodes", bucket)
+        across = self._across.bind_work(partial(call, [average], options), what, orders_at_start=True)
+        bring = shard.add_ if accumulate else shard.copy_
+        done = partial(bring, average) if accumulate or average is not shard else None
+        return Bound(in_turn(*within, across.start), across.wait).then(done)
 
 
 def make_hierarchical_comm(hierarchy: Hierarchy, device: torch.device) -> Comm:

@@ -23,6 +23,7 @@ Source: ZeRO++ (arXiv:2306.10209), hpZ; deviation: gradients are reduced in two 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -30,12 +31,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fxzero import compat
-from fxzero.comm import Bound, Comm, GroupComm, PlanningComm, unknown_backend
+from fxzero.comm import Bound, Comm, GroupComm, PlanningComm, in_turn, unknown_backend
 from fxzero.gloo import GlooComm
 from fxzero.hierarchy import Chain, HierarchicalComm, Stage
 from fxzero.layout import Bucket
 from fxzero.mesh import Hierarchy, stage_across, stage_inside
-from fxzero.nccl import NcclComm
+from fxzero.nccl import NcclComm, averaging
 
 
 class ShardedHierarchy(HierarchicalComm):
@@ -200,6 +201,7 @@ class NcclShardedHierarchy(ShardedHierarchy):
 
     def __init__(self, inside: NcclComm, across: NcclComm) -> None:
         super().__init__(inside, across)
+        self._across = across
 
     def bind_gather_keeping(self, bucket: Bucket, shard: Tensor, full: Tensor, secondary: Tensor) -> Bound:
         (start_across, wait_across), (start_inside, wait_inside) = self._gather_stages(bucket, shard, full, secondary)
@@ -223,35 +225,13 @@ class NcclShardedHierarchy(ShardedHierarchy):
         within = stage_inside(bucket, self.num_nodes)
         own_slice = scratch[: within.shard_numel]
         average = scratch[within.shard_numel : needed] if accumulate else shard
-        start_inside, wait_inside = _stage(self.inside.bind_reduce(within, full, None, own_slice, accumulate=False))
-        reduce_scatter, lost = compat.reduce_scatter_base(self.across.group), self.across.lost
-        what = self.across.what("reduce-scatter across nodes", bucket)
-        options = dist.ReduceScatterOptions()
-        options.reduceOp = dist.ReduceOp(dist.ReduceOp.AVG)
-        work: dist.Work | None = None
-
-        def start() -> None:
-            nonlocal work
-            start_inside()
-            wait_inside()
-            try:
-                work = reduce_scatter(average, own_slice, options)
-                work.wait()
-            except RuntimeError as error:
-                raise lost(what, error) from error
-
-        def wait() -> None:
-            nonlocal work
-            assert work is not None, "wait without start"
-            try:
-                work.wait()
-            except RuntimeError as error:
-                raise lost(what, error) from error
-            work = None
-            if accumulate:
-                shard.add_(average)
-
-        return Bound(start, wait)
+        inside = self.inside.bind_reduce(within, full, None, own_slice, accumulate=False)
+        call = partial(compat.reduce_scatter_base(self._across.group), average, own_slice, averaging())
+        what = self._across.what("reduce-scatter across nodes", bucket)
+        across = self._across.bind_work(call, what, orders_at_start=True)
+        return Bound(in_turn(*inside, across.start), across.wait).then(
+            partial(shard.add_, average) if accumulate else None
+        )
 
 
 def nccl_scratch_numel(bucket: Bucket, num_nodes: int, *, accumulate: bool) -> int:

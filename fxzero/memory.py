@@ -21,8 +21,8 @@ from torch import fx
 from fxzero.errors import MemoryOverlapError
 from fxzero.ir import Role, StepGraph, first_write, is_inside, operands, wait_of, wire_format
 from fxzero.layout import ALIGNMENT_BYTES, align
+from fxzero.liveness import live_until
 from fxzero.packing import EFFORT, pack
-from fxzero.schedule import live_until
 from fxzero.text import bucket_label, format_bytes
 from fxzero.wire import SCALE_DTYPE
 

@@ -136,14 +136,13 @@ def bind_narrow_reduce(
     received = scratch[:end].view(travels.dtype).split(travels.shard_numel)
     if not comm.sums_locally:
         inner = scratch[end:].view(travels.dtype)
-        start, wait = comm.bind_reduce(travels, sent, inner if len(inner) else None, received[0], accumulate=False)
-        return Bound(start, _then(wait, partial(shard.add_ if accumulate else shard.copy_, received[0])))
+        bound = comm.bind_reduce(travels, sent, inner if len(inner) else None, received[0], accumulate=False)
+        return bound.then(partial(shard.add_ if accumulate else shard.copy_, received[0]))
     own = sent.split(travels.shard_numel)[comm.rank]
     terms = [*received[: comm.rank], own, *received[comm.rank :]]
     rooms = scratch[end:].view(bucket.dtype).split(bucket.shard_numel)
-    start, wait = comm.bind_exchange(travels, sent, terms)
     total = rooms[1] if accumulate else shard
-    return Bound(start, _then(wait, partial(_average, terms, rooms[0], total, shard)))
+    return comm.bind_exchange(travels, sent, terms).then(partial(_average, terms, rooms[0], total, shard))
 
 
 def _average(terms: list[Tensor], room: Tensor, total: Tensor, shard: Tensor) -> None:
@@ -154,12 +153,3 @@ def _average(terms: list[Tensor], room: Tensor, total: Tensor, shard: Tensor) ->
     total.div_(len(terms))
     if total is not shard:
         shard.add_(total)
-
-
-def _then(wait: Callable[[], object] | None, work: Callable[[], object]) -> Callable[[], object]:
-    def wait_and_work() -> None:
-        if wait is not None:
-            wait()
-        work()
-
-    return wait_and_work

@@ -6,6 +6,9 @@ waits for exactly that collective. `streams.py` decides which streams those are.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch.distributed as dist
 from torch import Tensor
 
@@ -21,43 +24,35 @@ class NcclComm(GroupComm):
         return accumulate * bucket.shard_numel
 
     def bind_gather(self, bucket: Bucket, shard: Tensor, full: Tensor) -> Bound:
-        all_gather, lost, what = compat.all_gather_base(self.group), self.lost, self.what("all-gather", bucket)
-        work: dist.Work | None = None
-
-        def start() -> None:
-            nonlocal work
-            try:
-                work = all_gather(full, shard)
-            except RuntimeError as error:
-                raise lost(what, error) from error
-
-        def wait() -> None:
-            nonlocal work
-            assert work is not None, "wait without start"
-            try:
-                work.wait()
-            except RuntimeError as error:
-                raise lost(what, error) from error
-            work = None
-
-        return Bound(start, wait)
+        gather = partial(compat.all_gather_base(self.group), full, shard)
+        return self.bind_work(gather, self.what("all-gather", bucket))
 
     def bind_reduce(
         self, bucket: Bucket, full: Tensor, scratch: Tensor | None, shard: Tensor, *, accumulate: bool
     ) -> Bound:
-        reduce_scatter, lost = compat.reduce_scatter_base(self.group), self.lost
-        what = self.what("reduce-scatter", bucket)
         if accumulate and (scratch is None or scratch.numel() < bucket.shard_numel):
             raise ValueError(f"scratch must have at least {bucket.shard_numel} elements to reduce {bucket.fqns[0]}")
         average = scratch[: bucket.shard_numel] if accumulate and scratch is not None else shard
-        options = dist.ReduceScatterOptions()
-        options.reduceOp = dist.ReduceOp(dist.ReduceOp.AVG)
+        reduce = partial(compat.reduce_scatter_base(self.group), average, full, averaging())
+        bound = self.bind_work(reduce, self.what("reduce-scatter", bucket))
+        return bound.then(partial(shard.add_, average) if accumulate else None)
+
+    def bind_work(self, begin: Callable[[], dist.Work], what: str, *, orders_at_start: bool = False) -> Bound:
+        """A call of the backend, and the wait for what it returned.
+
+        Args:
+            what: the collective, in errors.
+            orders_at_start: what follows the start on the stream that is current there comes after the collective.
+        """
+        lost = self.lost
         work: dist.Work | None = None
 
         def start() -> None:
             nonlocal work
             try:
-                work = reduce_scatter(average, full, options)
+                work = begin()
+                if orders_at_start:
+                    work.wait()  # the stream waits, the host goes on
             except RuntimeError as error:
                 raise lost(what, error) from error
 
@@ -69,7 +64,12 @@ class NcclComm(GroupComm):
             except RuntimeError as error:
                 raise lost(what, error) from error
             work = None
-            if accumulate:
-                shard.add_(average)
 
         return Bound(start, wait)
+
+
+def averaging() -> dist.ReduceScatterOptions:
+    """NCCL divides by the number of ranks itself."""
+    options = dist.ReduceScatterOptions()
+    options.reduceOp = dist.ReduceOp(dist.ReduceOp.AVG)
+    return options

@@ -12,24 +12,16 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from fxzero.binding import Binder, plan_arena
+from fxzero.aliasing import aliases, base
+from fxzero.arena_plan import plan_arena
+from fxzero.binding import Binder
 from fxzero.capture import Captured
 from fxzero.codegen import Code
 from fxzero.comm import Comm
 from fxzero.early import Gather
 from fxzero.errors import CommunicationError
 from fxzero.gradients import Gradients, Stash, Variant
-from fxzero.ir import (
-    Phase,
-    Role,
-    StepGraph,
-    aliases,
-    base,
-    info,
-    is_random,
-    members,
-    role,
-)
+from fxzero.ir import Phase, Role, StepGraph, info, is_random, members, role
 from fxzero.memory import (
     Arena,
     MemoryPlan,

@@ -6,7 +6,6 @@ One line per collective, wait and release, one per run of compute of the same bl
 from __future__ import annotations
 
 import difflib
-import itertools
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,21 +20,18 @@ from fxzero.ir import (
     Phase,
     Role,
     StepGraph,
-    first_write,
     grad_fqn,
     grad_of,
     info,
     is_gather,
     is_inside,
     members,
-    operands,
-    release_of,
     role,
     started_by,
-    wait_of,
     wire_format,
     written_in_place,
 )
+from fxzero.liveness import bucket_bytes_live
 from fxzero.mesh import sent_across_numel, stage_inside
 from fxzero.text import block_depth, block_of, bucket_label, format_bytes, format_ops
 
@@ -92,52 +88,6 @@ class Totals:
     """Those of them that all-gathers send, and receive: where nodes share the shards."""
 
 
-def live_from(step: StepGraph, start: fx.Node, positions: dict[fx.Node, int]) -> fx.Node:
-    """The node from which on the memory of a collective's bucket is taken; gradients are written before their start."""
-    if is_gather(start):
-        return start
-    return min((first_write(slot) for slot in operands(start)), key=lambda node: positions[node])
-
-
-def live_until(step: StepGraph, start: fx.Node) -> fx.Node:
-    """The node at which the memory of a collective's bucket is free again."""
-    wait = wait_of(start)
-    if not is_gather(start):
-        return wait
-    if release := release_of(wait):
-        return release
-    return step.output if members(start) in {*step.kept, *step.resident} else end_of_phase(step, start)
-
-
-def end_of_phase(step: StepGraph, node: fx.Node) -> fx.Node:
-    """The boundary or the output, whichever ends the phase of `node`."""
-    boundary = step.end_forward
-    if boundary is not None and node < boundary:
-        return boundary
-    return step.output
-
-
-def live_bytes(step: StepGraph, *roles: Role) -> dict[fx.Node, int]:
-    """Bytes of gathered buckets (ALL_GATHER) and gradient buckets (REDUCE_SCATTER) that are live after each node.
-
-    What is staged counts with the bytes that travel, from start to wait. A rank that is alone gathers nothing: its
-    shards are the buckets.
-    """
-    positions = step.positions()
-    change = dict.fromkeys(positions, 0)
-    for start in step.nodes(*roles):
-        if step.world_size == 1 and (is_gather(start) or step.num_nodes == 1):
-            continue
-        begin, end = live_from(step, start, positions), live_until(step, start)
-        nbytes = step.bucket_of(start).nbytes
-        change[begin] += nbytes
-        change[end] -= nbytes
-        saved = nbytes - step.wire_bucket_of(start).nbytes
-        change[start] -= saved
-        change[wait_of(start)] += saved
-    return dict(zip(change, itertools.accumulate(change.values()), strict=True))
-
-
 def totals(step: StepGraph) -> Totals:
     """Count the collectives of a step and their bytes."""
     gathers, reduces = step.nodes(Role.ALL_GATHER), step.nodes(Role.REDUCE_SCATTER)
@@ -148,7 +98,7 @@ def totals(step: StepGraph) -> Totals:
         num_reduce_scatters=len(reduces),
         gathered_bytes=sum(inside_bytes(step, start) for start in gathers) + gathered_across,
         reduced_bytes=sum(inside_bytes(step, start) for start in reduces) + reduced_across,
-        gathered_peak_bytes=max(live_bytes(step, Role.ALL_GATHER).values(), default=0),
+        gathered_peak_bytes=max(bucket_bytes_live(step, Role.ALL_GATHER).values(), default=0),
         copied_grad_bytes=sum(
             step.params[grad_fqn(slot)].nbytes
             for slot in step.nodes(Role.WRITE_GRAD)
@@ -180,7 +130,7 @@ def across_bytes(step: StepGraph, start: fx.Node) -> int:
 
 def rows(step: StepGraph) -> Iterator[Row]:
     """The lines of a schedule, in order."""
-    live = live_bytes(step, Role.ALL_GATHER, Role.REDUCE_SCATTER)
+    live = bucket_bytes_live(step, Role.ALL_GATHER, Role.REDUCE_SCATTER)
     depth = block_depth(step.params)
     for phase, nodes in step.phases():
         block, num_ops, last = "", 0, nodes[0] if nodes else step.output

@@ -16,18 +16,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from fxzero.aliasing import in_memory_of
 from fxzero.cost import Costs, Device, Link, gather_wait_bytes, reduce_wait_bytes, sent_bytes
-from fxzero.ir import (
-    Phase,
-    Role,
-    StepGraph,
-    gathered_params,
-    in_memory_of,
-    is_gather,
-    members,
-    role,
-    started_by,
-)
+from fxzero.ir import Phase, Role, StepGraph, gathered_params, is_gather, members, role, started_by
 from fxzero.layout import Bucket, ParamSpec, group_into_buckets
 from fxzero.passes import BucketAllGathers, GathersFirst, KeepGathered, Pass, PrefetchAllGathers, SinkWaits
 from fxzero.timeline import Event, Key, Timeline, play, shares_of_optimizer

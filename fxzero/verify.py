@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from fxzero.aliasing import in_memory_of, memory_of, written_by
 from fxzero.errors import (
     BucketError,
     DoubleReleaseError,
@@ -33,18 +34,15 @@ from fxzero.ir import (
     grad_fqn,
     grad_of,
     head_gathers,
-    in_memory_of,
     info,
     is_gather,
     is_inside,
     members,
-    memory_of,
     operands,
     role,
     slot_fqn,
     started_by,
     wire_format,
-    written_by,
     written_in_place,
 )
 from fxzero.text import bucket_label, describe

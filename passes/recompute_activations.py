@@ -11,7 +11,8 @@ import torch
 from torch import fx
 
 from fxzero import ops
-from fxzero.ir import Role, StepGraph, info, is_pointwise, is_view, memory_of, role, tensor_bytes
+from fxzero.aliasing import is_view, memory_of
+from fxzero.ir import Role, StepGraph, info, is_pointwise, role, tensor_bytes
 from fxzero.recompute import Copies, choose_saved, read_in_backward
 from fxzero.text import block_depth, block_of, format_bytes
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fxzero import ops
+from fxzero.aliasing import in_memory_of
 from fxzero.errors import PassOrderError
-from fxzero.ir import Role, StepGraph, gathered_params, in_memory_of, is_gather, members, release_of, started_by
+from fxzero.ir import Role, StepGraph, gathered_params, is_gather, members, release_of, started_by
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import torch
 from torch import fx
 
 from fxzero import ops
+from fxzero.aliasing import is_view
 from fxzero.errors import PassOrderError
-from fxzero.ir import NodeInfo, Role, StepGraph, grad_fqn, grad_of, info, is_view, new_value
+from fxzero.ir import NodeInfo, Role, StepGraph, grad_fqn, grad_of, info, new_value
 
 aten = torch.ops.aten
 

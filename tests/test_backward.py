@@ -336,16 +336,16 @@ def test_many_shapes_warn_once_and_name_them() -> None:
 
 
 def test_the_cache_is_bounded_and_a_backward_may_come_after_its_plan_went(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxzero.engine.MAX_PLANS", 2)
+    monkeypatch.setattr("fxzero.plan_cache.MAX_PLANS", 2)
     torch.manual_seed(0)
     zero, plain = pair(nn.Linear(2, 2))
-    engine = zero._fxzero_engine
+    cache = zero._fxzero_engine.plans
     for module in (zero, plain):
         pending = [module(torch.ones(batch, 2)).square().sum() for batch in (1, 2, 3, 1, 4)]
         for loss in pending:
             loss.backward()
     assert_same(zero, plain)
-    assert len(engine._plans) == len(engine._patterns) == 2
+    assert len(cache) == len(cache._patterns) == 2
 
 
 def test_an_input_on_meta_is_an_example_only() -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import fx
 
-from fxzero.binding import plan_arena
+from fxzero.arena_plan import plan_arena
 from fxzero.codegen import generate
 from fxzero.comm import PlanningComm
 from fxzero.cuda import Events, Placed, plan_cuda_events

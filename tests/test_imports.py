@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 VOCABULARY = {
+    "fxzero.aliasing",
     "fxzero.ir",
     "fxzero.layout",
     "fxzero.ops",
@@ -24,6 +25,7 @@ LEFT_OUT_BY_AN_ABLATION = {"BucketAllGathers", "Pass", "PrefetchAllGathers", "Si
 RUN_TIME = (
     "runtime",
     "binding",
+    "arena_plan",
     "autograd",
     "codegen",
     "comm",
@@ -121,6 +123,7 @@ def test_list_of_passes_is_imported_by_the_entry_points_alone() -> None:
         "fxzero.api",
         "fxzero.budget",
         "fxzero.costing",
+        "fxzero.options",
         "fxzero.planner",
         "fxzero.tuner",
         "fxzero.tuning",
@@ -129,7 +132,8 @@ def test_list_of_passes_is_imported_by_the_entry_points_alone() -> None:
     assert _names_from("fxzero.tuner", "fxzero.passes") == {"Pass"}
     assert _names_from("fxzero.budget", "fxzero.passes") == CHANGED_BY_A_BUDGET
     assert _names_from("fxzero.planner", "fxzero.passes") == {"BucketAllGathers", "Pass", "default_passes"}
-    assert _names_from("fxzero.api", "fxzero.passes") == {"Pass", "default_passes"}
+    assert _names_from("fxzero.options", "fxzero.passes") == {"Pass", "default_passes"}
+    assert _names_from("fxzero.api", "fxzero.passes") == {"Pass"}
 
 
 @pytest.mark.parametrize("name", RUN_TIME)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxzero.binding import plan_arena
+from fxzero.arena_plan import plan_arena
 from fxzero.comm import PlanningComm
 from fxzero.errors import MemoryOverlapError
 from fxzero.gradients import Stash, Variant

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import fx
 from toy import toy_step
 
+from fxzero.aliasing import is_view
 from fxzero.errors import ScheduleError
-from fxzero.ir import Role, StepGraph, is_gather, is_view, members, role, started_by
+from fxzero.ir import Role, StepGraph, is_gather, members, role, started_by
 from fxzero.layout import Bucket, ParamSpec
 from fxzero.nccl import NcclComm
 from fxzero.passes import default_passes

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxzero import compat
+from fxzero.aliasing import is_view
 from fxzero.capture.batch_norm import writes_undeclared
 from fxzero.capture.joint import Joint
 from fxzero.errors import CaptureError
-from fxzero.ir import META_KEY, NodeInfo, Role, StepGraph, info, is_view, role
+from fxzero.ir import META_KEY, NodeInfo, Role, StepGraph, info, role
 from fxzero.layout import ParamSpec
 
 aten = torch.ops.aten

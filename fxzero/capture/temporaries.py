@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from fxzero import compat
-from fxzero.ir import is_view
+from fxzero.aliasing import is_view
 
 aten = torch.ops.aten
 

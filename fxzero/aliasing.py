@@ -1,0 +1,81 @@
+"""Which values of a step lie in the same memory: views, and what is written into an argument."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, cast
+
+import torch
+from torch import fx
+
+from fxzero import compat
+from fxzero.ir import Role, role
+
+
+def is_view(node: fx.Node) -> bool:
+    """True for an operator whose only effect is another view of its first argument."""
+    target = cast(Any, node.target)
+    return compat.is_overload(target) and target.is_view and not compat.is_mutable(target)
+
+
+def base(node: fx.Node) -> fx.Node:
+    """What a view is a view of, through views of views; any other node is its own base."""
+    while is_view(node) or (node.target is operator.getitem and is_view(cast(fx.Node, node.args[0]))):
+        node = cast(fx.Node, node.args[0])
+    return node
+
+
+def memory_of(node: fx.Node) -> fx.Node:
+    """The node whose memory a node's value lies in: through views, and operators that write into an argument."""
+    while (source := _given_memory(node)) is not None:
+        node = source
+    return node
+
+
+def _given_memory(node: fx.Node) -> fx.Node | None:
+    """The argument whose memory the node returns; None if it makes its own."""
+    maker = node
+    if node.target is operator.getitem:
+        maker = cast(fx.Node, node.args[0])
+        if is_view(maker) or role(maker) is Role.WAIT:
+            return maker
+    target = cast(Any, maker.target)
+    if not compat.is_overload(target) or not maker.args:
+        return None
+    is_view_by_name = is_view(node) or target is torch.ops.aten._unsafe_view.default
+    if maker is node and (is_view_by_name or compat.is_mutable(target)):
+        into = node.kwargs.get("out", node.args[0])
+        return into if isinstance(into, fx.Node) else None
+    # Others, of unsafe_split say, do not say that they are views. What was traced has their storage, though.
+    value = node.meta.get("val")
+    return next(
+        (source for source in maker.all_input_nodes if compat.same_storage(value, source.meta.get("val"))), None
+    )
+
+
+def aliases(node: fx.Node) -> list[fx.Node]:
+    """The node and everything that shares its memory: views of it, and views of those, in discovery order."""
+    found = [node]
+    for alias in found:
+        for user in alias.users:
+            from_view = user.target is operator.getitem and is_view(alias)
+            if (from_view or (is_view(user) and user.args[0] is alias)) and user not in found:
+                found.append(user)
+    return found
+
+
+def in_memory_of(node: fx.Node) -> list[fx.Node]:
+    """The node and every value that lies in its memory: aliases, and what operators that write into it return."""
+    found = [node]
+    for value in found:
+        found += [user for user in value.users if _given_memory(user) is value and user not in found]
+    return found
+
+
+def written_by(node: fx.Node) -> list[fx.Node]:
+    """The arguments that an operator writes to."""
+    if not compat.is_overload(node.target) or not compat.is_mutable(node.target):
+        return []
+    written: list[fx.Node] = []
+    fx.map_arg(compat.written_arguments(node), written.append)
+    return written
