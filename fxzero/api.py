@@ -94,7 +94,8 @@ def compile(
         reduce_dtype: in which gradients travel: torch.bfloat16. Sums over micro-batches, and on gloo also those over
             ranks, are made in their own dtype. Default: their own.
         cluster: what the schedule is made for: numbers, or a name of `fxzero.cost.CLUSTERS`. Default: measured, in a
-            fraction of a second before the first plan, by all ranks together; not for less than 1 MiB of parameters.
+            fraction of a second before the first plan, by all ranks together; not for less than 1 MiB of parameters,
+            nor for replicas of one rank each.
         without: optimizations to turn off, by the names of `fxzero.ablation`, or "all", to measure what they are worth.
             Training stays the same, but for roundings that it lists.
         mesh: instead of process_group, as FSDP2 takes it: 1-D, the ranks to shard over; 2-D of (across, inside), say

@@ -74,7 +74,7 @@ def scratch_nbytes(step: StepGraph, comm: Comm, start: fx.Node, *, accumulate: b
     """Bytes that a reduce-scatter works in."""
     bucket, format = step.bucket_of(start), wire_format(start)
     if format is not None:
-        return reducescratch_nbytes(comm, bucket, format, accumulate=accumulate)
+        return reduce_scratch_nbytes(comm, bucket, format, accumulate=accumulate)
     return comm.reduce_scratch_numel(bucket, accumulate=accumulate) * bucket.dtype.itemsize
 
 

@@ -37,21 +37,11 @@ from fxzero.ir import (
     started_by,
     wire_format,
 )
-from fxzero.layout import ALIGNMENT_BYTES, Bucket, InterleavedBucket, align
+from fxzero.layout import Bucket, InterleavedBucket
 from fxzero.memory import (
     Arena,
-    Buffer,
-    MemoryPlan,
-    gather_buffers,
-    gradient_buffers,
-    plan_around,
-    plan_memory,
-    quantize_buffers,
-    resident_buffers,
-    staging_buffers,
-    working_buffers,
 )
-from fxzero.narrow import bind_narrow_reduce, pack, reduce_scratch_nbytes, unpack
+from fxzero.narrow import bind_narrow_reduce, pack, unpack
 from fxzero.overlap import Reduction
 from fxzero.shards import Shards, unflatten
 from fxzero.stopwatch import Stopwatch

@@ -3,7 +3,7 @@
 busy        all compute, and what traffic takes from it where it shares the cores
 head, tail  before the reader of a parameter runs, everything up to it must have arrived; after a gradient is ready,
             it and all later ones must be sent. Where that takes longer than the compute there, nothing hides the rest.
-link        all bytes, one message after another
+link        all bytes, one message after another; of two links, those of the slower
 path        the longest chain of one gather, compute, and one reduction
 
     |--- head ---|------------- busy -------------|-- tail --|
@@ -15,15 +15,17 @@ Messages are single parameters, without latency, so the bound holds for every ch
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import networkx as nx
 from torch import fx
 
 from fxzero.aliasing import in_memory_of
-from fxzero.cost import Costs
+from fxzero.cost import Costs, Link
 from fxzero.ir import Role, StepGraph, gathered_params, grad_fqn, is_gather, members, operands, role, started_by
-from fxzero.schedule import across_bytes, inside_bytes
+from fxzero.traffic import NOTHING, Sent, sent_in
 
 
 @dataclass(frozen=True)
@@ -56,53 +58,102 @@ class _Needs:
     """Of each run of compute: seconds, bytes that must have arrived for it, bytes that can be sent after it."""
 
     seconds: list[float]
+    arriving: list[Sent]
+    leaving: list[Sent]
+
+    def over(self, links: _Links) -> _Traffic:
+        """The bytes that some links carry."""
+        return _Traffic([links.nbytes(sent) for sent in self.arriving], [links.nbytes(sent) for sent in self.leaving])
+
+
+class _Traffic(NamedTuple):
+    """Of each run of compute, what of its bytes one link carries."""
+
     arriving: list[int]
     leaving: list[int]
 
+    @property
+    def total(self) -> int:
+        return sum(self.arriving) + sum(self.leaving)
+
+
+class _Links(NamedTuple):
+    """A link, and which bytes it carries."""
+
+    link: Link
+    nbytes: Callable[[Sent], int]
+
+    @property
+    def per_byte(self) -> float:
+        """Seconds that a byte takes from compute."""
+        return min(self.link.cpu_s_per_byte, 1.0 / self.link.bytes_per_s)
+
+
+def _links_of(costs: Costs) -> list[_Links]:
+    """The links of a rank: one for all, or one inside its node and one to others."""
+    if costs.inside is None:
+        return [_Links(costs.link, lambda sent: sent.total)]
+    return [_Links(costs.link, lambda sent: sent.across), _Links(costs.inside, lambda sent: sent.inside)]
+
 
 def lower_bound(step: StepGraph, costs: Costs) -> Bound:
-    """The bound for a complete plan: what it gathers and keeps stays, all else may be in any order."""
-    needs, rate = _needs(step, costs), costs.link.bytes_per_s
-    per_byte = min(costs.link.cpu_s_per_byte, 1.0 / rate)
-    total, compute = sum(needs.arriving) + sum(needs.leaving), sum(needs.seconds)
-    # A byte that moves outside of head and tail takes `per_byte` from compute; inside it takes longer, on the link.
+    """The bound for a complete plan: what it gathers and keeps stays, all else may be in any order.
+
+    Of two links, head and tail are those of the one that gives the higher bound; the traffic of the other may fit in.
+    """
+    needs, links = _needs(step, costs), _links_of(costs)
+    traffic = [needs.over(each) for each in links]
+    on_cores = [each.per_byte * carried.total for each, carried in zip(links, traffic, strict=True)]
+    compute = sum(needs.seconds) + costs.optimizer_s
     hiding_s = costs.optimizer_s if step.overlaps_optimizer else 0.0
     last_s = costs.optimizer_s - hiding_s
+    parts = [(compute + sum(on_cores), 0.0, 0.0)]
+    for each, carried, taken in zip(links, traffic, on_cores, strict=True):
+        parts.append((compute + taken, *_head_and_tail(needs.seconds, carried, each, hiding_s)))
+    link_s = max(carried.total / each.link.bytes_per_s for each, carried in zip(links, traffic, strict=True))
+    return Bound(*max(parts, key=sum), link_s + last_s, _critical_path(needs, links, hiding_s) + last_s)
+
+
+def _head_and_tail(seconds: list[float], traffic: _Traffic, links: _Links, hiding_s: float) -> tuple[float, float]:
+    """What nothing hides of a link's traffic, before compute and after it.
+
+    A byte that moves outside of head and tail takes `per_byte` from compute; inside it takes longer, on the link.
+    """
+    rate, per_byte = links.link.bytes_per_s, links.per_byte
     tails, sent, after = [0.0], 0, hiding_s
-    for seconds, nbytes in zip(reversed(needs.seconds), reversed(needs.leaving), strict=True):
+    for run_s, nbytes in zip(reversed(seconds), reversed(traffic.leaving), strict=True):
         sent += nbytes
         tails.append(max(tails[-1], sent / rate - after - per_byte * sent))
-        after += seconds
+        after += run_s
     best, head, arrived, before = (0.0, 0.0), 0.0, 0, 0.0
-    for index, seconds in enumerate(needs.seconds):
-        arrived += needs.arriving[index]
+    for index, run_s in enumerate(seconds):
+        arrived += traffic.arriving[index]
         head = max(head, arrived / rate - before - per_byte * arrived)
-        best = max(best, (head, tails[len(needs.seconds) - index]), key=sum)
-        before += seconds
-    return Bound(
-        compute + per_byte * total + costs.optimizer_s,
-        *best,
-        total / rate + last_s,
-        _critical_path(needs, rate, hiding_s) + last_s,
-    )
+        best = max(best, (head, tails[len(seconds) - index]), key=sum)
+        before += run_s
+    return best
 
 
-def _critical_path(needs: _Needs, rate: float, hiding_s: float) -> float:
+def _critical_path(needs: _Needs, links: Sequence[_Links], hiding_s: float) -> float:
     """The longest path over runs of compute, each gather before the run that reads it and each reduction after its.
 
     Args:
         hiding_s: compute after the last run that no reduction must precede.
     """
+
+    def on_links(sent: Sent) -> float:
+        return sum(each.nbytes(sent) / each.link.bytes_per_s for each in links)
+
     graph: nx.DiGraph[str] = nx.DiGraph()
     graph.add_edge("begin", "run 0", weight=0.0)
     for index, seconds in enumerate(needs.seconds):
         graph.add_edge(f"run {index}", f"run {index + 1}", weight=seconds)
-        if needs.arriving[index]:
-            graph.add_edge("begin", f"run {index}", weight=needs.arriving[index] / rate)
-        if needs.leaving[index]:
-            graph.add_edge(f"run {index + 1}", "end", weight=needs.leaving[index] / rate)
+        if needs.arriving[index].total:
+            graph.add_edge("begin", f"run {index}", weight=on_links(needs.arriving[index]))
+        if needs.leaving[index].total:
+            graph.add_edge(f"run {index + 1}", "end", weight=on_links(needs.leaving[index]))
     last = f"run {len(needs.seconds)}"
-    graph.add_edge(last, "end", weight=max(hiding_s, needs.leaving[-1] / rate))
+    graph.add_edge(last, "end", weight=max(hiding_s, on_links(needs.leaving[-1])))
     return float(nx.dag_longest_path_length(graph))
 
 
@@ -112,37 +163,37 @@ def _needs(step: StepGraph, costs: Costs) -> _Needs:
     The copies and sums at waits are compute too; they may happen at any time, and belong to the run they stand in.
     """
     if step.world_size == 1:
-        return _Needs([sum(costs.seconds.values())], [0], [0])
+        return _Needs([sum(costs.seconds.values())], [NOTHING], [NOTHING])
     arrives, leaves = _first_readers(step), _last_writers(step)
-    seconds, arriving, leaving = [0.0], [0], [0]
+    seconds, arriving, leaving = [0.0], [NOTHING], [NOTHING]
     for node in step.graph.nodes:
         if node in arrives:
-            if seconds[-1] or leaving[-1]:
+            if seconds[-1] or leaving[-1].total:
                 seconds.append(0.0)
-                arriving.append(0)
-                leaving.append(0)
-            arriving[-1] += arrives[node]
+                arriving.append(NOTHING)
+                leaving.append(NOTHING)
+            arriving[-1] = arriving[-1].plus(arrives[node])
         seconds[-1] += costs.of(node)
         if node in leaves:
-            leaving[-1] += leaves[node]
+            leaving[-1] = leaving[-1].plus(leaves[node])
             seconds.append(0.0)
-            arriving.append(0)
-            leaving.append(0)
-    while len(seconds) > 1 and not (seconds[-1] or arriving[-1] or leaving[-1]):
+            arriving.append(NOTHING)
+            leaving.append(NOTHING)
+    while len(seconds) > 1 and not (seconds[-1] or arriving[-1].total or leaving[-1].total):
         del seconds[-1], arriving[-1], leaving[-1]
     return _Needs(seconds, arriving, leaving)
 
 
-def _share(step: StepGraph, fqn: str, start: fx.Node) -> int:
+def _share(step: StepGraph, fqn: str, start: fx.Node) -> Sent:
     """Bytes that a rank must exchange for one parameter in a collective, without padding."""
-    moved = inside_bytes(step, start) + across_bytes(step, start)
-    return int(step.params[fqn].nbytes * moved / step.bucket_of(start).nbytes)
+    part = step.params[fqn].nbytes / step.bucket_of(start).nbytes
+    return Sent(*(int(part * nbytes) for nbytes in sent_in(step, start)))
 
 
-def _first_readers(step: StepGraph) -> dict[fx.Node, int]:
+def _first_readers(step: StepGraph) -> dict[fx.Node, Sent]:
     """Bytes that must have arrived for each node, by the first node that computes from a gathered parameter."""
     at = step.positions()
-    found: dict[fx.Node, int] = {}
+    found: dict[fx.Node, Sent] = {}
     for wait in step.nodes(Role.WAIT):
         if not is_gather(started_by(wait)):
             continue
@@ -156,13 +207,13 @@ def _first_readers(step: StepGraph) -> dict[fx.Node, int]:
             ]
             first = min(readers, key=lambda node: at[node], default=None)
             if first is not None:
-                found[first] = found.get(first, 0) + _share(step, fqn, started_by(wait))
+                found[first] = found.get(first, NOTHING).plus(_share(step, fqn, started_by(wait)))
     return found
 
 
-def _last_writers(step: StepGraph) -> dict[fx.Node, int]:
+def _last_writers(step: StepGraph) -> dict[fx.Node, Sent]:
     """Bytes that can be sent after each node that completes a gradient."""
-    found: dict[fx.Node, int] = {}
+    found: dict[fx.Node, Sent] = {}
     for start in step.nodes(Role.REDUCE_SCATTER):
         for slot in operands(start):
             found[slot] = _share(step, grad_fqn(slot), start)

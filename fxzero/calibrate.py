@@ -16,6 +16,7 @@ import torch
 from fxzero import agree
 from fxzero.comm import Comm
 from fxzero.cost import Cluster, Device, Link, rounded
+from fxzero.hierarchy import HierarchicalComm
 from fxzero.layout import ALIGNMENT_BYTES, Bucket, ParamSpec
 from fxzero.mesh import Group
 
@@ -32,13 +33,20 @@ LINK_S = 0.3
 def calibrate(comm: Comm, device: torch.device, dtype: torch.dtype = torch.float32) -> Cluster:
     """Measure this rank's device and link; a collective over the ranks of `comm`.
 
+    On a mesh of several nodes the link is that to other nodes, which all ranks of a node use at the same time; the one
+    inside a node is measured after it.
+
     Args:
         dtype: of the matrix products.
 
     Raises:
         CommunicationError: a peer has gone.
     """
-    return Cluster(measure_device(device, dtype), measure_link(comm, device))
+    measured = measure_device(device, dtype)
+    if not isinstance(comm, HierarchicalComm):
+        return Cluster(measured, measure_link(comm, device))
+    across = measure_link(comm.across, device)
+    return Cluster(measured, across, measure_link(comm.inside, device) if comm.inside.world_size > 1 else None)
 
 
 def median_of_ranks(own: Cluster, group: Group | None, topic: str, timeout: timedelta) -> Cluster:

@@ -70,6 +70,9 @@ class Cluster:
 
     device: Device
     link: Link
+    """To the other ranks; on a mesh of several nodes, to those of other nodes."""
+    inside: Link | None = None
+    """On such a mesh, to the ranks of the same node; None: they are behind the same link as all others."""
 
     @classmethod
     def of(cls, given: Cluster | str) -> Cluster:
@@ -86,32 +89,37 @@ class Cluster:
 
     def numbers(self) -> list[float]:
         """All numbers, in a fixed order."""
-        return [*asdict(self.device).values(), *asdict(self.link).values()]
+        parts = (self.device, self.link) if self.inside is None else (self.device, self.link, self.inside)
+        return [number for part in parts for number in asdict(part).values()]
 
     @classmethod
     def of_numbers(cls, numbers: list[float]) -> Cluster:
         """The inverse of `numbers`."""
-        count = len(fields(Device))
-        return cls(Device(*numbers[:count]), Link(*numbers[count:]))
+        device, rest = numbers[: len(fields(Device))], numbers[len(fields(Device)) :]
+        size = len(fields(Link))
+        return cls(Device(*device), *(Link(*rest[at : at + size]) for at in range(0, len(rest), size)))
 
 
 CLUSTERS: Mapping[str, Cluster] = {
-    # Per GPU: 312 TFLOP/s bf16 dense at 60 %, 1.555 TB/s; EFA 400 Gbit/s a node of 8 GPUs (AWS's published figures).
-    "p4d.24xlarge": Cluster(Device(0.6 * 312e12, 1.555e12, 5e-6), Link(400 * GBIT / 8, 30e-6)),
-    # Per GPU: 989 TFLOP/s bf16 dense at 60 %, 3.35 TB/s; EFA 3,200 Gbit/s a node of 8 GPUs.
-    "p5.48xlarge": Cluster(Device(0.6 * 989e12, 3.35e12, 5e-6), Link(3200 * GBIT / 8, 30e-6)),
+    # Per GPU: 312 TFLOP/s bf16 dense at 60 %, 1.555 TB/s; EFA 400 Gbit/s a node of 8 GPUs (AWS's published figures);
+    # NVLink 600 GB/s, half of it each way.
+    "p4d.24xlarge": Cluster(Device(0.6 * 312e12, 1.555e12, 5e-6), Link(400 * GBIT / 8, 30e-6), Link(300e9, 10e-6)),
+    # Per GPU: 989 TFLOP/s bf16 dense at 60 %, 3.35 TB/s; EFA 3,200 Gbit/s a node of 8 GPUs; NVLink 900 GB/s.
+    "p5.48xlarge": Cluster(Device(0.6 * 989e12, 3.35e12, 5e-6), Link(3200 * GBIT / 8, 30e-6), Link(450e9, 10e-6)),
 }
 """Clusters by name. The rates of matrix products are shares of the published peaks, not measurements."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of every node of one step that takes any, and the link its collectives use."""
+    """Seconds of every node of one step that takes any, and the links its collectives use."""
 
     seconds: Mapping[fx.Node, float]
     link: Link
     optimizer_s: float = 0.0
     """Of the optimizer's step, which follows backward."""
+    inside: Link | None = None
+    """What carries bytes inside a node, beside the link that carries those across nodes; None: that carries all."""
 
     def of(self, node: fx.Node) -> float:
         """Seconds that a node keeps this rank's device busy: compute, and the copies and sums at waits."""
@@ -130,7 +138,8 @@ def roofline(step: StepGraph, cluster: Cluster, *, optimizer_bytes: int = 0) -> 
         for node in step.nodes(Role.WAIT):
             moved = gather_wait_bytes if is_gather(node) else reduce_wait_bytes
             seconds[node] = moved(step.bucket_of(node)) / device.bytes_per_s
-    return Costs(seconds, cluster.link, optimizer_bytes / device.bytes_per_s)
+    inside = cluster.inside if step.num_nodes > 1 else None
+    return Costs(seconds, cluster.link, optimizer_bytes / device.bytes_per_s, inside)
 
 
 def operator_seconds(node: fx.Node, device: Device) -> float:
@@ -150,11 +159,6 @@ def gather_wait_bytes(bucket: Bucket) -> int:
 def reduce_wait_bytes(bucket: Bucket) -> int:
     """Bytes that the wait of a reduce-scatter reads and writes: sums over the ranks, and one division."""
     return (3 * (bucket.world_size - 1) + 2) * bucket.shard_nbytes
-
-
-def sent_bytes(bucket: Bucket) -> int:
-    """Bytes that a rank sends, and receives, when a bucket is gathered or reduced."""
-    return bucket.shard_nbytes * (bucket.world_size - 1)
 
 
 def flops(node: fx.Node) -> int:

@@ -33,6 +33,7 @@ from fxzero.modes import Mode, Orders, Signature
 from fxzero.optim import ELEMENTWISE, ParamShard
 from fxzero.options import Options
 from fxzero.overlap import Overlap
+from fxzero.plan_cache import Pattern, PlanCache
 from fxzero.planner import (
     describe_layout,
     in_layout,
@@ -41,7 +42,6 @@ from fxzero.planner import (
     make_plan,
     warn_if_out_of_order,
 )
-from fxzero.plan_cache import Pattern, PlanCache
 from fxzero.residency import Residency
 from fxzero.runtime import Executable
 from fxzero.shards import Shards, check_storage, spec_of

@@ -133,7 +133,7 @@ def plan(
     costs = None
     if cluster is not None:
         costs = CostModel(Cluster.of(cluster), optimizer_bytes(params.values(), comm.world_size, state))
-        if captured.step.has_backward and comm.world_size > 1 and num_nodes == 1 and passes is None:
+        if captured.step.has_backward and comm.world_size > 1 and passes is None:
             chosen = choose_sizes(captured.step, chosen, costs, keeps_free=memory_budget is None).passes(chosen)
     choice = None
     if must_choose(chosen, memory_budget) and captured.step.has_backward:

@@ -32,8 +32,8 @@ from fxzero.ir import (
     written_in_place,
 )
 from fxzero.liveness import bucket_bytes_live
-from fxzero.mesh import sent_across_numel, stage_inside
 from fxzero.text import block_depth, block_of, bucket_label, format_bytes, format_ops
+from fxzero.traffic import sent_in
 
 if TYPE_CHECKING:
     from fxzero.report import MemoryReport
@@ -91,13 +91,14 @@ class Totals:
 def totals(step: StepGraph) -> Totals:
     """Count the collectives of a step and their bytes."""
     gathers, reduces = step.nodes(Role.ALL_GATHER), step.nodes(Role.REDUCE_SCATTER)
-    gathered_across = sum(across_bytes(step, start) for start in gathers)
-    reduced_across = sum(across_bytes(step, start) for start in reduces)
+    gathered = [sent_in(step, start) for start in gathers]
+    reduced = [sent_in(step, start) for start in reduces]
+    gathered_across, reduced_across = (sum(sent.across for sent in each) for each in (gathered, reduced))
     return Totals(
         num_all_gathers=len(gathers),
         num_reduce_scatters=len(reduces),
-        gathered_bytes=sum(inside_bytes(step, start) for start in gathers) + gathered_across,
-        reduced_bytes=sum(inside_bytes(step, start) for start in reduces) + reduced_across,
+        gathered_bytes=sum(sent.total for sent in gathered),
+        reduced_bytes=sum(sent.total for sent in reduced),
         gathered_peak_bytes=max(bucket_bytes_live(step, Role.ALL_GATHER).values(), default=0),
         copied_grad_bytes=sum(
             step.params[grad_fqn(slot)].nbytes
@@ -110,22 +111,6 @@ def totals(step: StepGraph) -> Totals:
         across_bytes=gathered_across + reduced_across,
         gathered_across_bytes=gathered_across,
     )
-
-
-def inside_bytes(step: StepGraph, start: fx.Node) -> int:
-    """Bytes that a rank sends, and receives, in a collective inside its node."""
-    travels = step.wire_bucket_of(start)
-    if step.shards_across:
-        travels = stage_inside(travels, step.num_nodes)
-    return travels.shard_nbytes * (travels.world_size - 1)
-
-
-def across_bytes(step: StepGraph, start: fx.Node) -> int:
-    """Bytes that a rank sends to other nodes in a collective."""
-    travels = step.wire_bucket_of(start)
-    if step.shards_across:
-        return 0 if is_inside(start) else (step.num_nodes - 1) * travels.shard_nbytes
-    return 0 if is_gather(start) else sent_across_numel(travels.shard_numel, step.num_nodes) * travels.dtype.itemsize
 
 
 def rows(step: StepGraph) -> Iterator[Row]:

@@ -123,7 +123,13 @@ def with_measured(
     of_known = sum(estimated.of(node) for node in known)
     ratio = sum(known.values()) / of_known if of_known else 1.0
     seconds = {node: known.get(node, ratio * estimate) for node, estimate in estimated.seconds.items()}
-    return Costs(seconds, replace(estimated.link, cpu_s_per_byte=cpu_s_per_byte), optimizer_s)
+    link, inside = estimated.link, estimated.inside
+    return Costs(
+        seconds,
+        replace(link, cpu_s_per_byte=cpu_s_per_byte),
+        optimizer_s,
+        None if inside is None else replace(inside, cpu_s_per_byte=cpu_s_per_byte),
+    )
 
 
 def _name(node: fx.Node) -> str:

@@ -1,7 +1,9 @@
-"""When everything of a step happens, for given costs: one device, one link that sends one message after another.
+"""When everything of a step happens, for given costs: one device, links that send one message after another.
 
-device  |--compute--|--compute--|..wait..|--compute--|          slower while the link is busy, if it carries the traffic
+device  |--compute--|--compute--|..wait..|--compute--|          slower while a link is busy, if it carries the traffic
 link       [gather 1][gather 2 ]           [reduce 2]           in the order of starts
+
+Where a node has a link of its own inside, a gather goes across nodes first and then inside, a reduction inside first.
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ from typing import Literal, NamedTuple, TypeAlias
 from torch import fx
 
 from fxzero.cost import Costs, Link
-from fxzero.ir import Phase, Role, StepGraph, members, role, started_by, tail_waits
-from fxzero.schedule import across_bytes, inside_bytes
+from fxzero.ir import Phase, Role, StepGraph, is_gather, members, role, started_by, tail_waits
+from fxzero.traffic import Sent, sent_in
 
 Key: TypeAlias = "fx.Node | tuple[Role, Phase, tuple[str, ...]]"
 """Which collective: its start in a graph; where there is none, what it is, in which phase, and its members."""
@@ -29,7 +31,14 @@ class Event(NamedTuple):
     key: Key | None = None
     """The collective that is started, or waited for."""
     nbytes: int = 0
-    """What a start sends, and receives."""
+    """What a start sends, and receives, inside the node; without nodes, all."""
+    across_bytes: int = 0
+    """What it sends to other nodes."""
+
+    @classmethod
+    def start(cls, key: Key, sent: Sent) -> Event:
+        """The start of a collective."""
+        return cls("start", 0.0, key, sent.inside, sent.across)
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,7 @@ class Timeline:
     slowed_s: float
     """By which traffic on the same cores lengthens compute."""
     wire_s: float
-    """Of the link."""
+    """Of the link; of two, of both together."""
     stalls: dict[Key, float]
     """How long each collective is waited for, where that is more than nothing."""
 
@@ -66,7 +75,7 @@ def shares_of_optimizer(step: StepGraph, reductions: Iterable[Iterable[str]]) ->
 def events(step: StepGraph, costs: Costs) -> list[Event]:
     """What a rank does in a step, in order; compute between collectives is one event. The optimizer's step is last.
 
-    Where it is overlapped, it comes in parts between the last waits. Of several nodes, all bytes are those of one link.
+    Where it is overlapped, it comes in parts between the last waits.
     """
     found: list[Event] = []
     compute = 0.0
@@ -81,8 +90,7 @@ def events(step: StepGraph, costs: Costs) -> list[Event]:
             if compute:
                 found.append(Event("compute", compute))
             start = started_by(node)
-            nbytes = inside_bytes(step, start) + across_bytes(step, start) if node is start else 0
-            found.append(Event("start" if node is start else "wait", 0.0, start, nbytes))
+            found.append(Event.start(start, sent_in(step, start)) if node is start else Event("wait", 0.0, start))
             compute = 0.0
         compute += costs.of(node) + shares.get(node, 0.0) * costs.optimizer_s
     compute += 0.0 if waits else costs.optimizer_s
@@ -91,32 +99,78 @@ def events(step: StepGraph, costs: Costs) -> list[Event]:
     return found
 
 
-def play(happening: Iterable[Event], link: Link) -> Timeline:
-    """Let everything happen in order."""
-    load, rate = link.load, link.loaded_bytes_per_s
-    now = busy_until = compute_s = slowed_s = wire_s = 0.0
+def is_gather_key(key: Key) -> bool:
+    """True for a gather, not for a reduction."""
+    return is_gather(key) if isinstance(key, fx.Node) else key[0] is Role.ALL_GATHER
+
+
+class _Wire:
+    """A link, and until when it is busy."""
+
+    def __init__(self, link: Link) -> None:
+        self.load, self._rate, self._latency_s = link.load, link.loaded_bytes_per_s, link.latency_s
+        self.busy_until = self.busy_s = 0.0
+
+    def carry(self, at: float, nbytes: int) -> float:
+        """Send a message that is there at a time; when it arrives."""
+        if not nbytes:
+            return at
+        on_wire = nbytes / self._rate
+        self.busy_until = max(self.busy_until, at) + on_wire
+        self.busy_s += on_wire
+        return self.busy_until + self._latency_s
+
+
+def _slowed(now: float, seconds: float, wires: Iterable[_Wire]) -> float:
+    """By how much compute that begins now is lengthened by what some links carry meanwhile."""
+    at, left = now, seconds
+    busy = sorted((wire.busy_until, wire.load) for wire in wires)
+    for index, (until, _) in enumerate(busy):
+        free = 1.0 - sum(load for _, load in busy[index:])
+        if until > at and left:
+            done = min(left, (until - at) * free)
+            at, left = at + done / free if free else until, left - done
+    return at + left - now - seconds
+
+
+def play(happening: Iterable[Event], link: Link, inside: Link | None = None) -> Timeline:
+    """Let everything happen in order.
+
+    Args:
+        link: that of all bytes, or of those that cross nodes.
+        inside: that of bytes that stay inside a node, if it is another one.
+    """
+    across = _Wire(link)
+    within = across if inside is None else _Wire(inside)
+    now = compute_s = slowed_s = 0.0
     arrives: dict[Key, float] = {}
     stalls: dict[Key, float] = {}
-    for kind, seconds, key, nbytes in happening:
+    for kind, seconds, key, nbytes, across_bytes in happening:
         if kind == "compute":
             compute_s += seconds
-            shared = min(seconds, max(0.0, busy_until - now) * (1.0 - load))
-            slowed = shared / (1.0 - load) - shared
+            if within is across or within.busy_until <= now:
+                shared = min(seconds, max(0.0, across.busy_until - now) * (1.0 - across.load))
+                slowed = shared / (1.0 - across.load) - shared
+            else:
+                slowed = _slowed(now, seconds, (across, within))
             slowed_s += slowed
             now += seconds + slowed
             continue
         assert key is not None
         if kind == "start":
-            on_wire = nbytes / rate
-            busy_until = max(busy_until, now) + on_wire
-            wire_s += on_wire
-            arrives[key] = busy_until + link.latency_s
+            if within is across:
+                arrives[key] = across.carry(now, nbytes + across_bytes)
+            elif across_bytes and is_gather_key(key):
+                arrives[key] = within.carry(across.carry(now, across_bytes), nbytes)
+            else:
+                arrives[key] = across.carry(within.carry(now, nbytes), across_bytes)
         elif (late := arrives[key] - now) > 0:
             stalls[key] = late
             now += late
-    return Timeline(now, compute_s, slowed_s, wire_s, stalls)
+    wires = {across, within}
+    return Timeline(now, compute_s, slowed_s, sum(wire.busy_s for wire in wires), stalls)
 
 
 def simulate(step: StepGraph, costs: Costs) -> Timeline:
     """How long a step takes for these costs."""
-    return play(events(step, costs), costs.link)
+    return play(events(step, costs), costs.link, costs.inside)

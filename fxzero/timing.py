@@ -29,7 +29,7 @@ class Timing:
         return cls(simulate(step, costs), lower_bound(step, costs), costs, step)
 
     def at_rate(self, bytes_per_s: float) -> Timing:
-        """The same plan where the link carries so many bytes a second, and all else is as it is."""
+        """The same plan where the link (of two: across nodes) carries so many bytes a second; all else as it is."""
         link = replace(self.costs.link, bytes_per_s=bytes_per_s)
         return Timing.of(self.step, replace(self.costs, link=link))
 

@@ -73,7 +73,6 @@ class Tuner:
             and self.tuning is None
             and step.has_backward
             and engine.comm.world_size > 1
-            and engine.comm.num_nodes == 1
             and nbytes >= MIN_BYTES
             and is_there
         )

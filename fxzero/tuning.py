@@ -12,16 +12,18 @@ import itertools
 import json
 from collections import deque
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from torch import fx
 
 from fxzero.aliasing import in_memory_of
-from fxzero.cost import Costs, Device, Link, gather_wait_bytes, reduce_wait_bytes, sent_bytes
+from fxzero.cost import Costs, Device, gather_wait_bytes, reduce_wait_bytes
 from fxzero.ir import Phase, Role, StepGraph, gathered_params, is_gather, members, role, started_by
 from fxzero.layout import Bucket, ParamSpec, group_into_buckets
 from fxzero.passes import BucketAllGathers, GathersFirst, KeepGathered, Pass, PrefetchAllGathers, SinkWaits
-from fxzero.timeline import Event, Key, Timeline, play, shares_of_optimizer
+from fxzero.timeline import Event, Key, Timeline, is_gather_key, play, shares_of_optimizer
+from fxzero.traffic import sent_of
 from fxzero.wire import WireFormat, narrowed
 
 MIB = 2**20
@@ -151,7 +153,7 @@ def tune(needs: Needs, *, keeps_all: bool, keeps_free: bool, buckets: Sequence[F
         keeps_free: buckets may stay where that needs no more memory at the peak.
         buckets: the members of each, if they are there already: only what is in flight is chosen then.
     """
-    order, world_size, link = needs.params, needs.step.world_size, needs.costs.link
+    order, world_size, costs = needs.params, needs.step.world_size, needs.costs
     most = max(MOST_BYTES, sum(param.nbytes for param in order) // 16)
     best: tuple[float, Tuning, list[Event]] | None = None
     tried: set[tuple[tuple[Fqns, ...], int]] = set()
@@ -168,11 +170,11 @@ def tune(needs: Needs, *, keeps_all: bool, keeps_free: bool, buckets: Sequence[F
         tuning = Tuning(body, head, inflight, min(inflight, MOST_BYTES) if keeps_free else 0)
         kept = sum(bucket.nbytes for bucket in groups) if keeps_all else tuning.kept_bytes
         happening = list(_events(needs, groups, inflight, kept))
-        step_s = play(happening, link).step_s
+        step_s = play(happening, costs.link, costs.inside).step_s
         if best is None or step_s * CLOSE < best[0]:
             best = step_s, tuning, happening
     assert best is not None, "a step without parameters has nothing to tune"
-    return dataclasses.replace(best[1], later=best_order(best[2], link)[0])
+    return dataclasses.replace(best[1], later=best_order(best[2], costs)[0])
 
 
 def _sizes(buckets: Sequence[Fqns] | None) -> Iterator[tuple[int, int | None, int]]:
@@ -199,9 +201,9 @@ def _events(needs: Needs, groups: Sequence[Bucket], inflight: int, kept_bytes: i
         for bucket in groups
         if any(fqn in needs.ready_s for fqn in bucket.fqns)
     ]
-    yield from _phase(needs, Phase.FORWARD, forward, [], inflight)
+    yield from _phase(needs, Phase.FORWARD, forward, [], inflight, set())
     reductions = sorted(ready, key=lambda item: item[0])
-    yield from _phase(needs, Phase.BACKWARD, again, reductions, inflight)
+    yield from _phase(needs, Phase.BACKWARD, again, reductions, inflight, there)
     if not needs.step.overlaps_optimizer:
         yield Event("compute", needs.costs.optimizer_s)
 
@@ -223,8 +225,13 @@ def _phase(
     gathers: Sequence[tuple[float, Bucket]],
     reductions: Sequence[tuple[float, Bucket]],
     inflight: int,
+    gathered: AbstractSet[Bucket],
 ) -> Iterator[Event]:
-    """The events of one phase: gathers start as PrefetchAllGathers writes it, reductions end as SinkWaits does."""
+    """The events of one phase: gathers start as PrefetchAllGathers writes it, reductions end as SinkWaits does.
+
+    Args:
+        gathered: what was gathered before; where nodes share shards, it stays inside them now.
+    """
     nbytes = [bucket.nbytes for _, bucket in gathers]
     starts_at: dict[int, list[int]] = {}
     first = flying_bytes = 0
@@ -238,7 +245,9 @@ def _phase(
 
     def launch(anchor: int) -> Iterator[Event]:
         for k in starts_at.get(anchor, ()):
-            yield Event("start", 0.0, keys[k], sent_bytes(narrowed(gathers[k][1], needs.gathered_as)))
+            bucket = gathers[k][1]
+            travels, stays = narrowed(bucket, needs.gathered_as), needs.step.shards_across and bucket in gathered
+            yield Event.start(keys[k], sent_of(needs.step, travels, is_gather=True, stays_inside=stays))
 
     happening = [(at, 1, k) for k, (at, _) in enumerate(gathers)] + [(at, 0, k) for k, (at, _) in enumerate(reductions)]
     flying: deque[tuple[Key, Bucket]] = deque()
@@ -258,7 +267,7 @@ def _phase(
         while len(flying) > 1 and reduced_bytes > inflight:
             reduced_bytes -= flying[0][1].nbytes
             yield from _finish(needs, *flying.popleft())
-        yield Event("start", 0.0, flying[-1][0], sent_bytes(narrowed(bucket, needs.reduced_as)))
+        yield Event.start(flying[-1][0], sent_of(needs.step, narrowed(bucket, needs.reduced_as), is_gather=False))
     steps = phase is Phase.BACKWARD and needs.step.overlaps_optimizer
     optimizer_s = needs.costs.optimizer_s if steps else 0.0
     before, after = shares_of_optimizer(needs.step, [_members(key) for key, _ in flying])
@@ -274,21 +283,22 @@ def _finish(needs: Needs, key: Key, bucket: Bucket) -> Iterator[Event]:
     yield Event("compute", reduce_wait_bytes(bucket) / needs.device.bytes_per_s)
 
 
-def best_order(happening: list[Event], link: Link) -> tuple[tuple[tuple[Fqns, Fqns], ...], Timeline]:
+def best_order(happening: list[Event], costs: Costs) -> tuple[tuple[tuple[Fqns, Fqns], ...], Timeline]:
     """Move each reduction in turn behind later gathers, while that makes the step faster.
 
     Returns:
         The pairs for `GathersFirst`, and how the step would go with them.
     """
-    best = play(happening, link)
+    best = play(happening, costs.link, costs.inside)
     later: dict[Fqns, Fqns] = {}
-    reductions = [event.key for event in happening if event.kind == "start" and not _is_gather(event.key)]
+    started = [event.key for event in happening if event.kind == "start" and event.key is not None]
+    reductions = [key for key in started if not is_gather_key(key)]
     in_vain = 0
     for key in reductions if best.stalls else []:
         in_vain += 1
         while (moved := _behind_next_gather(happening, key)) is not None:
             order, gather = moved
-            played = play(order, link)
+            played = play(order, costs.link, costs.inside)
             if played.step_s * 1.0005 >= best.step_s:
                 break
             happening, best, in_vain = order, played, 0
@@ -302,17 +312,13 @@ def _behind_next_gather(happening: list[Event], start: Key | None) -> tuple[list
     """The events with one reduction started behind the next gather, if one starts before that reduction is over."""
     index = next(i for i, event in enumerate(happening) if event.kind == "start" and event.key is start)
     for place in range(index + 1, len(happening)):
-        kind, _, key, _ = happening[place]
+        kind, key = happening[place].kind, happening[place].key
         if kind == "wait" and key is start:
             return None
-        if kind == "start" and key is not None and _is_gather(key):
+        if kind == "start" and key is not None and is_gather_key(key):
             rest = [*happening[:index], *happening[index + 1 : place + 1], happening[index], *happening[place + 1 :]]
             return rest, key
     return None
-
-
-def _is_gather(key: Key | None) -> bool:
-    return is_gather(key) if isinstance(key, fx.Node) else key is not None and key[0] is Role.ALL_GATHER
 
 
 def _members(key: Key | None) -> Fqns:

@@ -14,6 +14,7 @@ from torch import fx, nn
 from fxzero.bound import lower_bound
 from fxzero.cost import GBIT, Cluster, Costs, Device, Link, roofline
 from fxzero.ir import Role, StepGraph, members
+from fxzero.mesh import Across
 from fxzero.passes import default_passes
 from fxzero.planner import plan
 from fxzero.timeline import Event, events, play, simulate
@@ -25,15 +26,23 @@ ALONE = default_passes(bucket_bytes=1, prefetch_bytes=0)
 
 
 def planned(
-    widths: Sequence[int], rate: float, *, keep: bool = False, batch: int = 64, cpu: float = 0.0
+    widths: Sequence[int],
+    rate: float,
+    *,
+    keep: bool = False,
+    batch: int = 64,
+    cpu: float = 0.0,
+    across: Across | None = None,
+    inside: Link | None = None,
 ) -> tuple[StepGraph, Costs]:
-    """A plan of linear layers without bias on two ranks, and its costs."""
+    """A plan of linear layers without bias, and its costs: on two ranks, or on two nodes of two ranks."""
     with torch.device("meta"):
         layers = [nn.Linear(a, b, bias=False) for a, b in itertools.pairwise(widths)]
         model, x = nn.Sequential(*layers), torch.empty(batch, widths[0])
     passes = default_passes(bucket_bytes=1, prefetch_bytes=0, max_kept_bytes=None if keep else 0)
-    step = plan(model, (x,), world_size=2, passes=passes).step
-    return step, roofline(step, Cluster(Device(1e10, 1e12), Link(rate, 0.0, cpu)))
+    nodes = {} if across is None else {"num_nodes": 2, "across": across}
+    step = plan(model, (x,), world_size=2 if across is None else 4, passes=passes, **nodes).step
+    return step, roofline(step, Cluster(Device(1e10, 1e12), Link(rate, 0.0, cpu), inside))
 
 
 def schedules(step: StepGraph, costs: Costs) -> Iterator[list[Event]]:
@@ -85,8 +94,38 @@ def test_no_schedule_is_faster_than_the_bound(widths: tuple[int, ...], rate: flo
 def test_schedule_is_close_to_the_best_there_is(widths: tuple[int, ...], rate: float) -> None:
     step, costs = planned(widths, rate, keep=True)
     best = min(play(schedule, costs.link).step_s for schedule in schedules(step, costs))
-    _, timeline = best_order(events(step, costs), costs.link)
+    _, timeline = best_order(events(step, costs), costs)
     assert best * (1 - 1e-9) <= timeline.step_s <= 1.1 * best
+
+
+@pytest.mark.parametrize("across", ["replicate", "shard"])
+@pytest.mark.parametrize("rates", [(1e7, 1e8), (1e8, 1e8), (1e8, 1e7)])
+@pytest.mark.parametrize("widths", [(64, 256, 32), (256, 16, 256)])
+def test_no_schedule_of_nodes_is_faster_than_the_bound(
+    widths: tuple[int, ...], rates: tuple[float, float], across: Across
+) -> None:
+    step, costs = planned(widths, rates[0], keep=True, across=across, inside=Link(rates[1], 0.0, 1e-10))
+    assert len(step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER)) == 4
+    best = min(play(schedule, costs.link, costs.inside).step_s for schedule in schedules(step, costs))
+    bound = lower_bound(step, costs)
+    assert bound.step_s <= best * (1 + 1e-9)
+    assert bound.step_s >= 0.65 * best  # one link's head hides none of the other's
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    widths=st.lists(st.sampled_from([16, 64, 256]), min_size=3, max_size=6),
+    rates=st.tuples(st.floats(1e6, 1e10), st.floats(1e6, 1e10)),
+    loads=st.tuples(st.floats(0.0, 0.9), st.floats(0.0, 0.9)),
+    keep=st.booleans(),
+    across=st.sampled_from(["replicate", "shard"]),
+)
+def test_bound_of_nodes_is_never_above_the_prediction(
+    widths: list[int], rates: tuple[float, float], loads: tuple[float, float], keep: bool, across: Across
+) -> None:
+    inside = Link(rates[1], 0.0, loads[1] / rates[1])
+    step, costs = planned(widths, rates[0], keep=keep, cpu=loads[0] / rates[0], across=across, inside=inside)
+    assert lower_bound(step, costs).step_s <= simulate(step, costs).step_s * (1 + 1e-9)
 
 
 @settings(max_examples=40, deadline=None)
@@ -143,7 +182,7 @@ def replace_waits(step: StepGraph, costs: Costs) -> Costs:
 
 def test_moved_reduction_is_the_one_that_delays_a_gather() -> None:
     step, costs = planned((1024, 16, 1024, 16), 2e7, batch=512)
-    later, timeline = best_order(events(step, costs), costs.link)
+    later, timeline = best_order(events(step, costs), costs)
     assert timeline.step_s <= simulate(step, costs).step_s
     known = {members(start) for start in step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER)}
     assert {fqns for pair in later for fqns in pair} <= known

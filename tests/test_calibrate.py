@@ -25,14 +25,23 @@ def test_one_rank_measures_its_device(tmp_path: Path) -> None:
     assert 0 < op_s < 1e-2
 
 
-def test_two_ranks_print_a_cluster_that_compile_takes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [["--nproc", "2"], ["--nproc", "4", "--nodes", "2"]], ids=["a group", "nodes"])
+def test_ranks_print_a_cluster_that_compile_takes(ranks: list[str], tmp_path: Path) -> None:
     out = tmp_path / "numbers.json"
-    command = [sys.executable, "-m", "fxzero", "calibrate", "--nproc", "2", "--device", "cpu", "--out", str(out)]
+    command = [sys.executable, "-m", "fxzero", "calibrate", *ranks, "--device", "cpu", "--out", str(out)]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
     (line,) = (line for line in printed.splitlines() if line.startswith("cluster="))
     cluster = eval(line.removeprefix("cluster="), {"fxzero": fxzero})
     assert cluster == Cluster.of_numbers(json.loads(out.read_text()))
+    assert (cluster.inside is not None) == ("inside a node" in printed) == ("--nodes" in ranks)
     assert "Gbit/s" in printed
+
+
+def test_nodes_must_divide_the_ranks() -> None:
+    command = [sys.executable, "-m", "fxzero", "calibrate", "--nproc", "2", "--nodes", "3", "--device", "cpu"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert ended.returncode != 0
+    assert "--nodes 3 does not divide 2 ranks" in ended.stderr
 
 
 @pytest.mark.parametrize(("call_s", "num_calls"), [(0.1, 1 + 9), (0.001, 1 + 2 + 4 + 8 + 9 * 8)])

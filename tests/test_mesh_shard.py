@@ -75,6 +75,18 @@ def test_all_bytes_of_nodes_are_timed_as_of_one_link(across: str) -> None:
     assert 1.0 <= nodes.timing.ratio < 1.3
 
 
+@pytest.mark.parametrize("across", ["replicate", "shard"])
+def test_bytes_inside_a_node_take_its_own_link(across: str) -> None:
+    cluster = fxzero.Cluster(fxzero.Device(1e9, 1e9), fxzero.Link(1e6), fxzero.Link(1e7))
+    nodes = planned(8, 2, across, cluster=cluster)
+    sent = nodes.totals.gathered_bytes + nodes.totals.reduced_bytes
+    inside = sent - nodes.totals.across_bytes
+    assert nodes.timing.timeline.wire_s == pytest.approx(nodes.totals.across_bytes / 1e6 + inside / 1e7)
+    assert 1.0 <= nodes.timing.ratio < 1.6
+    slower = nodes.timing.at_rate(1e5).timeline.wire_s
+    assert slower == pytest.approx(nodes.totals.across_bytes / 1e5 + inside / 1e7)
+
+
 def test_secondary_shards_are_planned_as_memory_that_is_held() -> None:
     nodes, flat = planned(8, 2, "shard"), planned(8)
     held, rows = nodes.memory.footprint.held, dict(nodes.memory.rows())

@@ -8,10 +8,11 @@ from torch import nn
 
 from fxzero.cost import Cluster, Device, Link, flops, roofline, rounded
 from fxzero.errors import FxzeroError, PlanError
-from fxzero.ir import Role
+from fxzero.ir import Phase, Role
 from fxzero.passes import default_passes
 from fxzero.planner import plan
-from fxzero.timeline import Event, play, simulate
+from fxzero.timeline import Event, Key, play, simulate
+from fxzero.traffic import Sent
 
 FAST = Link(bytes_per_s=100.0)
 
@@ -62,6 +63,36 @@ def test_traffic_takes_half_of_the_cores_at_most() -> None:
     assert play([start(0, 10), compute(1.0)], link).step_s == pytest.approx(2.0)
 
 
+NODE = Link(bytes_per_s=200.0)
+GATHER = (Role.ALL_GATHER, Phase.FORWARD, ("gathered",))
+REDUCE = (Role.REDUCE_SCATTER, Phase.BACKWARD, ("reduced",))
+
+
+@pytest.mark.parametrize(("key", "node_is_busy_until"), [(GATHER, 2.0), (REDUCE, 1.0)])
+def test_gather_crosses_nodes_first_and_a_reduction_last(key: Key, node_is_busy_until: float) -> None:
+    behind = (Role.ALL_GATHER, Phase.BACKWARD, ("stays inside",))
+    both = [Event.start(key, Sent(200, 100)), Event.start(behind, Sent(200))]
+    played = play([*both, Event("wait", 0.0, key)], FAST, NODE)
+    assert (played.step_s, played.wire_s) == (2.0, 3.0)
+    assert play([*both, Event("wait", 0.0, behind)], FAST, NODE).step_s == node_is_busy_until + 1.0
+
+
+def test_all_bytes_of_nodes_take_one_link_where_there_is_no_other() -> None:
+    assert play([Event.start(REDUCE, Sent(200, 100)), Event("wait", 0.0, REDUCE)], FAST).step_s == 3.0
+
+
+def test_both_links_slow_compute_while_they_are_busy() -> None:
+    across, node = (
+        Link(100.0, cpu_s_per_byte=0.0025),
+        Link(200.0, cpu_s_per_byte=0.00125),
+    )  # a quarter of the cores each
+    far, near = (Role.ALL_GATHER, Phase.FORWARD, ("far",)), (Role.ALL_GATHER, Phase.FORWARD, ("near",))
+    happening = [Event.start(far, Sent(0, 100)), Event.start(near, Sent(400)), compute(2.0)]
+    played = play(happening, across, node)  # 0.5 of it in the first second, 0.75 in the second one
+    assert played.slowed_s == pytest.approx(0.75)
+    assert played.step_s == pytest.approx(2.75)
+
+
 def step_of(world_size: int = 2) -> object:
     with torch.device("meta"):
         model, x = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 64)), torch.empty(32, 256)
@@ -96,7 +127,9 @@ def test_cluster_has_a_name_or_numbers() -> None:
     assert Cluster.of("p4d.24xlarge").link.bytes_per_s == pytest.approx(6.25e9)
     own = Cluster(Device(1.0, 2.0, 3.0), Link(4.0, 5.0, 6.0))
     assert Cluster.of(own) is own
+    nodes = Cluster(own.device, own.link, Link(7.0, 8.0, 9.0))
     assert Cluster.of_numbers(own.numbers()) == own
+    assert Cluster.of_numbers(nodes.numbers()) == nodes
     with pytest.raises(PlanError, match=r"p4d\.24xlarge"):
         Cluster.of("p9")
     with pytest.raises(ValueError, match="positive"):

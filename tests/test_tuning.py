@@ -30,6 +30,8 @@ from fxzero.timeline import Event, events, play, simulate
 from fxzero.tuning import Tuning, _events, needs_of
 
 SLOW = Cluster(Device(9e10, 1e10, 5e-6), Link(1 * GBIT, 2e-4, 1e-9))
+NODES = dataclasses.replace(SLOW, inside=Link(8 * GBIT, 1e-4, 5e-10))
+"""Ranks of a node are closer to each other."""
 
 
 def captured_step(model: nn.Module, *inputs: torch.Tensor, world_size: int = 2) -> StepGraph:
@@ -66,6 +68,20 @@ def test_choice_is_never_slower_than_the_default_sizes(name: str, rate: float, k
     assert after <= 1.005 * before
 
 
+@pytest.mark.parametrize("across", ["replicate", "shard"])
+def test_choice_for_nodes_knows_both_links(across: str) -> None:
+    step, passes = on_nodes(layers(512, *[512] * 24, world_size=4), across), default_passes()
+    plans: list[StepGraph] = []
+    for cluster in (NODES, SLOW):
+        tuning = choose_sizes(step, passes, CostModel(cluster), keeps_free=True)
+        plans.append(planned(step, tuning.passes(passes)))
+    informed, misled, default = (
+        simulate(plan, CostModel(NODES)(plan)).step_s for plan in (*plans, planned(step, passes))
+    )
+    assert informed <= 1.003 * misled
+    assert informed < default
+
+
 def test_choice_is_the_same_every_time() -> None:
     step, passes, model = layers(*MODELS["wide"]), default_passes(), CostModel(SLOW)
     first, second = (choose_sizes(step, passes, model, keeps_free=True) for _ in range(2))
@@ -90,13 +106,33 @@ WIRES: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {
 }
 
 
+def on_nodes(step: StepGraph, across: str) -> StepGraph:
+    """The same step on a mesh of two nodes."""
+    step.num_nodes, step.shards_across = 2, across == "shard"
+    return step
+
+
 @pytest.mark.parametrize("wire", WIRES)
 @pytest.mark.parametrize("kept", [0, None])
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_candidate_is_what_the_passes_write(world_size: int, kept: int | None, wire: str) -> None:
     """Every start and wait in its place, with the bytes that travel; and as long as the plan is predicted to take."""
-    step = layers(*MODELS["wide"], world_size=world_size)
-    gathered, reduced = WIRES[wire]
+    check_candidate(layers(*MODELS["wide"], world_size=world_size), SLOW, kept, *WIRES[wire])
+
+
+@pytest.mark.parametrize("cluster", [SLOW, NODES], ids=["one link", "two links"])
+@pytest.mark.parametrize("kept", [0, None])
+@pytest.mark.parametrize("gathered", [None, torch.bfloat16])
+@pytest.mark.parametrize("across", ["replicate", "shard"])
+def test_candidate_on_nodes_is_what_the_passes_write(
+    across: str, gathered: torch.dtype | None, kept: int | None, cluster: Cluster
+) -> None:
+    check_candidate(on_nodes(layers(*MODELS["wide"], world_size=4), across), cluster, kept, gathered, None)
+
+
+def check_candidate(
+    step: StepGraph, cluster: Cluster, kept: int | None, gathered: torch.dtype | None, reduced: torch.dtype | None
+) -> None:
     inflight = 2**22
     passes = default_passes(
         bucket_bytes=2**20,
@@ -113,13 +149,13 @@ def test_candidate_is_what_the_passes_write(world_size: int, kept: int | None, w
         next((each.format for each in passes if isinstance(each, kind)), None)
         for kind in (NarrowAllGathers, NarrowReduceScatters)
     ]
-    needs = needs_of(prefix, roofline(prefix, SLOW), SLOW.device, *formats)
+    needs = needs_of(prefix, roofline(prefix, cluster), cluster.device, *formats)
     plan = planned(step, passes)
     groups = [plan.bucket(fqns) for fqns in dict.fromkeys(members(start) for start in plan.nodes(Role.ALL_GATHER))]
     kept_bytes = sum(group.nbytes for group in groups) if kept is None else 0
     candidate = list(_events(needs, groups, inflight, kept_bytes))
-    costs = roofline(plan, SLOW)
-    told, real = play(candidate, SLOW.link), simulate(plan, costs)
+    costs = roofline(plan, cluster)
+    told, real = play(candidate, costs.link, costs.inside), simulate(plan, costs)
     assert [_message(event) for event in candidate if event.key] == [
         _message(event) for event in events(plan, costs) if event.key
     ]
@@ -127,11 +163,11 @@ def test_candidate_is_what_the_passes_write(world_size: int, kept: int | None, w
     assert told.step_s == pytest.approx(real.step_s, rel=0.01)
 
 
-def _message(event: Event) -> tuple[str, Role, tuple[str, ...], int]:
+def _message(event: Event) -> tuple[str, Role, tuple[str, ...], int, int]:
     key = event.key
     assert key is not None
     kind, fqns = (role(key), members(key)) if isinstance(key, fx.Node) else (key[0], key[2])
-    return event.kind, kind, fqns, event.nbytes
+    return event.kind, kind, fqns, event.nbytes, event.across_bytes
 
 
 def test_choice_for_narrow_buckets_is_no_slower_than_that_for_full_ones() -> None:

@@ -10,7 +10,16 @@ import torch
 from fxzero.calibrate import measure_link
 from fxzero.comm import make_comm
 from fxzero.testing import run_ranks
-from tests.distributed.tuner_workers import SLOW, disagrees, fails_in_capture, for_a_cluster, small, tuned, untuned
+from tests.distributed.tuner_workers import (
+    SLOW,
+    disagrees,
+    fails_in_capture,
+    for_a_cluster,
+    on_nodes,
+    small,
+    tuned,
+    untuned,
+)
 
 
 def assert_same_training(one: dict[str, Any], other: dict[str, Any]) -> None:
@@ -33,6 +42,19 @@ def test_training_is_the_same_when_tuned(uneven: bool, disturb: bool) -> None:
     assert first["measured"]
     if disturb:
         assert first["tuning"].inflight_bytes > 1
+
+
+@pytest.mark.parametrize("across", ["replicate", "shard"])
+def test_training_on_nodes_is_the_same_when_tuned(across: str) -> None:
+    ranks = run_ranks(4, on_nodes, across, True)
+    for one, other in zip(ranks, run_ranks(4, on_nodes, across, False), strict=True):
+        assert_same_training(one, other)
+        assert one["tuning"] == ranks[0]["tuning"]
+        assert one["buckets"] == ranks[0]["buckets"]
+        assert one["cluster"] == ranks[0]["cluster"]
+    assert ranks[0]["cluster"].inside is not None
+    assert ranks[0]["measured"]
+    assert ranks[0]["tuning"].inflight_bytes > 1
 
 
 def test_given_cluster_decides_without_a_measurement() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 import fxzero
 from fxzero.cost import Cluster, Device, Link
@@ -64,6 +65,13 @@ def tuned(rank: int, world_size: int, uneven: bool, disturb: bool) -> dict[str, 
 
 def untuned(rank: int, world_size: int, uneven: bool) -> dict[str, Any]:
     return train(rank, NUM_STEPS, uneven=uneven, passes=default_passes())
+
+
+def on_nodes(rank: int, world_size: int, across: Any, tunes: bool) -> dict[str, Any]:
+    """Two nodes of two ranks; the choice is changed before it is made again, so that plans are too."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    options = {} if tunes else {"passes": default_passes()}
+    return train(rank, NUM_STEPS, uneven=True, disturb=tunes, mesh=mesh, across=across, **options)
 
 
 def for_a_cluster(rank: int, world_size: int, options: dict[str, Any]) -> dict[str, Any]:
