@@ -61,9 +61,9 @@ class _Needs:
     arriving: list[Sent]
     leaving: list[Sent]
 
-    def over(self, links: _Links) -> _Traffic:
-        """The bytes that some links carry."""
-        return _Traffic([links.nbytes(sent) for sent in self.arriving], [links.nbytes(sent) for sent in self.leaving])
+    def over(self, link: _Carrier) -> _Traffic:
+        """The bytes that one link carries."""
+        return _Traffic([link.nbytes(sent) for sent in self.arriving], [link.nbytes(sent) for sent in self.leaving])
 
 
 class _Traffic(NamedTuple):
@@ -77,7 +77,7 @@ class _Traffic(NamedTuple):
         return sum(self.arriving) + sum(self.leaving)
 
 
-class _Links(NamedTuple):
+class _Carrier(NamedTuple):
     """A link, and which bytes it carries."""
 
     link: Link
@@ -89,11 +89,11 @@ class _Links(NamedTuple):
         return min(self.link.cpu_s_per_byte, 1.0 / self.link.bytes_per_s)
 
 
-def _links_of(costs: Costs) -> list[_Links]:
+def _carriers(costs: Costs) -> list[_Carrier]:
     """The links of a rank: one for all, or one inside its node and one to others."""
     if costs.inside is None:
-        return [_Links(costs.link, lambda sent: sent.total)]
-    return [_Links(costs.link, lambda sent: sent.across), _Links(costs.inside, lambda sent: sent.inside)]
+        return [_Carrier(costs.link, lambda sent: sent.total)]
+    return [_Carrier(costs.link, lambda sent: sent.across), _Carrier(costs.inside, lambda sent: sent.inside)]
 
 
 def lower_bound(step: StepGraph, costs: Costs) -> Bound:
@@ -101,25 +101,25 @@ def lower_bound(step: StepGraph, costs: Costs) -> Bound:
 
     Of two links, head and tail are those of the one that gives the higher bound; the traffic of the other may fit in.
     """
-    needs, links = _needs(step, costs), _links_of(costs)
-    traffic = [needs.over(each) for each in links]
-    on_cores = [each.per_byte * carried.total for each, carried in zip(links, traffic, strict=True)]
+    needs, carriers = _needs(step, costs), _carriers(costs)
+    traffic = [needs.over(each) for each in carriers]
+    on_cores = [each.per_byte * carried.total for each, carried in zip(carriers, traffic, strict=True)]
     compute = sum(needs.seconds) + costs.optimizer_s
     hiding_s = costs.optimizer_s if step.overlaps_optimizer else 0.0
     last_s = costs.optimizer_s - hiding_s
     parts = [(compute + sum(on_cores), 0.0, 0.0)]
-    for each, carried, taken in zip(links, traffic, on_cores, strict=True):
+    for each, carried, taken in zip(carriers, traffic, on_cores, strict=True):
         parts.append((compute + taken, *_head_and_tail(needs.seconds, carried, each, hiding_s)))
-    link_s = max(carried.total / each.link.bytes_per_s for each, carried in zip(links, traffic, strict=True))
-    return Bound(*max(parts, key=sum), link_s + last_s, _critical_path(needs, links, hiding_s) + last_s)
+    link_s = max(carried.total / each.link.bytes_per_s for each, carried in zip(carriers, traffic, strict=True))
+    return Bound(*max(parts, key=sum), link_s + last_s, _critical_path(needs, carriers, hiding_s) + last_s)
 
 
-def _head_and_tail(seconds: list[float], traffic: _Traffic, links: _Links, hiding_s: float) -> tuple[float, float]:
+def _head_and_tail(seconds: list[float], traffic: _Traffic, carrier: _Carrier, hiding_s: float) -> tuple[float, float]:
     """What nothing hides of a link's traffic, before compute and after it.
 
     A byte that moves outside of head and tail takes `per_byte` from compute; inside it takes longer, on the link.
     """
-    rate, per_byte = links.link.bytes_per_s, links.per_byte
+    rate, per_byte = carrier.link.bytes_per_s, carrier.per_byte
     tails, sent, after = [0.0], 0, hiding_s
     for run_s, nbytes in zip(reversed(seconds), reversed(traffic.leaving), strict=True):
         sent += nbytes
@@ -134,7 +134,7 @@ def _head_and_tail(seconds: list[float], traffic: _Traffic, links: _Links, hidin
     return best
 
 
-def _critical_path(needs: _Needs, links: Sequence[_Links], hiding_s: float) -> float:
+def _critical_path(needs: _Needs, carriers: Sequence[_Carrier], hiding_s: float) -> float:
     """The longest path over runs of compute, each gather before the run that reads it and each reduction after its.
 
     Args:
@@ -142,7 +142,7 @@ def _critical_path(needs: _Needs, links: Sequence[_Links], hiding_s: float) -> f
     """
 
     def on_links(sent: Sent) -> float:
-        return sum(each.nbytes(sent) / each.link.bytes_per_s for each in links)
+        return sum(each.nbytes(sent) / each.link.bytes_per_s for each in carriers)
 
     graph: nx.DiGraph[str] = nx.DiGraph()
     graph.add_edge("begin", "run 0", weight=0.0)

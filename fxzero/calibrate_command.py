@@ -49,10 +49,8 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
     with joined(arguments.device) as world:
         dtype = _DTYPES[arguments.dtype]
         if world.size == 1:
-            numbers, table = (
-                [*vars(device := measure_device(world.device, dtype)).values()],
-                _table_of_one(world, device),
-            )
+            device = measure_device(world.device, dtype)
+            numbers, table = [*vars(device).values()], _table_of_one(world, device)
         else:
             group = _group(world, arguments.nodes)
             own = calibrate(make_comm(group, world.device), world.device, dtype)

@@ -167,8 +167,8 @@ def play(happening: Iterable[Event], link: Link, inside: Link | None = None) -> 
         elif (late := arrives[key] - now) > 0:
             stalls[key] = late
             now += late
-    wires = {across, within}
-    return Timeline(now, compute_s, slowed_s, sum(wire.busy_s for wire in wires), stalls)
+    wire_s = across.busy_s if within is across else across.busy_s + within.busy_s
+    return Timeline(now, compute_s, slowed_s, wire_s, stalls)
 
 
 def simulate(step: StepGraph, costs: Costs) -> Timeline:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import fxzero
-from fxzero.comm import PlanningComm
+from fxzero.comm import Bound, PlanningComm
 from fxzero.gloo import GlooComm
 from fxzero.layout import Bucket, ParamSpec
 from fxzero.narrow import bind_narrow_reduce, pack, reduce_scratch_nbytes, unpack
@@ -121,7 +121,7 @@ class Exchanged(PlanningComm):
     """A rank of a cluster whose messages were there from the beginning."""
 
     def bind_exchange(self, bucket: Bucket, sent: Tensor, received: Any) -> Any:
-        return None, None
+        return Bound(None, None)
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
