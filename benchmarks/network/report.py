@@ -12,6 +12,7 @@ from benchmarks.about import one_line
 from benchmarks.network.bound import least_traffic, lower_bound_s
 from benchmarks.network.results import LOSS_TOLERANCE, QUIET, Cell, Results, wrong_losses
 from benchmarks.network.systems import SYSTEMS, Policy
+from benchmarks.network.turns import Turns
 
 MIB = 2**20
 _NOT_STEPS = ("wire",)
@@ -141,7 +142,8 @@ def _costs(results: Results) -> str:
 is what a step takes beyond the compute-only step of its group, relative to that. The bound is made of these costs,
 measured in the same run: compute of fxzero's generated code with its collectives stubbed out, and a bare loop of gloo
 messages in both directions. `n` counts the steps in which others took less than {QUIET:g} of a core, of all; medians
-are of those, or of all and marked * if they are too few."""
+are of those, or of all and marked * if they are too few. `predicted s` is what fxzero says of its plan, which it made
+in its first steps, at {Turns.start_rate:g} Gbit/s: of another rate it is told nothing but the rate."""
     heads = ["Gbit/s", "compute s", "of it forward s", "link Gbit/s", "CPU ns per byte"]
     return f"## Costs\n\n{explained}\n\n{_table(rows, heads)}"
 
