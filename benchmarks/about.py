@@ -31,6 +31,12 @@ def one_line(described: dict[str, Any]) -> str:
     return f"{described['date']}, {described['machine']}, Linux {described['kernel']}, {versions}."
 
 
+def heading(program: str) -> str:
+    """What stands above a table in print."""
+    described = about(program)
+    return f"{one_line(described)}\n\n    {described['command']}\n"
+
+
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from tabulate import tabulate
 from torch import nn
 
-from benchmarks.about import about, one_line
+from benchmarks.about import heading
 from benchmarks.network.baselines import wire
 from benchmarks.network.systems import Job, Shape
 from benchmarks.network.testbed import CannotRunHere, Network
@@ -123,8 +123,7 @@ def main() -> None:
         rows = [measure(rate, options) for rate in options.rates]
     except CannotRunHere as error:
         raise SystemExit(str(error)) from None
-    described = about("python -m benchmarks.core_of_a_byte")
-    print(f"{one_line(described)}\n\n    {described['command']}\n")
+    print(heading("python -m benchmarks.core_of_a_byte"))
     print(tabulate(rows, headers="keys", tablefmt="github", floatfmt=("g", ".2f", ".2f", ".2f", ".2f")))
 
 

@@ -17,7 +17,7 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
-from benchmarks.about import about, one_line
+from benchmarks.about import heading
 from fxzero.capture import capture
 from fxzero.comm import PlanningComm
 from fxzero.cost import GBIT, Cluster, Device, Link
@@ -92,8 +92,7 @@ def main() -> None:
                 found = measure(family, num_layers, Cluster(Device(9e10, 1e10, 5e-6), link), options.world_size)
                 rows.append({"model": family, "layers": num_layers, "Gbit/s": rate, **found})
                 print(tabulate(rows[-1:], headers="keys", floatfmt=".3g"), flush=True)
-    described = about("python -m benchmarks.planning_time")
-    print(f"\n{one_line(described)}\n\n    {described['command']}\n")
+    print("\n" + heading("python -m benchmarks.planning_time"))
     print(tabulate(rows, headers="keys", tablefmt="github", floatfmt=".3g"))
 
 

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from tabulate import tabulate
 from torch import Tensor
 
-from benchmarks.about import about, one_line
+from benchmarks.about import heading
 from benchmarks.network.testbed import CannotRunHere, Network
 from fxzero.comm import make_comm
 from fxzero.layout import Bucket, ParamSpec
@@ -191,8 +191,7 @@ def main() -> None:
                 rows += measure(world_size, rate, options)
     except CannotRunHere as error:
         raise SystemExit(str(error)) from None
-    described = about("python -m benchmarks.ring_or_direct")
-    print(f"{one_line(described)}\n\n    {described['command']}\n")
+    print(heading("python -m benchmarks.ring_or_direct"))
     print(tabulate(rows, headers="keys", tablefmt="github", floatfmt=".1f"))
 
 

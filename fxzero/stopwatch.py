@@ -69,14 +69,15 @@ class Stopwatch:
         """Of each run and collective over the calm steps; empty if steps had different ones."""
         if not self.steps or len({len(step) for step in self.steps}) > 1:
             return []
-        return [statistics.median(values) for values in zip(*calm(self.steps, sum), strict=True)]
-
-    def others_s(self) -> float:
-        """Seconds of all other threads in a calm step."""
-        return statistics.median(calm(self.others, float) or [0.0])
+        return [statistics.median(values) for values in zip(*_calm(self.steps, sum), strict=True)]
 
 
-def calm(samples: Sequence[Sample], key: Callable[[Sample], float]) -> list[Sample]:
+def calm_median(samples: Sequence[float]) -> float:
+    """The median of seconds that were measured when nothing else ran; 0 of none."""
+    return statistics.median(_calm(samples, float) or [0.0])
+
+
+def _calm(samples: Sequence[Sample], key: Callable[[Sample], float]) -> list[Sample]:
     """The lesser half: what else runs on a machine comes in bursts, and only adds to what is measured."""
     return sorted(samples, key=key)[: -(-len(samples) // 2)]
 

@@ -26,7 +26,7 @@ from fxzero.passes import Pass
 from fxzero.planner import describe_options
 from fxzero.runtime import Executable
 from fxzero.schedule import totals
-from fxzero.stopwatch import Stopwatch, calm, seconds_by_name
+from fxzero.stopwatch import Stopwatch, calm_median, seconds_by_name
 from fxzero.tuning import Tuning
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Tuner:
     tuning: Tuning | None = None
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     optimizers_s: list[float] = field(default_factory=lambda: [0.0] * MEASURED_STEPS)
-    """What optimizers took in each of the steps that are measured."""
+    """What optimizers took after each backward that is measured; 0 where gradients were accumulated further."""
     _num_backwards: int = 0
     _measured: Executable | None = None
     """The plan that ran last while steps were counted."""
@@ -148,8 +148,8 @@ class Tuner:
         assert self.cluster is not None and self.tuning is not None and self._measured is not None
         self._num_backwards += 1
         step, self._measured = self._measured.step, None
-        optimizer_s = statistics.median(calm(self.optimizers_s, float))
-        own = [optimizer_s, self.stopwatch.others_s(), *self.stopwatch.medians()]
+        optimizer_s = calm_median([seconds for seconds in self.optimizers_s if seconds])
+        own = [optimizer_s, calm_median(self.stopwatch.others), *self.stopwatch.medians()]
         self.stopwatch = Stopwatch()
         posts = agree.exchange(engine.group, "costs", [json.dumps(own)], timeout=engine.options.timeout)
         everyone: list[list[float]] = [json.loads(line) for (line,) in posts]
