@@ -16,6 +16,7 @@ from tests.distributed.tuner_workers import (
     fails_in_capture,
     for_a_cluster,
     on_nodes,
+    optimizer_seconds,
     small,
     tuned,
     untuned,
@@ -70,6 +71,11 @@ def test_all_is_gathered_again_when_asked_to_be() -> None:
     by_default, again = (run_ranks(2, for_a_cluster, options)[0] for options in ({}, {"reshard_after_forward": True}))
     assert "kept" in by_default["schedules"][0].splitlines()[0]
     assert "kept" not in again["schedules"][0].splitlines()[0]
+
+
+def test_optimizer_is_measured_under_accumulation() -> None:
+    first, second = run_ranks(2, optimizer_seconds)
+    assert first == second > 0
 
 
 def test_small_models_are_left_alone() -> None:

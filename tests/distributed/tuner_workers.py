@@ -78,6 +78,19 @@ def for_a_cluster(rank: int, world_size: int, options: dict[str, Any]) -> dict[s
     return train(rank, 2, cluster=SLOW, **options)
 
 
+def optimizer_seconds(rank: int, world_size: int) -> float:
+    """What an optimizer was measured to take that steps after every third backward only."""
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    zero = fxzero.compile(model, optimizer=optimizer)
+    for step in range(NUM_STEPS):
+        zero(make_batch(step, rank)).pow(2).mean().backward()
+        if step % 3 == 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    return zero._fxzero_engine.tuner._optimizer_s
+
+
 def small(rank: int, world_size: int) -> bool:
     zero = fxzero.compile(nn.Linear(8, 8))
     zero(torch.ones(2, 8)).sum().backward()
