@@ -1,5 +1,7 @@
 """Run a list of passes over a StepGraph: verify before the first and after each, and tell observers.
 
+Whether the result is a complete plan is for `make_plan` to prove, which always does.
+
 Printing, dumping and timing are observers; a pass does none of it. `FXZERO_DUMP=dir` adds one that writes
 `00_capture.txt`, `01_rematerialize_views.txt`, ... and a `.diff` for each pass. Only rank 0 writes; its second plan
 (another shape, eval) goes to `dir/plan_1`, the third to `dir/plan_2`.
@@ -18,9 +20,9 @@ from typing import TypeAlias
 
 import torch.distributed as dist
 
-from fxzero.ir import Role, StepGraph, members
+from fxzero.ir import StepGraph
 from fxzero.schedule import format_diff, format_schedule
-from fxzero.verify import verify_graph, verify_plan
+from fxzero.verify import verify_graph
 
 logger = logging.getLogger(__name__)
 
@@ -101,11 +103,3 @@ def run_passes(
         logger.info("%s: %d nodes", pass_name(pass_), len(step.graph.nodes))
         for observer in watching:
             observer(index, pass_name(pass_), step)
-    if step.nodes(Role.RELEASE) or _stays_gathered(step):
-        verify_plan(step)
-
-
-def _stays_gathered(step: StepGraph) -> bool:
-    """True for a plan that is complete without a release: every bucket stays until the shards change."""
-    gathers = step.nodes(Role.ALL_GATHER)
-    return bool(gathers) and all(members(start) in step.resident for start in gathers)

@@ -36,6 +36,7 @@ from fxzero.runtime import Plan
 from fxzero.schedule import Schedule
 from fxzero.shards import spec_of
 from fxzero.text import bucket_label
+from fxzero.verify import verify_plan
 
 logger = logging.getLogger(__name__)
 
@@ -43,16 +44,17 @@ logger = logging.getLogger(__name__)
 def make_plan(
     captured: Captured, passes: Sequence[Pass], choice: Choice | None = None, observers: Sequence[Observer] = ()
 ) -> Plan:
-    """Run the passes over a captured step and write the code.
+    """Run the passes over a captured step, prove the whole plan, and write the code.
 
     Args:
         choice: what a memory budget decided.
 
     Raises:
-        ScheduleError: a pass left the schedule unsafe.
+        ScheduleError: a pass left the schedule unsafe, or all of them left it incomplete.
     """
     with collector_paused():
         run_passes(captured.step, passes if choice is None else choice.passes(passes), observers=observers)
+        verify_plan(captured.step)
         return Plan(captured, generate(captured.step))
 
 

@@ -98,22 +98,34 @@ def verify_graph(step: StepGraph) -> None:
 def verify_plan(step: StepGraph) -> None:
     """Check the rules of a complete plan, beside those of any graph.
 
+    - A parameter is read behind a gather of it, never from its shard.
+    - Each gradient is reduced; under no_sync() it is written to its slot instead.
+    - A graph with releases has one for each gather, but for the buckets that stay until the shards change. A graph
+      without any release holds every bucket to the end of its phase.
+
     Raises:
-        ScheduleError: the subclass names the rule that is broken.
+        ScheduleError: the subclass names the rule that is broken, and the pass to run.
     """
     verify_graph(step)
-    waits = [wait for wait in step.nodes(Role.WAIT) if is_gather(wait)]
+    for fqn, param in step.param_nodes().items():
+        for reader in param.users:
+            if role(reader) is not Role.ALL_GATHER:
+                raise ReadWithoutGatherError(
+                    f"{fqn} is read by {describe(reader)} from its shard: nothing gathers it. Run InsertAllGathers."
+                )
+    if step.synchronize:
+        done, rule = {fqn for start in step.nodes(Role.REDUCE_SCATTER) for fqn in members(start)}, "reduced"
+    else:
+        done, rule = {grad_fqn(slot) for slot in step.nodes(Role.WRITE_GRAD)}, "written to its slot"
+    for fqn in step.grads:
+        if fqn not in done:
+            raise GradientReduceError(f"The gradient of {fqn} is never {rule}. Run InsertReduceScatters.")
     released = {id(node.args[0]) for node in step.nodes(Role.RELEASE)}
-    for wait in waits:
-        if id(wait) not in released and members(wait) not in step.resident:
+    for wait in step.nodes(Role.WAIT) if released else []:
+        if is_gather(wait) and id(wait) not in released and members(wait) not in step.resident:
             raise MissingReleaseError(
                 f"{bucket_label(members(wait))} is gathered and never released. Run ReleaseParams last."
             )
-    if step.synchronize:
-        reduced = {fqn for start in step.nodes(Role.REDUCE_SCATTER) for fqn in members(start)}
-        for fqn in step.grads:
-            if fqn not in reduced:
-                raise GradientReduceError(f"The gradient of {fqn} is never reduced. Run InsertReduceScatters.")
 
 
 def _check_order(walk: _Walk, node: fx.Node, sources: list[fx.Node]) -> None:

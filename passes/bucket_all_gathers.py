@@ -51,6 +51,8 @@ class BucketAllGathers:
             raise PassOrderError("an all_gather has a wire format already; run NarrowAllGathers after this pass")
         if any(is_inside(start) for start in starts):
             raise PassOrderError("an all_gather stays inside its node already; run LocalizeAllGathers after this pass")
+        if step.nodes(Role.RELEASE):
+            raise PassOrderError("a bucket is released already; run ReleaseParams after this pass")
         in_order = dict.fromkeys(fqn for start in starts for fqn in members(start))
         if self.buckets is None:
             params = (step.params[fqn] for fqn in in_order)

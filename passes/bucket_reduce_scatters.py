@@ -33,6 +33,8 @@ class BucketReduceScatters:
             return
         if any(wire_format(start) for start in starts):
             raise PassOrderError("a reduce_scatter has a wire format already; run NarrowReduceScatters after this pass")
+        if any(len(members(start)) > 1 for start in starts):
+            raise PassOrderError("reductions are bucketed already; run BucketReduceScatters once")
         bucket_of = {fqn: members(g) for g in step.nodes(Role.ALL_GATHER) for fqn in members(g)}
         by_bucket: dict[tuple[str, ...], list[fx.Node]] = {}
         for start in starts:

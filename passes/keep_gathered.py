@@ -43,6 +43,8 @@ class KeepGathered:
             return
         if not step.nodes(Role.ALL_GATHER) and any(param.users for param in step.param_nodes().values()):
             raise PassOrderError("no all_gather in the graph; run InsertAllGathers first")
+        if step.nodes(Role.RELEASE):
+            raise PassOrderError("a bucket is released already; run ReleaseParams after this pass")
         phase_of = step.phase_of()
         gathers = step.nodes(Role.ALL_GATHER)
         forward = {members(start): start for start in gathers if phase_of[start] is Phase.FORWARD}

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 import fxzero
 from fxzero.errors import PassOrderError, ScheduleError
 from fxzero.ir import Role, StepGraph
-from fxzero.passes import InsertAllGathers, ReleaseParams, RematerializeViews, default_passes
+from fxzero.passes import InsertAllGathers, InsertReduceScatters, ReleaseParams, RematerializeViews, default_passes
 from fxzero.pipeline import pass_name, run_passes
 from fxzero.planner import plan
 from fxzero.testing import run_ranks
 from fxzero.verify import verify_plan
-from tests.distributed import replicated
+from tests.distributed import pass_list_workers, replicated
 from tests.random_net import WIDTH, NetSpec, RandomNet, choose_net, random_net
 from tests.toy import toy_step
 
@@ -123,6 +123,42 @@ def train_random_nets(rank: int, world_size: int, seeds: range) -> None:
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_random_models_train_as_replicated_on_ranks(world_size: int) -> None:
     run_ranks(world_size, train_random_nets, range(16), timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "cure"),
+    [
+        ((InsertReduceScatters,), "InsertReduceScatters"),
+        ((InsertAllGathers,), "InsertAllGathers"),
+        ((InsertAllGathers, InsertReduceScatters), "InsertAllGathers"),
+    ],
+)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_default_passes_without_what_inserts_collectives_are_refused_with_the_pass_to_run(
+    left_out: tuple[type, ...], cure: str, world_size: int
+) -> None:
+    passes = [each for each in default_passes() if not isinstance(each, left_out)]
+    for outcomes in run_ranks(world_size, pass_list_workers.train_with, [passes]):
+        assert [text.startswith("refused: ") and f"run {cure}" in text for text in outcomes] == [True], outcomes
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_lists_that_insert_but_a_part_of_the_collectives_are_refused_with_the_pass_to_run(world_size: int) -> None:
+    lists = [[], [InsertReduceScatters()], [InsertAllGathers()], [RematerializeViews(), InsertAllGathers()]]
+    cures = ["InsertAllGathers", "InsertAllGathers", "InsertReduceScatters", "InsertReduceScatters"]
+    for outcomes in run_ranks(world_size, pass_list_workers.train_with, lists):
+        for text, cure in zip(outcomes, cures, strict=True):
+            assert text.startswith("refused: ") and f"Run {cure}" in text
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_any_list_of_passes_trains_right_or_is_refused(world_size: int) -> None:
+    lists = [pass_list_workers.random_list(seed) for seed in range(40)]
+    (outcomes, *others) = run_ranks(world_size, pass_list_workers.train_with, lists, timeout=120)
+    assert all(each == outcomes for each in others)
+    kinds = [text.partition(":")[0] for text in outcomes]
+    assert set(kinds) == {"equal", "refused"}, outcomes
+    assert kinds.count("equal") > 10
 
 
 # -- the runner ------------------------------------------------------------------------------------------------------

@@ -21,7 +21,14 @@ from fxzero.ir import (
     slot_fqn,
     wait_of,
 )
-from fxzero.passes import InsertAllGathers, KeepGathered, ReleaseParams, RematerializeViews, default_passes
+from fxzero.passes import (
+    InsertAllGathers,
+    InsertReduceScatters,
+    KeepGathered,
+    ReleaseParams,
+    RematerializeViews,
+    default_passes,
+)
 from fxzero.pipeline import run_passes
 from fxzero.verify import verify_graph, verify_plan
 from fxzero.wire import WireFormat
@@ -216,15 +223,38 @@ def test_gradient_reduced_twice_is_refused() -> None:
 
 def test_gradient_never_reduced_is_refused_in_a_plan() -> None:
     step = toy_step()
+    run_passes(step, [RematerializeViews(), InsertAllGathers(), ReleaseParams()])
     with pytest.raises(errors.GradientReduceError, match="never reduced"):
-        run_passes(step, [RematerializeViews(), InsertAllGathers(), ReleaseParams()])
+        verify_plan(step)
 
 
 def test_gradient_never_reduced_is_refused_where_every_bucket_stays_gathered() -> None:
     step = toy_step(num_layers=1)
     stay = KeepGathered(buckets=(("layers.0.w",),), resident=(("layers.0.w",),))
+    run_passes(step, [RematerializeViews(), InsertAllGathers(), stay, ReleaseParams()])
     with pytest.raises(errors.GradientReduceError, match="never reduced"):
-        run_passes(step, [RematerializeViews(), InsertAllGathers(), stay, ReleaseParams()])
+        verify_plan(step)
+
+
+def test_gradient_that_is_not_written_under_no_sync_is_refused_in_a_plan() -> None:
+    step = toy_step()
+    step.synchronize = False
+    run_passes(step, [RematerializeViews(), InsertAllGathers(), ReleaseParams()])
+    with pytest.raises(errors.GradientReduceError, match="never written to its slot"):
+        verify_plan(step)
+
+
+def test_parameter_that_nothing_gathers_is_refused_in_a_plan() -> None:
+    step = toy_step()
+    run_passes(step, [InsertReduceScatters()])
+    with pytest.raises(errors.ReadWithoutGatherError, match=r"layers\.0\.w is read by .* Run InsertAllGathers"):
+        verify_plan(step)
+
+
+def test_plan_without_any_release_is_complete() -> None:
+    step = toy_step()
+    run_passes(step, default_passes()[:4])
+    verify_plan(step)
 
 
 def test_bucket_of_frozen_and_trained_params_is_refused() -> None:

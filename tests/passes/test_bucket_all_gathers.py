@@ -5,7 +5,7 @@ from expecttest import assert_expected_inline
 
 from fxzero.errors import PassOrderError
 from fxzero.ir import Role, members
-from fxzero.passes import BucketAllGathers, InsertAllGathers, RematerializeViews
+from fxzero.passes import BucketAllGathers, InsertAllGathers, ReleaseParams, RematerializeViews
 from fxzero.pipeline import run_passes
 from fxzero.schedule import format_schedule
 from tests.toy import toy_step
@@ -66,6 +66,11 @@ def test_order_mistake_is_refused() -> None:
     with pytest.raises(PassOrderError, match="run InsertAllGathers first") as caught:
         run_passes(toy_step(), [RematerializeViews(), BucketAllGathers()])
     assert "In pass 2 of 2: BucketAllGathers(" in caught.value.__notes__[0]
+
+
+def test_bucketing_behind_releases_is_refused() -> None:
+    with pytest.raises(PassOrderError, match="run ReleaseParams after this pass"):
+        run_passes(toy_step(), [RematerializeViews(), InsertAllGathers(), ReleaseParams(), BucketAllGathers()])
 
 
 def test_size_of_zero_is_refused() -> None:

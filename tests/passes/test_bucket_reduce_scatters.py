@@ -71,3 +71,8 @@ def test_nothing_changes_when_gathers_are_not_bucketed() -> None:
 def test_order_mistake_is_refused() -> None:
     with pytest.raises(PassOrderError, match="run InsertReduceScatters first"):
         BucketReduceScatters()(toy_step())
+
+
+def test_bucketing_twice_is_refused() -> None:
+    with pytest.raises(PassOrderError, match="run BucketReduceScatters once"):
+        run_passes(toy_step(), [*BEFORE, BucketAllGathers(), BucketReduceScatters(), BucketReduceScatters()])

@@ -4,7 +4,7 @@ import pytest
 from expecttest import assert_expected_inline
 
 from fxzero.errors import PassOrderError
-from fxzero.passes import InsertAllGathers, KeepGathered, RematerializeViews, default_passes
+from fxzero.passes import InsertAllGathers, KeepGathered, ReleaseParams, RematerializeViews, default_passes
 from fxzero.pipeline import run_passes
 from fxzero.schedule import format_schedule, totals
 from tests.toy import toy_step
@@ -57,6 +57,11 @@ def test_nothing_changes_with_a_budget_of_zero_or_without_backward() -> None:
 def test_order_mistake_is_refused() -> None:
     with pytest.raises(PassOrderError, match="run InsertAllGathers first"):
         KeepGathered()(toy_step())
+
+
+def test_keeping_behind_releases_is_refused() -> None:
+    with pytest.raises(PassOrderError, match="run ReleaseParams after this pass"):
+        run_passes(toy_step(), [*BEFORE, ReleaseParams(), KeepGathered()])
 
 
 def test_negative_budget_is_refused() -> None:
