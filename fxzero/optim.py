@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from fxzero import compat
 from fxzero.errors import OptimizerError
 from fxzero.layout import ParamSpec, Slice
 from fxzero.rehome import rehome_state
@@ -218,7 +217,7 @@ collection in the middle of a step, would break torch's loop over the hooks."""
 @functools.cache
 def _install_hook() -> None:
     register_optimizer_step_pre_hook(_before_step)
-    compat.register_first_step_post_hook(_after_step)
+    register_optimizer_step_post_hook(_after_step)
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
