@@ -31,6 +31,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import fxzero
 from fxzero.passes import default_passes
+from fxzero.testing import engine_of
 
 LAYERS, WIDTH, HEADS, VOCAB, SEQ, BATCH = 12, 512, 8, 8192, 128, 4
 MIB = 2**20
@@ -133,7 +134,7 @@ def build_fxzero(model: Encoder, *, keep: bool, **options: int) -> System:
     passes = default_passes(max_kept_bytes=None if keep else 0, **options)
     example = make_batch(0, dist.get_rank())
     zero = fxzero.compile(model, optimizer=optimizer, example=example, init_fn=init_weights, passes=passes)
-    engine = zero._fxzero_engine
+    engine = engine_of(zero)
 
     def parts() -> dict[str, int]:
         assert engine.shards is not None

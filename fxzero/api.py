@@ -54,7 +54,6 @@ def compile(
     cluster: Cluster | str | None = None,
     without: ablation.Without = (),
     mesh: DeviceMesh | None = None,
-    overlap_optimizer: bool = False,
     across: Across = "replicate",
 ) -> ZeroModule:
     """Take a model over and train it by ZeRO stage 3 on a schedule that is written before it runs.
@@ -102,11 +101,6 @@ def compile(
             `init_device_mesh("cuda", (num_nodes, ranks_per_node), mesh_dim_names=("replicate", "shard"))`: every node
             shards over its own ranks and is a replica of the others (HSDP, MiCS). All gathers stay inside a node; of
             each gradient, its shard crosses nodes, after a reduce-scatter inside. A step is that of all ranks.
-        overlap_optimizer: let backward return while its last gradients are in flight. An optimizer's step then takes
-            each bucket as it arrives, and starts the gathers that the next forward begins with; the same training bit
-            for bit. Call `zero.wait_for_gradients()` before anything but the step of a torch.optim.Optimizer,
-            `zero.clip_grad_norm_` or `zero.zero_grad` reads or writes `.grad` (a gradient scaler does), and between a
-            step and a write through `param.data`. It has no effect on one rank, and where nodes share shards.
         across: "replicate", or "shard": the nodes of the mesh share the shards, as if all ranks were one group, and
             each keeps what it gathered from others in secondary shards, so that gathers in backward, and in further
             micro-steps, stay inside it (ZeRO++'s hpZ). Gradients cross nodes once, at half the bytes or less.
@@ -147,7 +141,6 @@ def compile(
             cluster=None if cluster is None else Cluster.of(cluster),
             tunes=passes is None and not ablation.scheduled(left_out),
             keeps_free=(memory_budget, reshard_after_forward, stage) == (None, None, None),
-            overlap_optimizer=overlap_optimizer,
             across=across,
         )
         zero = ZeroModule(model, Engine(model, model.forward, options, group, optimizers))
@@ -202,7 +195,6 @@ class ZeroModule(nn.Module):
             engine.held_shards,
             elementwise_optimizer=engine.options.elementwise_optimizer,
             on_step=engine.after_optimizer,
-            overlap=engine.overlap,
         )
         ownership.take_over(model)
 
@@ -267,7 +259,6 @@ class ZeroModule(nn.Module):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, also those that no_sync() holds (which an optimizer's zero_grad does not know of)."""
-        self._fxzero_engine.overlap.finish()
         super().zero_grad(set_to_none)
         if self._fxzero_engine.gradients is not None:
             self._fxzero_engine.gradients.drop_held()
@@ -294,17 +285,6 @@ class ZeroModule(nn.Module):
         """
         engine = self._fxzero_engine
         return engine.clip_grad_norm(engine.gradients, engine.comm, max_norm, norm_type, error_if_nonfinite)
-
-    def wait_for_gradients(self) -> None:
-        """Wait until nothing is in flight: `.grad` can be read and written. To be called on all ranks alike.
-
-        Only `overlap_optimizer=True` leaves anything in flight: reductions after backward; after an optimizer's step
-        the first gathers of the next forward, which then repeats them.
-
-        Raises:
-            GradientsInFlightError: gradients that were in flight have been changed.
-        """
-        self._fxzero_engine.overlap.settle()
 
     # -- weights -------------------------------------------------------------------------------------------------
 

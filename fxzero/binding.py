@@ -18,16 +18,13 @@ from fxzero.arena_plan import is_partial, scratch_nbytes
 from fxzero.codegen import NAMES_IN_SOURCE, PLACE_PREFIX, Code, generate
 from fxzero.comm import Bound, Comm, in_turn
 from fxzero.cuda import Events, Placed, plan_cuda_events
-from fxzero.early import EarlyGathers, Gather
 from fxzero.errors import PlanError
 from fxzero.gradients import Gradients, Stash, Variant
 from fxzero.interleave import copy_in, copy_out
 from fxzero.ir import (
-    Phase,
     Role,
     StepGraph,
     grad_fqn,
-    head_gathers,
     is_gather,
     is_gathered_param,
     is_inside,
@@ -42,7 +39,6 @@ from fxzero.memory import (
     Arena,
 )
 from fxzero.narrow import bind_narrow_reduce, pack, unpack
-from fxzero.overlap import Reduction
 from fxzero.shards import Shards, unflatten
 from fxzero.stopwatch import Stopwatch
 from fxzero.wire import SCALE_DTYPE
@@ -60,17 +56,12 @@ class Binder:
     arena: Arena
     placed: Placed
     variant: Variant
-    early: EarlyGathers | None = None
     names: dict[str, Any] = field(default_factory=dict[str, Any])
     """The globals of the code."""
     gathered: dict[fx.Node, dict[str, torch.Tensor]] = field(default_factory=dict[fx.Node, "dict[str, torch.Tensor]"])
     """The parameters of each all_gather, by name."""
     slots: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     """The slot of each gradient, by parameter."""
-    full: dict[fx.Node, torch.Tensor] = field(default_factory=dict[fx.Node, torch.Tensor])
-    """The same, flat, `[bucket.numel]`."""
-    tail: list[Reduction] = field(default_factory=list[Reduction])
-    """What is in flight at the end of the generated backward."""
     copies: dict[fx.Node, Callable[[], object]] = field(default_factory=dict[fx.Node, Callable[[], object]])
     """What comes before a start, on the compute stream: it fills the staging buffer of the start with what it sends."""
     secondaries: dict[tuple[str, ...], Bucket] = field(default_factory=dict[tuple[str, ...], Bucket])
@@ -83,8 +74,7 @@ class Binder:
 
         Returns:
             forward, backward; gather_kept, which gathers what forward keeps; forward_again, which is forward for when
-            the buckets that stay gathered until the shards change are there; with an EarlyGathers, forward_taking,
-            which is forward for when some of its gathers have started.
+            the buckets that stay gathered until the shards change are there.
         """
         code, names, events = self.code, self.names, self._events()
         names |= NAMES_IN_SOURCE
@@ -117,46 +107,16 @@ class Binder:
         if self.step.resident or self.inside:
             again = names | self._gather_inside(events) | self._skip_resident(events)
             functions["forward_again"] = _define(code, again)["forward"]
-        for name, wait in code.tail:
-            shard = self.shards.grad_shard(self._layout_bucket(wait))
-            self.tail.append(Reduction(members(wait), functions[name], shard))
-        if self.early is not None:
-            functions["forward_taking"] = _define(code, names | self._taking(self.early))["forward"]
         functions |= {f"timed_{phase}": partial(self._timed, code, phase) for phase in ("forward", "backward")}
         return functions
 
-    def _taking(self, early: EarlyGathers) -> dict[str, Callable[..., object]]:
-        """Globals with which forward takes what was started before it, and starts the other gathers."""
-        names: dict[str, Callable[..., object]] = {}
-        for start in (node for node in dict(self.step.phases())[Phase.FORWARD] if role(node) is Role.ALL_GATHER):
-            fqns, wait = members(start), f"wait_{start.name}"
-            names[start.name] = partial(early.start, fqns, self.names[start.name])
-            names[wait] = partial(early.wait, fqns, self.names[wait], self.full[start])
-        return names
-
-    def head(self) -> list[Gather]:
-        """The gathers that forward starts before all else, in order."""
-        return [
-            Gather(members(start), self.names[start.name], self.names[f"wait_{start.name}"], self.full[start])
-            for start in head_gathers(self.step)
-        ]
-
     def _timed(self, code: Code, phase: str, watch: Stopwatch) -> Callable[..., Any]:
-        """A phase with a stopwatch at each collective, which leaves nothing in flight; made where it is needed."""
-        names = self.names | (self._taking(self.early) if self.early is not None else {})
+        """A phase with a stopwatch at each collective; made where it is needed, in a few steps."""
+        timed: dict[str, Callable[[], object]] = {}
         for start in self.step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER):
             for name in (start.name, f"wait_{start.name}"):
-                names[name] = watch.timed(names[name])
-        functions = _define(code, names)
-        tail = [functions[name] for name, _ in code.tail if phase == "backward"]
-
-        def run(*arguments: Any) -> Any:
-            returned = functions[phase](*arguments)
-            for finish in tail:
-                finish()
-            return returned
-
-        return run
+                timed[name] = watch.timed(self.names[name])
+        return _define(code, self.names | timed)[phase]
 
     def recorded(self, events: Events | None) -> dict[fx.Node, Callable[[], object]]:
         """What the generated code calls after nodes."""
@@ -224,7 +184,7 @@ class Binder:
         shard = full = self.shards.params.parts[bucket]
         if not self.comm.gathers_in_place:
             full = self._view("gather", start, bucket)
-        self.full[start], self.gathered[start] = full, unflatten(bucket, full)
+        self.gathered[start] = unflatten(bucket, full)
         if self.step.is_staged(start):
             bound = self._bind_staged_gather(start, bucket, shard, full)
         else:
@@ -372,8 +332,7 @@ def _define(code: Code, names: dict[str, Any]) -> dict[str, Callable[..., Any]]:
     """Run the source in its globals: the functions that it defines."""
     exec(compile(code.source, "<fxzero schedule>", "exec"), names)
     # A function holds its globals; were it one of them, only the garbage collector would free the shards.
-    defined = ("forward", "backward", *(name for name, _ in code.tail))
-    return {name: names.pop(name) for name in defined if name in names}
+    return {name: names.pop(name) for name in ("forward", "backward") if name in names}
 
 
 def _nothing() -> None:

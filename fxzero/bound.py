@@ -8,8 +8,6 @@ path        the longest chain of one gather, compute, and one reduction
 
     |--- head ---|------------- busy -------------|-- tail --|
 
-With an overlapped optimizer, its step hides the tail as any other compute does, and follows a reduction nowhere.
-
 Messages are single parameters, without latency, so the bound holds for every choice of buckets.
 """
 
@@ -105,22 +103,20 @@ def lower_bound(step: StepGraph, costs: Costs) -> Bound:
     traffic = [needs.over(each) for each in carriers]
     on_cores = [each.per_byte * carried.total for each, carried in zip(carriers, traffic, strict=True)]
     compute = sum(needs.seconds) + costs.optimizer_s
-    hiding_s = costs.optimizer_s if step.overlaps_optimizer else 0.0
-    last_s = costs.optimizer_s - hiding_s
     parts = [(compute + sum(on_cores), 0.0, 0.0)]
     for each, carried, taken in zip(carriers, traffic, on_cores, strict=True):
-        parts.append((compute + taken, *_head_and_tail(needs.seconds, carried, each, hiding_s)))
+        parts.append((compute + taken, *_head_and_tail(needs.seconds, carried, each)))
     link_s = max(carried.total / each.link.bytes_per_s for each, carried in zip(carriers, traffic, strict=True))
-    return Bound(*max(parts, key=sum), link_s + last_s, _critical_path(needs, carriers, hiding_s) + last_s)
+    return Bound(*max(parts, key=sum), link_s + costs.optimizer_s, _critical_path(needs, carriers) + costs.optimizer_s)
 
 
-def _head_and_tail(seconds: list[float], traffic: _Traffic, carrier: _Carrier, hiding_s: float) -> tuple[float, float]:
+def _head_and_tail(seconds: list[float], traffic: _Traffic, carrier: _Carrier) -> tuple[float, float]:
     """What nothing hides of a link's traffic, before compute and after it.
 
     A byte that moves outside of head and tail takes `per_byte` from compute; inside it takes longer, on the link.
     """
     rate, per_byte = carrier.link.bytes_per_s, carrier.per_byte
-    tails, sent, after = [0.0], 0, hiding_s
+    tails, sent, after = [0.0], 0, 0.0
     for run_s, nbytes in zip(reversed(seconds), reversed(traffic.leaving), strict=True):
         sent += nbytes
         tails.append(max(tails[-1], sent / rate - after - per_byte * sent))
@@ -134,12 +130,8 @@ def _head_and_tail(seconds: list[float], traffic: _Traffic, carrier: _Carrier, h
     return best
 
 
-def _critical_path(needs: _Needs, carriers: Sequence[_Carrier], hiding_s: float) -> float:
-    """The longest path over runs of compute, each gather before the run that reads it and each reduction after its.
-
-    Args:
-        hiding_s: compute after the last run that no reduction must precede.
-    """
+def _critical_path(needs: _Needs, carriers: Sequence[_Carrier]) -> float:
+    """The longest path over runs of compute, each gather before the run that reads it and each reduction after its."""
 
     def on_links(sent: Sent) -> float:
         return sum(each.nbytes(sent) / each.link.bytes_per_s for each in carriers)
@@ -152,8 +144,7 @@ def _critical_path(needs: _Needs, carriers: Sequence[_Carrier], hiding_s: float)
             graph.add_edge("begin", f"run {index}", weight=on_links(needs.arriving[index]))
         if needs.leaving[index].total:
             graph.add_edge(f"run {index + 1}", "end", weight=on_links(needs.leaving[index]))
-    last = f"run {len(needs.seconds)}"
-    graph.add_edge(last, "end", weight=max(hiding_s, on_links(needs.leaving[-1])))
+    graph.add_edge(f"run {len(needs.seconds)}", "end", weight=on_links(needs.leaving[-1]))
     return float(nx.dag_longest_path_length(graph))
 
 

@@ -8,16 +8,12 @@
         ...                                     reduce_scatter()
         return (mm,), [relu, x]                 return (None,)
 
-Where the optimizer is to run while the last reductions are in flight, `backward` ends before their waits, and each is a
-function of its own, in the order of the schedule: `finish_0`, `finish_1`, ...
-
 Every parameter, and every view of one, lies at a fixed address, so it is no statement at all but a global that is bound
 once (`Code.static`), as are the operators, the collectives and the gradient slots.
 """
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +24,7 @@ from torch import fx
 
 from fxzero import compat
 from fxzero.activations import placed_temporaries, static_nodes
-from fxzero.ir import Phase, Role, StepGraph, role, started_by, tail_waits, written_in_place
+from fxzero.ir import Phase, Role, StepGraph, role, started_by, written_in_place
 from fxzero.text import describe
 
 _LITERALS = (bool, int, float, str, type(None))
@@ -52,8 +48,6 @@ class Code:
     """What forward hands to backward, in order."""
     placed: tuple[fx.Node, ...] = ()
     """Nodes whose output lies at a fixed place in the arena: the global `at_<node>`."""
-    tail: tuple[tuple[str, fx.Node], ...] = ()
-    """The functions after backward, in order, each with the wait in it."""
 
 
 def generate(step: StepGraph, recorded: Collection[fx.Node] = (), *, record_begin: bool = False) -> Code:
@@ -76,9 +70,7 @@ def generate(step: StepGraph, recorded: Collection[fx.Node] = (), *, record_begi
     keep = {*saved, *(value for value in step.model_outputs if isinstance(value, fx.Node))}
     lines += writer.body(phases[Phase.FORWARD], [*inputs, *buffers], keep)
     lines += [f"    return {_tuple(outputs)}, [{', '.join(node.name for node in saved)}]"]
-    tail: list[tuple[str, fx.Node]] = []
     if step.has_backward:
-        backward, *waits = _split_tail(step, phases[Phase.BACKWARD])
         tangents = step.nodes(Role.TANGENT)
         grads = [grad for grad in step.input_grads if isinstance(grad, fx.Node)]
         arguments = [writer.free("saved"), writer.free("tangents")]
@@ -86,20 +78,9 @@ def generate(step: StepGraph, recorded: Collection[fx.Node] = (), *, record_begi
         for nodes, argument in zip((saved, tangents), arguments, strict=True):
             lines += [*_unpack(nodes, argument), f"    {argument}.clear()"]
         lines += [f"    {line}" for line in writer.record(step.end_forward)]
-        lines += writer.body(backward, [*saved, *tangents], set(grads))
+        lines += writer.body(phases[Phase.BACKWARD], [*saved, *tangents], set(grads))
         lines += [f"    return {_tuple([writer.literal(grad) for grad in step.input_grads])}"]
-        for nodes in waits:
-            tail.append((writer.free(f"finish_{len(tail)}"), nodes[0]))
-            lines += ["", "", f"def {tail[-1][0]}():", *writer.body(nodes, [], set())]
-    source = "\n".join(lines) + "\n"
-    return Code(source, writer.operators, tuple(writer.static), saved, tuple(writer.placed), tuple(tail))
-
-
-def _split_tail(step: StepGraph, nodes: list[fx.Node]) -> list[list[fx.Node]]:
-    """Backward, and each of the waits that the optimizer overlaps, with the releases that follow it."""
-    waits = tail_waits(step) if step.overlaps_optimizer else []
-    cuts = [*(nodes.index(wait) for wait in waits), len(nodes)]
-    return [nodes[: cuts[0]], *(nodes[begin:end] for begin, end in itertools.pairwise(cuts))]
+    return Code("\n".join(lines) + "\n", writer.operators, tuple(writer.static), saved, tuple(writer.placed))
 
 
 def _saved(step: StepGraph, phases: dict[Phase, list[fx.Node]], static: dict[fx.Node, None]) -> tuple[fx.Node, ...]:

@@ -67,11 +67,6 @@ class Comm(ABC):
         return self.world_size * self.num_nodes == 1
 
     @property
-    def can_overlap_optimizer(self) -> bool:
-        """True if the last reductions may be in flight behind backward: not where nodes share shards."""
-        return not self.is_alone and not self.shards_across
-
-    @property
     def is_rank0(self) -> bool:
         """True on the rank whose values count."""
         return self.rank == 0

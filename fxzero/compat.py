@@ -14,11 +14,6 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.distributed.distributed_c10d import Store
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.node import map_arg
-from torch.optim.optimizer import (
-    _global_optimizer_post_hooks,  # pyright: ignore[reportPrivateUsage]
-    _global_optimizer_pre_hooks,  # pyright: ignore[reportPrivateUsage]
-    register_optimizer_step_post_hook,
-)
 
 
 def direct_call(op: Any) -> Any:
@@ -173,11 +168,6 @@ def same_storage(a: Any, b: Any) -> bool:
     return a.untyped_storage()._cdata == b.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
 
 
-def storage_id(tensor: torch.Tensor) -> int:
-    """A number for the storage of a tensor, also an empty one, while it is alive. `UntypedStorage._cdata`: 2.13."""
-    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
-
-
 def out_variant(overload: Any) -> tuple[Any, str] | None:
     """The form of an operator that writes its one output into a given tensor, and the name of that argument.
 
@@ -231,37 +221,6 @@ def forget_flat_weights(module: nn.Module) -> None:
 def incompatible_keys(missing: list[str], unexpected: list[str]) -> Any:
     """What `Module.load_state_dict` returns. `_IncompatibleKeys`: 2.11 to 2.13."""
     return nn.modules.module._IncompatibleKeys(missing, unexpected)  # pyright: ignore[reportPrivateUsage]
-
-
-# -- optimizers ----------------------------------------------------------------------------------------------------
-
-
-def step_without_hooks(optimizer: torch.optim.Optimizer) -> Callable[[torch.optim.Optimizer], object] | None:
-    """The step of an optimizer's class before torch wrapped it in one that runs hooks; None if it is not wrapped so.
-
-    `Optimizer._patch_step_function` sets `hooked`, `functools.wraps` sets `__wrapped__`: 2.13.
-    """
-    step: Any = type(optimizer).step
-    return step.__wrapped__ if getattr(step, "hooked", False) and hasattr(step, "__wrapped__") else None
-
-
-def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """True if hooks of the user's are called before the step of an optimizer, or its own after it.
-
-    `_global_optimizer_pre_hooks`, `Optimizer._optimizer_step_pre_hooks` and `..._post_hooks`: 2.13.
-    """
-    own: Any = optimizer
-    is_alone = len(_global_optimizer_pre_hooks) == 1  # that of `optim.py`
-    return not is_alone or bool(own._optimizer_step_pre_hooks or own._optimizer_step_post_hooks)
-
-
-def register_first_step_post_hook(hook: Callable[[Any, Any, Any], None]) -> None:
-    """Register a hook for all optimizers that is called before those that are there.
-
-    `RemovableHandle.id`, `_global_optimizer_post_hooks`: 2.13.
-    """
-    handle = register_optimizer_step_post_hook(hook)
-    cast(Any, _global_optimizer_post_hooks).move_to_end(handle.id, last=False)
 
 
 # -- autograd ------------------------------------------------------------------------------------------------------

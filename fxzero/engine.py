@@ -30,9 +30,8 @@ from fxzero.materialize import check_meta_model
 from fxzero.memory import Arena
 from fxzero.mesh import Group, Hierarchy
 from fxzero.modes import Mode, Orders, Signature
-from fxzero.optim import ELEMENTWISE, ParamShard
+from fxzero.optim import ParamShard
 from fxzero.options import Options
-from fxzero.overlap import Overlap
 from fxzero.plan_cache import Pattern, PlanCache
 from fxzero.planner import (
     describe_layout,
@@ -84,8 +83,6 @@ class Engine:
             lambda: this.gradients is not None and this.gradients.are_added_to,
             lambda: (this.version(), 0 if this.gradients is None else this.gradients.version),
         )
-        self.overlap = Overlap(self.params, self.residency, self.arena, ELEMENTWISE)
-        weakref.finalize(self, self.overlap.close).atexit = False
         self.fitting = Fitting()
         self.tuner = Tuner(self.options.tunes, self.options.keeps_free, self.options.cluster)
         self._orders = Orders(self.group, self.comm.rank, self.options.timeout)
@@ -305,8 +302,7 @@ class Engine:
             warn_if_out_of_order(plan.step, self.shards.layout)
         mode = Mode(plan.step.has_backward, *kind[1:], captured.differentiated)
         self._orders.check(mode, signature.flags, order, agreed=fixes_layout)
-        in_flight = self.residency, self.overlap
-        executable = Executable(plan, self.shards, self.gradients, self.comm, self.arena, *in_flight)
+        executable = Executable(plan, self.shards, self.gradients, self.comm, self.arena, self.residency)
         self.fitting.warn_if_over(self, executable.step)
         executable.example_only = any(leaf[3].type == "meta" for leaf in signature.tensor_leaves)
         return executable, captured.differentiated
@@ -338,7 +334,6 @@ class Engine:
         captured.step.synchronize = signature.synchronize
         captured.step.layout = self.options.layout
         captured.step.without = self.options.without
-        captured.step.overlaps_optimizer = self.options.overlap_optimizer and self.comm.can_overlap_optimizer
         captured.step.num_nodes, captured.step.shards_across = self.comm.num_nodes, self.comm.shards_across
         return captured
 
@@ -355,7 +350,7 @@ class Engine:
         with torch.inference_mode(False):  # shards made in it could not be trained
             shards = Shards(layout, self.comm.rank, self.options.device)
             state.fill_shards(self, shards, loaded)
-            self.shards, self.gradients = shards, Gradients(shards, self.params, self.overlap.finish)
+            self.shards, self.gradients = shards, Gradients(shards, self.params)
             self._addresses = [param.data_ptr() for param in self._param_list]
 
     def adopt_replaced_data(self) -> None:

@@ -38,14 +38,6 @@ class StaleBackwardError(FxzeroError):
     """
 
 
-class GradientsInFlightError(FxzeroError):
-    """Gradients were changed while `overlap_optimizer=True` had their reduction in flight.
-
-    Cause: something other than an optimizer's step wrote to `.grad` right after backward.
-    Cure: call `zero.wait_for_gradients()` after backward, before reading or writing `.grad`.
-    """
-
-
 class RankMismatchError(FxzeroError):
     """Ranks compiled different things.
 

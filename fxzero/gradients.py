@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
@@ -38,16 +38,10 @@ class Variant(NamedTuple):
 
 
 class Gradients:
-    """Decides what happens to `.grad`, once per backward, in a few reads of attributes.
+    """Decides what happens to `.grad`, once per backward, in a few reads of attributes."""
 
-    Args:
-        finish: waits for reductions that are in flight; called before gradients are read.
-    """
-
-    def __init__(
-        self, shards: Shards, params: Mapping[str, nn.Parameter], finish: Callable[[], object] = lambda: None
-    ) -> None:
-        self._shards, self._finish = shards, finish
+    def __init__(self, shards: Shards, params: Mapping[str, nn.Parameter]) -> None:
+        self._shards = shards
         self._params = params
         self._views: dict[str, torch.Tensor] = {}
         self._pairs: list[tuple[nn.Parameter, torch.Tensor]] = []
@@ -116,7 +110,6 @@ class Gradients:
                 )
             hooks = param._post_accumulate_grad_hooks  # pyright: ignore[reportPrivateUsage]
             if hooks:
-                self._finish()
                 for hook in hooks.values():
                     hook(param)
 
@@ -128,7 +121,6 @@ class Gradients:
         Returns:
             The gradient buffer: one flat tensor per dtype.
         """
-        self._finish()
         missing: list[torch.Tensor] = []
         for param, view in self._pairs:
             grad = param.grad

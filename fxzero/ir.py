@@ -115,9 +115,6 @@ class StepGraph:
     """Of a 2-D mesh: of `world_size` ranks each, that hold the same shards, or all together if nodes share them."""
     shards_across: bool = False
     """Nodes share the shards: a gather crosses nodes, unless it is one from secondary shards (`is_inside`)."""
-    overlaps_optimizer: bool = False
-    """The optimizer steps each bucket once its gradients are there, while others are in flight; no pass depends on
-    it."""
     _buckets: dict[tuple[str, ...], Bucket] = field(default_factory=dict[tuple[str, ...], Bucket], repr=False)
     _param_nodes: dict[str, fx.Node] = field(default_factory=dict[str, fx.Node], repr=False)
 
@@ -290,23 +287,6 @@ def set_inside(start: fx.Node) -> None:
 def wait_of(start: fx.Node) -> fx.Node:
     """The one wait of a collective."""
     return next(user for user in start.users if role(user) is Role.WAIT)
-
-
-def tail_waits(step: StepGraph) -> list[fx.Node]:
-    """The waits for reductions at the end of backward, behind the last compute and the last start, in order."""
-    found: list[fx.Node] = []
-    for node in reversed(dict(step.phases()).get(Phase.BACKWARD, [])):
-        if role(node) is Role.WAIT and not is_gather(node):
-            found.append(node)
-        elif role(node) is not Role.RELEASE:
-            break
-    return found[::-1]
-
-
-def head_gathers(step: StepGraph) -> list[fx.Node]:
-    """The gathers that forward starts before all else, in order."""
-    forward = dict(step.phases())[Phase.FORWARD]
-    return list(itertools.takewhile(lambda node: role(node) is Role.ALL_GATHER, forward))
 
 
 def release_of(wait: fx.Node) -> fx.Node | None:

@@ -16,12 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from fxzero import compat
 from fxzero.errors import OptimizerError
 from fxzero.layout import ParamSpec, Slice
-from fxzero.overlap import Overlap
 from fxzero.rehome import rehome_state
 
 ELEMENTWISE: tuple[type[torch.optim.Optimizer], ...] = (
@@ -50,7 +48,6 @@ REFUSED: Mapping[type[torch.optim.Optimizer], str] = {
 _REBUILD = "Build the optimizer after fxzero.compile, from the parameters of what it returns."
 _SCALARS = frozenset({"step", "eta", "mu", "mu_product"})
 """State of one element for the whole parameter, whatever the parameter's shape."""
-_NO_ARGUMENTS: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -140,7 +137,6 @@ class OptimizerGuard:
             are no shards, and then nothing is checked. It must not hold the owner.
         elementwise_optimizer: see `check_optimizer`.
         on_step: called after each step of any optimizer, with the seconds it took; must not hold the owner.
-        overlap: what the model has in flight, and optimizers step as it arrives; must not hold the owner.
     """
 
     def __init__(
@@ -150,9 +146,8 @@ class OptimizerGuard:
         *,
         elementwise_optimizer: bool,
         on_step: Callable[[float], object] = lambda seconds: None,
-        overlap: Overlap | None = None,
     ) -> None:
-        self._on_step, self._overlap = on_step, overlap
+        self._on_step = on_step
         self._began_s = 0.0
         self.shards = shards
         self.elementwise_optimizer = elementwise_optimizer
@@ -171,20 +166,15 @@ class OptimizerGuard:
         if owner is not None and _guards.get(owner) is self:
             del _guards[owner]
 
-    def before_step(
-        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] = _NO_ARGUMENTS
-    ) -> None:
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Check an optimizer, if that was not done yet."""
         self._began_s = time.perf_counter()
-        is_first = self._num_groups_checked.get(optimizer) != len(optimizer.param_groups)
-        if is_first:
+        if self._num_groups_checked.get(optimizer) != len(optimizer.param_groups):
             shards = self.shards()
             self.check(optimizer, shards)
             if shards:
                 self._num_groups_checked[optimizer] = len(optimizer.param_groups)
                 self._to_rehome.add(optimizer)
-        if self._overlap is not None:
-            self._overlap.before_step(optimizer, args, kwargs, is_first=is_first)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """After an optimizer's first step, move the state that it made into one buffer."""
@@ -192,8 +182,6 @@ class OptimizerGuard:
         if optimizer in self._to_rehome:
             self._to_rehome.discard(optimizer)
             self.state_nbytes += rehome_state(optimizer, self.shards().keys())
-        if self._overlap is not None:
-            self._overlap.after_step(optimizer)
 
     def check(self, optimizer: torch.optim.Optimizer, shards: Mapping[int, ParamShard]) -> None:
         """Refuse an optimizer that would step the shards wrongly.
@@ -229,12 +217,12 @@ collection in the middle of a step, would break torch's loop over the hooks."""
 @functools.cache
 def _install_hook() -> None:
     register_optimizer_step_pre_hook(_before_step)
-    compat.register_first_step_post_hook(_after_step)
+    register_optimizer_step_post_hook(_after_step)
 
 
-def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+def _before_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
     for guard in list(_guards.values()):
-        guard.before_step(optimizer, args, kwargs)
+        guard.before_step(optimizer)
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:

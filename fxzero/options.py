@@ -41,7 +41,6 @@ class Options:
     keeps_free: bool = False
     """What costs no memory at the peak may stay gathered until backward."""
     without: tuple[ablation.Optimization, ...] = ()
-    overlap_optimizer: bool = False
     across: Across = "replicate"
 
     def __post_init__(self) -> None:
@@ -54,7 +53,6 @@ class Options:
             "device": self.device.type,
             "layout": self.layout,
             "without": ", ".join(self.without) or "nothing",
-            "overlap_optimizer": self.overlap_optimizer,
             "across": self.across,
             "sync_init": self.sync_init,
             "memory_budget": self.memory_budget,

@@ -80,7 +80,6 @@ def plan(
     layout: LayoutName = "contiguous",
     cluster: Cluster | str | None = None,
     num_nodes: int = 1,
-    overlap_optimizer: bool = False,
     across: Across = "replicate",
 ) -> Schedule:
     """The schedule of a model on ranks that are not there: no process group, no device, no memory for any tensor.
@@ -97,7 +96,6 @@ def plan(
         layout: "contiguous" or "interleaved", as of `fxzero.compile`.
         cluster: what the ranks are and what joins them: numbers, or a name of `fxzero.cost.CLUSTERS`. With it, sizes
             and order are chosen from costs, unless passes are given, and `schedule.timing` predicts the step.
-        overlap_optimizer: the optimizer steps each bucket once its gradients are there, as of `fxzero.compile`.
         num_nodes: over which the ranks are spread evenly, as on a 2-D mesh of (num_nodes, world_size // num_nodes).
         across: what nodes are to each other, as of `fxzero.compile`.
 
@@ -122,7 +120,6 @@ def plan(
         with_backward=torch.is_grad_enabled() and any(param.requires_grad for param in params.values()),
     )
     captured.step.layout = layout
-    captured.step.overlaps_optimizer = overlap_optimizer and comm.can_overlap_optimizer
     captured.step.num_nodes, captured.step.shards_across = comm.num_nodes, comm.shards_across
     chosen: Sequence[Pass] = default_passes() if passes is None else passes
     buffers = sum(buffer.nbytes for buffer in model.buffers())

@@ -18,15 +18,13 @@ from fxzero.binding import Binder
 from fxzero.capture import Captured
 from fxzero.codegen import Code
 from fxzero.comm import Comm
-from fxzero.early import Gather
 from fxzero.errors import CommunicationError
 from fxzero.gradients import Gradients, Stash, Variant
-from fxzero.ir import Phase, Role, StepGraph, info, is_random, members, role
+from fxzero.ir import Role, StepGraph, info, is_random, members
 from fxzero.memory import (
     Arena,
     MemoryPlan,
 )
-from fxzero.overlap import Overlap, Reduction
 from fxzero.residency import Residency
 from fxzero.shards import Shards
 from fxzero.stopwatch import Stopwatch
@@ -54,17 +52,9 @@ class Executable:
     """A plan bound to the storage of this rank."""
 
     def __init__(
-        self,
-        plan: Plan,
-        shards: Shards,
-        gradients: Gradients,
-        comm: Comm,
-        arena: Arena,
-        residency: Residency,
-        overlap: Overlap,
+        self, plan: Plan, shards: Shards, gradients: Gradients, comm: Comm, arena: Arena, residency: Residency
     ) -> None:
         self.plan = plan
-        self._overlap = overlap
         self._shards, self._gradients, self._comm, self._arena = shards, gradients, comm, arena
         self._residency = residency
         gathered = {members(start) for start in plan.step.nodes(Role.ALL_GATHER)}
@@ -75,14 +65,6 @@ class Executable:
         if not plan.step.is_persistent:
             self._binder, self._memory = TransientBinder, TransientMemory(shards.device)
         self._functions: dict[Variant, dict[str, Callable[..., Any]]] = {}
-        self._tails: dict[Variant, list[Reduction]] = {}
-        """What each variant of backward leaves in flight."""
-        self.head: Sequence[Gather] = ()
-        """The gathers that forward starts before all else, if they may start before it; once it was bound."""
-        self.record_begin: Callable[[], object] | None = None
-        self.gathered_by_forward = frozenset(
-            members(node) for node in dict(plan.step.phases())[Phase.FORWARD] if role(node) is Role.ALL_GATHER
-        )
         self.memory: dict[Variant, MemoryPlan] = {}
         """The arena's plan for each variant that was bound."""
         step = plan.step
@@ -129,8 +111,6 @@ class Executable:
     def forward(self, inputs: list[torch.Tensor], buffers: list[torch.Tensor]) -> tuple[tuple[Any, ...], list[Any]]:
         """Run the forward phase: the flat outputs and what backward needs."""
         unused = Variant(False, Stash.NONE if self.step.synchronize else Stash.FIRST)
-        self._overlap.finish()
-        takes = self._overlap.early.hand_over(self)
         functions = self._bound(next(iter(self._functions), unused))
         are_there = self._lasting and self._residency.has(self._lasting)
         watch = self.stopwatch
@@ -138,8 +118,7 @@ class Executable:
             if watch is not None:
                 outputs = watch.time_phase(functions["timed_forward"](watch), inputs, buffers, is_first=True)
             else:
-                name = "forward_taking" if takes else "forward_again" if are_there else "forward"
-                outputs = functions[name](inputs, buffers)
+                outputs = functions["forward_again" if are_there else "forward"](inputs, buffers)
         except Exception as error:
             self._abandon(error)
             raise
@@ -153,7 +132,6 @@ class Executable:
         for index, (tangent, strides) in enumerate(zip(tangents, self._tangents, strict=True)):
             if tangent.stride() != strides:  # an expanded gradient, of sum() say: operators were traced for dense ones
                 tangents[index] = tangent.new_empty_strided(tangent.shape, strides).copy_(tangent)
-        self._overlap.settle()
         watch, self.stopwatch = self.stopwatch, None
         try:
             if watch is not None:
@@ -166,15 +144,12 @@ class Executable:
             raise
         self._comm.drain()
         self._arena.generation += 1
-        if self.step.synchronize and self.step.overlaps_optimizer:
-            self._overlap.after_backward(() if watch is not None else self._tails[variant], self.reached)
         return input_grads
 
     def _abandon(self, error: Exception) -> None:
         """Leave nothing in flight behind an error of the model's own."""
         self._arena.generation += 1
         self._residency.expire()
-        self._overlap.early.forget()
         if not isinstance(error, CommunicationError):
             self._comm.abandon()
 
@@ -186,7 +161,6 @@ class Executable:
     def restore_kept(self, generation: int) -> None:
         """Gather again what a forward kept, if other phases have run since and may have used its memory."""
         if self.step.kept and generation != self._arena.generation:
-            self._overlap.settle()
             if self._shards.device.type == "cuda":
                 torch.cuda.synchronize(self._shards.device)  # the events of the schedule do not cover this rare gather
             next(iter(self._functions.values()))["gather_kept"]()
@@ -202,13 +176,6 @@ class Executable:
                 plan, placed = plan_arena(self.step, self._comm, variant)
                 self.memory[variant] = plan
                 self._memory.reserve(plan.peak_bytes)
-                step, early = self.step, None
-                if step.overlaps_optimizer and step.is_persistent and not self._comm.gathers_in_place:
-                    early = self._overlap.early
                 storage = self._shards, self._gradients, self._comm, self._memory
-                binder = self._binder(self.plan.code, step, *storage, placed, variant, early)
-                self._functions[variant] = binder.bind()
-                self._tails[variant] = binder.tail
-                if early is not None and len(self._functions) == 1:  # forward is that of the first variant
-                    self.head, self.record_begin = binder.head(), binder.names.get("record_begin")
+                self._functions[variant] = self._binder(self.plan.code, self.step, *storage, placed, variant).bind()
         return self._functions[variant]

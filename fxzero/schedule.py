@@ -172,8 +172,6 @@ def header(step: StepGraph) -> str:
         parts.append(f"gradients: {format_bytes(t.copied_grad_bytes)} copied")
     if t.interleaved_copy_bytes:
         parts.append(f"interleaved: {format_bytes(t.interleaved_copy_bytes)} copied")
-    if step.overlaps_optimizer and step.has_backward and step.synchronize:
-        parts.append("optimizer overlapped")
     if step.without:
         parts.append(f"without {', '.join(step.without)}")
     if not step.has_backward:

@@ -4,6 +4,8 @@
 
 The rank processes are started once and serve every later call, each call with a new process group and the seed 0: so
 a call costs some 20 ms instead of the seconds that importing torch takes. Functions must be importable (module level).
+
+    engine_of(zero).comm                          # what is behind a compiled module, for tests that look inside
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage] (public, documented)
 from torch.distributed.distributed_c10d import PrefixStore
+
+from fxzero.api import ZeroModule
+from fxzero.engine import Engine
 
 _context = multiprocessing.get_context("spawn")
 
@@ -90,6 +95,14 @@ class _Pool:
 
 _pool = _Pool()
 atexit.register(_pool.close)
+
+
+def engine_of(zero: ZeroModule) -> Engine:
+    """The engine behind a compiled module: its shards, arena, communication and plans.
+
+    For tests and measurements; what it has may be another with every version.
+    """
+    return zero._fxzero_engine
 
 
 def run_ranks(

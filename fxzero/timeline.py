@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, TypeAlias
 from torch import fx
 
 from fxzero.cost import Costs, Link
-from fxzero.ir import Phase, Role, StepGraph, is_gather, members, role, started_by, tail_waits
+from fxzero.ir import Phase, Role, StepGraph, is_gather, role, started_by
 from fxzero.traffic import Sent, sent_in
 
 Key: TypeAlias = "fx.Node | tuple[Role, Phase, tuple[str, ...]]"
@@ -61,41 +61,21 @@ class Timeline:
         return sum(self.stalls.values())
 
 
-def shares_of_optimizer(step: StepGraph, reductions: Iterable[Iterable[str]]) -> tuple[float, list[float]]:
-    """Which parts of the optimizer's step come before the last reductions have arrived, and after each of them.
-
-    Args:
-        reductions: the members of each.
-    """
-    total = sum(step.params[fqn].nbytes for fqn in step.grads)
-    shares = [sum(step.params[fqn].nbytes for fqn in fqns) / total for fqns in reductions]
-    return 1.0 - sum(shares), shares
-
-
 def events(step: StepGraph, costs: Costs) -> list[Event]:
-    """What a rank does in a step, in order; compute between collectives is one event. The optimizer's step is last.
-
-    Where it is overlapped, it comes in parts between the last waits.
-    """
+    """What a rank does in a step, in order; compute between collectives is one event. The optimizer's step is last."""
     found: list[Event] = []
     compute = 0.0
-    waits = tail_waits(step) if step.overlaps_optimizer and step.world_size > 1 else []
-    before, after = shares_of_optimizer(step, map(members, waits))
-    shares = dict(zip(waits, after, strict=True))
     for node in step.graph.nodes:
         kind = role(node)
-        if waits and node is waits[0]:
-            compute += before * costs.optimizer_s
         if kind in (Role.ALL_GATHER, Role.REDUCE_SCATTER, Role.WAIT) and step.world_size > 1:
             if compute:
                 found.append(Event("compute", compute))
             start = started_by(node)
             found.append(Event.start(start, sent_in(step, start)) if node is start else Event("wait", 0.0, start))
             compute = 0.0
-        compute += costs.of(node) + shares.get(node, 0.0) * costs.optimizer_s
-    compute += 0.0 if waits else costs.optimizer_s
-    if compute:
-        found.append(Event("compute", compute))
+        compute += costs.of(node)
+    if compute + costs.optimizer_s:
+        found.append(Event("compute", compute + costs.optimizer_s))
     return found
 
 

@@ -22,7 +22,7 @@ from fxzero.cost import Costs, Device, gather_wait_bytes, reduce_wait_bytes
 from fxzero.ir import Phase, Role, StepGraph, gathered_params, is_gather, members, role, started_by
 from fxzero.layout import Bucket, ParamSpec, group_into_buckets
 from fxzero.passes import BucketAllGathers, GathersFirst, KeepGathered, Pass, PrefetchAllGathers, SinkWaits
-from fxzero.timeline import Event, Key, Timeline, is_gather_key, play, shares_of_optimizer
+from fxzero.timeline import Event, Key, Timeline, is_gather_key, play
 from fxzero.traffic import sent_of
 from fxzero.wire import WireFormat, narrowed
 
@@ -204,8 +204,7 @@ def _events(needs: Needs, groups: Sequence[Bucket], inflight: int, kept_bytes: i
     yield from _phase(needs, Phase.FORWARD, forward, [], inflight, set())
     reductions = sorted(ready, key=lambda item: item[0])
     yield from _phase(needs, Phase.BACKWARD, again, reductions, inflight, there)
-    if not needs.step.overlaps_optimizer:
-        yield Event("compute", needs.costs.optimizer_s)
+    yield Event("compute", needs.costs.optimizer_s)
 
 
 def _gathers(needs: Needs, groups: Sequence[Bucket], phase: Phase) -> list[tuple[float, Bucket]]:
@@ -268,13 +267,9 @@ def _phase(
             reduced_bytes -= flying[0][1].nbytes
             yield from _finish(needs, *flying.popleft())
         yield Event.start(flying[-1][0], sent_of(needs.step, narrowed(bucket, needs.reduced_as), is_gather=False))
-    steps = phase is Phase.BACKWARD and needs.step.overlaps_optimizer
-    optimizer_s = needs.costs.optimizer_s if steps else 0.0
-    before, after = shares_of_optimizer(needs.step, [_members(key) for key, _ in flying])
-    yield Event("compute", needs.phase_s.get(phase, 0.0) - now + before * optimizer_s)
-    for (key, bucket), share in zip(flying, after, strict=True):
+    yield Event("compute", needs.phase_s.get(phase, 0.0) - now)
+    for key, bucket in flying:
         yield from _finish(needs, key, bucket)
-        yield Event("compute", share * optimizer_s)
 
 
 def _finish(needs: Needs, key: Key, bucket: Bucket) -> Iterator[Event]:

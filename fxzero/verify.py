@@ -33,7 +33,6 @@ from fxzero.ir import (
     gathered_params,
     grad_fqn,
     grad_of,
-    head_gathers,
     info,
     is_gather,
     is_inside,
@@ -299,12 +298,9 @@ def _check_inside_gathers(step: StepGraph) -> None:
 
 def collectives(step: StepGraph) -> list[str]:
     """The order of collectives, as text equal on two ranks exactly if the order, the buckets and the formats are."""
-    lines = [
+    return [
         f"{role(start).value} {','.join(members(start))}"
         + (f" as {format}" if (format := wire_format(start)) is not None else "")
         + " inside" * is_inside(start)
         for start in step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER)
     ]
-    if step.overlaps_optimizer:
-        lines.append(f"may start before forward: the first {len(head_gathers(step))}")
-    return lines

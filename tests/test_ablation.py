@@ -20,6 +20,7 @@ from fxzero.passes import default_passes
 from fxzero.pipeline import run_passes
 from fxzero.schedule import format_schedule
 from fxzero.tensor_lists import with_tensor_lists
+from fxzero.testing import engine_of
 from fxzero.transient import TransientMemory
 from tests.pairs import Net, assert_same, both, pair, points, sgd
 from tests.toy import toy_step
@@ -59,8 +60,8 @@ def test_what_contradicts_other_options_is_refused(options: dict[str, Any], mess
 def test_what_is_no_pass_goes_with_a_list_of_passes() -> None:
     passes = default_passes(bucket_bytes=1)
     zero, _ = pair(without=["layout", "flat_collectives", "persistent_buffers", "fused_norm"], passes=passes)
-    assert zero._fxzero_engine.options.passes == passes
-    assert zero._fxzero_engine.options.layout == "interleaved"
+    assert engine_of(zero).options.passes == passes
+    assert engine_of(zero).options.layout == "interleaved"
 
 
 @pytest.mark.parametrize("memory_budget", [None, 2**30])

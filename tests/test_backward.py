@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import fxzero
 from fxzero.errors import InputMismatchError, StaleBackwardError
+from fxzero.testing import engine_of
 from tests.pairs import Net, assert_same, both, pair, points, sgd
 
 # -- refused -----------------------------------------------------------------------------------------------------
@@ -179,9 +180,9 @@ def test_a_deleted_module_frees_its_shards() -> None:
     zero(points()).loss.backward()
     with torch.no_grad(), zero.no_sync():
         zero(points())
-    engine = weakref.ref(zero._fxzero_engine)
-    shards = weakref.ref(zero._fxzero_engine.shards)
-    arena = weakref.ref(zero._fxzero_engine.arena)
+    engine = weakref.ref(engine_of(zero))
+    shards = weakref.ref(engine_of(zero).shards)
+    arena = weakref.ref(engine_of(zero).arena)
     optimizer.step()
     del zero, optimizer
     assert (engine(), shards(), arena()) == (None, None, None)
@@ -339,7 +340,7 @@ def test_the_cache_is_bounded_and_a_backward_may_come_after_its_plan_went(monkey
     monkeypatch.setattr("fxzero.plan_cache.MAX_PLANS", 2)
     torch.manual_seed(0)
     zero, plain = pair(nn.Linear(2, 2))
-    cache = zero._fxzero_engine.plans
+    cache = engine_of(zero).plans
     for module in (zero, plain):
         pending = [module(torch.ones(batch, 2)).square().sum() for batch in (1, 2, 3, 1, 4)]
         for loss in pending:

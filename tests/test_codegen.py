@@ -23,6 +23,7 @@ from fxzero.codegen import NAMES_IN_SOURCE, generate
 from fxzero.ir import META_KEY, NodeInfo, Role, StepGraph, is_gathered_param
 from fxzero.models import GPT, GPT_PRESETS, LLAMA_PRESETS, Llama
 from fxzero.passes import default_passes
+from fxzero.testing import engine_of
 from tests.distributed.replicated import CASES, Batch, own_slice
 
 ALLOWED = (
@@ -109,7 +110,7 @@ def test_static_values_are_the_same_objects_in_every_step() -> None:
     seen: list[dict[str, tuple[int, int]]] = []
     for _ in range(3):
         loss_of(zero(**batch)).backward()
-        executable = zero._fxzero_engine.last
+        executable = engine_of(zero).last
         bound = next(iter(executable._functions.values()))["forward"].__globals__
         tensors = {node.name: bound[node.name] for node in executable.plan.code.static}
         seen.append(

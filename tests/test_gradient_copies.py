@@ -12,7 +12,7 @@ from torch import nn
 import fxzero
 from fxzero.models import GPT, GPT_PRESETS, LLAMA_PRESETS, ROBERTA_PRESETS, Llama, RobertaForMaskedLM
 from fxzero.planner import plan
-from fxzero.testing import run_ranks
+from fxzero.testing import engine_of, run_ranks
 from tests.distributed import memory_workers
 from tests.gradient_copies import copied_bytes
 
@@ -60,7 +60,7 @@ def test_copied_gradient_bytes_are_those_that_the_profiler_sees(name: str) -> No
 
     loss().backward()  # binds what a backward writes to, and clears the padding
     zero.zero_grad()
-    shards = zero._fxzero_engine.shards
+    shards = engine_of(zero).shards
     assert shards is not None
     storages = {segment.untyped_storage().data_ptr() for segment in shards.grads.segments}
     measured, operators = copied_bytes(loss().backward, storages)

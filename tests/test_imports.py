@@ -43,8 +43,6 @@ RUN_TIME = (
     "transient",
     "clip",
     "optim",
-    "overlap",
-    "early",
 )
 """What runs a step: it makes no decision, so it knows nothing of what does."""
 DECIDES = {"fxzero.passes", "fxzero.pipeline", "fxzero.planner", "fxzero.verify", "fxzero.api", "fxzero.engine"}

@@ -17,6 +17,7 @@ from fxzero.layout import Bucket, ParamSpec
 from fxzero.mesh import sent_across_numel
 from fxzero.nccl import NcclComm
 from fxzero.planner import plan
+from fxzero.testing import engine_of
 
 
 class WithLoss(nn.Module):
@@ -72,7 +73,7 @@ def test_fake_ranks_of_a_mesh_plan_and_show_their_schedule() -> None:
     try:
         mesh = init_device_mesh("cpu", (2, 4), mesh_dim_names=("replicate", "shard"))
         zero = fxzero.compile(WithLoss(), mesh=mesh, example=torch.zeros(4, 64))
-        comm = zero._fxzero_engine.comm
+        comm = engine_of(zero).comm
         assert isinstance(comm, PlanningComm)
         assert (comm.rank, comm.world_size, comm.num_nodes) == (1, 4, 2)
         expected = plan(WithLoss(), torch.zeros(4, 64), world_size=8, num_nodes=2)

@@ -16,6 +16,7 @@ from fxzero.mesh import stage_across, stage_inside
 from fxzero.nccl import NcclComm
 from fxzero.passes import default_passes
 from fxzero.planner import plan
+from fxzero.testing import engine_of
 from tests.test_mesh import RecordedGroup, WithLoss
 
 EACH_ALONE = default_passes(bucket_bytes=1)
@@ -133,7 +134,7 @@ def test_fake_ranks_of_a_mesh_plan_and_refuse_lists_of_tensors() -> None:
     try:
         mesh = init_device_mesh("cpu", (2, 4), mesh_dim_names=("replicate", "shard"))
         zero = fxzero.compile(WithLoss(), mesh=mesh, across="shard", example=torch.zeros(4, 64))
-        comm = zero._fxzero_engine.comm
+        comm = engine_of(zero).comm
         assert isinstance(comm, ShardedPlanningComm)
         assert (comm.rank, comm.world_size, comm.num_nodes) == (1 * 2 + 1, 8, 2)
         assert str(zero.schedule) == str(planned(8, 2, "shard", passes=None))

@@ -15,6 +15,7 @@ from fxzero.gauge import MemoryGauge
 from fxzero.layout import LayoutName
 from fxzero.models import GPT, GPT_PRESETS
 from fxzero.schedule import Schedule
+from fxzero.testing import engine_of
 
 IDS = torch.zeros(2, 16, dtype=torch.int64)
 BATCH = {"input_ids": IDS, "labels": IDS}
@@ -79,7 +80,7 @@ def test_report_after_steps_has_the_optimizer_state_that_is_there() -> None:
     after = zero.schedule.memory
     state = sum(each["momentum_buffer"].nbytes for each in optimizer.state.values())
     assert state <= after.footprint.held.optimizer_state <= state * 1.02 + 1024
-    assert after.footprint.arena_bytes == zero._fxzero_engine.arena.nbytes
+    assert after.footprint.arena_bytes == engine_of(zero).arena.nbytes
 
 
 def test_picture_is_drawn(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from benchmarks.network.systems import Job, Training, adamw, plain
 from fxzero.comm import Bound
 from fxzero.cost import GBIT
 from fxzero.gloo import GlooComm
+from fxzero.testing import engine_of
 
 RATES = (8.0, 4.0, 2.0, 1.0, 0.5)
 """Gbit/s for which steps are predicted."""
@@ -39,7 +40,7 @@ def stubbed(model: nn.Module, job: Job, **options: Any) -> Training:
     """
     optimizer = adamw(model.parameters())
     zero = fxzero.compile(model, optimizer=optimizer, **options)
-    engine = zero._fxzero_engine
+    engine = engine_of(zero)
     engine.comm = SilentComm(engine.comm.group)
     training = plain(zero, optimizer)
     noise = torch.empty(0)
@@ -67,12 +68,12 @@ class SilentComm(GlooComm):
 
 def facts(zero: Any) -> dict[str, Any]:
     """What the plan says of a step: its bytes, and how long it would take at each rate of the link, all else equal."""
-    totals, timing = zero.schedule.totals, zero.schedule.timing if zero._fxzero_engine.tuner.cluster else None
+    totals, timing = zero.schedule.totals, zero.schedule.timing if engine_of(zero).tuner.cluster else None
     return {
         "predicted": {
             f"{rate:g}": timing.at_rate(PAYLOAD * rate * GBIT).predicted_step_s for rate in RATES if timing is not None
         },
-        "cluster": str(zero._fxzero_engine.tuner.cluster),
+        "cluster": str(engine_of(zero).tuner.cluster),
         "planned_bytes": totals.gathered_bytes + totals.reduced_bytes,
         "collectives": totals.num_all_gathers + totals.num_reduce_scatters,
     }

@@ -103,7 +103,6 @@ SYSTEMS = {
     "fxzero_stubbed": System("ours:stubbed", Policy.SILENT, "fxzero's code, collectives stubbed out"),
     "fxzero": System("ours:train", Policy.AGAIN, "fxzero"),
     "fxzero_keep": System("ours:train", Policy.KEEP, "fxzero, stage=2", {"stage": 2}),
-    "fxzero_overlap": System("ours:train", Policy.AGAIN, "fxzero, optimizer overlapped", {"overlap_optimizer": True}),
     "fxzero_naive": System("ours:naive", Policy.AGAIN, "fxzero, naive schedule"),
     "ddp": System("peers:ddp", Policy.REPLICATED, "DDP"),
     "fsdp2": System("peers:fsdp2", Policy.AGAIN, "FSDP2"),
@@ -116,10 +115,7 @@ SYSTEMS = {
 }
 
 GROUPS = (
-    (
-        *("compute", "wire", "fxzero_stubbed", "fxzero", "fxzero_overlap", "fxzero_keep"),
-        *("ddp", "simple_fsdp", "fsdp2_best"),
-    ),
+    ("compute", "wire", "fxzero_stubbed", "fxzero", "fxzero_keep", "ddp", "simple_fsdp", "fsdp2_best"),
     ("compute", "fxzero_naive", "fsdp2", "fsdp2_async"),
     ("compute", "ds", "ds_tuned", "ds_deopt"),
 )

@@ -17,6 +17,7 @@ from fxzero.ablation import Without
 from fxzero.comm import Comm
 from fxzero.layout import Bucket, ParamSpec
 from fxzero.tensor_lists import with_tensor_lists
+from fxzero.testing import engine_of
 from fxzero.transient import TransientMemory
 from tests.distributed import replicated
 from tests.distributed.api_workers import Failing, Pair
@@ -132,7 +133,7 @@ def _observe(without: Without) -> dict[str, Any]:
         zero(x).backward()
         norm = zero.clip_grad_norm_(0.01)
     events: Any = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-    engine, last = zero._fxzero_engine, zero._fxzero_engine.last
+    engine, last = engine_of(zero), engine_of(zero).last
     assert last is not None
     return {
         "text": str(zero.schedule),

@@ -14,6 +14,7 @@ import fxzero
 from fxzero.interleave import gathered_members
 from fxzero.layout import LayoutName
 from fxzero.passes import default_passes
+from fxzero.testing import engine_of
 from tests.distributed import replicated
 from tests.distributed.api_workers import Pair, data
 from tests.test_rehome import Allocations
@@ -54,7 +55,7 @@ def train(rank: int, world_size: int, name: str, optimizer: str = "adamw", **opt
 
 def full_gradients(zero: fxzero.ZeroModule) -> dict[str, Tensor | None]:
     """The gradients of all ranks, put together."""
-    engine = zero._fxzero_engine
+    engine = engine_of(zero)
     assert engine.shards is not None
     gradients: dict[str, Tensor | None] = dict.fromkeys(dict(zero.named_parameters()))
     for bucket in engine.shards.layout.buckets:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fxzero
 from fxzero.passes import default_passes
+from fxzero.testing import engine_of
 from tests.distributed import replicated
 from tests.gradient_copies import copied_bytes
 from tests.test_rehome import Allocations, Large
@@ -25,7 +26,7 @@ class Counted:
 
     def __init__(self, zero: fxzero.ZeroModule) -> None:
         self.num = 0
-        engine = zero._fxzero_engine
+        engine = engine_of(zero)
         bind = engine.comm.bind_gather
 
         def bind_gather(*args: torch.Tensor) -> object:
@@ -197,7 +198,7 @@ def gradient_copies(rank: int, world_size: int, name: str) -> tuple[int, int]:
     zero(**batch).loss.backward()
     zero.zero_grad()
     loss = zero(**batch).loss
-    engine = zero._fxzero_engine
+    engine = engine_of(zero)
     assert engine.shards is not None
     arena, params = engine.arena.view(0, 1, torch.uint8), engine.shards.params.segments
     measured, operators = copied_bytes(
@@ -252,7 +253,7 @@ def planned_and_measured(
                 _storage_bytes(param.data for param in zero.parameters()),
                 _storage_bytes(gradients),
                 _storage_bytes(state),
-                zero._fxzero_engine.arena.nbytes,
+                engine_of(zero).arena.nbytes,
             ],
             strict=True,
         )

@@ -19,6 +19,7 @@ from fxzero.layout import Bucket
 from fxzero.mesh import Hierarchy, group_of_mesh, stage_inside
 from fxzero.nccl import NcclComm
 from fxzero.passes import default_passes
+from fxzero.testing import engine_of
 from tests.distributed import replicated
 from tests.distributed.error_workers import error_of
 from tests.distributed.mesh_workers import CPU, CountedGroup
@@ -240,7 +241,7 @@ def count_bytes(rank: int, world_size: int, shape: Shape, options: dict[str, Any
             next(zero.parameters()).mul_(1.0)
 
     sent = sent_by_phase(
-        zero._fxzero_engine.comm,
+        engine_of(zero).comm,
         [forward, backward, forward, backward, step, forward, backward, evaluate, change, forward],
     )
     totals = zero.schedule.totals
@@ -324,7 +325,7 @@ def report_memory(rank: int, world_size: int, shape: Shape) -> tuple[dict[str, A
         case.build(), mesh=init_device_mesh("cpu", shape), across="shard", passes=default_passes(bucket_bytes=8192)
     )
     zero(**case.batch(rank, 12)).loss.backward()
-    shards = zero._fxzero_engine.shards
+    shards = engine_of(zero).shards
     assert shards is not None
     twice = sum(zero.schedule.step.bucket(fqns).nbytes for fqns in zero.schedule.step.secondaries())
     with torch.no_grad():

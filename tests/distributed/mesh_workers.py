@@ -18,6 +18,7 @@ from fxzero.layout import Bucket
 from fxzero.mesh import Across, Hierarchy, group_of_mesh
 from fxzero.nccl import NcclComm
 from fxzero.passes import default_passes
+from fxzero.testing import engine_of
 from tests.distributed import api_workers, replicated
 from tests.distributed.error_workers import error_of
 from tests.distributed.test_collectives import make_bucket, poisoned, reduced, values
@@ -181,7 +182,7 @@ class CountedGroup:
 def count_bytes(rank: int, world_size: int, shape: tuple[int, int]) -> tuple[list[int], list[int], str]:
     """Bytes of a step, sent inside and across, and what the schedule says of them."""
     zero = fxzero.compile(Net(), mesh=init_device_mesh("cpu", shape))
-    comm: Any = zero._fxzero_engine.comm
+    comm: Any = engine_of(zero).comm
     assert isinstance(comm, HierarchicalComm)
     zero.state_dict()  # values are there
     inside, across = CountedGroup(getattr(comm.inside, "group", None)), CountedGroup(comm.across.group)

@@ -22,6 +22,7 @@ from fxzero.layout import LayoutName
 from fxzero.mesh import Across
 from fxzero.models import GPT, GPT_PRESETS, MLP, MLP_PRESETS, ROBERTA_PRESETS, RobertaForMaskedLM
 from fxzero.passes import default_passes
+from fxzero.testing import engine_of
 
 Batch = dict[str, Tensor]
 
@@ -128,7 +129,7 @@ class Replicated:
 
 def own_slice(zero: fxzero.ZeroModule, fqn: str, full: Tensor) -> Tensor:
     """This rank's part of a tensor of the parameter's full shape."""
-    return zero._fxzero_engine.shards.cut(fqn, full)
+    return engine_of(zero).shards.cut(fqn, full)
 
 
 def assert_same(

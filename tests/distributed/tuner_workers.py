@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import fxzero
 from fxzero.cost import Cluster, Device, Link
 from fxzero.passes import default_passes
+from fxzero.testing import engine_of
 from fxzero.tuner import MEASURED_STEPS, WARM_STEPS
 
 NUM_STEPS = WARM_STEPS + MEASURED_STEPS + 3
@@ -33,7 +34,7 @@ def train(rank: int, num_steps: int, *, uneven: bool = False, disturb: bool = Fa
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     zero = fxzero.compile(model, optimizer=optimizer, **options)
-    tuner = zero._fxzero_engine.tuner
+    tuner = engine_of(zero).tuner
     losses, schedules = list[float](), list[str]()
     for step in range(num_steps):
         loss = zero(make_batch(step, rank, uneven=uneven)).pow(2).mean()
@@ -44,7 +45,7 @@ def train(rank: int, num_steps: int, *, uneven: bool = False, disturb: bool = Fa
         schedules.append(zero.schedule.text())
         if disturb and step == 5 and tuner.tuning is not None:
             tuner.tuning = dataclasses.replace(tuner.tuning, inflight_bytes=1)
-    layout = zero._fxzero_engine.shards.layout  # type: ignore[union-attr]
+    layout = engine_of(zero).shards.layout  # type: ignore[union-attr]
     return {
         "losses": losses,
         "params": {name: value.clone() for name, value in zero.state_dict().items()},
@@ -88,13 +89,13 @@ def optimizer_seconds(rank: int, world_size: int) -> float:
         if step % 3 == 2:
             optimizer.step()
             optimizer.zero_grad()
-    return zero._fxzero_engine.tuner._optimizer_s
+    return engine_of(zero).tuner._optimizer_s
 
 
 def small(rank: int, world_size: int) -> bool:
     zero = fxzero.compile(nn.Linear(8, 8))
     zero(torch.ones(2, 8)).sum().backward()
-    return zero._fxzero_engine.tuner.cluster is None
+    return engine_of(zero).tuner.cluster is None
 
 
 def fails_in_capture(rank: int, world_size: int) -> str:

@@ -17,6 +17,7 @@ from fxzero.gloo import GlooComm
 from fxzero.layout import Layout, LayoutName
 from fxzero.mesh import Across
 from fxzero.passes import default_passes
+from fxzero.testing import engine_of
 from tests.distributed import replicated
 from tests.distributed.interleaved_workers import MIXED
 
@@ -124,7 +125,7 @@ def train(
     mesh = None if mesh_shape is None else init_device_mesh("cpu", mesh_shape)
     zero = fxzero.compile(model, passes=passes, layout=layout, mesh=mesh, across=across)
     optimizers = [torch.optim.AdamW(module.parameters(), lr=1e-2, foreach=False) for module in (zero, reference.model)]
-    engine, batches = zero._fxzero_engine, list[replicated.Batch]()
+    engine, batches = engine_of(zero), list[replicated.Batch]()
     for step in range(3):
         for micro in range(micro_batches):
             synchronize = not no_sync or micro == micro_batches - 1
@@ -156,7 +157,7 @@ def train(
 
 
 def layout_of(zero: fxzero.ZeroModule) -> Layout:
-    shards = zero._fxzero_engine.shards
+    shards = engine_of(zero).shards
     assert shards is not None
     return shards.layout
 
@@ -252,7 +253,7 @@ def count_bytes(
     """Bytes that a step's schedule says it gathers and reduces, and bytes of its messages."""
     case = replicated.CASES["net"]
     zero = fxzero.compile(case.build(), gather_dtype=gather_dtype, reduce_dtype=reduce_dtype)
-    engine = zero._fxzero_engine
+    engine = engine_of(zero)
     group = engine.comm.group = CountingGroup(engine.comm.group)  # type: ignore[attr-defined]
     zero(**case.batch(0, 16)).backward()
     zero.zero_grad()
@@ -279,7 +280,7 @@ def losses(rank: int, world_size: int, options: list[dict[str, Any]]) -> list[li
             optimizer.step()
             optimizer.zero_grad()
             mean = loss.detach().clone()
-            zero._fxzero_engine.comm.all_reduce(mean)
+            engine_of(zero).comm.all_reduce(mean)
             found[-1].append(mean.item() / world_size)
     return found
 
