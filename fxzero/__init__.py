@@ -7,7 +7,6 @@ loss.backward()
 
 from __future__ import annotations
 
-from fxzero.allocator import keep_freed_memory
 from fxzero.api import Schedule, ZeroModule, compile
 from fxzero.cost import Cluster, Device, Link
 from fxzero.errors import (
@@ -22,6 +21,7 @@ from fxzero.errors import (
     ScheduleError,
     StaleBackwardError,
 )
+from fxzero.host.allocator import keep_freed_memory
 
 __version__ = "0.1.0"
 

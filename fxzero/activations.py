@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from torch import fx
 
-from fxzero import compat
+from fxzero import torch_internals
 from fxzero.aliasing import is_view, memory_of
 from fxzero.ir import Phase, Role, StepGraph, info, is_gathered_param, role, tensor_bytes
 from fxzero.memory import Buffer
@@ -60,9 +60,9 @@ def placed_temporaries(step: StepGraph) -> dict[fx.Node, PlacedTemporary]:
         value = node.meta["val"]
         if buffer.kind != "temporary" or buffer.nbytes < PLACED_FROM_BYTES or node in returned:
             continue
-        if value.device.type != "cpu" or not value.is_contiguous() or not compat.is_overload(node.target):
+        if value.device.type != "cpu" or not value.is_contiguous() or not torch_internals.is_overload(node.target):
             continue
-        variant = compat.out_variant(node.target)
+        variant = torch_internals.out_variant(node.target)
         if variant is not None:
             placed[node] = PlacedTemporary(buffer, variant)
     return placed

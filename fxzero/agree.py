@@ -29,7 +29,7 @@ from typing import NoReturn, TypeAlias, cast
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from fxzero import compat
+from fxzero import torch_internals
 from fxzero.comm import resolve_group
 from fxzero.errors import CommunicationError, RankMismatchError
 from fxzero.mesh import Group, Hierarchy
@@ -112,13 +112,13 @@ def _num_calls(topic: str, members: tuple[int, ...]) -> int:
     if not members:
         return 0
     with contextlib.suppress(RuntimeError):
-        return compat.default_store().add(_calls_key(topic, members, dist.get_rank()), 0)
+        return torch_internals.default_store().add(_calls_key(topic, members, dist.get_rank()), 0)
     return -1
 
 
 def _enter(group: Group | None, topic: str) -> Agreement | None:
     members = _members(group)
-    return Agreement.enter(compat.default_store(), topic, members, dist.get_rank()) if members else None
+    return Agreement.enter(torch_internals.default_store(), topic, members, dist.get_rank()) if members else None
 
 
 def _prefix(topic: str, members: tuple[int, ...]) -> str:

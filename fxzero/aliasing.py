@@ -8,14 +8,14 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from fxzero import compat
+from fxzero import torch_internals
 from fxzero.ir import Role, role
 
 
 def is_view(node: fx.Node) -> bool:
     """True for an operator whose only effect is another view of its first argument."""
     target = cast(Any, node.target)
-    return compat.is_overload(target) and target.is_view and not compat.is_mutable(target)
+    return torch_internals.is_overload(target) and target.is_view and not torch_internals.is_mutable(target)
 
 
 def base(node: fx.Node) -> fx.Node:
@@ -40,16 +40,17 @@ def _given_memory(node: fx.Node) -> fx.Node | None:
         if is_view(maker) or role(maker) is Role.WAIT:
             return maker
     target = cast(Any, maker.target)
-    if not compat.is_overload(target) or not maker.args:
+    if not torch_internals.is_overload(target) or not maker.args:
         return None
     is_view_by_name = is_view(node) or target is torch.ops.aten._unsafe_view.default
-    if maker is node and (is_view_by_name or compat.is_mutable(target)):
+    if maker is node and (is_view_by_name or torch_internals.is_mutable(target)):
         into = node.kwargs.get("out", node.args[0])
         return into if isinstance(into, fx.Node) else None
     # Others, of unsafe_split say, do not say that they are views. What was traced has their storage, though.
     value = node.meta.get("val")
     return next(
-        (source for source in maker.all_input_nodes if compat.same_storage(value, source.meta.get("val"))), None
+        (source for source in maker.all_input_nodes if torch_internals.same_storage(value, source.meta.get("val"))),
+        None,
     )
 
 
@@ -74,8 +75,8 @@ def in_memory_of(node: fx.Node) -> list[fx.Node]:
 
 def written_by(node: fx.Node) -> list[fx.Node]:
     """The arguments that an operator writes to."""
-    if not compat.is_overload(node.target) or not compat.is_mutable(node.target):
+    if not torch_internals.is_overload(node.target) or not torch_internals.is_mutable(node.target):
         return []
     written: list[fx.Node] = []
-    fx.map_arg(compat.written_arguments(node), written.append)
+    fx.map_arg(torch_internals.written_arguments(node), written.append)
     return written

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fxzero import compat
+from fxzero import torch_internals
 from fxzero.errors import StaleBackwardError
 from fxzero.materialize import rng_state, set_rng_state
 from fxzero.runtime import Executable
@@ -158,7 +158,7 @@ class StepFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *arriving: torch.Tensor | None) -> tuple[Any, ...]:
-        if not compat.runs_in_this_backward(ctx.next_functions[0][0]):
+        if not torch_internals.runs_in_this_backward(ctx.next_functions[0][0]):
             raise StaleBackwardError(
                 "torch.autograd.grad, or backward(inputs=...), asks for some gradients only; a compiled backward "
                 "computes those of all parameters. Call loss.backward() and read .grad, also that of the inputs."

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from fxzero import compat
+from fxzero import torch_internals
 from fxzero.arena_plan import is_partial, scratch_nbytes
 from fxzero.codegen import NAMES_IN_SOURCE, PLACE_PREFIX, Code, generate
 from fxzero.comm import Bound, Comm, in_turn
@@ -84,7 +84,7 @@ class Binder:
             code = generate(self.step, recorded, record_begin=begin is not None)
             names |= {"record_begin": begin}
             names |= {f"record_{node.name}": record for node, record in recorded.items()}
-        names |= {name: compat.direct_call(target) for name, target in code.operators.items()}
+        names |= {name: torch_internals.direct_call(target) for name, target in code.operators.items()}
         self.secondaries = self.step.secondaries()
         self.shards.keep_secondaries(self.secondaries.values())
         for start in self.step.nodes(Role.ALL_GATHER):
@@ -257,7 +257,7 @@ class Binder:
             clear += [view for fqn, view in unflatten(bucket, full).items() if fqn not in members(start)]
         else:
             bound = self._reduce_into(shard, bucket, start, sent, accumulate=variant.accumulate)
-        before: list[Callable[[], object]] = [partial(compat.zero_all, clear)] if clear else []
+        before: list[Callable[[], object]] = [partial(torch_internals.zero_all, clear)] if clear else []
         if variant.stash is Stash.FLUSH:
             before.append(partial(full.add_, self.gradients.unsharded_bucket(bucket)))
         if is_staged:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxzero import compat
+from fxzero import torch_internals
 from fxzero.activations import placed_temporaries, static_nodes
 from fxzero.ir import Phase, Role, StepGraph, role, started_by, written_in_place
 from fxzero.text import describe
@@ -181,7 +181,7 @@ class _Writer:
 
     def operator(self, target: Any) -> str:
         """The global that stands for an operator."""
-        is_overload = compat.is_overload(target)
+        is_overload = torch_internals.is_overload(target)
         name = self.free(str(target).replace(".", "_") if is_overload else getattr(target, "__name__", "operator"))
         while self.operators.setdefault(name, target) is not target:
             name = self.free(f"{name}_")

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fxzero import compat
+from fxzero import torch_internals
 from fxzero.errors import CommunicationError, PlanError
 from fxzero.layout import Bucket
 from fxzero.mesh import Group, Hierarchy
@@ -287,7 +287,7 @@ class GroupComm(Comm):
 
     def gather_to_all(self, shard: Tensor, full: Tensor) -> None:
         with self._named(f"an all-gather of {full.nbytes} bytes"):
-            compat.all_gather_base(self.group)(as_bytes(full), as_bytes(shard)).wait()
+            torch_internals.all_gather_base(self.group)(as_bytes(full), as_bytes(shard)).wait()
 
     def gather_to_rank0(self, shard: Tensor, full: Tensor | None) -> None:
         slices = None if full is None else list(as_bytes(full).chunk(self.world_size))
@@ -344,7 +344,7 @@ def make_comm(group: Group | None, device: torch.device) -> Comm:
     group = resolve_group(group)
     if group is None:
         return LocalComm()
-    backend = compat.backend_name(group, device)
+    backend = torch_internals.backend_name(group, device)
     if backend == "fake":
         return PlanningComm(group.rank(), group.size(), device)
     if group.size() == 1:

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import flop_registry
 
-from fxzero import compat
+from fxzero import torch_internals
 from fxzero.aliasing import is_view
 from fxzero.errors import PlanError
 from fxzero.ir import Role, StepGraph, is_gather, tensor_bytes
@@ -144,7 +144,7 @@ def roofline(step: StepGraph, cluster: Cluster, *, optimizer_bytes: int = 0) -> 
 
 def operator_seconds(node: fx.Node, device: Device) -> float:
     """The roofline of one operator; a view is free."""
-    if is_view(node) or not compat.is_overload(node.target):
+    if is_view(node) or not torch_internals.is_overload(node.target):
         return 0.0
     values = [source.meta.get("val") for source in node.all_input_nodes]
     moved = sum(map(tensor_bytes, values)) + sum(map(tensor_bytes, _tensors(node.meta.get("val"))))
@@ -163,7 +163,7 @@ def reduce_wait_bytes(bucket: Bucket) -> int:
 
 def flops(node: fx.Node) -> int:
     """Floating-point operations of a matrix product, convolution or attention; 0 of anything else."""
-    if not compat.is_overload(node.target):
+    if not torch_internals.is_overload(node.target):
         return 0
     overload = cast(Any, node.target)
     packet = _LIKE.get(overload.overloadpacket, overload.overloadpacket)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from fxzero.collector import collector_paused
 from fxzero.cost import Cluster, Costs, roofline
+from fxzero.host.gc_pause import collector_paused
 from fxzero.ir import StepGraph, copy_of
 from fxzero.layout import ParamSpec
 from fxzero.passes import BucketAllGathers, KeepGathered, NarrowAllGathers, NarrowReduceScatters, Pass

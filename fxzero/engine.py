@@ -16,15 +16,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fxzero import ablation, agree, compat, state
-from fxzero.allocator import give_back_freed_memory
+from fxzero import ablation, agree, state, torch_internals
 from fxzero.autograd import Call, StepFunction
 from fxzero.capture import Captured, capture
 from fxzero.comm import Comm, PlanningComm, make_comm
 from fxzero.errors import CaptureError, FxzeroError, InputMismatchError
 from fxzero.fitting import Fitting
-from fxzero.gauge import MemoryGauge
 from fxzero.gradients import Gradients, Stash
+from fxzero.host.allocator import give_back_freed_memory
+from fxzero.host.memory_in_use import MemoryGauge
 from fxzero.layout import Layout, ParamSpec
 from fxzero.materialize import check_meta_model
 from fxzero.memory import Arena
@@ -110,7 +110,7 @@ class Engine:
         self._buffer_owners = {
             f"{prefix}.{name}" if prefix else name: (module, name)
             for prefix, module in self.model.named_modules()
-            for name in compat.buffers_of(module)
+            for name in torch_internals.buffers_of(module)
         }
 
     # -- a call --------------------------------------------------------------------------------------------------
@@ -173,7 +173,9 @@ class Engine:
     def buffers(self, executable: Executable) -> list[torch.Tensor]:
         """The module's buffers of now, as the generated forward takes them."""
         owners = self._buffer_owners
-        buffers = [compat.buffers_of(module)[name] for fqn in executable.buffers for module, name in [owners[fqn]]]
+        buffers = [
+            torch_internals.buffers_of(module)[name] for fqn in executable.buffers for module, name in [owners[fqn]]
+        ]
         if [(buffer.shape, buffer.dtype) for buffer in buffers] != executable.buffer_geometry:  # type: ignore[union-attr]
             raise InputMismatchError(
                 f"A buffer among {', '.join(executable.buffers)} has another shape or dtype than when this kind of "
@@ -189,9 +191,9 @@ class Engine:
         """Put another tensor in the place of a buffer, wherever the model registers it."""
         old = dict(self.named_buffers())[fqn]
         for module in self._modules:
-            for name, value in compat.buffers_of(module).items():
+            for name, value in torch_internals.buffers_of(module).items():
                 if value is old:
-                    compat.buffers_of(module)[name] = buffer
+                    torch_internals.buffers_of(module)[name] = buffer
 
     def has_meta_params(self) -> bool:
         """True if some parameter has no values yet."""
@@ -264,9 +266,9 @@ class Engine:
     ) -> Executable:
         """Trace, plan and bind; fix the layout if this is the first plan."""
         self._look_at_modules()
-        if compat.in_function_transform():
+        if torch_internals.in_function_transform():
             raise CaptureError("A compiled module cannot be called inside torch.func transforms. Use loss.backward().")
-        with torch.inference_mode(False), compat.outside_of_autograd_modes():
+        with torch.inference_mode(False), torch_internals.outside_of_autograd_modes():
             executable, pattern = self._plan(signature, pattern, args, kwargs)
         give_back_freed_memory()
         self.plans.keep(signature, pattern, executable)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from fxzero import compat
+from fxzero import torch_internals
 from fxzero.errors import FxzeroError, PlanError
 from fxzero.layout import Bucket
 from fxzero.shards import FlatBuffer, Shards, unflatten
@@ -130,7 +130,7 @@ class Gradients:
                 view.copy_(grad)
                 param.grad = view
         if missing:
-            compat.zero_all(missing)
+            torch_internals.zero_all(missing)
         return self._shards.grads.segments
 
     # -- no_sync() -----------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ class Gradients:
                 if fqn not in fqns
             ]
             if others:
-                compat.zero_all(others)
+                torch_internals.zero_all(others)
         self._held.update(dict.fromkeys(fqns))
 
     def check_flush(self, reduced: AbstractSet[str]) -> None:

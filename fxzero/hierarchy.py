@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fxzero import compat
+from fxzero import torch_internals
 from fxzero.comm import Bound, Comm, GroupComm, LocalComm, PlanningComm, in_turn, unknown_backend
 from fxzero.gloo import GlooComm, message_tag
 from fxzero.layout import Bucket
@@ -297,7 +297,7 @@ def make_hierarchical_comm(hierarchy: Hierarchy, device: torch.device) -> Comm:
         ValueError: the groups have no backend for this device that fxzero knows.
     """
     inside, across = hierarchy.inside, hierarchy.across
-    backend = compat.backend_name(across, device)
+    backend = torch_internals.backend_name(across, device)
     if backend == "fake":
         return PlanningComm(inside.rank(), inside.size(), device, num_nodes=across.size())
     comm: HierarchicalComm

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fxzero import compat
+from fxzero import torch_internals
 from fxzero.comm import Bound, Comm, GroupComm, PlanningComm, in_turn, unknown_backend
 from fxzero.gloo import GlooComm
 from fxzero.hierarchy import Chain, HierarchicalComm, Stage
@@ -226,7 +226,7 @@ class NcclShardedHierarchy(ShardedHierarchy):
         own_slice = scratch[: within.shard_numel]
         average = scratch[within.shard_numel : needed] if accumulate else shard
         inside = self.inside.bind_reduce(within, full, None, own_slice, accumulate=False)
-        call = partial(compat.reduce_scatter_base(self._across.group), average, own_slice, averaging())
+        call = partial(torch_internals.reduce_scatter_base(self._across.group), average, own_slice, averaging())
         what = self._across.what("reduce-scatter across nodes", bucket)
         across = self._across.bind_work(call, what, orders_at_start=True)
         return Bound(in_turn(*inside, across.start), across.wait).then(
@@ -269,7 +269,7 @@ def make_sharded_comm(hierarchy: Hierarchy, device: torch.device) -> Comm:
         ValueError: the groups have no backend for this device that fxzero knows.
     """
     inside, across = hierarchy.inside, hierarchy.across
-    backend = compat.backend_name(across, device)
+    backend = torch_internals.backend_name(across, device)
     if backend == "fake":
         number, num_ranks = inside.rank() * across.size() + across.rank(), inside.size() * across.size()
         return ShardedPlanningComm(number, num_ranks, device, num_nodes=across.size())

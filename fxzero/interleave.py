@@ -15,14 +15,14 @@ from functools import partial
 
 import torch
 
-from fxzero import compat
+from fxzero import torch_internals
 from fxzero.layout import Bucket, InterleavedBucket
 from fxzero.shards import unflatten
 
 
 def copy_out(bucket: InterleavedBucket, staging: torch.Tensor, full: torch.Tensor) -> Callable[[], object]:
     """What brings gathered parameters from a staging buffer to their bucket; both are `[bucket.numel]`."""
-    return partial(compat.copy_all, _in_bucket(bucket, full), _in_staging(bucket, staging))
+    return partial(torch_internals.copy_all, _in_bucket(bucket, full), _in_staging(bucket, staging))
 
 
 def copy_in(bucket: InterleavedBucket, full: torch.Tensor, staging: torch.Tensor) -> Callable[[], object]:
@@ -30,7 +30,7 @@ def copy_in(bucket: InterleavedBucket, full: torch.Tensor, staging: torch.Tensor
 
     In the bucket, the elements that belong to no parameter must be zero: they are copied too.
     """
-    return partial(compat.copy_all, _in_staging(bucket, staging), _in_bucket(bucket, full))
+    return partial(torch_internals.copy_all, _in_staging(bucket, staging), _in_bucket(bucket, full))
 
 
 def gathered_members(bucket: Bucket, received: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

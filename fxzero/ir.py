@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from fxzero import compat, ops
+from fxzero import ops, torch_internals
 from fxzero.layout import Bucket, LayoutName, ParamSpec, make_bucket
 from fxzero.mesh import stage_inside
 from fxzero.wire import WireFormat, on_wire
@@ -342,20 +342,20 @@ def first_write(slot: fx.Node) -> fx.Node:
 def is_random(node: fx.Node) -> bool:
     """True for an operator that draws from a random generator; attention without dropout does not."""
     target = cast(Any, node.target)
-    if not compat.is_overload(target) or torch.Tag.nondeterministic_seeded not in target.tags:
+    if not torch_internals.is_overload(target) or torch.Tag.nondeterministic_seeded not in target.tags:
         return False
-    return compat.argument(node, "dropout_p") != 0.0
+    return torch_internals.argument(node, "dropout_p") != 0.0
 
 
 def is_pointwise(node: fx.Node) -> bool:
     """True for an operator that computes each element of its output from one element of each input."""
     target = cast(Any, node.target)
-    return compat.is_overload(target) and torch.Tag.pointwise in target.tags
+    return torch_internals.is_overload(target) and torch.Tag.pointwise in target.tags
 
 
 def is_pure(node: fx.Node) -> bool:
     """True for compute that gives the same value when it is run again, and changes nothing."""
-    mutates = compat.is_overload(node.target) and compat.is_mutable(node.target)
+    mutates = torch_internals.is_overload(node.target) and torch_internals.is_mutable(node.target)
     return role(node) is Role.COMPUTE and not mutates and not is_random(node)
 
 

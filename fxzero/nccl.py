@@ -12,7 +12,7 @@ from functools import partial
 import torch.distributed as dist
 from torch import Tensor
 
-from fxzero import compat
+from fxzero import torch_internals
 from fxzero.comm import Bound, GroupComm
 from fxzero.layout import Bucket
 
@@ -24,7 +24,7 @@ class NcclComm(GroupComm):
         return accumulate * bucket.shard_numel
 
     def bind_gather(self, bucket: Bucket, shard: Tensor, full: Tensor) -> Bound:
-        gather = partial(compat.all_gather_base(self.group), full, shard)
+        gather = partial(torch_internals.all_gather_base(self.group), full, shard)
         return self.bind_work(gather, self.what("all-gather", bucket))
 
     def bind_reduce(
@@ -33,7 +33,7 @@ class NcclComm(GroupComm):
         if accumulate and (scratch is None or scratch.numel() < bucket.shard_numel):
             raise ValueError(f"scratch must have at least {bucket.shard_numel} elements to reduce {bucket.fqns[0]}")
         average = scratch[: bucket.shard_numel] if accumulate and scratch is not None else shard
-        reduce = partial(compat.reduce_scatter_base(self.group), average, full, averaging())
+        reduce = partial(torch_internals.reduce_scatter_base(self.group), average, full, averaging())
         bound = self.bind_work(reduce, self.what("reduce-scatter", bucket))
         return bound.then(partial(shard.add_, average) if accumulate else None)
 

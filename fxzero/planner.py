@@ -19,12 +19,12 @@ from torch import nn
 from fxzero.budget import Choice, choose, must_choose
 from fxzero.capture import Captured, capture
 from fxzero.codegen import generate
-from fxzero.collector import collector_paused
 from fxzero.comm import PlanningComm
 from fxzero.cost import Cluster
 from fxzero.costing import CostModel, choose_sizes, optimizer_bytes
 from fxzero.footprint import Held, footprint, held_by
 from fxzero.hierarchy_shard import ShardedPlanningComm
+from fxzero.host.gc_pause import collector_paused
 from fxzero.ir import Role, StepGraph, members
 from fxzero.layout import Bucket, Layout, LayoutName, ParamSpec, check_layout, group_into_buckets
 from fxzero.mesh import Across, check_across

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from fxzero import agree, compat
+from fxzero import agree, torch_internals
 from fxzero.comm import PlanningComm
 from fxzero.errors import CheckpointError
 from fxzero.interleave import gathered_members
@@ -52,7 +52,7 @@ def fill_shards(engine: Engine, shards: Shards, loaded: AbstractSet[str]) -> Non
         cut_state(optimizer, param_shards(engine, shards))
     shard_full_params(shards, engine.params, engine.comm, sync_init=engine.options.sync_init)
     for module in engine.model.modules():
-        compat.forget_flat_weights(module)
+        torch_internals.forget_flat_weights(module)
     for fqn, param in engine.params.items():
         if param.is_meta:
             install(fqn, param, shards.param_view(fqn))
@@ -188,7 +188,7 @@ def load_state_dict(engine: Engine, state: Mapping[str, Any], *, strict: bool) -
     for name, module in extra.items():
         if name in state:
             module.set_extra_state(state[name])
-    return compat.incompatible_keys(missing, unexpected)
+    return torch_internals.incompatible_keys(missing, unexpected)
 
 
 def _names(engine: Engine) -> dict[str, str]:
@@ -211,7 +211,7 @@ def _run_load_hooks(engine: Engine, state: dict[str, Any]) -> tuple[list[str], l
     """Let the model's modules rename and convert what they read from older state dicts; missing, unexpected."""
     missing, unexpected, errors = list[str](), list[str](), list[str]()
     for path, module in engine.model.named_modules():
-        for hook in compat.load_hooks(module):
+        for hook in torch_internals.load_hooks(module):
             hook(state, f"{path}." if path else "", {}, True, missing, unexpected, errors)
     if errors:
         raise CheckpointError(f"The state dict does not fit: {'; '.join(errors)}")

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import fxzero
-from fxzero.allocator import _apply
+from fxzero.host.allocator import _apply
 
 ALLOCATE = """
 import resource, sys

@@ -11,7 +11,7 @@ from torch import nn
 
 import fxzero
 from fxzero.errors import FxzeroError
-from fxzero.gauge import MemoryGauge
+from fxzero.host.memory_in_use import MemoryGauge
 from fxzero.layout import LayoutName
 from fxzero.models import GPT, GPT_PRESETS
 from fxzero.schedule import Schedule

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from fxzero import compat
+from fxzero import torch_internals
 from fxzero.aliasing import is_view
 from fxzero.capture.batch_norm import writes_undeclared
 from fxzero.capture.joint import Joint
@@ -81,7 +81,7 @@ def _copy_graph(root: fx.GraphModule) -> tuple[fx.Graph, dict[str, Tensor], list
 
 def _check_constants(constants: dict[str, Tensor], module: nn.Module, graph: fx.Graph) -> None:
     for target, constant in constants.items():
-        if compat.is_fake(constant):
+        if torch_internals.is_fake(constant):
             raise CaptureError(
                 f"A tensor that was made while the model was traced before is read again{_line_of(graph, target)}. "
                 "Keep no tensor in functools.cache, a global or a closure; make it a buffer."
@@ -241,6 +241,6 @@ def _insert(graph: fx.Graph, before: fx.Node, target: Any, source: fx.Node) -> f
     """One more operator on one tensor."""
     with graph.inserting_before(before):
         node = graph.call_function(target, (source,))
-    node.meta["val"] = compat.fake_result(node)
+    node.meta["val"] = torch_internals.fake_result(node)
     node.meta[META_KEY] = NodeInfo(Role.COMPUTE)
     return node

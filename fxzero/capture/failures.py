@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fxzero import compat
+from fxzero import torch_internals
 from fxzero.capture.provenance import is_user_file
 from fxzero.errors import CaptureError, FxzeroError, InputMismatchError
 
@@ -134,7 +134,7 @@ def _with_place(error: CaptureError) -> CaptureError | None:
 def _operator(error: Exception, text: str) -> str:
     """The name of the operator that failed, "" if unknown."""
     for candidate in (getattr(error, "func", None), *error.args[:1]):
-        if compat.is_operator(candidate):
+        if torch_internals.is_operator(candidate):
             return str(candidate)
     found = re.search(r"aten(?:::|\.)\w+(?:\.\w+)?", text)
     return found.group().replace("::", ".") if found else ""

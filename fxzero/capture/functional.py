@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from fxzero import compat, ops
+from fxzero import ops, torch_internals
 from fxzero.capture.temporaries import is_in_place
 from fxzero.ir import META_KEY, NodeInfo, Role
 
@@ -28,8 +28,8 @@ def functionalize(root: fx.GraphModule) -> fx.GraphModule:
     """The same graph without in-place operators but `copy_` onto placeholders; labels and boundary are kept."""
     inputs = [node.meta["val"].detach() for node in root.graph.find_nodes(op="placeholder")]
     replay = _Replay(root)
-    with torch.no_grad(), inputs[0].fake_mode if inputs else compat.fake_tensor_mode():
-        traced = compat.trace_fx(torch.func.functionalize(replay.run, remove="mutations"), *inputs)
+    with torch.no_grad(), inputs[0].fake_mode if inputs else torch_internals.fake_tensor_mode():
+        traced = torch_internals.trace_fx(torch.func.functionalize(replay.run, remove="mutations"), *inputs)
     for old, new in zip(root.graph.nodes, traced.graph.nodes, strict=False):
         if old.op != "placeholder":
             break
@@ -45,11 +45,11 @@ class _Replay(fx.Interpreter):
         self._made: fx.Graph | None = None
 
     def run_node(self, n: fx.Node) -> Any:
-        made = compat.traced_graph()
+        made = torch_internals.traced_graph()
         if n.target is ops.end_forward:
             # What forward wrote must be computed in forward, also if only backward reads it.
             for value in self._tensors():
-                compat.apply_pending_updates(value)
+                torch_internals.apply_pending_updates(value)
             self._label(made, None)
             made.call_function(ops.end_forward).meta[META_KEY] = NodeInfo(Role.END_FORWARD)
             return None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxzero import compat, ops
+from fxzero import ops, torch_internals
 from fxzero.capture.batch_norm import run_declared, writes_undeclared
 from fxzero.capture.draws import Draws, no_draws_of_python, numbered_draws
 from fxzero.capture.outputs import OutputSpec, flatten_output, loss_index
@@ -71,7 +71,7 @@ def trace_joint(request: Request) -> Joint:
         CaptureError: the model keeps tensors where a compiled step would not update them.
         Exception: whatever tracing raised; `failures.explain` knows more about it.
     """
-    fake = compat.fake_tensor_mode()
+    fake = torch_internals.fake_tensor_mode()
     with fake:
         state = _fake_state(request)
         inputs = [
@@ -86,9 +86,9 @@ def trace_joint(request: Request) -> Joint:
         stack.enter_context(no_draws_of_python())
         stack.enter_context(numbered_draws())
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-        stack.enter_context(compat.eager_checkpoints())
+        stack.enter_context(torch_internals.eager_checkpoints())
         stack.enter_context(fake)
-        root = compat.trace_fx(tracing.run, list(state.params.values()), list(state.buffers.values()), inputs)
+        root = torch_internals.trace_fx(tracing.run, list(state.params.values()), list(state.buffers.values()), inputs)
     joint = tracing.joint
     assert joint is not None
     joint.root = root
@@ -135,7 +135,7 @@ class _Interceptor(TorchDispatchMode):
         self._recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if device := compat.answer_device(func, args):
+        if device := torch_internals.answer_device(func, args):
             return device
         run = run_declared if writes_undeclared(func) else self._draws.run
         result = run(func, args, kwargs or {})
@@ -156,7 +156,7 @@ class _Tracing:
     def run(self, params: list[Tensor], buffers: list[Tensor], inputs: list[Tensor]) -> list[Any]:
         """Forward, boundary, backward."""
         request, state = self.request, self.state
-        graph = compat.traced_graph()
+        graph = torch_internals.traced_graph()
         # make_fx switches autocast's cache off; but whether a weight is cast once or twice rounds its gradient.
         torch.set_autocast_cache_enabled(self.caches_casts)
         _label_placeholders(graph, request, state)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from fxzero import compat
+from fxzero import torch_internals
 from fxzero.ir import META_KEY, NodeInfo, Role
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -110,7 +110,7 @@ class Recorder:
 
     def _change(self) -> None:
         if not self.in_backward:
-            self._sequence.append(compat.next_sequence_number())
+            self._sequence.append(torch_internals.next_sequence_number())
             self._sequence_names.append(self._current)
 
     def _enter(self, module: nn.Module, args: Any) -> None:
@@ -131,7 +131,7 @@ class Recorder:
         self.in_backward = True
         self._base = ""
         handles = [
-            node.register_prehook(self._stand_for(self._maker(compat.sequence_number(node))))
+            node.register_prehook(self._stand_for(self._maker(torch_internals.sequence_number(node))))
             for node in autograd_nodes(outputs)
         ]
         try:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxzero import compat
+from fxzero import torch_internals
 from fxzero.errors import CaptureError
 
 _RNN_CACHES = ("_flat_weights", "_flat_weight_refs")
@@ -43,7 +43,7 @@ def swapped_tensors(module: nn.Module, state: FakeState) -> Generator[None]:
     stand_ins.update({id(b): (name, state.buffers[name]) for name, b in module.named_buffers()})
     slots: list[tuple[str, dict[str, Any], str, Any]] = []
     for prefix, owner in module.named_modules():
-        for table in compat.tensor_tables(owner):
+        for table in torch_internals.tensor_tables(owner):
             slots.extend((prefix, table, key, value) for key, value in table.items() if value is not None)
     try:
         for _, table, key, value in slots:

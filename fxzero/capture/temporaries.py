@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from fxzero import compat
+from fxzero import torch_internals
 from fxzero.aliasing import is_view
 
 aten = torch.ops.aten
@@ -23,7 +23,7 @@ _ALIASES = frozenset({aten.detach.default, aten.alias.default, aten.lift_fresh.d
 
 def is_in_place(node: fx.Node) -> bool:
     """True if the node writes into its arguments."""
-    return compat.is_operator(node.target) and cast(Any, node.target)._schema.is_mutable
+    return torch_internals.is_operator(node.target) and cast(Any, node.target)._schema.is_mutable
 
 
 def aliases_argument(node: fx.Node) -> bool:
@@ -69,7 +69,7 @@ def _is_unshared(node: fx.Node, positions: dict[fx.Node, int], made: set[fx.Node
 
 def _makes_temporary(node: fx.Node) -> bool:
     """True if the node's result is one new tensor."""
-    if not compat.is_operator(node.target) or aliases_argument(node) or is_in_place(node):
+    if not torch_internals.is_operator(node.target) or aliases_argument(node) or is_in_place(node):
         return False
     return len(cast(Any, node.target)._schema.returns) == 1 and isinstance(node.meta.get("val"), Tensor)
 
@@ -121,7 +121,7 @@ def _functional_operator(op: Any) -> Any:
 def _with_value(graph: fx.Graph, result: fx.Node, origin: fx.Node) -> fx.Node | None:
     """Label a new node; None, and no node, if its result has another geometry than what it replaces."""
     result.meta = dict(origin.meta)
-    result.meta["val"] = value = compat.fake_result(result)
+    result.meta["val"] = value = torch_internals.fake_result(result)
     final = result.target is not aten.permute.default and result.args[0] is origin.args[0]
     if final and not _same(value, origin.meta["val"]):
         graph.erase_node(result)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, cast
 
-from fxzero.allocator import keep_freed_memory
+from fxzero.host.allocator import keep_freed_memory
 from fxzero.train import job
 from fxzero.train.launch import TRAIN_ERROR_STATUS, launch, under_torchrun
 from fxzero.train.models import config_of
