@@ -28,7 +28,7 @@ from torch import Tensor
 from benchmarks.about import heading
 from benchmarks.network.testbed import CannotRunHere, Network
 from fxzero.comm import make_comm
-from fxzero.layout import Bucket, ParamSpec
+from fxzero.graph.layout import Bucket, ParamSpec
 
 MIB = 2**20
 PREFIX = "fxzero-ring-"

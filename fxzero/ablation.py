@@ -34,7 +34,7 @@ import torch
 from fxzero.clip import clip_each_grad_norm_, clip_grad_norm_
 from fxzero.comm import Comm
 from fxzero.gradients import Gradients
-from fxzero.layout import LayoutName
+from fxzero.graph.layout import LayoutName
 from fxzero.passes import BucketAllGathers, Pass, PrefetchAllGathers, SinkWaits
 from fxzero.tensor_lists import with_tensor_lists
 

@@ -21,8 +21,8 @@ from typing import Any, cast
 from torch import fx
 
 from fxzero import torch_internals
-from fxzero.aliasing import is_view, memory_of
-from fxzero.ir import Phase, Role, StepGraph, info, is_gathered_param, role, tensor_bytes
+from fxzero.graph.aliasing import is_view, memory_of
+from fxzero.graph.step import Phase, Role, StepGraph, info, is_gathered_param, role, tensor_bytes
 from fxzero.memory import Buffer
 
 

@@ -32,7 +32,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from fxzero import torch_internals
 from fxzero.comm import resolve_group
 from fxzero.errors import CommunicationError, RankMismatchError
-from fxzero.mesh import Group, Hierarchy
+from fxzero.graph.stages import Group, Hierarchy
 
 Posted: TypeAlias = "list[str] | str"
 """What a rank posts: its lines, or the text of the error that stopped it."""

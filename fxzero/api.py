@@ -19,8 +19,8 @@ from fxzero.cost import Cluster
 from fxzero.engine import Engine
 from fxzero.errors import FxzeroError, OptimizerError
 from fxzero.fitting import footprint_of
-from fxzero.layout import LayoutName
-from fxzero.mesh import Across
+from fxzero.graph.layout import LayoutName
+from fxzero.graph.stages import Across
 from fxzero.optim import OptimizerGuard, check_optimizer
 from fxzero.options import Options, check_across_options, check_wire, choose_device, choose_group, choose_passes
 from fxzero.passes import Pass

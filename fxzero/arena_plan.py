@@ -8,8 +8,8 @@ from fxzero.activations import placed_temporaries
 from fxzero.comm import Comm
 from fxzero.cuda import Placed
 from fxzero.gradients import Variant
-from fxzero.ir import Role, StepGraph, members, wire_format
-from fxzero.layout import ALIGNMENT_BYTES, align
+from fxzero.graph.layout import ALIGNMENT_BYTES, align
+from fxzero.graph.step import Role, StepGraph, members, wire_format
 from fxzero.memory import (
     Buffer,
     MemoryPlan,

@@ -20,8 +20,8 @@ from fxzero.comm import Bound, Comm, in_turn
 from fxzero.cuda import Events, Placed, plan_cuda_events
 from fxzero.errors import PlanError
 from fxzero.gradients import Gradients, Stash, Variant
-from fxzero.interleave import copy_in, copy_out
-from fxzero.ir import (
+from fxzero.graph.layout import Bucket, InterleavedBucket
+from fxzero.graph.step import (
     Role,
     StepGraph,
     grad_fqn,
@@ -34,14 +34,14 @@ from fxzero.ir import (
     started_by,
     wire_format,
 )
-from fxzero.layout import Bucket, InterleavedBucket
+from fxzero.graph.wire import SCALE_DTYPE
+from fxzero.interleave import copy_in, copy_out
 from fxzero.memory import (
     Arena,
 )
 from fxzero.narrow import bind_narrow_reduce, pack, unpack
 from fxzero.shards import Shards, unflatten
 from fxzero.stopwatch import Stopwatch
-from fxzero.wire import SCALE_DTYPE
 
 
 @dataclass

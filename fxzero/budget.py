@@ -20,11 +20,11 @@ import torch
 from fxzero.comm import Comm
 from fxzero.errors import PlanError
 from fxzero.footprint import Footprint, Held, footprint, live_at
-from fxzero.ir import Phase, Role, StepGraph, copy_of, members
-from fxzero.liveness import live_until
+from fxzero.graph.liveness import live_until
+from fxzero.graph.names import format_bytes
+from fxzero.graph.step import Phase, Role, StepGraph, copy_of, members
 from fxzero.passes import KeepGathered, Pass, PrefetchAllGathers, RecomputeActivations, SinkWaits
 from fxzero.pipeline import run_passes
-from fxzero.text import format_bytes
 
 MAX_TRIED = 20_000
 """Choices that the knapsack looks at; it then takes the best so far."""

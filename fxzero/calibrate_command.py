@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from fxzero.calibrate import calibrate, measure_device, median_of_ranks
 from fxzero.comm import make_comm
 from fxzero.cost import GBIT, Cluster, Device, Link
-from fxzero.mesh import Group, group_of_mesh
+from fxzero.graph.stages import Group, group_of_mesh
 from fxzero.train.launch import launch, under_torchrun
 from fxzero.train.options import DEVICES
 from fxzero.train.world import World, joined

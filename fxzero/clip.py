@@ -10,7 +10,7 @@ import torch
 from fxzero.comm import Comm
 from fxzero.errors import PlanError
 from fxzero.gradients import Gradients
-from fxzero.layout import ALIGNMENT_BYTES
+from fxzero.graph.layout import ALIGNMENT_BYTES
 
 _ROW_NUMEL = ALIGNMENT_BYTES // 8
 """Shards are aligned to this many elements of any floating dtype."""

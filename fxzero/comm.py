@@ -21,8 +21,8 @@ from torch import Tensor
 
 from fxzero import torch_internals
 from fxzero.errors import CommunicationError, PlanError
-from fxzero.layout import Bucket
-from fxzero.mesh import Group, Hierarchy
+from fxzero.graph.layout import Bucket
+from fxzero.graph.stages import Group, Hierarchy
 
 REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 

@@ -17,10 +17,10 @@ from torch import fx
 from torch.utils.flop_counter import flop_registry
 
 from fxzero import torch_internals
-from fxzero.aliasing import is_view
 from fxzero.errors import PlanError
-from fxzero.ir import Role, StepGraph, is_gather, tensor_bytes
-from fxzero.layout import Bucket
+from fxzero.graph.aliasing import is_view
+from fxzero.graph.layout import Bucket
+from fxzero.graph.step import Role, StepGraph, is_gather, tensor_bytes
 
 aten = torch.ops.aten
 GBIT = 1e9 / 8

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from fxzero.cost import Cluster, Costs, roofline
+from fxzero.graph.layout import ParamSpec
+from fxzero.graph.step import StepGraph, copy_of
 from fxzero.host.gc_pause import collector_paused
-from fxzero.ir import StepGraph, copy_of
-from fxzero.layout import ParamSpec
 from fxzero.passes import BucketAllGathers, KeepGathered, NarrowAllGathers, NarrowReduceScatters, Pass
 from fxzero.stopwatch import with_measured
 from fxzero.timing import Timing

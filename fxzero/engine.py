@@ -23,12 +23,13 @@ from fxzero.comm import Comm, PlanningComm, make_comm
 from fxzero.errors import CaptureError, FxzeroError, InputMismatchError
 from fxzero.fitting import Fitting
 from fxzero.gradients import Gradients, Stash
+from fxzero.graph.layout import Layout, ParamSpec
+from fxzero.graph.stages import Group, Hierarchy
+from fxzero.graph.verify import collectives
 from fxzero.host.allocator import give_back_freed_memory
 from fxzero.host.memory_in_use import MemoryGauge
-from fxzero.layout import Layout, ParamSpec
 from fxzero.materialize import check_meta_model
 from fxzero.memory import Arena
-from fxzero.mesh import Group, Hierarchy
 from fxzero.modes import Mode, Orders, Signature
 from fxzero.optim import ParamShard
 from fxzero.options import Options
@@ -46,7 +47,6 @@ from fxzero.runtime import Executable
 from fxzero.shards import Shards, check_storage, spec_of
 from fxzero.signature import CallSpec, flatten_call
 from fxzero.tuner import Tuner
-from fxzero.verify import collectives
 
 logger = logging.getLogger(__name__)
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from fxzero import agree
 from fxzero.budget import AUTO_SHARE, Choice, choose, free_bytes, least, must_choose
 from fxzero.footprint import Footprint, Held, footprint, held_by
-from fxzero.ir import StepGraph
+from fxzero.graph.names import format_bytes
+from fxzero.graph.step import StepGraph
 from fxzero.optim import state_per_element
 from fxzero.pipeline import Pass
 from fxzero.planner import layout_of
 from fxzero.runtime import Executable
-from fxzero.text import format_bytes
 
 if TYPE_CHECKING:
     from fxzero.engine import Engine

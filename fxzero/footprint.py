@@ -17,8 +17,8 @@ from fxzero.activations import activation_buffers, placed_temporaries
 from fxzero.arena_plan import plan_arena
 from fxzero.comm import Comm
 from fxzero.gradients import Stash, Variant
-from fxzero.ir import StepGraph
-from fxzero.layout import Bucket, Layout
+from fxzero.graph.layout import Bucket, Layout
+from fxzero.graph.step import StepGraph
 from fxzero.memory import Buffer, MemoryPlan, live_bytes
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fxzero.comm import Bound, GroupComm
 from fxzero.errors import CommunicationError
-from fxzero.layout import Bucket
+from fxzero.graph.layout import Bucket
 from fxzero.threads import hurry_message_threads
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from fxzero import torch_internals
 from fxzero.errors import FxzeroError, PlanError
-from fxzero.layout import Bucket
+from fxzero.graph.layout import Bucket
 from fxzero.shards import FlatBuffer, Shards, unflatten
 
 

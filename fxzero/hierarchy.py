@@ -27,8 +27,8 @@ from torch import Tensor
 from fxzero import torch_internals
 from fxzero.comm import Bound, Comm, GroupComm, LocalComm, PlanningComm, in_turn, unknown_backend
 from fxzero.gloo import GlooComm, message_tag
-from fxzero.layout import Bucket
-from fxzero.mesh import Hierarchy
+from fxzero.graph.layout import Bucket
+from fxzero.graph.stages import Hierarchy
 from fxzero.nccl import NcclComm
 
 Stage = tuple[Callable[[], object], Callable[[], object]]

@@ -33,9 +33,9 @@ from torch import Tensor
 from fxzero import torch_internals
 from fxzero.comm import Bound, Comm, GroupComm, PlanningComm, in_turn, unknown_backend
 from fxzero.gloo import GlooComm
+from fxzero.graph.layout import Bucket
+from fxzero.graph.stages import Hierarchy, stage_across, stage_inside
 from fxzero.hierarchy import Chain, HierarchicalComm, Stage
-from fxzero.layout import Bucket
-from fxzero.mesh import Hierarchy, stage_across, stage_inside
 from fxzero.nccl import NcclComm, averaging
 
 

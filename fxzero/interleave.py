@@ -16,7 +16,7 @@ from functools import partial
 import torch
 
 from fxzero import torch_internals
-from fxzero.layout import Bucket, InterleavedBucket
+from fxzero.graph.layout import Bucket, InterleavedBucket
 from fxzero.shards import unflatten
 
 

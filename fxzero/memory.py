@@ -19,12 +19,12 @@ import torch
 from torch import fx
 
 from fxzero.errors import MemoryOverlapError
-from fxzero.ir import Role, StepGraph, first_write, is_inside, operands, wait_of, wire_format
-from fxzero.layout import ALIGNMENT_BYTES, align
-from fxzero.liveness import live_until
+from fxzero.graph.layout import ALIGNMENT_BYTES, align
+from fxzero.graph.liveness import live_until
+from fxzero.graph.names import bucket_label, format_bytes
+from fxzero.graph.step import Role, StepGraph, first_write, is_inside, operands, wait_of, wire_format
+from fxzero.graph.wire import SCALE_DTYPE
 from fxzero.packing import EFFORT, pack
-from fxzero.text import bucket_label, format_bytes
-from fxzero.wire import SCALE_DTYPE
 
 Kind: TypeAlias = Literal["gather", "gradient", "scratch", "partial", "staging", "quantize", "saved", "temporary"]
 

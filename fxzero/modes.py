@@ -15,7 +15,7 @@ from typing import Any
 
 from fxzero import agree
 from fxzero.errors import PlanError
-from fxzero.mesh import Group
+from fxzero.graph.stages import Group
 from fxzero.signature import CallSpec, is_tensor_leaf
 
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from fxzero.comm import Bound, Comm
-from fxzero.layout import Bucket
-from fxzero.wire import MAX_VALUE, SCALE_DTYPE, WireFormat, on_wire, split_rows
+from fxzero.graph.layout import Bucket
+from fxzero.graph.wire import MAX_VALUE, SCALE_DTYPE, WireFormat, on_wire, split_rows
 
 _LEAST_SCALE = torch.finfo(SCALE_DTYPE).tiny
 """Of a block of zeros, which would divide by zero."""

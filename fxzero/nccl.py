@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fxzero import torch_internals
 from fxzero.comm import Bound, GroupComm
-from fxzero.layout import Bucket
+from fxzero.graph.layout import Bucket
 
 
 class NcclComm(GroupComm):

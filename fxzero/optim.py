@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from fxzero.errors import OptimizerError
-from fxzero.layout import ParamSpec, Slice
+from fxzero.graph.layout import ParamSpec, Slice
 from fxzero.rehome import rehome_state
 
 ELEMENTWISE: tuple[type[torch.optim.Optimizer], ...] = (

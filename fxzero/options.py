@@ -17,8 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from fxzero import ablation
 from fxzero.cost import Cluster
 from fxzero.errors import InputMismatchError
-from fxzero.layout import LayoutName, check_layout
-from fxzero.mesh import Across, Group, check_across, group_of_mesh
+from fxzero.graph.layout import LayoutName, check_layout
+from fxzero.graph.stages import Across, Group, check_across, group_of_mesh
 from fxzero.passes import Pass, default_passes
 
 

@@ -20,9 +20,9 @@ from typing import TypeAlias
 
 import torch.distributed as dist
 
-from fxzero.ir import StepGraph
+from fxzero.graph.step import StepGraph
+from fxzero.graph.verify import verify_graph
 from fxzero.schedule import format_diff, format_schedule
-from fxzero.verify import verify_graph
 
 logger = logging.getLogger(__name__)
 

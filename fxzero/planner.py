@@ -23,11 +23,13 @@ from fxzero.comm import PlanningComm
 from fxzero.cost import Cluster
 from fxzero.costing import CostModel, choose_sizes, optimizer_bytes
 from fxzero.footprint import Held, footprint, held_by
+from fxzero.graph.layout import Bucket, Layout, LayoutName, ParamSpec, check_layout, group_into_buckets
+from fxzero.graph.names import bucket_label
+from fxzero.graph.stages import Across, check_across
+from fxzero.graph.step import Role, StepGraph, members
+from fxzero.graph.verify import verify_plan
 from fxzero.hierarchy_shard import ShardedPlanningComm
 from fxzero.host.gc_pause import collector_paused
-from fxzero.ir import Role, StepGraph, members
-from fxzero.layout import Bucket, Layout, LayoutName, ParamSpec, check_layout, group_into_buckets
-from fxzero.mesh import Across, check_across
 from fxzero.optim import state_per_element
 from fxzero.passes import BucketAllGathers, Pass, default_passes
 from fxzero.pipeline import Observer, run_passes
@@ -35,8 +37,6 @@ from fxzero.report import MemoryReport
 from fxzero.runtime import Plan
 from fxzero.schedule import Schedule
 from fxzero.shards import spec_of
-from fxzero.text import bucket_label
-from fxzero.verify import verify_plan
 
 logger = logging.getLogger(__name__)
 

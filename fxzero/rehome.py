@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fxzero.layout import ALIGNMENT_BYTES, align
+from fxzero.graph.layout import ALIGNMENT_BYTES, align
 from fxzero.memory import storage_view
 
 

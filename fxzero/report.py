@@ -8,9 +8,9 @@ from pathlib import Path
 from tabulate import tabulate
 
 from fxzero.footprint import Footprint, live_at
-from fxzero.ir import StepGraph
+from fxzero.graph.names import format_bytes
+from fxzero.graph.step import StepGraph
 from fxzero.memory import live_bytes
-from fxzero.text import format_bytes
 
 GATHERED = ("gather",)
 GRADIENTS = ("gradient", "scratch", "partial")

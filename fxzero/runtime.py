@@ -12,7 +12,6 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from fxzero.aliasing import aliases, base
 from fxzero.arena_plan import plan_arena
 from fxzero.binding import Binder
 from fxzero.capture import Captured
@@ -20,7 +19,8 @@ from fxzero.codegen import Code
 from fxzero.comm import Comm
 from fxzero.errors import CommunicationError
 from fxzero.gradients import Gradients, Stash, Variant
-from fxzero.ir import Role, StepGraph, info, is_random, members
+from fxzero.graph.aliasing import aliases, base
+from fxzero.graph.step import Role, StepGraph, info, is_random, members
 from fxzero.memory import (
     Arena,
     MemoryPlan,

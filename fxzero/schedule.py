@@ -16,7 +16,9 @@ from tabulate import tabulate
 from torch import fx
 
 from fxzero.errors import FxzeroError
-from fxzero.ir import (
+from fxzero.graph.liveness import bucket_bytes_live
+from fxzero.graph.names import block_depth, block_of, bucket_label, format_bytes, format_ops
+from fxzero.graph.step import (
     Phase,
     Role,
     StepGraph,
@@ -31,9 +33,7 @@ from fxzero.ir import (
     wire_format,
     written_in_place,
 )
-from fxzero.liveness import bucket_bytes_live
-from fxzero.text import block_depth, block_of, bucket_label, format_bytes, format_ops
-from fxzero.traffic import sent_in
+from fxzero.graph.traffic import sent_in
 
 if TYPE_CHECKING:
     from fxzero.report import MemoryReport

@@ -15,7 +15,7 @@ from torch import nn
 
 from fxzero.comm import Comm
 from fxzero.errors import InputMismatchError
-from fxzero.layout import Bucket, Layout, ParamSpec
+from fxzero.graph.layout import Bucket, Layout, ParamSpec
 from fxzero.memory import storage_view
 
 

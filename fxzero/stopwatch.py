@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from torch import fx
 
 from fxzero.cost import Costs
-from fxzero.ir import Role, StepGraph, members, role, started_by
+from fxzero.graph.step import Role, StepGraph, members, role, started_by
 
 Sample = TypeVar("Sample")
 

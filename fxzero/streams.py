@@ -20,9 +20,9 @@ from typing import Any
 import networkx as nx
 from torch import fx
 
-from fxzero.aliasing import is_view
 from fxzero.errors import ScheduleError
-from fxzero.ir import Role, StepGraph, gathered_params, is_gather, operands, role, wait_of, wire_format
+from fxzero.graph.aliasing import is_view
+from fxzero.graph.step import Role, StepGraph, gathered_params, is_gather, operands, role, wait_of, wire_format
 
 COMPUTE, COMMUNICATION = "compute", "communication"
 BEGIN = -1

@@ -17,7 +17,7 @@ from torch import Tensor
 from fxzero.comm import Bound, Comm, GroupComm, LocalComm, PlanningComm
 from fxzero.errors import CommunicationError
 from fxzero.gloo import GlooComm
-from fxzero.layout import Bucket
+from fxzero.graph.layout import Bucket
 from fxzero.nccl import NcclComm
 
 

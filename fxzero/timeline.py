@@ -15,8 +15,8 @@ from typing import Literal, NamedTuple, TypeAlias
 from torch import fx
 
 from fxzero.cost import Costs, Link
-from fxzero.ir import Phase, Role, StepGraph, is_gather, role, started_by
-from fxzero.traffic import Sent, sent_in
+from fxzero.graph.step import Phase, Role, StepGraph, is_gather, role, started_by
+from fxzero.graph.traffic import Sent, sent_in
 
 Key: TypeAlias = "fx.Node | tuple[Role, Phase, tuple[str, ...]]"
 """Which collective: its start in a graph; where there is none, what it is, in which phase, and its members."""

@@ -9,8 +9,8 @@ from torch import fx
 
 from fxzero.bound import Bound, lower_bound
 from fxzero.cost import Costs
-from fxzero.ir import StepGraph, members
-from fxzero.text import bucket_label
+from fxzero.graph.names import bucket_label
+from fxzero.graph.step import StepGraph, members
 from fxzero.timeline import Timeline, simulate
 
 

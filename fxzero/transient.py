@@ -21,8 +21,8 @@ from torch import fx
 
 from fxzero.binding import Binder
 from fxzero.cuda import Events, Placed
-from fxzero.ir import Role, role, started_by
-from fxzero.layout import ALIGNMENT_BYTES, align
+from fxzero.graph.layout import ALIGNMENT_BYTES, align
+from fxzero.graph.step import Role, role, started_by
 from fxzero.memory import Arena, Buffer, storage_view
 
 Call = Callable[[], object]

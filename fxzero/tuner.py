@@ -20,7 +20,7 @@ from fxzero.calibrate import calibrate, median_of_ranks
 from fxzero.comm import PlanningComm
 from fxzero.cost import Cluster, roofline
 from fxzero.costing import CostModel, choose_again, choose_sizes, optimizer_bytes
-from fxzero.ir import StepGraph
+from fxzero.graph.step import StepGraph
 from fxzero.optim import state_per_element
 from fxzero.passes import Pass
 from fxzero.planner import describe_options

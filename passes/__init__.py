@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from fxzero.ir import StepGraph
+from fxzero.graph.step import StepGraph
 from fxzero.passes.bucket_all_gathers import BucketAllGathers
 from fxzero.passes.bucket_reduce_scatters import BucketReduceScatters
 from fxzero.passes.gathers_first import GathersFirst

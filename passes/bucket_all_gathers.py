@@ -7,10 +7,20 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from fxzero import ops
 from fxzero.errors import PassOrderError
-from fxzero.ir import Role, StepGraph, gathered_params, is_gather, is_inside, members, new_value, wait_of, wire_format
-from fxzero.layout import group_into_buckets
+from fxzero.graph import ops
+from fxzero.graph.layout import group_into_buckets
+from fxzero.graph.step import (
+    Role,
+    StepGraph,
+    gathered_params,
+    is_gather,
+    is_inside,
+    members,
+    new_value,
+    wait_of,
+    wire_format,
+)
 
 MIB = 2**20
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from fxzero import ops
 from fxzero.errors import PassOrderError
-from fxzero.ir import Role, StepGraph, members, operands, wait_of, wire_format
+from fxzero.graph import ops
+from fxzero.graph.step import Role, StepGraph, members, operands, wait_of, wire_format
 
 
 @dataclass(frozen=True)

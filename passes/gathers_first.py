@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fxzero.errors import PassOrderError
-from fxzero.ir import Phase, Role, StepGraph, members, wait_of
+from fxzero.graph.step import Phase, Role, StepGraph, members, wait_of
 
 
 @dataclass(frozen=True)

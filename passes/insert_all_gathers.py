@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from fxzero import ops
-from fxzero.ir import Role, StepGraph, new_value, role
+from fxzero.graph import ops
+from fxzero.graph.step import Role, StepGraph, new_value, role
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from fxzero import ops
-from fxzero.ir import Phase, StepGraph
+from fxzero.graph import ops
+from fxzero.graph.step import Phase, StepGraph
 
 
 @dataclass(frozen=True)

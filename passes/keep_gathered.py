@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from fxzero.errors import PassOrderError
-from fxzero.ir import Phase, Role, StepGraph, gathered_params, members, new_value, wait_of
+from fxzero.graph.step import Phase, Role, StepGraph, gathered_params, members, new_value, wait_of
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fxzero.errors import PassOrderError
-from fxzero.ir import Role, StepGraph, members, set_inside
+from fxzero.graph.step import Role, StepGraph, members, set_inside
 
 
 @dataclass(frozen=True)

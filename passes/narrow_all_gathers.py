@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from fxzero.errors import PassOrderError
-from fxzero.ir import Role, StepGraph, set_wire_format
-from fxzero.wire import BLOCK_NUMEL, WireFormat, narrowed
+from fxzero.graph.step import Role, StepGraph, set_wire_format
+from fxzero.graph.wire import BLOCK_NUMEL, WireFormat, narrowed
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fxzero.errors import PassOrderError
-from fxzero.ir import Role, StepGraph, role, wait_of
+from fxzero.graph.step import Role, StepGraph, role, wait_of
 
 MIB = 2**20
 

@@ -10,11 +10,11 @@ from typing import Literal
 import torch
 from torch import fx
 
-from fxzero import ops
-from fxzero.aliasing import is_view, memory_of
-from fxzero.ir import Role, StepGraph, info, is_pointwise, role, tensor_bytes
-from fxzero.recompute import Copies, choose_saved, read_in_backward
-from fxzero.text import block_depth, block_of, format_bytes
+from fxzero.graph import ops
+from fxzero.graph.aliasing import is_view, memory_of
+from fxzero.graph.min_cut import Copies, choose_saved, read_in_backward
+from fxzero.graph.names import block_depth, block_of, format_bytes
+from fxzero.graph.step import Role, StepGraph, info, is_pointwise, role, tensor_bytes
 
 logger = logging.getLogger(__name__)
 aten = torch.ops.aten

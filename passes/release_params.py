@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fxzero import ops
-from fxzero.aliasing import in_memory_of
 from fxzero.errors import PassOrderError
-from fxzero.ir import Role, StepGraph, gathered_params, is_gather, members, release_of, started_by
+from fxzero.graph import ops
+from fxzero.graph.aliasing import in_memory_of
+from fxzero.graph.step import Role, StepGraph, gathered_params, is_gather, members, release_of, started_by
 
 
 @dataclass(frozen=True)

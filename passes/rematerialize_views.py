@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from fxzero.ir import Phase, Role, StepGraph, is_pure, role
-from fxzero.recompute import Copies
+from fxzero.graph.min_cut import Copies
+from fxzero.graph.step import Phase, Role, StepGraph, is_pure, role
 
 
 def computed_from_params(step: StepGraph) -> set[fx.Node]:

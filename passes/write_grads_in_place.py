@@ -9,10 +9,10 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from fxzero import ops
-from fxzero.aliasing import is_view
 from fxzero.errors import PassOrderError
-from fxzero.ir import NodeInfo, Role, StepGraph, grad_fqn, grad_of, info, new_value
+from fxzero.graph import ops
+from fxzero.graph.aliasing import is_view
+from fxzero.graph.step import NodeInfo, Role, StepGraph, grad_fqn, grad_of, info, new_value
 
 aten = torch.ops.aten
 

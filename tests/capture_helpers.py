@@ -10,8 +10,8 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from fxzero.capture import Captured, capture
-from fxzero.ir import Role, info
-from fxzero.layout import ParamSpec
+from fxzero.graph.layout import ParamSpec
+from fxzero.graph.step import Role, info
 from fxzero.signature import flatten_call
 
 

@@ -13,8 +13,8 @@ import fxzero
 from fxzero import ablation
 from fxzero.ablation import OPTIMIZATIONS, Optimization
 from fxzero.comm import Comm, LocalComm, PlanningComm
-from fxzero.ir import StepGraph
-from fxzero.layout import Bucket, ParamSpec, make_bucket
+from fxzero.graph.layout import Bucket, ParamSpec, make_bucket
+from fxzero.graph.step import StepGraph
 from fxzero.memory import Buffer
 from fxzero.passes import default_passes
 from fxzero.pipeline import run_passes

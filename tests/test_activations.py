@@ -13,7 +13,7 @@ from torch import nn
 
 import fxzero
 from fxzero.activations import activation_buffers, placed_temporaries
-from fxzero.aliasing import memory_of
+from fxzero.graph.aliasing import memory_of
 from fxzero.memory import live_bytes
 from fxzero.models import GPT, GPT_PRESETS, ROBERTA_PRESETS, RobertaForMaskedLM
 from fxzero.passes import default_passes

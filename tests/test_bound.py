@@ -13,8 +13,8 @@ from torch import fx, nn
 
 from fxzero.bound import lower_bound
 from fxzero.cost import GBIT, Cluster, Costs, Device, Link, roofline
-from fxzero.ir import Role, StepGraph, members
-from fxzero.mesh import Across
+from fxzero.graph.stages import Across
+from fxzero.graph.step import Role, StepGraph, members
 from fxzero.passes import default_passes
 from fxzero.planner import plan
 from fxzero.timeline import Event, events, play, simulate

@@ -18,7 +18,7 @@ from fxzero.budget import _most_bytes as most_bytes
 from fxzero.comm import PlanningComm
 from fxzero.errors import PlanError
 from fxzero.footprint import Footprint, Held, footprint, live_at
-from fxzero.ir import Role, copy_of, members
+from fxzero.graph.step import Role, copy_of, members
 from fxzero.memory import Buffer, MemoryPlan
 from fxzero.models import GPT, GPT_PRESETS
 from fxzero.passes import PrefetchAllGathers, default_passes

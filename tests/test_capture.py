@@ -11,7 +11,7 @@ from capture_helpers import check_against_eager, trace
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fxzero.ir import Phase, Role, info
+from fxzero.graph.step import Phase, Role, info
 
 
 class Tied(nn.Module):

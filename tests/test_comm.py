@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from fxzero.comm import Comm, LocalComm, PlanningComm, make_comm
 from fxzero.errors import PlanError
-from fxzero.layout import Bucket, ParamSpec
+from fxzero.graph.layout import Bucket, ParamSpec
 
 CPU = torch.device("cpu")
 

@@ -20,9 +20,19 @@ from fxzero.codegen import generate
 from fxzero.comm import PlanningComm
 from fxzero.cuda import Events, Placed, plan_cuda_events
 from fxzero.gradients import Stash, Variant
+from fxzero.graph.layout import LayoutName
+from fxzero.graph.step import (
+    Role,
+    StepGraph,
+    first_write,
+    is_gather,
+    is_inside,
+    operands,
+    role,
+    started_by,
+    wire_format,
+)
 from fxzero.hierarchy_shard import ShardedPlanningComm
-from fxzero.ir import Role, StepGraph, first_write, is_gather, is_inside, operands, role, started_by, wire_format
-from fxzero.layout import LayoutName
 from fxzero.passes import default_passes
 from fxzero.pipeline import run_passes
 from fxzero.streams import readers_of

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 import fxzero
 from fxzero.errors import PlanError
-from fxzero.ir import Role
-from fxzero.layout import LayoutName
+from fxzero.graph.layout import LayoutName
+from fxzero.graph.names import format_bytes
+from fxzero.graph.step import Role
 from fxzero.models import (
     GPT,
     GPT_PRESETS,
@@ -32,7 +33,6 @@ from fxzero.models import (
 )
 from fxzero.passes import NarrowAllGathers, NarrowReduceScatters, Pass, default_passes
 from fxzero.planner import plan
-from fxzero.text import format_bytes
 
 GOLDEN = Path(__file__).parent / "golden"
 KIB = 1024

@@ -23,7 +23,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("module",),
     ("options", "planner"),
     ("api",),
-    ("train", "commands", "__main__"),
+    ("train", "commands"),
+    ("__main__",),
     ("testing",),
 )
 """Folders and files of `fxzero/`: what stands in one line imports from the lines above it, and from itself."""

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fxzero.graph.layout import InterleavedBucket, ParamSpec
 from fxzero.interleave import copy_in, copy_out
-from fxzero.layout import InterleavedBucket, ParamSpec
 from fxzero.shards import unflatten
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]

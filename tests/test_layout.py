@@ -9,8 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxzero.interleave import gathered_members
-from fxzero.layout import (
+from fxzero.graph.layout import (
     ALIGNMENT_BYTES,
     Bucket,
     InterleavedBucket,
@@ -22,6 +21,7 @@ from fxzero.layout import (
     group_into_buckets,
     make_bucket,
 )
+from fxzero.interleave import gathered_members
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 layouts = st.sampled_from(["contiguous", "interleaved"])

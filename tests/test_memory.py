@@ -14,8 +14,8 @@ from fxzero.arena_plan import plan_arena
 from fxzero.comm import PlanningComm
 from fxzero.errors import MemoryOverlapError
 from fxzero.gradients import Stash, Variant
-from fxzero.ir import Role, is_gather, wait_of
-from fxzero.layout import ALIGNMENT_BYTES, LayoutName
+from fxzero.graph.layout import ALIGNMENT_BYTES, LayoutName
+from fxzero.graph.step import Role, is_gather, wait_of
 from fxzero.memory import Arena, Buffer, MemoryPlan, gather_buffers, gradient_buffers, plan_around, plan_memory
 from fxzero.passes import default_passes
 from fxzero.pipeline import run_passes

@@ -12,9 +12,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import fxzero
 from fxzero.comm import LocalComm, PlanningComm
+from fxzero.graph.layout import Bucket, ParamSpec
+from fxzero.graph.stages import sent_across_numel
 from fxzero.hierarchy import NcclHierarchy
-from fxzero.layout import Bucket, ParamSpec
-from fxzero.mesh import sent_across_numel
 from fxzero.nccl import NcclComm
 from fxzero.planner import plan
 from fxzero.testing import engine_of

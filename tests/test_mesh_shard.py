@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 import fxzero
+from fxzero.graph.layout import Bucket, ParamSpec
+from fxzero.graph.stages import stage_across, stage_inside
 from fxzero.hierarchy_shard import NcclShardedHierarchy, ShardedPlanningComm
-from fxzero.layout import Bucket, ParamSpec
-from fxzero.mesh import stage_across, stage_inside
 from fxzero.nccl import NcclComm
 from fxzero.passes import default_passes
 from fxzero.planner import plan
@@ -56,7 +56,7 @@ class TwoDimensions:
 
 
 def forward_gathers(schedule: fxzero.Schedule) -> list[tuple[Any, Any]]:
-    from fxzero.ir import Role, is_inside
+    from fxzero.graph.step import Role, is_inside
 
     return [(schedule.step, node) for node in schedule.step.nodes(Role.ALL_GATHER) if not is_inside(node)]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn, optim
 
 from fxzero.errors import OptimizerError
-from fxzero.layout import ParamSpec, Slice
+from fxzero.graph.layout import ParamSpec, Slice
 from fxzero.optim import ELEMENTWISE, REFUSED, OptimizerGuard, ParamShard, check_optimizer, cut_state
 
 CPU = torch.device("cpu")

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 import fxzero
 from fxzero.errors import PassOrderError, ScheduleError
-from fxzero.ir import Role, StepGraph
+from fxzero.graph.step import Role, StepGraph
+from fxzero.graph.verify import verify_plan
 from fxzero.passes import InsertAllGathers, InsertReduceScatters, ReleaseParams, RematerializeViews, default_passes
 from fxzero.pipeline import pass_name, run_passes
 from fxzero.planner import plan
 from fxzero.testing import run_ranks
-from fxzero.verify import verify_plan
 from tests.distributed import pass_list_workers, replicated
 from tests.random_net import WIDTH, NetSpec, RandomNet, choose_net, random_net
 from tests.toy import toy_step

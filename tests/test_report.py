@@ -11,8 +11,8 @@ from torch import nn
 
 import fxzero
 from fxzero.errors import FxzeroError
+from fxzero.graph.layout import LayoutName
 from fxzero.host.memory_in_use import MemoryGauge
-from fxzero.layout import LayoutName
 from fxzero.models import GPT, GPT_PRESETS
 from fxzero.schedule import Schedule
 from fxzero.testing import engine_of

@@ -8,11 +8,11 @@ from torch import nn
 
 from fxzero.cost import Cluster, Device, Link, flops, roofline, rounded
 from fxzero.errors import FxzeroError, PlanError
-from fxzero.ir import Phase, Role
+from fxzero.graph.step import Phase, Role
+from fxzero.graph.traffic import Sent
 from fxzero.passes import default_passes
 from fxzero.planner import plan
 from fxzero.timeline import Event, Key, play, simulate
-from fxzero.traffic import Sent
 
 FAST = Link(bytes_per_s=100.0)
 

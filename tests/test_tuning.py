@@ -14,7 +14,7 @@ from torch import fx, nn
 from fxzero.capture import capture
 from fxzero.cost import GBIT, Cluster, Costs, Device, Link, roofline
 from fxzero.costing import CostModel, choose_sizes
-from fxzero.ir import Role, StepGraph, copy_of, members, role
+from fxzero.graph.step import Role, StepGraph, copy_of, members, role
 from fxzero.passes import (
     BucketAllGathers,
     GathersFirst,

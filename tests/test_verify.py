@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import fx
 
-from fxzero import errors, ops
-from fxzero.ir import (
+from fxzero import errors
+from fxzero.graph import ops
+from fxzero.graph.step import (
     Role,
     StepGraph,
     gathered_params,
@@ -21,6 +22,8 @@ from fxzero.ir import (
     slot_fqn,
     wait_of,
 )
+from fxzero.graph.verify import verify_graph, verify_plan
+from fxzero.graph.wire import WireFormat
 from fxzero.passes import (
     InsertAllGathers,
     InsertReduceScatters,
@@ -30,8 +33,6 @@ from fxzero.passes import (
     default_passes,
 )
 from fxzero.pipeline import run_passes
-from fxzero.verify import verify_graph, verify_plan
-from fxzero.wire import WireFormat
 from tests.toy import toy_step
 
 aten = torch.ops.aten

@@ -16,11 +16,11 @@ from torch.profiler import ProfilerActivity, profile
 import fxzero
 from fxzero.comm import Bound, PlanningComm
 from fxzero.gloo import GlooComm
-from fxzero.layout import Bucket, ParamSpec
+from fxzero.graph.layout import Bucket, ParamSpec
+from fxzero.graph.wire import WireFormat, on_wire, split_rows
 from fxzero.narrow import bind_narrow_reduce, pack, reduce_scratch_nbytes, unpack
 from fxzero.passes import NarrowAllGathers, NarrowReduceScatters, default_passes
 from fxzero.planner import plan
-from fxzero.wire import WireFormat, on_wire, split_rows
 from tests.distributed import replicated
 
 BF16, INT8 = WireFormat(torch.bfloat16), WireFormat(torch.int8, 256)

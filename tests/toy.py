@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxzero import ops
-from fxzero.ir import META_KEY, NodeInfo, Role, StepGraph
-from fxzero.layout import ParamSpec
+from fxzero.graph import ops
+from fxzero.graph.layout import ParamSpec
+from fxzero.graph.step import META_KEY, NodeInfo, Role, StepGraph
 
 aten = torch.ops.aten
 

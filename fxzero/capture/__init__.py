@@ -23,8 +23,8 @@ from fxzero.capture.functional import functionalize, has_in_place_operators
 from fxzero.capture.joint import Request, no_autocast, trace_joint
 from fxzero.capture.outputs import OutputSpec
 from fxzero.capture.temporaries import make_temporaries_functional
-from fxzero.ir import StepGraph
-from fxzero.layout import ParamSpec
+from fxzero.graph.layout import ParamSpec
+from fxzero.graph.step import StepGraph
 from fxzero.signature import flatten_call
 
 __all__ = ["Captured", "OutputSpec", "capture"]

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxzero import torch_internals
-from fxzero.aliasing import is_view
 from fxzero.capture.batch_norm import writes_undeclared
 from fxzero.capture.joint import Joint
 from fxzero.errors import CaptureError
-from fxzero.ir import META_KEY, NodeInfo, Role, StepGraph, info, role
-from fxzero.layout import ParamSpec
+from fxzero.graph.aliasing import is_view
+from fxzero.graph.layout import ParamSpec
+from fxzero.graph.step import META_KEY, NodeInfo, Role, StepGraph, info, role
 
 aten = torch.ops.aten
 

@@ -17,15 +17,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxzero import ops, torch_internals
+from fxzero import torch_internals
 from fxzero.capture.batch_norm import run_declared, writes_undeclared
 from fxzero.capture.draws import Draws, no_draws_of_python, numbered_draws
 from fxzero.capture.outputs import OutputSpec, flatten_output, loss_index
 from fxzero.capture.provenance import Recorder, autograd_nodes
 from fxzero.capture.state import FakeState, swapped_tensors, unchanged_attributes
 from fxzero.errors import CaptureError, InputMismatchError
-from fxzero.ir import META_KEY, NodeInfo, Role
-from fxzero.layout import ParamSpec
+from fxzero.graph import ops
+from fxzero.graph.layout import ParamSpec
+from fxzero.graph.step import META_KEY, NodeInfo, Role
 from fxzero.signature import replace_tensors
 
 

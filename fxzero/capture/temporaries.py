@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from fxzero import torch_internals
-from fxzero.aliasing import is_view
+from fxzero.graph.aliasing import is_view
 
 aten = torch.ops.aten
 

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 import fxzero
-from fxzero.text import format_bytes
+from fxzero.graph.names import format_bytes
 from fxzero.train.batches import IGNORED, Batches, Windows, generator_of
 from fxzero.train.export import TensorSpec, tied_names
 from fxzero.train.models import ARCHITECTURES, build, config_of, default_lr, initializer

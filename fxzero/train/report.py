@@ -10,7 +10,7 @@ from typing import TextIO
 
 import torch
 
-from fxzero.text import format_bytes
+from fxzero.graph.names import format_bytes
 
 METRICS_FILE = "metrics.jsonl"
 PICTURE_FILE = "loss.png"

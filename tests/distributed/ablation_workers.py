@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 import fxzero
 from fxzero.ablation import Without
 from fxzero.comm import Comm
-from fxzero.layout import Bucket, ParamSpec
+from fxzero.graph.layout import Bucket, ParamSpec
 from fxzero.tensor_lists import with_tensor_lists
 from fxzero.testing import engine_of
 from fxzero.transient import TransientMemory

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxzero
+from fxzero.graph.layout import LayoutName
 from fxzero.interleave import gathered_members
-from fxzero.layout import LayoutName
 from fxzero.passes import default_passes
 from fxzero.testing import engine_of
 from tests.distributed import replicated

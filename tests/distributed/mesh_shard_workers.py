@@ -13,10 +13,10 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import fxzero
 from fxzero.comm import Bound, make_comm
+from fxzero.graph.layout import Bucket
+from fxzero.graph.stages import Hierarchy, group_of_mesh, stage_inside
 from fxzero.hierarchy import HierarchicalComm
 from fxzero.hierarchy_shard import GlooShardedHierarchy, NcclShardedHierarchy
-from fxzero.layout import Bucket
-from fxzero.mesh import Hierarchy, group_of_mesh, stage_inside
 from fxzero.nccl import NcclComm
 from fxzero.passes import default_passes
 from fxzero.testing import engine_of

@@ -13,9 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import fxzero
 from fxzero.comm import make_comm
+from fxzero.graph.layout import Bucket
+from fxzero.graph.stages import Across, Hierarchy, group_of_mesh
 from fxzero.hierarchy import GlooAcross, GlooHierarchy, HierarchicalComm, NcclHierarchy
-from fxzero.layout import Bucket
-from fxzero.mesh import Across, Hierarchy, group_of_mesh
 from fxzero.nccl import NcclComm
 from fxzero.passes import default_passes
 from fxzero.testing import engine_of

@@ -18,8 +18,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import fxzero
 from fxzero import activations
-from fxzero.layout import LayoutName
-from fxzero.mesh import Across
+from fxzero.graph.layout import LayoutName
+from fxzero.graph.stages import Across
 from fxzero.models import GPT, GPT_PRESETS, MLP, MLP_PRESETS, ROBERTA_PRESETS, RobertaForMaskedLM
 from fxzero.passes import default_passes
 from fxzero.testing import engine_of

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from fxzero.comm import Comm, GroupComm, LocalComm, make_comm
 from fxzero.errors import CommunicationError
 from fxzero.gloo import GlooComm
-from fxzero.layout import Bucket, ParamSpec
+from fxzero.graph.layout import Bucket, ParamSpec
 from fxzero.nccl import NcclComm
 from fxzero.testing import run_ranks
 

@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import fxzero
 from fxzero.gloo import GlooComm
-from fxzero.layout import Layout, LayoutName
-from fxzero.mesh import Across
+from fxzero.graph.layout import Layout, LayoutName
+from fxzero.graph.stages import Across
 from fxzero.passes import default_passes
 from fxzero.testing import engine_of
 from tests.distributed import replicated

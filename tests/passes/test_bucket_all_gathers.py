@@ -4,7 +4,7 @@ import pytest
 from expecttest import assert_expected_inline
 
 from fxzero.errors import PassOrderError
-from fxzero.ir import Role, members
+from fxzero.graph.step import Role, members
 from fxzero.passes import BucketAllGathers, InsertAllGathers, ReleaseParams, RematerializeViews
 from fxzero.pipeline import run_passes
 from fxzero.schedule import format_schedule

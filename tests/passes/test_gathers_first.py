@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from fxzero.errors import PassOrderError
-from fxzero.ir import Role, StepGraph, members
+from fxzero.graph.step import Role, StepGraph, members
 from fxzero.passes import GathersFirst, InsertAllGathers, InsertReduceScatters, RematerializeViews, SinkWaits
 from fxzero.pipeline import run_passes
 from fxzero.schedule import format_schedule

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from expecttest import assert_expected_inline
 
-from fxzero.ir import Role
+from fxzero.graph.step import Role
 from fxzero.passes import InsertReduceScatters
 from fxzero.pipeline import run_passes
 from fxzero.schedule import format_schedule

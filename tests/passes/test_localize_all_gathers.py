@@ -5,7 +5,9 @@ import torch
 from expecttest import assert_expected_inline
 
 from fxzero.errors import InsideGatherError, PassOrderError
-from fxzero.ir import Role, StepGraph, is_inside, set_inside, set_wire_format, wire_format
+from fxzero.graph.step import Role, StepGraph, is_inside, set_inside, set_wire_format, wire_format
+from fxzero.graph.verify import collectives, verify_graph
+from fxzero.graph.wire import WireFormat
 from fxzero.passes import (
     BucketAllGathers,
     InsertAllGathers,
@@ -16,8 +18,6 @@ from fxzero.passes import (
 )
 from fxzero.pipeline import run_passes
 from fxzero.schedule import format_schedule, format_table, totals
-from fxzero.verify import collectives, verify_graph
-from fxzero.wire import WireFormat
 from tests.toy import toy_step
 
 BEFORE = (RematerializeViews(), InsertAllGathers())

@@ -5,12 +5,12 @@ import torch
 from expecttest import assert_expected_inline
 
 from fxzero.errors import PassOrderError, WireFormatError
-from fxzero.ir import Role, wire_format
+from fxzero.graph.step import Role, wire_format
+from fxzero.graph.verify import collectives
+from fxzero.graph.wire import WireFormat
 from fxzero.passes import BucketAllGathers, InsertAllGathers, NarrowAllGathers, RematerializeViews, default_passes
 from fxzero.pipeline import run_passes
 from fxzero.schedule import format_schedule, format_table, totals
-from fxzero.verify import collectives
-from fxzero.wire import WireFormat
 from tests.toy import toy_step
 
 BEFORE = (RematerializeViews(), InsertAllGathers())

@@ -4,7 +4,7 @@ import pytest
 from expecttest import assert_expected_inline
 
 from fxzero.errors import PassOrderError
-from fxzero.ir import Role
+from fxzero.graph.step import Role
 from fxzero.passes import InsertAllGathers, PrefetchAllGathers, RematerializeViews
 from fxzero.pipeline import run_passes
 from fxzero.schedule import format_diff, format_schedule

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fxzero
 from fxzero.activations import activation_buffers
-from fxzero.ir import Phase, Role, StepGraph, info, is_random, role
+from fxzero.graph.step import Phase, Role, StepGraph, info, is_random, role
 from fxzero.passes import RecomputeActivations, default_passes
 from fxzero.schedule import totals
 from tests.toy import toy_step

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from expecttest import assert_expected_inline
 
-from fxzero.ir import Phase, Role, info, role
+from fxzero.graph.step import Phase, Role, info, role
 from fxzero.passes import RematerializeViews
 from tests.toy import toy_step
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import fxzero
-from fxzero import ops
 from fxzero.errors import PassOrderError
-from fxzero.ir import Role, written_in_place
+from fxzero.graph import ops
+from fxzero.graph.step import Role, written_in_place
 from fxzero.models import GPT, GPT_PRESETS, ROBERTA_PRESETS, RobertaForMaskedLM
 from fxzero.passes import InsertReduceScatters, WriteGradsInPlace
 from fxzero.pipeline import run_passes

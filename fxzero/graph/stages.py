@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from fxzero.errors import InputMismatchError
-from fxzero.layout import Bucket
+from fxzero.graph.layout import Bucket
 
 Across: TypeAlias = Literal["replicate", "shard"]
 """What nodes are to each other: replicas, or holders of parts of the same shards."""

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from fxzero.aliasing import in_memory_of, memory_of, written_by
 from fxzero.errors import (
     BucketError,
     DoubleReleaseError,
@@ -26,7 +25,9 @@ from fxzero.errors import (
     UseAfterReleaseError,
     WireFormatError,
 )
-from fxzero.ir import (
+from fxzero.graph.aliasing import in_memory_of, memory_of, written_by
+from fxzero.graph.names import bucket_label, describe
+from fxzero.graph.step import (
     Phase,
     Role,
     StepGraph,
@@ -44,8 +45,7 @@ from fxzero.ir import (
     wire_format,
     written_in_place,
 )
-from fxzero.text import bucket_label, describe
-from fxzero.wire import WireFormat
+from fxzero.graph.wire import WireFormat
 
 
 @dataclass

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from torch import fx
 
-from fxzero.ir import StepGraph, is_gather, is_inside
-from fxzero.layout import Bucket
-from fxzero.mesh import sent_across_numel, stage_inside
+from fxzero.graph.layout import Bucket
+from fxzero.graph.stages import sent_across_numel, stage_inside
+from fxzero.graph.step import StepGraph, is_gather, is_inside
 
 
 class Sent(NamedTuple):

@@ -18,8 +18,8 @@ from typing import Any
 import networkx as nx
 from torch import fx
 
-from fxzero.aliasing import memory_of, written_by
-from fxzero.ir import NodeInfo, Phase, Role, StepGraph, info, is_pure, role, tensor_bytes
+from fxzero.graph.aliasing import memory_of, written_by
+from fxzero.graph.step import NodeInfo, Phase, Role, StepGraph, info, is_pure, role, tensor_bytes
 
 
 class Copies:

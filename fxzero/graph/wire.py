@@ -15,7 +15,7 @@ from functools import cached_property
 
 import torch
 
-from fxzero.layout import Bucket, align
+from fxzero.graph.layout import Bucket, align
 
 BLOCK_NUMEL = 256
 """Elements that share a scale: 1.6 % more bytes than the values alone."""

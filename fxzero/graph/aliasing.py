@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from fxzero import torch_internals
-from fxzero.ir import Role, role
+from fxzero.graph.step import Role, role
 
 
 def is_view(node: fx.Node) -> bool:

@@ -21,7 +21,7 @@ from torch import fx
 
 
 def _only_in_a_graph(name: str) -> NoReturn:
-    raise RuntimeError(f"fxzero.ops.{name} is a word of the schedule; the code generator replaces it")
+    raise RuntimeError(f"fxzero.graph.ops.{name} is a word of the schedule; the code generator replaces it")
 
 
 @fx.has_side_effect

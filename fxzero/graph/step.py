@@ -19,10 +19,11 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from fxzero import ops, torch_internals
-from fxzero.layout import Bucket, LayoutName, ParamSpec, make_bucket
-from fxzero.mesh import stage_inside
-from fxzero.wire import WireFormat, on_wire
+from fxzero import torch_internals
+from fxzero.graph import ops
+from fxzero.graph.layout import Bucket, LayoutName, ParamSpec, make_bucket
+from fxzero.graph.stages import stage_inside
+from fxzero.graph.wire import WireFormat, on_wire
 
 META_KEY = "fxzero"
 

@@ -6,7 +6,7 @@ import itertools
 
 from torch import fx
 
-from fxzero.ir import Role, StepGraph, first_write, is_gather, members, operands, release_of, wait_of
+from fxzero.graph.step import Role, StepGraph, first_write, is_gather, members, operands, release_of, wait_of
 
 
 def live_from(step: StepGraph, start: fx.Node, positions: dict[fx.Node, int]) -> fx.Node:
