@@ -32,7 +32,7 @@ from typing import Literal, TypeAlias
 import torch
 
 from fxzero.clip import clip_each_grad_norm_, clip_grad_norm_
-from fxzero.comm import Comm
+from fxzero.comm.base import Comm
 from fxzero.gradients import Gradients
 from fxzero.graph.layout import LayoutName
 from fxzero.passes import BucketAllGathers, Pass, PrefetchAllGathers, SinkWaits

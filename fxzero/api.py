@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from fxzero import ablation, agree, ownership, state
+from fxzero import ablation, ownership, state
+from fxzero.comm import agree
 from fxzero.cost import Cluster
 from fxzero.engine import Engine
 from fxzero.errors import FxzeroError, OptimizerError

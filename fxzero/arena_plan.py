@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import fx
 
 from fxzero.activations import placed_temporaries
-from fxzero.comm import Comm
+from fxzero.comm.base import Comm
+from fxzero.comm.wire_copies import reduce_scratch_nbytes
 from fxzero.cuda import Placed
 from fxzero.gradients import Variant
 from fxzero.graph.layout import ALIGNMENT_BYTES, align
@@ -22,7 +23,6 @@ from fxzero.memory import (
     staging_buffers,
     working_buffers,
 )
-from fxzero.narrow import reduce_scratch_nbytes
 
 EFFORT = 5
 """Of the search for the arena's offsets: a fraction of a second where the lower bound is out of reach."""

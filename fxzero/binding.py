@@ -16,7 +16,8 @@ from torch import fx
 from fxzero import torch_internals
 from fxzero.arena_plan import is_partial, scratch_nbytes
 from fxzero.codegen import NAMES_IN_SOURCE, PLACE_PREFIX, Code, generate
-from fxzero.comm import Bound, Comm, in_turn
+from fxzero.comm.base import Bound, Comm, in_turn
+from fxzero.comm.wire_copies import bind_narrow_reduce, pack, unpack
 from fxzero.cuda import Events, Placed, plan_cuda_events
 from fxzero.errors import PlanError
 from fxzero.gradients import Gradients, Stash, Variant
@@ -39,7 +40,6 @@ from fxzero.interleave import copy_in, copy_out
 from fxzero.memory import (
     Arena,
 )
-from fxzero.narrow import bind_narrow_reduce, pack, unpack
 from fxzero.shards import Shards, unflatten
 from fxzero.stopwatch import Stopwatch
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from fxzero.comm import Comm
+from fxzero.comm.base import Comm
 from fxzero.errors import PlanError
 from fxzero.footprint import Footprint, Held, footprint, live_at
 from fxzero.graph.liveness import live_until

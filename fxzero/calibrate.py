@@ -13,12 +13,12 @@ from datetime import timedelta
 
 import torch
 
-from fxzero import agree
-from fxzero.comm import Comm
+from fxzero.comm import agree
+from fxzero.comm.base import Comm
+from fxzero.comm.nodes_replicate import HierarchicalComm
 from fxzero.cost import Cluster, Device, Link, rounded
 from fxzero.graph.layout import ALIGNMENT_BYTES, Bucket, ParamSpec
 from fxzero.graph.stages import Group
-from fxzero.hierarchy import HierarchicalComm
 
 SMALL_BYTES, LARGE_BYTES = 2**14, 2**22
 """Of the messages that latency and bandwidth are measured with, per rank that receives."""

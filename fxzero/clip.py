@@ -7,7 +7,7 @@ from functools import reduce
 
 import torch
 
-from fxzero.comm import Comm
+from fxzero.comm.base import Comm
 from fxzero.errors import PlanError
 from fxzero.gradients import Gradients
 from fxzero.graph.layout import ALIGNMENT_BYTES

@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fxzero import ablation, agree, state, torch_internals
+from fxzero import ablation, state, torch_internals
 from fxzero.autograd import Call, StepFunction
 from fxzero.capture import Captured, capture
-from fxzero.comm import Comm, PlanningComm, make_comm
+from fxzero.comm import agree
+from fxzero.comm.base import Comm, PlanningComm, make_comm
 from fxzero.errors import CaptureError, FxzeroError, InputMismatchError
 from fxzero.fitting import Fitting
 from fxzero.gradients import Gradients, Stash

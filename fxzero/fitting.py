@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fxzero import agree
 from fxzero.budget import AUTO_SHARE, Choice, choose, free_bytes, least, must_choose
+from fxzero.comm import agree
 from fxzero.footprint import Footprint, Held, footprint, held_by
 from fxzero.graph.names import format_bytes
 from fxzero.graph.step import StepGraph

@@ -15,7 +15,7 @@ from itertools import accumulate
 
 from fxzero.activations import activation_buffers, placed_temporaries
 from fxzero.arena_plan import plan_arena
-from fxzero.comm import Comm
+from fxzero.comm.base import Comm
 from fxzero.gradients import Stash, Variant
 from fxzero.graph.layout import Bucket, Layout
 from fxzero.graph.step import StepGraph

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-from fxzero import agree
+from fxzero.comm import agree
 from fxzero.errors import PlanError
 from fxzero.graph.stages import Group
 from fxzero.signature import CallSpec, is_tensor_leaf

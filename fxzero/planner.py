@@ -19,7 +19,8 @@ from torch import nn
 from fxzero.budget import Choice, choose, must_choose
 from fxzero.capture import Captured, capture
 from fxzero.codegen import generate
-from fxzero.comm import PlanningComm
+from fxzero.comm.base import PlanningComm
+from fxzero.comm.nodes_share import ShardedPlanningComm
 from fxzero.cost import Cluster
 from fxzero.costing import CostModel, choose_sizes, optimizer_bytes
 from fxzero.footprint import Held, footprint, held_by
@@ -28,7 +29,6 @@ from fxzero.graph.names import bucket_label
 from fxzero.graph.stages import Across, check_across
 from fxzero.graph.step import Role, StepGraph, members
 from fxzero.graph.verify import verify_plan
-from fxzero.hierarchy_shard import ShardedPlanningComm
 from fxzero.host.gc_pause import collector_paused
 from fxzero.optim import state_per_element
 from fxzero.passes import BucketAllGathers, Pass, default_passes

@@ -16,7 +16,7 @@ from fxzero.arena_plan import plan_arena
 from fxzero.binding import Binder
 from fxzero.capture import Captured
 from fxzero.codegen import Code
-from fxzero.comm import Comm
+from fxzero.comm.base import Comm
 from fxzero.errors import CommunicationError
 from fxzero.gradients import Gradients, Stash, Variant
 from fxzero.graph.aliasing import aliases, base

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from fxzero.comm import Comm
+from fxzero.comm.base import Comm
 from fxzero.errors import InputMismatchError
 from fxzero.graph.layout import Bucket, Layout, ParamSpec
 from fxzero.memory import storage_view

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from fxzero import agree, torch_internals
-from fxzero.comm import PlanningComm
+from fxzero import torch_internals
+from fxzero.comm import agree
+from fxzero.comm.base import PlanningComm
 from fxzero.errors import CheckpointError
 from fxzero.interleave import gathered_members
 from fxzero.materialize import check_meta_model, initialize, rng_state

@@ -14,11 +14,11 @@ from collections.abc import Callable
 import torch.distributed as dist
 from torch import Tensor
 
-from fxzero.comm import Bound, Comm, GroupComm, LocalComm, PlanningComm
+from fxzero.comm.base import Bound, Comm, GroupComm, LocalComm, PlanningComm
+from fxzero.comm.gloo import GlooComm
+from fxzero.comm.nccl import NcclComm
 from fxzero.errors import CommunicationError
-from fxzero.gloo import GlooComm
 from fxzero.graph.layout import Bucket
-from fxzero.nccl import NcclComm
 
 
 class _TensorLists(GroupComm):

@@ -12,7 +12,7 @@ from torch import nn
 import fxzero
 from fxzero import ablation
 from fxzero.ablation import OPTIMIZATIONS, Optimization
-from fxzero.comm import Comm, LocalComm, PlanningComm
+from fxzero.comm.base import Comm, LocalComm, PlanningComm
 from fxzero.graph.layout import Bucket, ParamSpec, make_bucket
 from fxzero.graph.step import StepGraph
 from fxzero.memory import Buffer

@@ -17,7 +17,7 @@ from torch.distributed import (  # pyright: ignore[reportPrivateImportUsage]
     Store,
 )
 
-from fxzero.agree import Agreement, agree, describe, report_failure, reporting_failure
+from fxzero.comm.agree import Agreement, agree, describe, report_failure, reporting_failure
 from fxzero.errors import RankMismatchError
 
 

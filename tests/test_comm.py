@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fxzero.comm import Comm, LocalComm, PlanningComm, make_comm
+from fxzero.comm.base import Comm, LocalComm, PlanningComm, make_comm
 from fxzero.errors import PlanError
 from fxzero.graph.layout import Bucket, ParamSpec
 

@@ -17,7 +17,8 @@ from torch import fx
 
 from fxzero.arena_plan import plan_arena
 from fxzero.codegen import generate
-from fxzero.comm import PlanningComm
+from fxzero.comm.base import PlanningComm
+from fxzero.comm.nodes_share import ShardedPlanningComm
 from fxzero.cuda import Events, Placed, plan_cuda_events
 from fxzero.gradients import Stash, Variant
 from fxzero.graph.layout import LayoutName
@@ -32,7 +33,6 @@ from fxzero.graph.step import (
     started_by,
     wire_format,
 )
-from fxzero.hierarchy_shard import ShardedPlanningComm
 from fxzero.passes import default_passes
 from fxzero.pipeline import run_passes
 from fxzero.streams import readers_of

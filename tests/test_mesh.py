@@ -11,11 +11,11 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import fxzero
-from fxzero.comm import LocalComm, PlanningComm
+from fxzero.comm.base import LocalComm, PlanningComm
+from fxzero.comm.nccl import NcclComm
+from fxzero.comm.nodes_replicate import NcclHierarchy
 from fxzero.graph.layout import Bucket, ParamSpec
 from fxzero.graph.stages import sent_across_numel
-from fxzero.hierarchy import NcclHierarchy
-from fxzero.nccl import NcclComm
 from fxzero.planner import plan
 from fxzero.testing import engine_of
 

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 import fxzero
+from fxzero.comm.nccl import NcclComm
+from fxzero.comm.nodes_share import NcclShardedHierarchy, ShardedPlanningComm
 from fxzero.graph.layout import Bucket, ParamSpec
 from fxzero.graph.stages import stage_across, stage_inside
-from fxzero.hierarchy_shard import NcclShardedHierarchy, ShardedPlanningComm
-from fxzero.nccl import NcclComm
 from fxzero.passes import default_passes
 from fxzero.planner import plan
 from fxzero.testing import engine_of

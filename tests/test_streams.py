@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from torch import fx
 from toy import toy_step
 
+from fxzero.comm.nccl import NcclComm
 from fxzero.errors import ScheduleError
 from fxzero.graph.aliasing import is_view
 from fxzero.graph.layout import Bucket, ParamSpec
 from fxzero.graph.step import Role, StepGraph, is_gather, members, role, started_by
-from fxzero.nccl import NcclComm
 from fxzero.passes import default_passes
 from fxzero.pipeline import run_passes
 from fxzero.streams import BEGIN, CudaStreams, EventEdge, Queue, plan_events, queues_of, requirements

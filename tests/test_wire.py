@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import fxzero
-from fxzero.comm import Bound, PlanningComm
-from fxzero.gloo import GlooComm
+from fxzero.comm.base import Bound, PlanningComm
+from fxzero.comm.gloo import GlooComm
+from fxzero.comm.wire_copies import bind_narrow_reduce, pack, reduce_scratch_nbytes, unpack
 from fxzero.graph.layout import Bucket, ParamSpec
 from fxzero.graph.wire import WireFormat, on_wire, split_rows
-from fxzero.narrow import bind_narrow_reduce, pack, reduce_scratch_nbytes, unpack
 from fxzero.passes import NarrowAllGathers, NarrowReduceScatters, default_passes
 from fxzero.planner import plan
 from tests.distributed import replicated

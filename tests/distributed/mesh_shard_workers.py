@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import fxzero
-from fxzero.comm import Bound, make_comm
+from fxzero.comm.base import Bound, make_comm
+from fxzero.comm.nccl import NcclComm
+from fxzero.comm.nodes_replicate import HierarchicalComm
+from fxzero.comm.nodes_share import GlooShardedHierarchy, NcclShardedHierarchy
 from fxzero.graph.layout import Bucket
 from fxzero.graph.stages import Hierarchy, group_of_mesh, stage_inside
-from fxzero.hierarchy import HierarchicalComm
-from fxzero.hierarchy_shard import GlooShardedHierarchy, NcclShardedHierarchy
-from fxzero.nccl import NcclComm
 from fxzero.passes import default_passes
 from fxzero.testing import engine_of
 from tests.distributed import replicated

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from fxzero.agree import agree, reporting_failure
+from fxzero.comm.agree import agree, reporting_failure
 from fxzero.errors import CaptureError, CommunicationError, RankMismatchError
 from fxzero.testing import run_ranks
 

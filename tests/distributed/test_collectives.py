@@ -13,11 +13,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fxzero.comm import Comm, GroupComm, LocalComm, make_comm
+from fxzero.comm.base import Comm, GroupComm, LocalComm, make_comm
+from fxzero.comm.gloo import GlooComm
+from fxzero.comm.nccl import NcclComm
 from fxzero.errors import CommunicationError
-from fxzero.gloo import GlooComm
 from fxzero.graph.layout import Bucket, ParamSpec
-from fxzero.nccl import NcclComm
 from fxzero.testing import run_ranks
 
 CPU = torch.device("cpu")

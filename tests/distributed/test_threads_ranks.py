@@ -8,36 +8,36 @@ import threading
 import pytest
 import torch
 
-from fxzero import threads
-from fxzero.comm import make_comm
+from fxzero.comm import gloo_threads
+from fxzero.comm.base import make_comm
 from fxzero.testing import run_ranks
 
 
 def slices(rank: int, world_size: int) -> tuple[list[int], list[int], int]:
     """The slices of gloo's threads before and after a Comm is made, and that of this thread."""
-    found = threads.message_threads()
-    before = [threads.slice_ns(thread) for thread in found]
+    found = gloo_threads.message_threads()
+    before = [gloo_threads.slice_ns(thread) for thread in found]
     nice = [os.getpriority(os.PRIO_PROCESS, thread) for thread in found]
     make_comm(None, torch.device("cpu"))
     assert [os.getpriority(os.PRIO_PROCESS, thread) for thread in found] == nice
-    return before, [threads.slice_ns(thread) for thread in found], threads.slice_ns(threading.get_native_id())
+    return before, [gloo_threads.slice_ns(thread) for thread in found], gloo_threads.slice_ns(threading.get_native_id())
 
 
-@pytest.mark.skipif(threads.slice_ns(threading.get_native_id()) == 0, reason="the kernel knows no slices")
+@pytest.mark.skipif(gloo_threads.slice_ns(threading.get_native_id()) == 0, reason="the kernel knows no slices")
 def test_message_threads_come_first_when_they_wake() -> None:
     for before, after, own in run_ranks(2, slices):
         assert before, "gloo's threads have another name"
         assert all(slice_ns == own for slice_ns in before)
-        assert after == [threads.SLICE_NS] * len(before)
-        assert own > threads.SLICE_NS
+        assert after == [gloo_threads.SLICE_NS] * len(before)
+        assert own > gloo_threads.SLICE_NS
 
 
 def test_a_process_without_gloo_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads, "LOOP", "no such thread")
-    assert threads.hurry_message_threads() == 0
+    monkeypatch.setattr(gloo_threads, "LOOP", "no such thread")
+    assert gloo_threads.hurry_message_threads() == 0
 
 
 def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads.platform, "system", lambda: "Darwin")
-    assert threads.hurry_message_threads() == 0
-    assert threads.slice_ns(1) == 0
+    monkeypatch.setattr(gloo_threads.platform, "system", lambda: "Darwin")
+    assert gloo_threads.hurry_message_threads() == 0
+    assert gloo_threads.slice_ns(1) == 0

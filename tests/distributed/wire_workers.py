@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import fxzero
-from fxzero.gloo import GlooComm
+from fxzero.comm.gloo import GlooComm
 from fxzero.graph.layout import Layout, LayoutName
 from fxzero.graph.stages import Across
 from fxzero.passes import default_passes

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fxzero import torch_internals
-from fxzero.comm import Bound, GroupComm
+from fxzero.comm.base import Bound, GroupComm
 from fxzero.graph.layout import Bucket
 
 

@@ -334,10 +334,10 @@ def make_comm(group: Group | None, device: torch.device) -> Comm:
     Raises:
         ValueError: the group has no backend for this device that fxzero knows.
     """
-    from fxzero.gloo import GlooComm
-    from fxzero.hierarchy import make_hierarchical_comm
-    from fxzero.hierarchy_shard import make_sharded_comm
-    from fxzero.nccl import NcclComm
+    from fxzero.comm.gloo import GlooComm
+    from fxzero.comm.nccl import NcclComm
+    from fxzero.comm.nodes_replicate import make_hierarchical_comm
+    from fxzero.comm.nodes_share import make_sharded_comm
 
     if isinstance(group, Hierarchy):
         return (make_sharded_comm if group.shards_across else make_hierarchical_comm)(group, device)

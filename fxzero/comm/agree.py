@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from fxzero import torch_internals
-from fxzero.comm import resolve_group
+from fxzero.comm.base import resolve_group
 from fxzero.errors import CommunicationError, RankMismatchError
 from fxzero.graph.stages import Group, Hierarchy
 

@@ -25,11 +25,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fxzero import torch_internals
-from fxzero.comm import Bound, Comm, GroupComm, LocalComm, PlanningComm, in_turn, unknown_backend
-from fxzero.gloo import GlooComm, message_tag
+from fxzero.comm.base import Bound, Comm, GroupComm, LocalComm, PlanningComm, in_turn, unknown_backend
+from fxzero.comm.gloo import GlooComm, message_tag
+from fxzero.comm.nccl import NcclComm
 from fxzero.graph.layout import Bucket
 from fxzero.graph.stages import Hierarchy
-from fxzero.nccl import NcclComm
 
 Stage = tuple[Callable[[], object], Callable[[], object]]
 """The start and the end of a part of a collective."""

@@ -19,10 +19,10 @@ from collections.abc import Iterable, Sequence
 import torch.distributed as dist
 from torch import Tensor
 
-from fxzero.comm import Bound, GroupComm
+from fxzero.comm.base import Bound, GroupComm
+from fxzero.comm.gloo_threads import hurry_message_threads
 from fxzero.errors import CommunicationError
 from fxzero.graph.layout import Bucket
-from fxzero.threads import hurry_message_threads
 
 
 def message_tag(word: str, bucket: Bucket) -> int:

@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fxzero.comm import Bound, Comm
+from fxzero.comm.base import Bound, Comm
 from fxzero.graph.layout import Bucket
 from fxzero.graph.wire import MAX_VALUE, SCALE_DTYPE, WireFormat, on_wire, split_rows
 

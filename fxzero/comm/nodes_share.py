@@ -31,12 +31,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fxzero import torch_internals
-from fxzero.comm import Bound, Comm, GroupComm, PlanningComm, in_turn, unknown_backend
-from fxzero.gloo import GlooComm
+from fxzero.comm.base import Bound, Comm, GroupComm, PlanningComm, in_turn, unknown_backend
+from fxzero.comm.gloo import GlooComm
+from fxzero.comm.nccl import NcclComm, averaging
+from fxzero.comm.nodes_replicate import Chain, HierarchicalComm, Stage
 from fxzero.graph.layout import Bucket
 from fxzero.graph.stages import Hierarchy, stage_across, stage_inside
-from fxzero.hierarchy import Chain, HierarchicalComm, Stage
-from fxzero.nccl import NcclComm, averaging
 
 
 class ShardedHierarchy(HierarchicalComm):

@@ -1,0 +1,3 @@
+"""What ranks exchange: collectives bound to their buffers, one backend a file, and agreement over the store."""
+
+from __future__ import annotations
