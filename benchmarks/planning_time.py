@@ -19,7 +19,7 @@ from torch import nn
 
 from benchmarks.about import heading
 from fxzero.capture import capture
-from fxzero.comm.base import PlanningComm
+from fxzero.comm.without_ranks import PlanningComm
 from fxzero.cost import GBIT, Cluster, Device, Link
 from fxzero.costing import CostModel, choose_again, choose_sizes, optimizer_bytes
 from fxzero.footprint import footprint, held_by

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from benchmarks.about import heading
 from benchmarks.network.testbed import CannotRunHere, Network
-from fxzero.comm.base import make_comm
+from fxzero.comm.make import make_comm
 from fxzero.graph.layout import Bucket, ParamSpec
 
 MIB = 2**20

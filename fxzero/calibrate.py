@@ -15,10 +15,10 @@ import torch
 
 from fxzero.comm import agree
 from fxzero.comm.base import Comm
+from fxzero.comm.groups import Group
 from fxzero.comm.nodes_replicate import HierarchicalComm
 from fxzero.cost import Cluster, Device, Link, rounded
 from fxzero.graph.layout import ALIGNMENT_BYTES, Bucket, ParamSpec
-from fxzero.graph.stages import Group
 
 SMALL_BYTES, LARGE_BYTES = 2**14, 2**22
 """Of the messages that latency and bandwidth are measured with, per rank that receives."""

@@ -20,12 +20,14 @@ from fxzero import ablation, state, torch_internals
 from fxzero.autograd import Call, StepFunction
 from fxzero.capture import Captured, capture
 from fxzero.comm import agree
-from fxzero.comm.base import Comm, PlanningComm, make_comm
+from fxzero.comm.base import Comm
+from fxzero.comm.groups import Group, Hierarchy
+from fxzero.comm.make import make_comm
+from fxzero.comm.without_ranks import PlanningComm
 from fxzero.errors import CaptureError, FxzeroError, InputMismatchError
 from fxzero.fitting import Fitting
 from fxzero.gradients import Gradients, Stash
 from fxzero.graph.layout import Layout, ParamSpec
-from fxzero.graph.stages import Group, Hierarchy
 from fxzero.graph.verify import collectives
 from fxzero.host.allocator import give_back_freed_memory
 from fxzero.host.memory_in_use import MemoryGauge

@@ -14,8 +14,8 @@ from datetime import timedelta
 from typing import Any
 
 from fxzero.comm import agree
+from fxzero.comm.groups import Group
 from fxzero.errors import PlanError
-from fxzero.graph.stages import Group
 from fxzero.signature import CallSpec, is_tensor_leaf
 
 

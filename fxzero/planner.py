@@ -19,8 +19,7 @@ from torch import nn
 from fxzero.budget import Choice, choose, must_choose
 from fxzero.capture import Captured, capture
 from fxzero.codegen import generate
-from fxzero.comm.base import PlanningComm
-from fxzero.comm.nodes_share import ShardedPlanningComm
+from fxzero.comm.without_ranks import PlanningComm, ShardedPlanningComm
 from fxzero.cost import Cluster
 from fxzero.costing import CostModel, choose_sizes, optimizer_bytes
 from fxzero.footprint import Held, footprint, held_by

@@ -13,7 +13,7 @@ from torch import nn
 
 from fxzero import torch_internals
 from fxzero.comm import agree
-from fxzero.comm.base import PlanningComm
+from fxzero.comm.without_ranks import PlanningComm
 from fxzero.errors import CheckpointError
 from fxzero.interleave import gathered_members
 from fxzero.materialize import check_meta_model, initialize, rng_state

@@ -14,9 +14,11 @@ from collections.abc import Callable
 import torch.distributed as dist
 from torch import Tensor
 
-from fxzero.comm.base import Bound, Comm, GroupComm, LocalComm, PlanningComm
+from fxzero.comm.base import Bound, Comm, LocalComm
 from fxzero.comm.gloo import GlooComm
+from fxzero.comm.group import GroupComm
 from fxzero.comm.nccl import NcclComm
+from fxzero.comm.without_ranks import PlanningComm
 from fxzero.errors import CommunicationError
 from fxzero.graph.layout import Bucket
 

@@ -17,7 +17,7 @@ import torch
 
 from fxzero.calibrate import calibrate, median_of_ranks
 from fxzero.comm import agree
-from fxzero.comm.base import PlanningComm
+from fxzero.comm.without_ranks import PlanningComm
 from fxzero.cost import Cluster, roofline
 from fxzero.costing import CostModel, choose_again, choose_sizes, optimizer_bytes
 from fxzero.graph.step import StepGraph

@@ -12,7 +12,8 @@ from torch import nn
 import fxzero
 from fxzero import ablation
 from fxzero.ablation import OPTIMIZATIONS, Optimization
-from fxzero.comm.base import Comm, LocalComm, PlanningComm
+from fxzero.comm.base import Comm, LocalComm
+from fxzero.comm.without_ranks import PlanningComm
 from fxzero.graph.layout import Bucket, ParamSpec, make_bucket
 from fxzero.graph.step import StepGraph
 from fxzero.memory import Buffer

@@ -15,7 +15,7 @@ import fxzero
 from fxzero.budget import Choice, choose, free_bytes, least
 from fxzero.budget import _Gap as Gap
 from fxzero.budget import _most_bytes as most_bytes
-from fxzero.comm.base import PlanningComm
+from fxzero.comm.without_ranks import PlanningComm
 from fxzero.errors import PlanError
 from fxzero.footprint import Footprint, Held, footprint, live_at
 from fxzero.graph.step import Role, copy_of, members

@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fxzero.comm.base import Comm, LocalComm, PlanningComm, make_comm
+from fxzero.comm.base import Comm, LocalComm
+from fxzero.comm.make import make_comm
+from fxzero.comm.without_ranks import PlanningComm
 from fxzero.errors import PlanError
 from fxzero.graph.layout import Bucket, ParamSpec
 

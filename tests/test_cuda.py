@@ -17,8 +17,7 @@ from torch import fx
 
 from fxzero.arena_plan import plan_arena
 from fxzero.codegen import generate
-from fxzero.comm.base import PlanningComm
-from fxzero.comm.nodes_share import ShardedPlanningComm
+from fxzero.comm.without_ranks import PlanningComm, ShardedPlanningComm
 from fxzero.cuda import Events, Placed, plan_cuda_events
 from fxzero.gradients import Stash, Variant
 from fxzero.graph.layout import LayoutName

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxzero.arena_plan import plan_arena
-from fxzero.comm.base import PlanningComm
+from fxzero.comm.without_ranks import PlanningComm
 from fxzero.errors import MemoryOverlapError
 from fxzero.gradients import Stash, Variant
 from fxzero.graph.layout import ALIGNMENT_BYTES, LayoutName

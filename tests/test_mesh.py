@@ -11,9 +11,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import fxzero
-from fxzero.comm.base import LocalComm, PlanningComm
+from fxzero.comm.base import LocalComm
 from fxzero.comm.nccl import NcclComm
 from fxzero.comm.nodes_replicate import NcclHierarchy
+from fxzero.comm.without_ranks import PlanningComm
 from fxzero.graph.layout import Bucket, ParamSpec
 from fxzero.graph.stages import sent_across_numel
 from fxzero.planner import plan

@@ -11,7 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import fxzero
 from fxzero.comm.nccl import NcclComm
-from fxzero.comm.nodes_share import NcclShardedHierarchy, ShardedPlanningComm
+from fxzero.comm.nodes_share import NcclShardedHierarchy
+from fxzero.comm.without_ranks import ShardedPlanningComm
 from fxzero.graph.layout import Bucket, ParamSpec
 from fxzero.graph.stages import stage_across, stage_inside
 from fxzero.passes import default_passes

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import fxzero
-from fxzero.comm.base import Bound, PlanningComm
+from fxzero.comm.base import Bound
 from fxzero.comm.gloo import GlooComm
 from fxzero.comm.wire_copies import bind_narrow_reduce, pack, reduce_scratch_nbytes, unpack
+from fxzero.comm.without_ranks import PlanningComm
 from fxzero.graph.layout import Bucket, ParamSpec
 from fxzero.graph.wire import WireFormat, on_wire, split_rows
 from fxzero.passes import NarrowAllGathers, NarrowReduceScatters, default_passes

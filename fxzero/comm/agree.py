@@ -30,9 +30,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from fxzero import torch_internals
-from fxzero.comm.base import resolve_group
+from fxzero.comm.groups import Group, Hierarchy, resolve_group
 from fxzero.errors import CommunicationError, RankMismatchError
-from fxzero.graph.stages import Group, Hierarchy
 
 Posted: TypeAlias = "list[str] | str"
 """What a rank posts: its lines, or the text of the error that stopped it."""

@@ -19,8 +19,9 @@ from collections.abc import Iterable, Sequence
 import torch.distributed as dist
 from torch import Tensor
 
-from fxzero.comm.base import Bound, GroupComm
+from fxzero.comm.base import Bound
 from fxzero.comm.gloo_threads import hurry_message_threads
+from fxzero.comm.group import GroupComm
 from fxzero.errors import CommunicationError
 from fxzero.graph.layout import Bucket
 

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fxzero import torch_internals
-from fxzero.comm.base import Bound, GroupComm
+from fxzero.comm.base import Bound
+from fxzero.comm.group import GroupComm
 from fxzero.graph.layout import Bucket
 
 

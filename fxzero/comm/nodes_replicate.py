@@ -24,12 +24,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fxzero import torch_internals
-from fxzero.comm.base import Bound, Comm, GroupComm, LocalComm, PlanningComm, in_turn, unknown_backend
+from fxzero.comm.base import Bound, Comm, LocalComm, in_turn
 from fxzero.comm.gloo import GlooComm, message_tag
+from fxzero.comm.group import GroupComm
 from fxzero.comm.nccl import NcclComm
 from fxzero.graph.layout import Bucket
-from fxzero.graph.stages import Hierarchy
 
 Stage = tuple[Callable[[], object], Callable[[], object]]
 """The start and the end of a part of a collective."""
@@ -288,27 +287,3 @@ class NcclHierarchy(HierarchicalComm):
         bring = shard.add_ if accumulate else shard.copy_
         done = partial(bring, average) if accumulate or average is not shard else None
         return Bound(in_turn(*within, across.start), across.wait).then(done)
-
-
-def make_hierarchical_comm(hierarchy: Hierarchy, device: torch.device) -> Comm:
-    """The Comm of two process groups and the device of the buffers.
-
-    Raises:
-        ValueError: the groups have no backend for this device that fxzero knows.
-    """
-    inside, across = hierarchy.inside, hierarchy.across
-    backend = torch_internals.backend_name(across, device)
-    if backend == "fake":
-        return PlanningComm(inside.rank(), inside.size(), device, num_nodes=across.size())
-    comm: HierarchicalComm
-    if backend == "gloo" and device.type == "cpu":
-        comm = GlooHierarchy(LocalComm() if inside.size() == 1 else GlooComm(inside, divisor=1), GlooAcross(across))
-    elif backend == "nccl" and device.type == "cuda":
-        comm = NcclHierarchy(LocalComm() if inside.size() == 1 else NcclComm(inside), NcclComm(across))
-    else:
-        raise unknown_backend(backend, device)
-    place = f"Rank {dist.get_rank()}, which is rank {comm.rank} of {comm.world_size} of node {comm.node}"
-    for part in (comm.inside, comm.across):
-        if isinstance(part, GroupComm):
-            part.called = place
-    return comm

@@ -26,17 +26,16 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Literal, cast
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fxzero import torch_internals
-from fxzero.comm.base import Bound, Comm, GroupComm, PlanningComm, in_turn, unknown_backend
+from fxzero.comm.base import Bound, in_turn
 from fxzero.comm.gloo import GlooComm
+from fxzero.comm.group import GroupComm
 from fxzero.comm.nccl import NcclComm, averaging
 from fxzero.comm.nodes_replicate import Chain, HierarchicalComm, Stage
 from fxzero.graph.layout import Bucket
-from fxzero.graph.stages import Hierarchy, stage_across, stage_inside
+from fxzero.graph.stages import stage_across, stage_inside
 
 
 class ShardedHierarchy(HierarchicalComm):
@@ -243,46 +242,3 @@ def _stage(bound: Bound) -> Stage:
     """Of a group of several ranks, which has something to do."""
     assert bound.start is not None and bound.wait is not None
     return cast("Stage", tuple(bound))
-
-
-class ShardedPlanningComm(PlanningComm):
-    """A rank of nodes that are not there and share the shards.
-
-    Args:
-        rank, world_size: of all nodes.
-    """
-
-    def __init__(self, rank: int, world_size: int, device: str | torch.device = "cpu", *, num_nodes: int) -> None:
-        super().__init__(rank, world_size, device, num_nodes=num_nodes)
-        self.shards_across = True
-
-    def reduce_scratch_numel(self, bucket: Bucket, *, accumulate: bool = True) -> int:
-        if self.device.type == "cpu":
-            return gloo_scratch_numel(bucket, self.num_nodes)
-        return nccl_scratch_numel(bucket, self.num_nodes, accumulate=accumulate)
-
-
-def make_sharded_comm(hierarchy: Hierarchy, device: torch.device) -> Comm:
-    """The Comm of nodes of two ranks or more that share the shards, and the device of the buffers.
-
-    Raises:
-        ValueError: the groups have no backend for this device that fxzero knows.
-    """
-    inside, across = hierarchy.inside, hierarchy.across
-    backend = torch_internals.backend_name(across, device)
-    if backend == "fake":
-        number, num_ranks = inside.rank() * across.size() + across.rank(), inside.size() * across.size()
-        return ShardedPlanningComm(number, num_ranks, device, num_nodes=across.size())
-    comm: ShardedHierarchy
-    if backend == "gloo" and device.type == "cpu":
-        num_ranks = inside.size() * across.size()
-        comm = GlooShardedHierarchy(GlooComm(inside, divisor=1), GlooComm(across, divisor=num_ranks))
-    elif backend == "nccl" and device.type == "cuda":
-        comm = NcclShardedHierarchy(NcclComm(inside), NcclComm(across))
-    else:
-        raise unknown_backend(backend, device)
-    place = f"Rank {dist.get_rank()}, which is rank {inside.rank()} of {inside.size()} of node {comm.node}"
-    for part in (comm.inside, comm.across):
-        assert isinstance(part, GroupComm)
-        part.called = place
-    return comm

@@ -158,7 +158,7 @@ def reduce_lists(rank: int, world_size: int, comm: Comm | None = None) -> list[f
     """Gather and reduce one bucket as lists; the padding of the shard is left alone."""
     import torch.distributed as dist
 
-    from fxzero.comm.base import make_comm
+    from fxzero.comm.make import make_comm
 
     assert dist.is_initialized()
     lists = with_tensor_lists(make_comm(None, torch.device("cpu")))

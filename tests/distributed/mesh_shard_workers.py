@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import fxzero
-from fxzero.comm.base import Bound, make_comm
+from fxzero.comm.base import Bound
+from fxzero.comm.groups import Hierarchy, group_of_mesh
+from fxzero.comm.make import make_comm
 from fxzero.comm.nccl import NcclComm
 from fxzero.comm.nodes_replicate import HierarchicalComm
 from fxzero.comm.nodes_share import GlooShardedHierarchy, NcclShardedHierarchy
 from fxzero.graph.layout import Bucket
-from fxzero.graph.stages import Hierarchy, group_of_mesh, stage_inside
+from fxzero.graph.stages import stage_inside
 from fxzero.passes import default_passes
 from fxzero.testing import engine_of
 from tests.distributed import replicated

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import fxzero
-from fxzero.comm.base import make_comm
+from fxzero.comm.groups import Hierarchy, group_of_mesh
+from fxzero.comm.make import make_comm
 from fxzero.comm.nccl import NcclComm
 from fxzero.comm.nodes_replicate import GlooAcross, GlooHierarchy, HierarchicalComm, NcclHierarchy
 from fxzero.graph.layout import Bucket
-from fxzero.graph.stages import Across, Hierarchy, group_of_mesh
+from fxzero.graph.stages import Across
 from fxzero.passes import default_passes
 from fxzero.testing import engine_of
 from tests.distributed import api_workers, replicated

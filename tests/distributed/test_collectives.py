@@ -13,8 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fxzero.comm.base import Comm, GroupComm, LocalComm, make_comm
+from fxzero.comm.base import Comm, LocalComm
 from fxzero.comm.gloo import GlooComm
+from fxzero.comm.group import GroupComm
+from fxzero.comm.make import make_comm
 from fxzero.comm.nccl import NcclComm
 from fxzero.errors import CommunicationError
 from fxzero.graph.layout import Bucket, ParamSpec

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fxzero.comm import gloo_threads
-from fxzero.comm.base import make_comm
+from fxzero.comm.make import make_comm
 from fxzero.testing import run_ranks
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fxzero.calibrate import measure_link
-from fxzero.comm.base import make_comm
+from fxzero.comm.make import make_comm
 from fxzero.testing import run_ranks
 from tests.distributed.tuner_workers import (
     SLOW,

@@ -1,0 +1,83 @@
+"""What gloo and NCCL share: the operations of one process group outside of the step, which block."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fxzero import torch_internals
+from fxzero.comm.base import Comm
+from fxzero.errors import CommunicationError
+from fxzero.graph.layout import Bucket
+
+REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+
+class GroupComm(Comm):
+    """What gloo and NCCL share: the operations outside of the step, which block."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__(group.rank(), group.size())
+        self.group = group
+        self.called = f"Rank {self.rank} of {self.world_size}"
+        """This rank in error texts."""
+
+    def all_reduce(self, tensor: Tensor, op: Literal["sum", "max"] = "sum") -> None:
+        try:
+            self.group.allreduce([tensor], REDUCE_OPS[op]).wait()
+        except RuntimeError as error:
+            raise self.lost(f"an all-reduce of {tensor.numel()} elements", error) from error
+
+    def scatter_from_rank0(self, shard: Tensor, full: Tensor | None) -> None:
+        slices = None if full is None else list(as_bytes(full).chunk(self.world_size))
+        with self._named(f"a scatter of {shard.nbytes} bytes per rank"):
+            dist.scatter(as_bytes(shard), slices, group=self.group, group_src=0)
+
+    def broadcast_from_rank0(self, tensor: Tensor) -> None:
+        if tensor.numel() == 0:
+            return
+        flat = tensor.detach().contiguous()
+        with self._named(f"a broadcast of {flat.nbytes} bytes"):
+            dist.broadcast(as_bytes(flat), group=self.group, group_src=0)
+        if flat.data_ptr() != tensor.data_ptr():
+            tensor.detach().copy_(flat)
+
+    def gather_to_all(self, shard: Tensor, full: Tensor) -> None:
+        with self._named(f"an all-gather of {full.nbytes} bytes"):
+            torch_internals.all_gather_base(self.group)(as_bytes(full), as_bytes(shard)).wait()
+
+    def gather_to_rank0(self, shard: Tensor, full: Tensor | None) -> None:
+        slices = None if full is None else list(as_bytes(full).chunk(self.world_size))
+        with self._named(f"a gather of {shard.nbytes} bytes per rank"):
+            dist.gather(as_bytes(shard), slices, group=self.group, group_dst=0)
+
+    def what(self, word: str, bucket: Bucket) -> str:
+        """A bound collective in error texts."""
+        first, last = bucket.fqns[0], bucket.fqns[-1]
+        names = first if first == last else f"{first} .. {last}"
+        return f"the {word} of bucket {names} ({bucket.nbytes / 2**20:.2f} MiB)"
+
+    def lost(self, what: str, error: Exception) -> CommunicationError:
+        """The error to raise where waiting for a peer ended in `error`."""
+        return CommunicationError(
+            f"{self.called} did not complete {what}: {str(error).strip().splitlines()[0]}\n"
+            "A peer has ended, or did not come within the process group's timeout: the first error among the other "
+            "ranks says why. No rank can go on with this process group; restart from a checkpoint."
+        )
+
+    @contextlib.contextmanager
+    def _named(self, what: str) -> Generator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise self.lost(what, error) from error
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The same memory as uint8 [nbytes], which every backend can move; `tensor` is contiguous."""
+    return tensor.detach().view(-1).view(torch.uint8)
