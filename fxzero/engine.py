@@ -19,6 +19,7 @@ from torch import nn
 from fxzero import ablation, state, torch_internals
 from fxzero.autograd import Call, StepFunction
 from fxzero.capture import Captured, capture
+from fxzero.capture.call import CallSpec, flatten_call
 from fxzero.comm import agree
 from fxzero.comm.base import Comm
 from fxzero.comm.groups import Group, Hierarchy
@@ -48,7 +49,6 @@ from fxzero.planner import (
 from fxzero.residency import Residency
 from fxzero.runtime import Executable
 from fxzero.shards import Shards, check_storage, spec_of
-from fxzero.signature import CallSpec, flatten_call
 from fxzero.tuner import Tuner
 
 logger = logging.getLogger(__name__)

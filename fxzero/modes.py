@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+from fxzero.capture.call import CallSpec, is_tensor_leaf
 from fxzero.comm import agree
 from fxzero.comm.groups import Group
 from fxzero.errors import PlanError
-from fxzero.signature import CallSpec, is_tensor_leaf
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from fxzero.capture import Captured, capture
+from fxzero.capture.call import flatten_call
 from fxzero.graph.layout import ParamSpec
 from fxzero.graph.step import Role, info
-from fxzero.signature import flatten_call
 
 
 def param_specs(module: nn.Module) -> dict[str, ParamSpec]:

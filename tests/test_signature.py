@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from fxzero.capture.call import flatten_call, is_tensor_leaf, replace_tensors
 from fxzero.errors import InputMismatchError
-from fxzero.signature import flatten_call, is_tensor_leaf, replace_tensors
 
 X = torch.ones(2, 3)
 

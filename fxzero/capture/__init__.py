@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from fxzero.capture.assemble import assemble
+from fxzero.capture.call import flatten_call
 from fxzero.capture.failures import check_arguments, explain
 from fxzero.capture.functional import functionalize, has_in_place_operators
 from fxzero.capture.joint import Request, no_autocast, trace_joint
@@ -25,7 +26,6 @@ from fxzero.capture.outputs import OutputSpec
 from fxzero.capture.temporaries import make_temporaries_functional
 from fxzero.graph.layout import ParamSpec
 from fxzero.graph.step import StepGraph
-from fxzero.signature import flatten_call
 
 __all__ = ["Captured", "OutputSpec", "capture"]
 

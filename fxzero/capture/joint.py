@@ -19,15 +19,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxzero import torch_internals
 from fxzero.capture.batch_norm import run_declared, writes_undeclared
+from fxzero.capture.call import replace_tensors
 from fxzero.capture.draws import Draws, no_draws_of_python, numbered_draws
+from fxzero.capture.fake_tensors import FakeState, swapped_tensors, unchanged_attributes
 from fxzero.capture.outputs import OutputSpec, flatten_output, loss_index
 from fxzero.capture.provenance import Recorder, autograd_nodes
-from fxzero.capture.state import FakeState, swapped_tensors, unchanged_attributes
 from fxzero.errors import CaptureError, InputMismatchError
 from fxzero.graph import ops
 from fxzero.graph.layout import ParamSpec
 from fxzero.graph.step import META_KEY, NodeInfo, Role
-from fxzero.signature import replace_tensors
 
 
 @dataclass(frozen=True)
