@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tabulate import tabulate
 
-from fxzero.packing import pack
+from fxzero.memory.packing import pack
 
 MINIMALLOC = Path(__file__).parent.parent / "tests" / "data" / "minimalloc"
 CAPACITY = 1 << 20

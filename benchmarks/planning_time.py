@@ -22,7 +22,7 @@ from fxzero.capture import capture
 from fxzero.comm.without_ranks import PlanningComm
 from fxzero.cost import GBIT, Cluster, Device, Link
 from fxzero.costing import CostModel, choose_again, choose_sizes, optimizer_bytes
-from fxzero.footprint import footprint, held_by
+from fxzero.memory.footprint import footprint, held_by
 from fxzero.models import GPT, GPT_PRESETS, ROBERTA_PRESETS, RobertaForMaskedLM
 from fxzero.passes import default_passes
 from fxzero.planner import layout_of, make_plan

@@ -22,11 +22,11 @@ from fxzero.errors import FxzeroError, OptimizerError
 from fxzero.fitting import footprint_of
 from fxzero.graph.layout import LayoutName
 from fxzero.graph.stages import Across
+from fxzero.memory.report import MemoryReport
 from fxzero.optim import OptimizerGuard, check_optimizer
 from fxzero.options import Options, check_across_options, check_wire, choose_device, choose_group, choose_passes
 from fxzero.passes import Pass
 from fxzero.planner import as_arguments
-from fxzero.report import MemoryReport
 from fxzero.runtime import Executable
 from fxzero.schedule import Schedule
 

@@ -14,7 +14,6 @@ import torch
 from torch import fx
 
 from fxzero import torch_internals
-from fxzero.arena_plan import is_partial, scratch_nbytes
 from fxzero.codegen import NAMES_IN_SOURCE, PLACE_PREFIX, Code, generate
 from fxzero.comm.base import Bound, Comm, in_turn
 from fxzero.comm.wire_copies import bind_narrow_reduce, pack, unpack
@@ -37,9 +36,8 @@ from fxzero.graph.step import (
 )
 from fxzero.graph.wire import SCALE_DTYPE
 from fxzero.interleave import copy_in, copy_out
-from fxzero.memory import (
-    Arena,
-)
+from fxzero.memory.arena_plan import is_partial, scratch_nbytes
+from fxzero.memory.lifetimes import Arena
 from fxzero.shards import Shards, unflatten
 from fxzero.stopwatch import Stopwatch
 

@@ -19,10 +19,10 @@ import torch
 
 from fxzero.comm.base import Comm
 from fxzero.errors import PlanError
-from fxzero.footprint import Footprint, Held, footprint, live_at
 from fxzero.graph.liveness import live_until
 from fxzero.graph.names import format_bytes
 from fxzero.graph.step import Phase, Role, StepGraph, copy_of, members
+from fxzero.memory.footprint import Footprint, Held, footprint, live_at
 from fxzero.passes import KeepGathered, Pass, PrefetchAllGathers, RecomputeActivations, SinkWaits
 from fxzero.pipeline import run_passes
 

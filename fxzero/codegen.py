@@ -23,9 +23,9 @@ import torch
 from torch import fx
 
 from fxzero import torch_internals
-from fxzero.activations import placed_temporaries, static_nodes
 from fxzero.graph.names import describe
 from fxzero.graph.step import Phase, Role, StepGraph, role, started_by, written_in_place
+from fxzero.memory.activations import placed_temporaries, static_nodes
 
 _LITERALS = (bool, int, float, str, type(None))
 _TORCH_LITERALS = (torch.dtype, torch.layout, torch.memory_format)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from fxzero.graph.step import Role, StepGraph, is_gather, is_inside, role, wait_of, wire_format
-from fxzero.memory import Buffer
+from fxzero.memory.lifetimes import Buffer
 from fxzero.streams import BEGIN, CudaStreams, plan_events, queues_of, readers_of, requirements, works_at_wait
 
 Placed = Mapping[tuple[str, fx.Node], tuple[Buffer, int]]

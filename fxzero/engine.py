@@ -33,7 +33,7 @@ from fxzero.graph.verify import collectives
 from fxzero.host.allocator import give_back_freed_memory
 from fxzero.host.memory_in_use import MemoryGauge
 from fxzero.materialize import check_meta_model
-from fxzero.memory import Arena
+from fxzero.memory.lifetimes import Arena
 from fxzero.modes import Mode, Orders, Signature
 from fxzero.optim import ParamShard
 from fxzero.options import Options

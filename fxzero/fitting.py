@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from fxzero.budget import AUTO_SHARE, Choice, choose, free_bytes, least, must_choose
 from fxzero.comm import agree
-from fxzero.footprint import Footprint, Held, footprint, held_by
 from fxzero.graph.names import format_bytes
 from fxzero.graph.step import StepGraph
+from fxzero.memory.footprint import Footprint, Held, footprint, held_by
 from fxzero.optim import state_per_element
 from fxzero.pipeline import Pass
 from fxzero.planner import layout_of

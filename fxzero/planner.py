@@ -22,17 +22,17 @@ from fxzero.codegen import generate
 from fxzero.comm.without_ranks import PlanningComm, ShardedPlanningComm
 from fxzero.cost import Cluster
 from fxzero.costing import CostModel, choose_sizes, optimizer_bytes
-from fxzero.footprint import Held, footprint, held_by
 from fxzero.graph.layout import Bucket, Layout, LayoutName, ParamSpec, check_layout, group_into_buckets
 from fxzero.graph.names import bucket_label
 from fxzero.graph.stages import Across, check_across
 from fxzero.graph.step import Role, StepGraph, members
 from fxzero.graph.verify import verify_plan
 from fxzero.host.gc_pause import collector_paused
+from fxzero.memory.footprint import Held, footprint, held_by
+from fxzero.memory.report import MemoryReport
 from fxzero.optim import state_per_element
 from fxzero.passes import BucketAllGathers, Pass, default_passes
 from fxzero.pipeline import Observer, run_passes
-from fxzero.report import MemoryReport
 from fxzero.runtime import Plan
 from fxzero.schedule import Schedule
 from fxzero.shards import spec_of

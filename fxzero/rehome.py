@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fxzero.graph.layout import ALIGNMENT_BYTES, align
-from fxzero.memory import storage_view
+from fxzero.memory.lifetimes import storage_view
 
 
 def rehome_state(optimizer: torch.optim.Optimizer, params: Collection[int]) -> int:

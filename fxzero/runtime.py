@@ -12,7 +12,6 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from fxzero.arena_plan import plan_arena
 from fxzero.binding import Binder
 from fxzero.capture import Captured
 from fxzero.codegen import Code
@@ -21,10 +20,8 @@ from fxzero.errors import CommunicationError
 from fxzero.gradients import Gradients, Stash, Variant
 from fxzero.graph.aliasing import aliases, base
 from fxzero.graph.step import Role, StepGraph, info, is_random, members
-from fxzero.memory import (
-    Arena,
-    MemoryPlan,
-)
+from fxzero.memory.arena_plan import plan_arena
+from fxzero.memory.lifetimes import Arena, MemoryPlan
 from fxzero.residency import Residency
 from fxzero.shards import Shards
 from fxzero.stopwatch import Stopwatch

@@ -36,7 +36,7 @@ from fxzero.graph.step import (
 from fxzero.graph.traffic import sent_in
 
 if TYPE_CHECKING:
-    from fxzero.report import MemoryReport
+    from fxzero.memory.report import MemoryReport
     from fxzero.timing import Timing
 
 ROOT = "(model)"

@@ -23,7 +23,7 @@ from fxzero.binding import Binder
 from fxzero.cuda import Events, Placed
 from fxzero.graph.layout import ALIGNMENT_BYTES, align
 from fxzero.graph.step import Role, role, started_by
-from fxzero.memory import Arena, Buffer, storage_view
+from fxzero.memory.lifetimes import Arena, Buffer, storage_view
 
 Call = Callable[[], object]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fxzero import activations
+from fxzero.memory import activations
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from fxzero.comm.base import Comm, LocalComm
 from fxzero.comm.without_ranks import PlanningComm
 from fxzero.graph.layout import Bucket, ParamSpec, make_bucket
 from fxzero.graph.step import StepGraph
-from fxzero.memory import Buffer
+from fxzero.memory.lifetimes import Buffer
 from fxzero.passes import default_passes
 from fxzero.pipeline import run_passes
 from fxzero.schedule import format_schedule

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import fxzero
-from fxzero.activations import activation_buffers, placed_temporaries
 from fxzero.graph.aliasing import memory_of
-from fxzero.memory import live_bytes
+from fxzero.memory.activations import activation_buffers, placed_temporaries
+from fxzero.memory.lifetimes import live_bytes
 from fxzero.models import GPT, GPT_PRESETS, ROBERTA_PRESETS, RobertaForMaskedLM
 from fxzero.passes import default_passes
 

@@ -17,9 +17,9 @@ from fxzero.budget import _Gap as Gap
 from fxzero.budget import _most_bytes as most_bytes
 from fxzero.comm.without_ranks import PlanningComm
 from fxzero.errors import PlanError
-from fxzero.footprint import Footprint, Held, footprint, live_at
 from fxzero.graph.step import Role, copy_of, members
-from fxzero.memory import Buffer, MemoryPlan
+from fxzero.memory.footprint import Footprint, Held, footprint, live_at
+from fxzero.memory.lifetimes import Buffer, MemoryPlan
 from fxzero.models import GPT, GPT_PRESETS
 from fxzero.passes import PrefetchAllGathers, default_passes
 from fxzero.pipeline import run_passes

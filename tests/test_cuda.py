@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import fx
 
-from fxzero.arena_plan import plan_arena
 from fxzero.codegen import generate
 from fxzero.comm.without_ranks import PlanningComm, ShardedPlanningComm
 from fxzero.cuda import Events, Placed, plan_cuda_events
@@ -32,6 +31,7 @@ from fxzero.graph.step import (
     started_by,
     wire_format,
 )
+from fxzero.memory.arena_plan import plan_arena
 from fxzero.passes import default_passes
 from fxzero.pipeline import run_passes
 from fxzero.streams import readers_of

@@ -10,13 +10,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxzero.arena_plan import plan_arena
 from fxzero.comm.without_ranks import PlanningComm
 from fxzero.errors import MemoryOverlapError
 from fxzero.gradients import Stash, Variant
 from fxzero.graph.layout import ALIGNMENT_BYTES, LayoutName
 from fxzero.graph.step import Role, is_gather, wait_of
-from fxzero.memory import Arena, Buffer, MemoryPlan, gather_buffers, gradient_buffers, plan_around, plan_memory
+from fxzero.memory.arena_plan import plan_arena
+from fxzero.memory.lifetimes import (
+    Arena,
+    Buffer,
+    MemoryPlan,
+    gather_buffers,
+    gradient_buffers,
+    plan_around,
+    plan_memory,
+)
 from fxzero.passes import default_passes
 from fxzero.pipeline import run_passes
 from tests.test_golden import CASES, schedule_of

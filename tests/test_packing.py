@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxzero.packing import pack
+from fxzero.memory.packing import pack
 
 DATA = Path(__file__).parent / "data" / "minimalloc"
 Lives = tuple[list[int], list[int], list[int]]

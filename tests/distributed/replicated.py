@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import fxzero
-from fxzero import activations
 from fxzero.graph.layout import LayoutName
 from fxzero.graph.stages import Across
+from fxzero.memory import activations
 from fxzero.models import GPT, GPT_PRESETS, MLP, MLP_PRESETS, ROBERTA_PRESETS, RobertaForMaskedLM
 from fxzero.passes import default_passes
 from fxzero.testing import engine_of

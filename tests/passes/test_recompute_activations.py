@@ -9,8 +9,8 @@ from expecttest import assert_expected_inline
 from torch import Tensor, nn
 
 import fxzero
-from fxzero.activations import activation_buffers
 from fxzero.graph.step import Phase, Role, StepGraph, info, is_random, role
+from fxzero.memory.activations import activation_buffers
 from fxzero.passes import RecomputeActivations, default_passes
 from fxzero.schedule import totals
 from tests.toy import toy_step

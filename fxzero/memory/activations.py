@@ -23,7 +23,7 @@ from torch import fx
 from fxzero import torch_internals
 from fxzero.graph.aliasing import is_view, memory_of
 from fxzero.graph.step import Phase, Role, StepGraph, info, is_gathered_param, role, tensor_bytes
-from fxzero.memory import Buffer
+from fxzero.memory.lifetimes import Buffer
 
 
 def static_nodes(step: StepGraph) -> list[fx.Node]:

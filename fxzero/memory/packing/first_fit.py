@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fxzero.packing.instance import Instance, Ints
+from fxzero.memory.packing.instance import Instance, Ints
 
 MAX_OVERLAPS = 10_000_000
 """Above so many pairs of blocks that overlap, it would take seconds."""

@@ -27,7 +27,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from fxzero.packing.instance import Instance, Ints
+from fxzero.memory.packing.instance import Instance, Ints
 
 NEVER = 1 << 60
 """Above every offset: the lowest place of a placed block, the floor of a full section."""

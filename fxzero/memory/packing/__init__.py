@@ -16,10 +16,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fxzero.packing.first_fit import MAX_OVERLAPS, first_fit, num_overlaps
-from fxzero.packing.instance import Instance, Ints, components, sections
-from fxzero.packing.search import Rule, Search
-from fxzero.packing.skyline import best_fit
+from fxzero.memory.packing.first_fit import MAX_OVERLAPS, first_fit, num_overlaps
+from fxzero.memory.packing.instance import Instance, Ints, components, sections
+from fxzero.memory.packing.search import Rule, Search
+from fxzero.memory.packing.skyline import best_fit
 
 __all__ = ["EFFORT", "pack"]
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch import fx
 
-from fxzero.activations import placed_temporaries
 from fxzero.comm.base import Comm
 from fxzero.comm.wire_copies import reduce_scratch_nbytes
 from fxzero.cuda import Placed
 from fxzero.gradients import Variant
 from fxzero.graph.layout import ALIGNMENT_BYTES, align
 from fxzero.graph.step import Role, StepGraph, members, wire_format
-from fxzero.memory import (
+from fxzero.memory.activations import placed_temporaries
+from fxzero.memory.lifetimes import (
     Buffer,
     MemoryPlan,
     gather_buffers,

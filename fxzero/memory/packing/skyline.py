@@ -20,7 +20,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from fxzero.packing.instance import Instance, Ints
+from fxzero.memory.packing.instance import Instance, Ints
 
 WORK = 64_000_000
 """Array elements that all passes together may look at: about a second."""

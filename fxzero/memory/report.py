@@ -7,10 +7,10 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from fxzero.footprint import Footprint, live_at
 from fxzero.graph.names import format_bytes
 from fxzero.graph.step import StepGraph
-from fxzero.memory import live_bytes
+from fxzero.memory.footprint import Footprint, live_at
+from fxzero.memory.lifetimes import live_bytes
 
 GATHERED = ("gather",)
 GRADIENTS = ("gradient", "scratch", "partial")

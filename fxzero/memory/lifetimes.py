@@ -24,7 +24,7 @@ from fxzero.graph.liveness import live_until
 from fxzero.graph.names import bucket_label, format_bytes
 from fxzero.graph.step import Role, StepGraph, first_write, is_inside, operands, wait_of, wire_format
 from fxzero.graph.wire import SCALE_DTYPE
-from fxzero.packing import EFFORT, pack
+from fxzero.memory.packing import EFFORT, pack
 
 Kind: TypeAlias = Literal["gather", "gradient", "scratch", "partial", "staging", "quantize", "saved", "temporary"]
 
