@@ -20,8 +20,8 @@ from torch import nn
 from benchmarks.about import heading
 from fxzero.capture import capture
 from fxzero.comm.without_ranks import PlanningComm
-from fxzero.cost import GBIT, Cluster, Device, Link
-from fxzero.costing import CostModel, choose_again, choose_sizes, optimizer_bytes
+from fxzero.cost.job_costs import CostModel, choose_again, choose_sizes, optimizer_bytes
+from fxzero.cost.model import GBIT, Cluster, Device, Link
 from fxzero.memory.footprint import footprint, held_by
 from fxzero.models import GPT, GPT_PRESETS, ROBERTA_PRESETS, RobertaForMaskedLM
 from fxzero.passes import default_passes

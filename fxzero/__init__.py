@@ -8,7 +8,7 @@ loss.backward()
 from __future__ import annotations
 
 from fxzero.api import Schedule, ZeroModule, compile
-from fxzero.cost import Cluster, Device, Link
+from fxzero.cost.model import Cluster, Device, Link
 from fxzero.errors import (
     CaptureError,
     CheckpointError,

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fxzero import ablation, ownership, state
 from fxzero.comm import agree
-from fxzero.cost import Cluster
+from fxzero.cost.model import Cluster
 from fxzero.engine import Engine
 from fxzero.errors import FxzeroError, OptimizerError
 from fxzero.fitting import footprint_of

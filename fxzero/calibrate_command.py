@@ -11,10 +11,10 @@ import torch
 from tabulate import tabulate
 from torch.distributed.device_mesh import init_device_mesh
 
-from fxzero.calibrate import calibrate, measure_device, median_of_ranks
 from fxzero.comm.groups import Group, group_of_mesh
 from fxzero.comm.make import make_comm
-from fxzero.cost import GBIT, Cluster, Device, Link
+from fxzero.cost.calibrate import calibrate, measure_device, median_of_ranks
+from fxzero.cost.model import GBIT, Cluster, Device, Link
 from fxzero.train.launch import launch, under_torchrun
 from fxzero.train.options import DEVICES
 from fxzero.train.world import World, joined

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fxzero import ablation
 from fxzero.comm.groups import Group, group_of_mesh
-from fxzero.cost import Cluster
+from fxzero.cost.model import Cluster
 from fxzero.errors import InputMismatchError
 from fxzero.graph.layout import LayoutName, check_layout
 from fxzero.graph.stages import Across, check_across

@@ -20,8 +20,8 @@ from fxzero.budget import Choice, choose, must_choose
 from fxzero.capture import Captured, capture
 from fxzero.codegen import generate
 from fxzero.comm.without_ranks import PlanningComm, ShardedPlanningComm
-from fxzero.cost import Cluster
-from fxzero.costing import CostModel, choose_sizes, optimizer_bytes
+from fxzero.cost.job_costs import CostModel, choose_sizes, optimizer_bytes
+from fxzero.cost.model import Cluster
 from fxzero.graph.layout import Bucket, Layout, LayoutName, ParamSpec, check_layout, group_into_buckets
 from fxzero.graph.names import bucket_label
 from fxzero.graph.stages import Across, check_across

@@ -36,8 +36,8 @@ from fxzero.graph.step import (
 from fxzero.graph.traffic import sent_in
 
 if TYPE_CHECKING:
+    from fxzero.cost.report import Timing
     from fxzero.memory.report import MemoryReport
-    from fxzero.timing import Timing
 
 ROOT = "(model)"
 """The block of what the model itself computes, outside of its submodules."""

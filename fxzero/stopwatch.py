@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from torch import fx
 
-from fxzero.cost import Costs
+from fxzero.cost.model import Costs
 from fxzero.graph.step import Role, StepGraph, members, role, started_by
 
 Sample = TypeVar("Sample")

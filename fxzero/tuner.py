@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fxzero.calibrate import calibrate, median_of_ranks
 from fxzero.comm import agree
 from fxzero.comm.without_ranks import PlanningComm
-from fxzero.cost import Cluster, roofline
-from fxzero.costing import CostModel, choose_again, choose_sizes, optimizer_bytes
+from fxzero.cost.calibrate import calibrate, median_of_ranks
+from fxzero.cost.choose_sizes import Tuning
+from fxzero.cost.job_costs import CostModel, choose_again, choose_sizes, optimizer_bytes
+from fxzero.cost.model import Cluster, roofline
 from fxzero.graph.step import StepGraph
 from fxzero.optim import state_per_element
 from fxzero.passes import Pass
@@ -27,7 +28,6 @@ from fxzero.planner import describe_options
 from fxzero.runtime import Executable
 from fxzero.schedule import totals
 from fxzero.stopwatch import Stopwatch, calm_median, seconds_by_name
-from fxzero.tuning import Tuning
 
 if TYPE_CHECKING:
     from fxzero.engine import Engine

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 
-from fxzero.bound import lower_bound
-from fxzero.cost import GBIT, Cluster, Costs, Device, Link, roofline
+from fxzero.cost.choose_sizes import best_order
+from fxzero.cost.lower_bound import lower_bound
+from fxzero.cost.model import GBIT, Cluster, Costs, Device, Link, roofline
+from fxzero.cost.timeline import Event, events, play, simulate
 from fxzero.graph.stages import Across
 from fxzero.graph.step import Role, StepGraph, members
 from fxzero.passes import default_passes
 from fxzero.planner import plan
-from fxzero.timeline import Event, events, play, simulate
-from fxzero.tuning import best_order
 
 MIB = 2**20
 ALONE = default_passes(bucket_bytes=1, prefetch_bytes=0)

@@ -12,8 +12,8 @@ import torch
 
 import fxzero
 from fxzero.__main__ import main
-from fxzero.calibrate import _seconds_of
-from fxzero.cost import Cluster
+from fxzero.cost.calibrate import _seconds_of
+from fxzero.cost.model import Cluster
 
 
 def test_one_rank_measures_its_device(tmp_path: Path) -> None:

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from fxzero.cost import Cluster, Device, Link, flops, roofline, rounded
+from fxzero.cost.model import Cluster, Device, Link, flops, roofline, rounded
+from fxzero.cost.timeline import Event, Key, play, simulate
 from fxzero.errors import FxzeroError, PlanError
 from fxzero.graph.step import Phase, Role
 from fxzero.graph.traffic import Sent
 from fxzero.passes import default_passes
 from fxzero.planner import plan
-from fxzero.timeline import Event, Key, play, simulate
 
 FAST = Link(bytes_per_s=100.0)
 

@@ -12,8 +12,10 @@ import torch
 from torch import fx, nn
 
 from fxzero.capture import capture
-from fxzero.cost import GBIT, Cluster, Costs, Device, Link, roofline
-from fxzero.costing import CostModel, choose_sizes
+from fxzero.cost.choose_sizes import Tuning, _events, needs_of
+from fxzero.cost.job_costs import CostModel, choose_sizes
+from fxzero.cost.model import GBIT, Cluster, Costs, Device, Link, roofline
+from fxzero.cost.timeline import Event, events, play, simulate
 from fxzero.graph.step import Role, StepGraph, copy_of, members, role
 from fxzero.passes import (
     BucketAllGathers,
@@ -26,8 +28,6 @@ from fxzero.passes import (
 from fxzero.pipeline import run_passes
 from fxzero.shards import spec_of
 from fxzero.stopwatch import Stopwatch, calm_median, seconds_by_name, with_measured
-from fxzero.timeline import Event, events, play, simulate
-from fxzero.tuning import Tuning, _events, needs_of
 
 SLOW = Cluster(Device(9e10, 1e10, 5e-6), Link(1 * GBIT, 2e-4, 1e-9))
 NODES = dataclasses.replace(SLOW, inside=Link(8 * GBIT, 1e-4, 5e-10))

@@ -12,7 +12,7 @@ from benchmarks.network.model import make_batch
 from benchmarks.network.systems import Job, Training, adamw, plain
 from fxzero.comm.base import Bound
 from fxzero.comm.gloo import GlooComm
-from fxzero.cost import GBIT
+from fxzero.cost.model import GBIT
 from fxzero.testing import engine_of
 
 RATES = (8.0, 4.0, 2.0, 1.0, 0.5)

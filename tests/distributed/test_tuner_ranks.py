@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from fxzero.calibrate import measure_link
 from fxzero.comm.make import make_comm
+from fxzero.cost.calibrate import measure_link
 from fxzero.testing import run_ranks
 from tests.distributed.tuner_workers import (
     SLOW,

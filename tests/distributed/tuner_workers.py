@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import fxzero
-from fxzero.cost import Cluster, Device, Link
+from fxzero.cost.model import Cluster, Device, Link
 from fxzero.passes import default_passes
 from fxzero.testing import engine_of
 from fxzero.tuner import MEASURED_STEPS, WARM_STEPS

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from fxzero.cost import Cluster, Costs, roofline
+from fxzero.cost.choose_sizes import Tuning, needs_of, tune
+from fxzero.cost.model import Cluster, Costs, roofline
+from fxzero.cost.report import Timing
 from fxzero.graph.layout import ParamSpec
 from fxzero.graph.step import StepGraph, copy_of
 from fxzero.host.gc_pause import collector_paused
 from fxzero.passes import BucketAllGathers, KeepGathered, NarrowAllGathers, NarrowReduceScatters, Pass
 from fxzero.stopwatch import with_measured
-from fxzero.timing import Timing
-from fxzero.tuning import Tuning, needs_of, tune
 
 
 @dataclass(frozen=True)

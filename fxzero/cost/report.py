@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from tabulate import tabulate
 from torch import fx
 
-from fxzero.bound import Bound, lower_bound
-from fxzero.cost import Costs
+from fxzero.cost.lower_bound import Bound, lower_bound
+from fxzero.cost.model import Costs
+from fxzero.cost.timeline import Timeline, simulate
 from fxzero.graph.names import bucket_label
 from fxzero.graph.step import StepGraph, members
-from fxzero.timeline import Timeline, simulate
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from fxzero.cost import Costs, Device, gather_wait_bytes, reduce_wait_bytes
+from fxzero.cost.model import Costs, Device, gather_wait_bytes, reduce_wait_bytes
+from fxzero.cost.timeline import Event, Key, Timeline, is_gather_key, play
 from fxzero.graph.aliasing import in_memory_of
 from fxzero.graph.layout import Bucket, ParamSpec, group_into_buckets
 from fxzero.graph.step import Phase, Role, StepGraph, gathered_params, is_gather, members, role, started_by
 from fxzero.graph.traffic import sent_of
 from fxzero.graph.wire import WireFormat, narrowed
 from fxzero.passes import BucketAllGathers, GathersFirst, KeepGathered, Pass, PrefetchAllGathers, SinkWaits
-from fxzero.timeline import Event, Key, Timeline, is_gather_key, play
 
 MIB = 2**20
 BODY_BYTES = tuple(size * MIB for size in (4, 8, 12, 16, 24, 32, 64, 128))

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from torch import fx
 
-from fxzero.cost import Costs, Link
+from fxzero.cost.model import Costs, Link
 from fxzero.graph.step import Phase, Role, StepGraph, is_gather, role, started_by
 from fxzero.graph.traffic import Sent, sent_in
 

@@ -17,7 +17,7 @@ from fxzero.comm import agree
 from fxzero.comm.base import Comm
 from fxzero.comm.groups import Group
 from fxzero.comm.nodes_replicate import HierarchicalComm
-from fxzero.cost import Cluster, Device, Link, rounded
+from fxzero.cost.model import Cluster, Device, Link, rounded
 from fxzero.graph.layout import ALIGNMENT_BYTES, Bucket, ParamSpec
 
 SMALL_BYTES, LARGE_BYTES = 2**14, 2**22
