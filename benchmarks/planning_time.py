@@ -26,7 +26,7 @@ from fxzero.memory.footprint import footprint, held_by
 from fxzero.models import GPT, GPT_PRESETS, ROBERTA_PRESETS, RobertaForMaskedLM
 from fxzero.passes import default_passes
 from fxzero.planner import layout_of, make_plan
-from fxzero.schedule import format_schedule
+from fxzero.planning.schedule import format_schedule
 from fxzero.shards import spec_of
 
 SIZES: Mapping[str, Any] = {"vocab_size": 8192, "max_positions": 130, "hidden_size": 512, "num_heads": 8}

@@ -27,8 +27,8 @@ from fxzero.optim import OptimizerGuard, check_optimizer
 from fxzero.options import Options, check_across_options, check_wire, choose_device, choose_group, choose_passes
 from fxzero.passes import Pass
 from fxzero.planner import as_arguments
+from fxzero.planning.schedule import Schedule
 from fxzero.runtime import Executable
-from fxzero.schedule import Schedule
 
 _REFUSED_METHODS = ("generate",)
 

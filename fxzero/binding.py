@@ -14,7 +14,6 @@ import torch
 from torch import fx
 
 from fxzero import torch_internals
-from fxzero.codegen import NAMES_IN_SOURCE, PLACE_PREFIX, Code, generate
 from fxzero.comm.base import Bound, Comm, in_turn
 from fxzero.comm.wire_copies import bind_narrow_reduce, pack, unpack
 from fxzero.cuda import Events, Placed, plan_cuda_events
@@ -38,6 +37,7 @@ from fxzero.graph.wire import SCALE_DTYPE
 from fxzero.interleave import copy_in, copy_out
 from fxzero.memory.arena_plan import is_partial, scratch_nbytes
 from fxzero.memory.lifetimes import Arena
+from fxzero.planning.codegen import NAMES_IN_SOURCE, PLACE_PREFIX, Code, generate
 from fxzero.shards import Shards, unflatten
 from fxzero.stopwatch import Stopwatch
 

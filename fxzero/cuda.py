@@ -10,7 +10,15 @@ from torch import fx
 
 from fxzero.graph.step import Role, StepGraph, is_gather, is_inside, role, wait_of, wire_format
 from fxzero.memory.lifetimes import Buffer
-from fxzero.streams import BEGIN, CudaStreams, plan_events, queues_of, readers_of, requirements, works_at_wait
+from fxzero.planning.stream_events import (
+    BEGIN,
+    CudaStreams,
+    plan_events,
+    queues_of,
+    readers_of,
+    requirements,
+    works_at_wait,
+)
 
 Placed = Mapping[tuple[str, fx.Node], tuple[Buffer, int]]
 """Each buffer of an arena and its offset in bytes, by kind and the start of its collective."""

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fxzero.budget import AUTO_SHARE, Choice, choose, free_bytes, least, must_choose
 from fxzero.comm import agree
 from fxzero.graph.names import format_bytes
 from fxzero.graph.step import StepGraph
 from fxzero.memory.footprint import Footprint, Held, footprint, held_by
 from fxzero.optim import state_per_element
-from fxzero.pipeline import Pass
 from fxzero.planner import layout_of
+from fxzero.planning.keep_within_budget import AUTO_SHARE, Choice, choose, free_bytes, least, must_choose
+from fxzero.planning.run_passes import Pass
 from fxzero.runtime import Executable
 
 if TYPE_CHECKING:

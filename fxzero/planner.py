@@ -16,9 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxzero.budget import Choice, choose, must_choose
 from fxzero.capture import Captured, capture
-from fxzero.codegen import generate
 from fxzero.comm.without_ranks import PlanningComm, ShardedPlanningComm
 from fxzero.cost.job_costs import CostModel, choose_sizes, optimizer_bytes
 from fxzero.cost.model import Cluster
@@ -32,9 +30,11 @@ from fxzero.memory.footprint import Held, footprint, held_by
 from fxzero.memory.report import MemoryReport
 from fxzero.optim import state_per_element
 from fxzero.passes import BucketAllGathers, Pass, default_passes
-from fxzero.pipeline import Observer, run_passes
+from fxzero.planning.codegen import generate
+from fxzero.planning.keep_within_budget import Choice, choose, must_choose
+from fxzero.planning.run_passes import Observer, run_passes
+from fxzero.planning.schedule import Schedule
 from fxzero.runtime import Plan
-from fxzero.schedule import Schedule
 from fxzero.shards import spec_of
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,6 @@ from torch import fx
 
 from fxzero.binding import Binder
 from fxzero.capture import Captured
-from fxzero.codegen import Code
 from fxzero.comm.base import Comm
 from fxzero.errors import CommunicationError
 from fxzero.gradients import Gradients, Stash, Variant
@@ -22,6 +21,7 @@ from fxzero.graph.aliasing import aliases, base
 from fxzero.graph.step import Role, StepGraph, info, is_random, members
 from fxzero.memory.arena_plan import plan_arena
 from fxzero.memory.lifetimes import Arena, MemoryPlan
+from fxzero.planning.codegen import Code
 from fxzero.residency import Residency
 from fxzero.shards import Shards
 from fxzero.stopwatch import Stopwatch

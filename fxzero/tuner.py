@@ -25,8 +25,8 @@ from fxzero.graph.step import StepGraph
 from fxzero.optim import state_per_element
 from fxzero.passes import Pass
 from fxzero.planner import describe_options
+from fxzero.planning.schedule import totals
 from fxzero.runtime import Executable
-from fxzero.schedule import totals
 from fxzero.stopwatch import Stopwatch, calm_median, seconds_by_name
 
 if TYPE_CHECKING:

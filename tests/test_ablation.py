@@ -18,8 +18,8 @@ from fxzero.graph.layout import Bucket, ParamSpec, make_bucket
 from fxzero.graph.step import StepGraph
 from fxzero.memory.lifetimes import Buffer
 from fxzero.passes import default_passes
-from fxzero.pipeline import run_passes
-from fxzero.schedule import format_schedule
+from fxzero.planning.run_passes import run_passes
+from fxzero.planning.schedule import format_schedule
 from fxzero.tensor_lists import with_tensor_lists
 from fxzero.testing import engine_of
 from fxzero.transient import TransientMemory

@@ -12,9 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fxzero
-from fxzero.budget import Choice, choose, free_bytes, least
-from fxzero.budget import _Gap as Gap
-from fxzero.budget import _most_bytes as most_bytes
 from fxzero.comm.without_ranks import PlanningComm
 from fxzero.errors import PlanError
 from fxzero.graph.step import Role, copy_of, members
@@ -22,8 +19,11 @@ from fxzero.memory.footprint import Footprint, Held, footprint, live_at
 from fxzero.memory.lifetimes import Buffer, MemoryPlan
 from fxzero.models import GPT, GPT_PRESETS
 from fxzero.passes import PrefetchAllGathers, default_passes
-from fxzero.pipeline import run_passes
-from fxzero.schedule import Schedule
+from fxzero.planning.keep_within_budget import Choice, choose, free_bytes, least
+from fxzero.planning.keep_within_budget import _Gap as Gap
+from fxzero.planning.keep_within_budget import _most_bytes as most_bytes
+from fxzero.planning.run_passes import run_passes
+from fxzero.planning.schedule import Schedule
 from tests.toy import toy_step
 
 NUM_POSITIONS = 12

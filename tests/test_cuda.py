@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import fx
 
-from fxzero.codegen import generate
 from fxzero.comm.without_ranks import PlanningComm, ShardedPlanningComm
 from fxzero.cuda import Events, Placed, plan_cuda_events
 from fxzero.gradients import Stash, Variant
@@ -33,8 +32,9 @@ from fxzero.graph.step import (
 )
 from fxzero.memory.arena_plan import plan_arena
 from fxzero.passes import default_passes
-from fxzero.pipeline import run_passes
-from fxzero.streams import readers_of
+from fxzero.planning.codegen import generate
+from fxzero.planning.run_passes import run_passes
+from fxzero.planning.stream_events import readers_of
 from tests.toy import toy_step
 
 COMPUTE, COMMUNICATION = "compute", "communication"

@@ -26,7 +26,7 @@ from fxzero.memory.lifetimes import (
     plan_memory,
 )
 from fxzero.passes import default_passes
-from fxzero.pipeline import run_passes
+from fxzero.planning.run_passes import run_passes
 from tests.test_golden import CASES, schedule_of
 from tests.toy import toy_step
 

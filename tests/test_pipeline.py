@@ -17,8 +17,8 @@ from fxzero.errors import PassOrderError, ScheduleError
 from fxzero.graph.step import Role, StepGraph
 from fxzero.graph.verify import verify_plan
 from fxzero.passes import InsertAllGathers, InsertReduceScatters, ReleaseParams, RematerializeViews, default_passes
-from fxzero.pipeline import pass_name, run_passes
 from fxzero.planner import plan
+from fxzero.planning.run_passes import pass_name, run_passes
 from fxzero.testing import run_ranks
 from tests.distributed import pass_list_workers, replicated
 from tests.random_net import WIDTH, NetSpec, RandomNet, choose_net, random_net

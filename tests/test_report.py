@@ -14,7 +14,7 @@ from fxzero.errors import FxzeroError
 from fxzero.graph.layout import LayoutName
 from fxzero.host.memory_in_use import MemoryGauge
 from fxzero.models import GPT, GPT_PRESETS
-from fxzero.schedule import Schedule
+from fxzero.planning.schedule import Schedule
 from fxzero.testing import engine_of
 
 IDS = torch.zeros(2, 16, dtype=torch.int64)

@@ -21,8 +21,8 @@ from fxzero.graph.aliasing import is_view
 from fxzero.graph.layout import Bucket, ParamSpec
 from fxzero.graph.step import Role, StepGraph, is_gather, members, role, started_by
 from fxzero.passes import default_passes
-from fxzero.pipeline import run_passes
-from fxzero.streams import BEGIN, CudaStreams, EventEdge, Queue, plan_events, queues_of, requirements
+from fxzero.planning.run_passes import run_passes
+from fxzero.planning.stream_events import BEGIN, CudaStreams, EventEdge, Queue, plan_events, queues_of, requirements
 
 
 def reachable(queues: list[Queue], pairs: list[tuple[int, int]]) -> set[tuple[int, int]]:

@@ -25,7 +25,7 @@ from fxzero.passes import (
     Pass,
     default_passes,
 )
-from fxzero.pipeline import run_passes
+from fxzero.planning.run_passes import run_passes
 from fxzero.shards import spec_of
 from fxzero.stopwatch import Stopwatch, calm_median, seconds_by_name, with_measured
 

@@ -32,7 +32,7 @@ from fxzero.passes import (
     RematerializeViews,
     default_passes,
 )
-from fxzero.pipeline import run_passes
+from fxzero.planning.run_passes import run_passes
 from tests.toy import toy_step
 
 aten = torch.ops.aten

@@ -12,8 +12,8 @@ from fxzero.passes import (
     InsertReduceScatters,
     RematerializeViews,
 )
-from fxzero.pipeline import run_passes
-from fxzero.schedule import format_schedule
+from fxzero.planning.run_passes import run_passes
+from fxzero.planning.schedule import format_schedule
 from tests.toy import toy_step
 
 BEFORE = (RematerializeViews(), InsertAllGathers(), InsertReduceScatters())

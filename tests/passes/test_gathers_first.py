@@ -5,8 +5,8 @@ import pytest
 from fxzero.errors import PassOrderError
 from fxzero.graph.step import Role, StepGraph, members
 from fxzero.passes import GathersFirst, InsertAllGathers, InsertReduceScatters, RematerializeViews, SinkWaits
-from fxzero.pipeline import run_passes
-from fxzero.schedule import format_schedule
+from fxzero.planning.run_passes import run_passes
+from fxzero.planning.schedule import format_schedule
 from tests.toy import toy_step
 
 BEFORE = (RematerializeViews(), InsertAllGathers(), InsertReduceScatters())

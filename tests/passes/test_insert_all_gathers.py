@@ -3,8 +3,8 @@ from __future__ import annotations
 from expecttest import assert_expected_inline
 
 from fxzero.passes import InsertAllGathers, RematerializeViews
-from fxzero.pipeline import run_passes
-from fxzero.schedule import format_schedule
+from fxzero.planning.run_passes import run_passes
+from fxzero.planning.schedule import format_schedule
 from tests.toy import toy_step
 
 

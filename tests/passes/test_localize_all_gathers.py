@@ -16,8 +16,8 @@ from fxzero.passes import (
     RematerializeViews,
     default_passes,
 )
-from fxzero.pipeline import run_passes
-from fxzero.schedule import format_schedule, format_table, totals
+from fxzero.planning.run_passes import run_passes
+from fxzero.planning.schedule import format_schedule, format_table, totals
 from tests.toy import toy_step
 
 BEFORE = (RematerializeViews(), InsertAllGathers())

@@ -9,8 +9,8 @@ from fxzero.graph.step import Role, wire_format
 from fxzero.graph.verify import collectives
 from fxzero.graph.wire import WireFormat
 from fxzero.passes import BucketAllGathers, InsertAllGathers, NarrowAllGathers, RematerializeViews, default_passes
-from fxzero.pipeline import run_passes
-from fxzero.schedule import format_schedule, format_table, totals
+from fxzero.planning.run_passes import run_passes
+from fxzero.planning.schedule import format_schedule, format_table, totals
 from tests.toy import toy_step
 
 BEFORE = (RematerializeViews(), InsertAllGathers())

@@ -6,8 +6,8 @@ from expecttest import assert_expected_inline
 
 from fxzero.errors import PassOrderError
 from fxzero.passes import BucketReduceScatters, InsertReduceScatters, NarrowReduceScatters
-from fxzero.pipeline import run_passes
-from fxzero.schedule import format_schedule, totals
+from fxzero.planning.run_passes import run_passes
+from fxzero.planning.schedule import format_schedule, totals
 from tests.toy import toy_step
 
 

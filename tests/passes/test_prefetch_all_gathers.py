@@ -6,8 +6,8 @@ from expecttest import assert_expected_inline
 from fxzero.errors import PassOrderError
 from fxzero.graph.step import Role
 from fxzero.passes import InsertAllGathers, PrefetchAllGathers, RematerializeViews
-from fxzero.pipeline import run_passes
-from fxzero.schedule import format_diff, format_schedule
+from fxzero.planning.run_passes import run_passes
+from fxzero.planning.schedule import format_diff, format_schedule
 from tests.toy import toy_step
 
 BEFORE = (RematerializeViews(), InsertAllGathers())

@@ -12,7 +12,7 @@ import fxzero
 from fxzero.graph.step import Phase, Role, StepGraph, info, is_random, role
 from fxzero.memory.activations import activation_buffers
 from fxzero.passes import RecomputeActivations, default_passes
-from fxzero.schedule import totals
+from fxzero.planning.schedule import totals
 from tests.toy import toy_step
 
 BATCH, WIDTH = 4, 16

@@ -5,8 +5,8 @@ from expecttest import assert_expected_inline
 
 from fxzero.errors import PassOrderError
 from fxzero.passes import InsertReduceScatters, SinkWaits
-from fxzero.pipeline import run_passes
-from fxzero.schedule import format_schedule
+from fxzero.planning.run_passes import run_passes
+from fxzero.planning.schedule import format_schedule
 from tests.toy import toy_step
 
 

@@ -13,7 +13,7 @@ from fxzero.graph import ops
 from fxzero.graph.step import Role, written_in_place
 from fxzero.models import GPT, GPT_PRESETS, ROBERTA_PRESETS, RobertaForMaskedLM
 from fxzero.passes import InsertReduceScatters, WriteGradsInPlace
-from fxzero.pipeline import run_passes
+from fxzero.planning.run_passes import run_passes
 from tests.toy import toy_step
 
 

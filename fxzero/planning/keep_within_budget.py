@@ -24,7 +24,7 @@ from fxzero.graph.names import format_bytes
 from fxzero.graph.step import Phase, Role, StepGraph, copy_of, members
 from fxzero.memory.footprint import Footprint, Held, footprint, live_at
 from fxzero.passes import KeepGathered, Pass, PrefetchAllGathers, RecomputeActivations, SinkWaits
-from fxzero.pipeline import run_passes
+from fxzero.planning.run_passes import run_passes
 
 MAX_TRIED = 20_000
 """Choices that the knapsack looks at; it then takes the best so far."""

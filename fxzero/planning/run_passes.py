@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from fxzero.graph.step import StepGraph
 from fxzero.graph.verify import verify_graph
-from fxzero.schedule import format_diff, format_schedule
+from fxzero.planning.schedule import format_diff, format_schedule
 
 logger = logging.getLogger(__name__)
 
