@@ -27,7 +27,7 @@ from fxzero.models import GPT, GPT_PRESETS, ROBERTA_PRESETS, RobertaForMaskedLM
 from fxzero.passes import default_passes
 from fxzero.planner import layout_of, make_plan
 from fxzero.planning.schedule import format_schedule
-from fxzero.shards import spec_of
+from fxzero.runtime.shards import spec_of
 
 SIZES: Mapping[str, Any] = {"vocab_size": 8192, "max_positions": 130, "hidden_size": 512, "num_heads": 8}
 """Of a layer of 3.2M parameters: most sizes of buckets that are tried give other buckets."""

@@ -31,11 +31,11 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from fxzero.clip import clip_each_grad_norm_, clip_grad_norm_
 from fxzero.comm.base import Comm
-from fxzero.gradients import Gradients
 from fxzero.graph.layout import LayoutName
 from fxzero.passes import BucketAllGathers, Pass, PrefetchAllGathers, SinkWaits
+from fxzero.runtime.clip import clip_each_grad_norm_, clip_grad_norm_
+from fxzero.runtime.gradients import Gradients
 from fxzero.tensor_lists import with_tensor_lists
 
 Optimization: TypeAlias = Literal[

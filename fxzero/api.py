@@ -28,7 +28,7 @@ from fxzero.options import Options, check_across_options, check_wire, choose_dev
 from fxzero.passes import Pass
 from fxzero.planner import as_arguments
 from fxzero.planning.schedule import Schedule
-from fxzero.runtime import Executable
+from fxzero.runtime.executable import Executable
 
 _REFUSED_METHODS = ("generate",)
 

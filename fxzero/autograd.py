@@ -10,7 +10,7 @@ import torch
 from fxzero import torch_internals
 from fxzero.errors import StaleBackwardError
 from fxzero.materialize import rng_state, set_rng_state
-from fxzero.runtime import Executable
+from fxzero.runtime.executable import Executable
 
 if TYPE_CHECKING:
     from fxzero.engine import Engine

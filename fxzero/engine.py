@@ -27,7 +27,6 @@ from fxzero.comm.make import make_comm
 from fxzero.comm.without_ranks import PlanningComm
 from fxzero.errors import CaptureError, FxzeroError, InputMismatchError
 from fxzero.fitting import Fitting
-from fxzero.gradients import Gradients, Stash
 from fxzero.graph.layout import Layout, ParamSpec
 from fxzero.graph.verify import collectives
 from fxzero.host.allocator import give_back_freed_memory
@@ -46,9 +45,10 @@ from fxzero.planner import (
     make_plan,
     warn_if_out_of_order,
 )
-from fxzero.residency import Residency
-from fxzero.runtime import Executable
-from fxzero.shards import Shards, check_storage, spec_of
+from fxzero.runtime.executable import Executable
+from fxzero.runtime.gradients import Gradients, Stash
+from fxzero.runtime.residency import Residency
+from fxzero.runtime.shards import Shards, check_storage, spec_of
 from fxzero.tuner import Tuner
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from fxzero.optim import state_per_element
 from fxzero.planner import layout_of
 from fxzero.planning.keep_within_budget import AUTO_SHARE, Choice, choose, free_bytes, least, must_choose
 from fxzero.planning.run_passes import Pass
-from fxzero.runtime import Executable
+from fxzero.runtime.executable import Executable
 
 if TYPE_CHECKING:
     from fxzero.engine import Engine

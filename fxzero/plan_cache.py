@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from fxzero.modes import Signature
-from fxzero.runtime import Executable
+from fxzero.runtime.executable import Executable
 
 MAX_PLANS = 64
 """Plans kept; the least recently used is dropped beyond."""

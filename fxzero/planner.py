@@ -34,8 +34,8 @@ from fxzero.planning.codegen import generate
 from fxzero.planning.keep_within_budget import Choice, choose, must_choose
 from fxzero.planning.run_passes import Observer, run_passes
 from fxzero.planning.schedule import Schedule
-from fxzero.runtime import Plan
-from fxzero.shards import spec_of
+from fxzero.runtime.executable import Plan
+from fxzero.runtime.shards import spec_of
 
 logger = logging.getLogger(__name__)
 

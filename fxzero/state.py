@@ -15,11 +15,11 @@ from fxzero import torch_internals
 from fxzero.comm import agree
 from fxzero.comm.without_ranks import PlanningComm
 from fxzero.errors import CheckpointError
-from fxzero.interleave import gathered_members
 from fxzero.materialize import check_meta_model, initialize, rng_state
 from fxzero.optim import ParamShard, cut_state
 from fxzero.planner import describe_options, describe_params
-from fxzero.shards import Shards, install, shard_full_params
+from fxzero.runtime.interleave import gathered_members
+from fxzero.runtime.shards import Shards, install, shard_full_params
 from fxzero.slots import join
 
 if TYPE_CHECKING:

@@ -19,11 +19,11 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
-from fxzero.binding import Binder
-from fxzero.cuda import Events, Placed
 from fxzero.graph.layout import ALIGNMENT_BYTES, align
 from fxzero.graph.step import Role, role, started_by
 from fxzero.memory.lifetimes import Arena, Buffer, storage_view
+from fxzero.runtime.binding import Binder
+from fxzero.runtime.cuda_streams import Events, Placed
 
 Call = Callable[[], object]
 

@@ -26,8 +26,8 @@ from fxzero.optim import state_per_element
 from fxzero.passes import Pass
 from fxzero.planner import describe_options
 from fxzero.planning.schedule import totals
-from fxzero.runtime import Executable
-from fxzero.stopwatch import Stopwatch, calm_median, seconds_by_name
+from fxzero.runtime.executable import Executable
+from fxzero.runtime.stopwatch import Stopwatch, calm_median, seconds_by_name
 
 if TYPE_CHECKING:
     from fxzero.engine import Engine

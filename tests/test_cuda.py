@@ -16,8 +16,6 @@ import torch
 from torch import fx
 
 from fxzero.comm.without_ranks import PlanningComm, ShardedPlanningComm
-from fxzero.cuda import Events, Placed, plan_cuda_events
-from fxzero.gradients import Stash, Variant
 from fxzero.graph.layout import LayoutName
 from fxzero.graph.step import (
     Role,
@@ -35,6 +33,8 @@ from fxzero.passes import default_passes
 from fxzero.planning.codegen import generate
 from fxzero.planning.run_passes import run_passes
 from fxzero.planning.stream_events import readers_of
+from fxzero.runtime.cuda_streams import Events, Placed, plan_cuda_events
+from fxzero.runtime.gradients import Stash, Variant
 from tests.toy import toy_step
 
 COMPUTE, COMMUNICATION = "compute", "communication"

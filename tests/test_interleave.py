@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxzero.graph.layout import InterleavedBucket, ParamSpec
-from fxzero.interleave import copy_in, copy_out
-from fxzero.shards import unflatten
+from fxzero.runtime.interleave import copy_in, copy_out
+from fxzero.runtime.shards import unflatten
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 

@@ -21,7 +21,7 @@ from fxzero.graph.layout import (
     group_into_buckets,
     make_bucket,
 )
-from fxzero.interleave import gathered_members
+from fxzero.runtime.interleave import gathered_members
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 layouts = st.sampled_from(["contiguous", "interleaved"])

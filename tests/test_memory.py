@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from fxzero.comm.without_ranks import PlanningComm
 from fxzero.errors import MemoryOverlapError
-from fxzero.gradients import Stash, Variant
 from fxzero.graph.layout import ALIGNMENT_BYTES, LayoutName
 from fxzero.graph.step import Role, is_gather, wait_of
 from fxzero.memory.arena_plan import plan_arena
@@ -27,6 +26,7 @@ from fxzero.memory.lifetimes import (
 )
 from fxzero.passes import default_passes
 from fxzero.planning.run_passes import run_passes
+from fxzero.runtime.gradients import Stash, Variant
 from tests.test_golden import CASES, schedule_of
 from tests.toy import toy_step
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from fxzero.residency import Residency
+from fxzero.runtime.residency import Residency
 
 A, B = ("a",), ("b",)
 

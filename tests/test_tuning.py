@@ -26,8 +26,8 @@ from fxzero.passes import (
     default_passes,
 )
 from fxzero.planning.run_passes import run_passes
-from fxzero.shards import spec_of
-from fxzero.stopwatch import Stopwatch, calm_median, seconds_by_name, with_measured
+from fxzero.runtime.shards import spec_of
+from fxzero.runtime.stopwatch import Stopwatch, calm_median, seconds_by_name, with_measured
 
 SLOW = Cluster(Device(9e10, 1e10, 5e-6), Link(1 * GBIT, 2e-4, 1e-9))
 NODES = dataclasses.replace(SLOW, inside=Link(8 * GBIT, 1e-4, 5e-10))

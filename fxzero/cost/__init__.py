@@ -1,3 +1,3 @@
-"""Seconds: of operators and collectives, of a whole step, the least that a step can take, and what to choose by them."""
+"""Seconds: of operators, of collectives, of a whole step, the least that a step can take, and choices made by them."""
 
 from __future__ import annotations

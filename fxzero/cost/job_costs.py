@@ -12,7 +12,7 @@ from fxzero.graph.layout import ParamSpec
 from fxzero.graph.step import StepGraph, copy_of
 from fxzero.host.gc_pause import collector_paused
 from fxzero.passes import BucketAllGathers, KeepGathered, NarrowAllGathers, NarrowReduceScatters, Pass
-from fxzero.stopwatch import with_measured
+from fxzero.runtime.stopwatch import with_measured
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ from torch import fx
 
 from fxzero.comm.base import Comm
 from fxzero.comm.wire_copies import reduce_scratch_nbytes
-from fxzero.cuda import Placed
-from fxzero.gradients import Variant
 from fxzero.graph.layout import ALIGNMENT_BYTES, align
 from fxzero.graph.step import Role, StepGraph, members, wire_format
 from fxzero.memory.activations import placed_temporaries
@@ -23,6 +21,8 @@ from fxzero.memory.lifetimes import (
     staging_buffers,
     working_buffers,
 )
+from fxzero.runtime.cuda_streams import Placed
+from fxzero.runtime.gradients import Variant
 
 EFFORT = 5
 """Of the search for the arena's offsets: a fraction of a second where the lower bound is out of reach."""

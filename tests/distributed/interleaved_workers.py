@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxzero
 from fxzero.graph.layout import LayoutName
-from fxzero.interleave import gathered_members
 from fxzero.passes import default_passes
+from fxzero.runtime.interleave import gathered_members
 from fxzero.testing import engine_of
 from tests.distributed import replicated
 from tests.distributed.api_workers import Pair, data

@@ -13,7 +13,7 @@ from torch import nn
 from fxzero import torch_internals
 from fxzero.errors import FxzeroError, PlanError
 from fxzero.graph.layout import Bucket
-from fxzero.shards import FlatBuffer, Shards, unflatten
+from fxzero.runtime.shards import FlatBuffer, Shards, unflatten
 
 
 class Stash(enum.Enum):

@@ -9,8 +9,8 @@ import torch
 
 from fxzero.comm.base import Comm
 from fxzero.errors import PlanError
-from fxzero.gradients import Gradients
 from fxzero.graph.layout import ALIGNMENT_BYTES
+from fxzero.runtime.gradients import Gradients
 
 _ROW_NUMEL = ALIGNMENT_BYTES // 8
 """Shards are aligned to this many elements of any floating dtype."""

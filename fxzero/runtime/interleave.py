@@ -17,7 +17,7 @@ import torch
 
 from fxzero import torch_internals
 from fxzero.graph.layout import Bucket, InterleavedBucket
-from fxzero.shards import unflatten
+from fxzero.runtime.shards import unflatten
 
 
 def copy_out(bucket: InterleavedBucket, staging: torch.Tensor, full: torch.Tensor) -> Callable[[], object]:

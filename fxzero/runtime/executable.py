@@ -12,19 +12,19 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from fxzero.binding import Binder
 from fxzero.capture import Captured
 from fxzero.comm.base import Comm
 from fxzero.errors import CommunicationError
-from fxzero.gradients import Gradients, Stash, Variant
 from fxzero.graph.aliasing import aliases, base
 from fxzero.graph.step import Role, StepGraph, info, is_random, members
 from fxzero.memory.arena_plan import plan_arena
 from fxzero.memory.lifetimes import Arena, MemoryPlan
 from fxzero.planning.codegen import Code
-from fxzero.residency import Residency
-from fxzero.shards import Shards
-from fxzero.stopwatch import Stopwatch
+from fxzero.runtime.binding import Binder
+from fxzero.runtime.gradients import Gradients, Stash, Variant
+from fxzero.runtime.residency import Residency
+from fxzero.runtime.shards import Shards
+from fxzero.runtime.stopwatch import Stopwatch
 from fxzero.transient import TransientBinder, TransientMemory
 
 

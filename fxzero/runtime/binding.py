@@ -16,9 +16,7 @@ from torch import fx
 from fxzero import torch_internals
 from fxzero.comm.base import Bound, Comm, in_turn
 from fxzero.comm.wire_copies import bind_narrow_reduce, pack, unpack
-from fxzero.cuda import Events, Placed, plan_cuda_events
 from fxzero.errors import PlanError
-from fxzero.gradients import Gradients, Stash, Variant
 from fxzero.graph.layout import Bucket, InterleavedBucket
 from fxzero.graph.step import (
     Role,
@@ -34,12 +32,14 @@ from fxzero.graph.step import (
     wire_format,
 )
 from fxzero.graph.wire import SCALE_DTYPE
-from fxzero.interleave import copy_in, copy_out
 from fxzero.memory.arena_plan import is_partial, scratch_nbytes
 from fxzero.memory.lifetimes import Arena
 from fxzero.planning.codegen import NAMES_IN_SOURCE, PLACE_PREFIX, Code, generate
-from fxzero.shards import Shards, unflatten
-from fxzero.stopwatch import Stopwatch
+from fxzero.runtime.cuda_streams import Events, Placed, plan_cuda_events
+from fxzero.runtime.gradients import Gradients, Stash, Variant
+from fxzero.runtime.interleave import copy_in, copy_out
+from fxzero.runtime.shards import Shards, unflatten
+from fxzero.runtime.stopwatch import Stopwatch
 
 
 @dataclass
