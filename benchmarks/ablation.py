@@ -26,8 +26,8 @@ from tabulate import tabulate
 from torch.profiler import ProfilerActivity, profile
 
 import fxzero
-from fxzero.ablation import OPTIMIZATIONS, Without
 from fxzero.models import ROBERTA_PRESETS, RobertaForMaskedLM
+from fxzero.reference.ablation import OPTIMIZATIONS, Without
 from fxzero.testing import run_ranks
 
 CONFIGURATIONS: dict[str, Without] = {"full": (), **{name: (name,) for name in OPTIMIZATIONS}, "naive": "all"}

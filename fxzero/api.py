@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from fxzero import ablation, ownership, state
+from fxzero import ownership, state
 from fxzero.comm import agree
 from fxzero.cost.model import Cluster
 from fxzero.engine import Engine
@@ -28,6 +28,7 @@ from fxzero.options import Options, check_across_options, check_wire, choose_dev
 from fxzero.passes import Pass
 from fxzero.planner import as_arguments
 from fxzero.planning.schedule import Schedule
+from fxzero.reference import ablation
 from fxzero.runtime.executable import Executable
 
 _REFUSED_METHODS = ("generate",)

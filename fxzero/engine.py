@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fxzero import ablation, state, torch_internals
+from fxzero import state, torch_internals
 from fxzero.autograd import Call, StepFunction
 from fxzero.capture import Captured, capture
 from fxzero.capture.call import CallSpec, flatten_call
@@ -45,6 +45,7 @@ from fxzero.planner import (
     make_plan,
     warn_if_out_of_order,
 )
+from fxzero.reference import ablation
 from fxzero.runtime.executable import Executable
 from fxzero.runtime.gradients import Gradients, Stash
 from fxzero.runtime.residency import Residency

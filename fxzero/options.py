@@ -14,13 +14,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from fxzero import ablation
 from fxzero.comm.groups import Group, group_of_mesh
 from fxzero.cost.model import Cluster
 from fxzero.errors import InputMismatchError
 from fxzero.graph.layout import LayoutName, check_layout
 from fxzero.graph.stages import Across, check_across
 from fxzero.passes import Pass, default_passes
+from fxzero.reference import ablation
 
 
 @dataclass(frozen=True)

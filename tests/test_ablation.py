@@ -10,8 +10,6 @@ from expecttest import assert_expected_inline
 from torch import nn
 
 import fxzero
-from fxzero import ablation
-from fxzero.ablation import OPTIMIZATIONS, Optimization
 from fxzero.comm.base import Comm, LocalComm
 from fxzero.comm.without_ranks import PlanningComm
 from fxzero.graph.layout import Bucket, ParamSpec, make_bucket
@@ -20,9 +18,11 @@ from fxzero.memory.lifetimes import Buffer
 from fxzero.passes import default_passes
 from fxzero.planning.run_passes import run_passes
 from fxzero.planning.schedule import format_schedule
-from fxzero.tensor_lists import with_tensor_lists
+from fxzero.reference import ablation
+from fxzero.reference.ablation import OPTIMIZATIONS, Optimization
+from fxzero.reference.tensor_lists import with_tensor_lists
+from fxzero.reference.transient import TransientMemory
 from fxzero.testing import engine_of
-from fxzero.transient import TransientMemory
 from tests.pairs import Net, assert_same, both, pair, points, sgd
 from tests.toy import toy_step
 

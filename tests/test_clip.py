@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fxzero.ablation import Without
 from fxzero.errors import PlanError
+from fxzero.reference.ablation import Without
 from tests.pairs import assert_same, both, pair, points
 
 

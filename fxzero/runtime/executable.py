@@ -20,12 +20,12 @@ from fxzero.graph.step import Role, StepGraph, info, is_random, members
 from fxzero.memory.arena_plan import plan_arena
 from fxzero.memory.lifetimes import Arena, MemoryPlan
 from fxzero.planning.codegen import Code
+from fxzero.reference.transient import TransientBinder, TransientMemory
 from fxzero.runtime.binding import Binder
 from fxzero.runtime.gradients import Gradients, Stash, Variant
 from fxzero.runtime.residency import Residency
 from fxzero.runtime.shards import Shards
 from fxzero.runtime.stopwatch import Stopwatch
-from fxzero.transient import TransientBinder, TransientMemory
 
 
 @dataclass(frozen=True)

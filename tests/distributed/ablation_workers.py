@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import fxzero
-from fxzero.ablation import Without
 from fxzero.comm.base import Comm
 from fxzero.graph.layout import Bucket, ParamSpec
-from fxzero.tensor_lists import with_tensor_lists
+from fxzero.reference.ablation import Without
+from fxzero.reference.tensor_lists import with_tensor_lists
+from fxzero.reference.transient import TransientMemory
 from fxzero.testing import engine_of
-from fxzero.transient import TransientMemory
 from tests.distributed import replicated
 from tests.distributed.api_workers import Failing, Pair
 from tests.distributed.interleaved_workers import MIXED, full_gradients

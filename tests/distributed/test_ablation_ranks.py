@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fxzero.ablation import OPTIMIZATIONS, Without
+from fxzero.reference.ablation import OPTIMIZATIONS, Without
 from fxzero.testing import run_ranks
 from tests.distributed import ablation_workers as workers
 
