@@ -14,16 +14,16 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from fxzero import ownership, state
 from fxzero.comm import agree
 from fxzero.cost.model import Cluster
-from fxzero.engine import Engine
 from fxzero.errors import FxzeroError, OptimizerError
-from fxzero.fitting import footprint_of
 from fxzero.graph.layout import LayoutName
 from fxzero.graph.stages import Across
 from fxzero.memory.report import MemoryReport
-from fxzero.optim import OptimizerGuard, check_optimizer
+from fxzero.module import ownership, weights
+from fxzero.module.budget_round import footprint_of
+from fxzero.module.engine import Engine
+from fxzero.module.optimizer_guard import OptimizerGuard, check_optimizer
 from fxzero.options import Options, check_across_options, check_wire, choose_device, choose_group, choose_passes
 from fxzero.passes import Pass
 from fxzero.planner import as_arguments
@@ -307,7 +307,7 @@ class ZeroModule(nn.Module):
             keep_vars: has no effect: the tensors are copies.
             rank0_only: only rank 0 gets it; the others get an empty dict.
         """
-        return state.state_dict(self._fxzero_engine, rank0_only=rank0_only, prefix=prefix, destination=destination)
+        return weights.state_dict(self._fxzero_engine, rank0_only=rank0_only, prefix=prefix, destination=destination)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a full state dict with the model's own names; every rank passes it and keeps its slices.
@@ -317,7 +317,7 @@ class ZeroModule(nn.Module):
         """
         if assign:
             raise ValueError("assign=True would replace the shards. Load with assign=False.")
-        return state.load_state_dict(self._fxzero_engine, state_dict, strict=strict)
+        return weights.load_state_dict(self._fxzero_engine, state_dict, strict=strict)
 
     def iter_full_params(self, *, rank0_only: bool = False) -> Iterator[tuple[str, torch.Tensor | None]]:
         """Gather the parameters bucket by bucket, each once under its canonical name: a collective.
@@ -327,7 +327,7 @@ class ZeroModule(nn.Module):
             next bucket overwrites: copy what you keep. Every rank must iterate to the end.
         """
         self._fxzero_engine.fix_layout_without_trace()
-        return state.full_params(self._fxzero_engine, rank0_only=rank0_only)
+        return weights.full_params(self._fxzero_engine, rank0_only=rank0_only)
 
     # -- the schedule --------------------------------------------------------------------------------------------
 
@@ -344,8 +344,8 @@ class ZeroModule(nn.Module):
     def _memory(self, executable: Executable) -> MemoryReport:
         engine = self._fxzero_engine
         needed = footprint_of(engine, executable)
-        if state := self._fxzero_guard.state_nbytes:
-            needed = replace(needed, held=replace(needed.held, optimizer_state=state))
+        if weights := self._fxzero_guard.state_nbytes:
+            needed = replace(needed, held=replace(needed.held, optimizer_state=weights))
         return MemoryReport(needed, executable.step, engine.gauge.read() if executable.memory else None)
 
 

@@ -28,7 +28,7 @@ from fxzero.graph.verify import verify_plan
 from fxzero.host.gc_pause import collector_paused
 from fxzero.memory.footprint import Held, footprint, held_by
 from fxzero.memory.report import MemoryReport
-from fxzero.optim import state_per_element
+from fxzero.module.optimizer_guard import state_per_element
 from fxzero.passes import BucketAllGathers, Pass, default_passes
 from fxzero.planning.codegen import generate
 from fxzero.planning.keep_within_budget import Choice, choose, must_choose

@@ -31,7 +31,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from torch.distributed.distributed_c10d import PrefixStore
 
 from fxzero.api import ZeroModule
-from fxzero.engine import Engine
+from fxzero.module.engine import Engine
 
 _context = multiprocessing.get_context("spawn")
 

@@ -13,7 +13,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxzero.errors import CheckpointError
-from fxzero.materialize import check_meta_model, initialize, rng_state
 from fxzero.models import (
     GPT,
     GPT_PRESETS,
@@ -24,6 +23,7 @@ from fxzero.models import (
     Llama,
     RobertaForMaskedLM,
 )
+from fxzero.module.initialize import check_meta_model, initialize, rng_state
 
 
 def on_meta(build: Callable[[], nn.Module]) -> nn.Module:

@@ -13,7 +13,7 @@ from torch import Tensor, nn, optim
 
 from fxzero.errors import OptimizerError
 from fxzero.graph.layout import ParamSpec, Slice
-from fxzero.optim import ELEMENTWISE, REFUSED, OptimizerGuard, ParamShard, check_optimizer, cut_state
+from fxzero.module.optimizer_guard import ELEMENTWISE, REFUSED, OptimizerGuard, ParamShard, check_optimizer, cut_state
 
 CPU = torch.device("cpu")
 SHAPES = {"w": (37, 29), "scalar": (), "one": (1,), "b": (5,)}

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import fxzero
 from fxzero.models import GPT, GPT_PRESETS
-from fxzero.rehome import rehome_state
+from fxzero.module.optimizer_state import rehome_state
 
 LARGE_BYTES = 64 * 1024
 

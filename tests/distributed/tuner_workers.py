@@ -11,9 +11,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import fxzero
 from fxzero.cost.model import Cluster, Device, Link
+from fxzero.module.tuning_rounds import MEASURED_STEPS, WARM_STEPS
 from fxzero.passes import default_passes
 from fxzero.testing import engine_of
-from fxzero.tuner import MEASURED_STEPS, WARM_STEPS
 
 NUM_STEPS = WARM_STEPS + MEASURED_STEPS + 3
 SLOW = Cluster(Device(1e10, 1e10, 5e-6), Link(1e7, 2e-4, 1e-9))

@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from fxzero.errors import OptimizerError
 from fxzero.graph.layout import ParamSpec, Slice
-from fxzero.rehome import rehome_state
+from fxzero.module.optimizer_state import rehome_state
 
 ELEMENTWISE: tuple[type[torch.optim.Optimizer], ...] = (
     torch.optim.Adadelta,

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from fxzero.modes import Signature
+from fxzero.module.call_kind import Signature
 from fxzero.runtime.executable import Executable
 
 MAX_PLANS = 64

@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fxzero import state, torch_internals
-from fxzero.autograd import Call, StepFunction
+from fxzero import torch_internals
 from fxzero.capture import Captured, capture
 from fxzero.capture.call import CallSpec, flatten_call
 from fxzero.comm import agree
@@ -26,17 +25,20 @@ from fxzero.comm.groups import Group, Hierarchy
 from fxzero.comm.make import make_comm
 from fxzero.comm.without_ranks import PlanningComm
 from fxzero.errors import CaptureError, FxzeroError, InputMismatchError
-from fxzero.fitting import Fitting
 from fxzero.graph.layout import Layout, ParamSpec
 from fxzero.graph.verify import collectives
 from fxzero.host.allocator import give_back_freed_memory
 from fxzero.host.memory_in_use import MemoryGauge
-from fxzero.materialize import check_meta_model
 from fxzero.memory.lifetimes import Arena
-from fxzero.modes import Mode, Orders, Signature
-from fxzero.optim import ParamShard
+from fxzero.module import weights
+from fxzero.module.budget_round import Fitting
+from fxzero.module.call import Call, StepFunction
+from fxzero.module.call_kind import Mode, Orders, Signature
+from fxzero.module.initialize import check_meta_model
+from fxzero.module.optimizer_guard import ParamShard
+from fxzero.module.plan_cache import Pattern, PlanCache
+from fxzero.module.tuning_rounds import Tuner
 from fxzero.options import Options
-from fxzero.plan_cache import Pattern, PlanCache
 from fxzero.planner import (
     describe_layout,
     in_layout,
@@ -50,7 +52,6 @@ from fxzero.runtime.executable import Executable
 from fxzero.runtime.gradients import Gradients, Stash
 from fxzero.runtime.residency import Residency
 from fxzero.runtime.shards import Shards, check_storage, spec_of
-from fxzero.tuner import Tuner
 
 logger = logging.getLogger(__name__)
 
@@ -205,7 +206,7 @@ class Engine:
 
     def held_shards(self) -> dict[int, ParamShard]:
         """What this rank holds of each parameter; empty before the layout is fixed."""
-        return state.param_shards(self, self.shards) if self.shards is not None else {}
+        return weights.param_shards(self, self.shards) if self.shards is not None else {}
 
     def after_optimizer(self, seconds: float) -> None:
         """A step of an optimizer, any, is over."""
@@ -355,7 +356,7 @@ class Engine:
         agree.agree(self.group, "layout", lines, timeout=self.options.timeout)
         with torch.inference_mode(False):  # shards made in it could not be trained
             shards = Shards(layout, self.comm.rank, self.options.device)
-            state.fill_shards(self, shards, loaded)
+            weights.fill_shards(self, shards, loaded)
             self.shards, self.gradients = shards, Gradients(shards, self.params)
             self._addresses = [param.data_ptr() for param in self._param_list]
 

@@ -15,15 +15,15 @@ from fxzero import torch_internals
 from fxzero.comm import agree
 from fxzero.comm.without_ranks import PlanningComm
 from fxzero.errors import CheckpointError
-from fxzero.materialize import check_meta_model, initialize, rng_state
-from fxzero.optim import ParamShard, cut_state
+from fxzero.module.initialize import check_meta_model, initialize, rng_state
+from fxzero.module.optimizer_guard import ParamShard, cut_state
+from fxzero.module.registered_tensors import join
 from fxzero.planner import describe_options, describe_params
 from fxzero.runtime.interleave import gathered_members
 from fxzero.runtime.shards import Shards, install, shard_full_params
-from fxzero.slots import join
 
 if TYPE_CHECKING:
-    from fxzero.engine import Engine
+    from fxzero.module.engine import Engine
 
 
 def fill_shards(engine: Engine, shards: Shards, loaded: AbstractSet[str]) -> None:

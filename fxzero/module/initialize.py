@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from fxzero.errors import CheckpointError
-from fxzero.slots import Entry, entries, join, plain_tensors
+from fxzero.module.registered_tensors import Entry, entries, join, plain_tensors
 
 InitFn = Callable[[nn.Module], object]
 """What a user passes as `init_fn`: called as `model.apply(init_fn)` would call it."""

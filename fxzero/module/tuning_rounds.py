@@ -22,7 +22,7 @@ from fxzero.cost.choose_sizes import Tuning
 from fxzero.cost.job_costs import CostModel, choose_again, choose_sizes, optimizer_bytes
 from fxzero.cost.model import Cluster, roofline
 from fxzero.graph.step import StepGraph
-from fxzero.optim import state_per_element
+from fxzero.module.optimizer_guard import state_per_element
 from fxzero.passes import Pass
 from fxzero.planner import describe_options
 from fxzero.planning.schedule import totals
@@ -30,7 +30,7 @@ from fxzero.runtime.executable import Executable
 from fxzero.runtime.stopwatch import Stopwatch, calm_median, seconds_by_name
 
 if TYPE_CHECKING:
-    from fxzero.engine import Engine
+    from fxzero.module.engine import Engine
 
 logger = logging.getLogger(__name__)
 

@@ -9,11 +9,11 @@ import torch
 
 from fxzero import torch_internals
 from fxzero.errors import StaleBackwardError
-from fxzero.materialize import rng_state, set_rng_state
+from fxzero.module.initialize import rng_state, set_rng_state
 from fxzero.runtime.executable import Executable
 
 if TYPE_CHECKING:
-    from fxzero.engine import Engine
+    from fxzero.module.engine import Engine
 
 Replan = Callable[[tuple[int, ...]], Executable]
 """Makes the executable for another pattern of arriving gradients."""

@@ -1,0 +1,3 @@
+"""The user's model taken over: its shards, weights, optimizers and calls."""
+
+from __future__ import annotations
