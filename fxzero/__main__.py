@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fxzero import calibrate_command
+from fxzero.commands import calibrate
 from fxzero.train import command as train_command
 
-_COMMANDS = {"train": train_command, "calibrate": calibrate_command}
+_COMMANDS = {"train": train_command, "calibrate": calibrate}
 """Each a module with HELP, `add_arguments(parser)` and `run(arguments, argv) -> exit status`."""
 
 

@@ -1,0 +1,3 @@
+"""The commands of `fxzero` beside `train`."""
+
+from __future__ import annotations
