@@ -22,11 +22,12 @@ from fxzero.capture import capture
 from fxzero.comm.without_ranks import PlanningComm
 from fxzero.cost.job_costs import CostModel, choose_again, choose_sizes, optimizer_bytes
 from fxzero.cost.model import GBIT, Cluster, Device, Link
+from fxzero.graph.schedule_text import format_schedule
 from fxzero.memory.footprint import footprint, held_by
 from fxzero.models import GPT, GPT_PRESETS, ROBERTA_PRESETS, RobertaForMaskedLM
 from fxzero.passes import default_passes
-from fxzero.planner import layout_of, make_plan
-from fxzero.planning.schedule import format_schedule
+from fxzero.planning.fix_layout import layout_of
+from fxzero.planning.plan import make_plan
 from fxzero.runtime.shards import spec_of
 
 SIZES: Mapping[str, Any] = {"vocab_size": 8192, "max_positions": 130, "hidden_size": 512, "num_heads": 8}

@@ -23,7 +23,8 @@ from fxzero.memory.report import MemoryReport
 from fxzero.module import ownership, weights
 from fxzero.module.budget_round import footprint_of
 from fxzero.module.engine import Engine
-from fxzero.module.optimizer_guard import OptimizerGuard, check_optimizer
+from fxzero.module.optimizer_classes import check_optimizer
+from fxzero.module.optimizer_guard import OptimizerGuard
 from fxzero.options import Options, check_across_options, check_wire, choose_device, choose_group, choose_passes
 from fxzero.passes import Pass
 from fxzero.planner import as_arguments

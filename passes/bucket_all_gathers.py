@@ -10,17 +10,8 @@ from torch import fx
 from fxzero.errors import PassOrderError
 from fxzero.graph import ops
 from fxzero.graph.layout import group_into_buckets
-from fxzero.graph.step import (
-    Role,
-    StepGraph,
-    gathered_params,
-    is_gather,
-    is_inside,
-    members,
-    new_value,
-    wait_of,
-    wire_format,
-)
+from fxzero.graph.nodes import Role, gathered_params, is_gather, is_inside, members, new_value, wait_of, wire_format
+from fxzero.graph.step import StepGraph
 
 MIB = 2**20
 

@@ -8,7 +8,8 @@ from torch import fx
 
 from fxzero.errors import PassOrderError
 from fxzero.graph import ops
-from fxzero.graph.step import Role, StepGraph, members, operands, wait_of, wire_format
+from fxzero.graph.nodes import Role, members, operands, wait_of, wire_format
+from fxzero.graph.step import StepGraph
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fxzero.errors import PassOrderError
-from fxzero.graph.step import Phase, Role, StepGraph, members, wait_of
+from fxzero.graph.nodes import Role, members, wait_of
+from fxzero.graph.step import Phase, StepGraph
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import fx
 
 from fxzero.graph import ops
-from fxzero.graph.step import Role, StepGraph, new_value, role
+from fxzero.graph.nodes import Role, new_value, role
+from fxzero.graph.step import StepGraph
 
 
 @dataclass(frozen=True)

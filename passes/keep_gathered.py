@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import fx
 
 from fxzero.errors import PassOrderError
-from fxzero.graph.step import Phase, Role, StepGraph, gathered_params, members, new_value, wait_of
+from fxzero.graph.nodes import Role, gathered_params, members, new_value, wait_of
+from fxzero.graph.step import Phase, StepGraph
 
 
 @dataclass(frozen=True)

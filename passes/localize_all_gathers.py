@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fxzero.errors import PassOrderError
-from fxzero.graph.step import Role, StepGraph, members, set_inside
+from fxzero.graph.nodes import Role, members, set_inside
+from fxzero.graph.step import StepGraph
 
 
 @dataclass(frozen=True)

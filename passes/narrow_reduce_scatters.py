@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from fxzero.errors import PassOrderError
-from fxzero.graph.step import Role, StepGraph, set_wire_format
+from fxzero.graph.nodes import Role, set_wire_format
+from fxzero.graph.step import StepGraph
 from fxzero.graph.wire import WireFormat, narrowed
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fxzero.errors import PassOrderError
-from fxzero.graph.step import Role, StepGraph, role, wait_of
+from fxzero.graph.nodes import Role, role, wait_of
+from fxzero.graph.step import StepGraph
 
 MIB = 2**20
 

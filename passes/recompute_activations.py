@@ -14,7 +14,8 @@ from fxzero.graph import ops
 from fxzero.graph.aliasing import is_view, memory_of
 from fxzero.graph.min_cut import Copies, choose_saved, read_in_backward
 from fxzero.graph.names import block_depth, block_of, format_bytes
-from fxzero.graph.step import Role, StepGraph, info, is_pointwise, role, tensor_bytes
+from fxzero.graph.nodes import Role, info, is_pointwise, role, tensor_bytes
+from fxzero.graph.step import StepGraph
 
 logger = logging.getLogger(__name__)
 aten = torch.ops.aten

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from fxzero.errors import PassOrderError
 from fxzero.graph import ops
 from fxzero.graph.aliasing import in_memory_of
-from fxzero.graph.step import Role, StepGraph, gathered_params, is_gather, members, release_of, started_by
+from fxzero.graph.nodes import Role, gathered_params, is_gather, members, release_of, started_by
+from fxzero.graph.step import StepGraph
 
 
 @dataclass(frozen=True)

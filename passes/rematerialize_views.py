@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import fx
 
 from fxzero.graph.min_cut import Copies
-from fxzero.graph.step import Phase, Role, StepGraph, is_pure, role
+from fxzero.graph.nodes import Role, is_pure, role
+from fxzero.graph.step import Phase, StepGraph
 
 
 def computed_from_params(step: StepGraph) -> set[fx.Node]:

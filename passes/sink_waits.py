@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import fx
 
 from fxzero.errors import PassOrderError
-from fxzero.graph.step import Role, StepGraph, gathered_params, is_gather, role, started_by, wait_of
+from fxzero.graph.nodes import Role, gathered_params, is_gather, role, started_by, wait_of
+from fxzero.graph.step import StepGraph
 
 MIB = 2**20
 

@@ -12,7 +12,8 @@ from torch import fx
 from fxzero.errors import PassOrderError
 from fxzero.graph import ops
 from fxzero.graph.aliasing import is_view
-from fxzero.graph.step import NodeInfo, Role, StepGraph, grad_fqn, grad_of, info, new_value
+from fxzero.graph.nodes import NodeInfo, Role, grad_fqn, grad_of, info, new_value
+from fxzero.graph.step import StepGraph
 
 aten = torch.ops.aten
 

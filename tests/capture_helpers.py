@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from fxzero.capture import Captured, capture
 from fxzero.capture.call import flatten_call
 from fxzero.graph.layout import ParamSpec
-from fxzero.graph.step import Role, info
+from fxzero.graph.nodes import Role, info
 
 
 def param_specs(module: nn.Module) -> dict[str, ParamSpec]:

@@ -13,11 +13,11 @@ import fxzero
 from fxzero.comm.base import Comm, LocalComm
 from fxzero.comm.without_ranks import PlanningComm
 from fxzero.graph.layout import Bucket, ParamSpec, make_bucket
+from fxzero.graph.schedule_text import format_schedule
 from fxzero.graph.step import StepGraph
 from fxzero.memory.lifetimes import Buffer
 from fxzero.passes import default_passes
 from fxzero.planning.run_passes import run_passes
-from fxzero.planning.schedule import format_schedule
 from fxzero.reference import ablation
 from fxzero.reference.ablation import OPTIMIZATIONS, Optimization
 from fxzero.reference.tensor_lists import with_tensor_lists

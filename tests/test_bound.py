@@ -15,8 +15,9 @@ from fxzero.cost.choose_sizes import best_order
 from fxzero.cost.lower_bound import lower_bound
 from fxzero.cost.model import GBIT, Cluster, Costs, Device, Link, roofline
 from fxzero.cost.timeline import Event, events, play, simulate
+from fxzero.graph.nodes import Role, members
 from fxzero.graph.stages import Across
-from fxzero.graph.step import Role, StepGraph, members
+from fxzero.graph.step import StepGraph
 from fxzero.passes import default_passes
 from fxzero.planner import plan
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 import fxzero
 from fxzero.comm.without_ranks import PlanningComm
 from fxzero.errors import PlanError
-from fxzero.graph.step import Role, copy_of, members
+from fxzero.graph.nodes import Role, members
+from fxzero.graph.step import copy_of
 from fxzero.memory.footprint import Footprint, Held, footprint, live_at
 from fxzero.memory.lifetimes import Buffer, MemoryPlan
 from fxzero.models import GPT, GPT_PRESETS

@@ -11,7 +11,8 @@ from capture_helpers import check_against_eager, trace
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fxzero.graph.step import Phase, Role, info
+from fxzero.graph.nodes import Role, info
+from fxzero.graph.step import Phase
 
 
 class Tied(nn.Module):

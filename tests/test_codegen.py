@@ -19,7 +19,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxzero
-from fxzero.graph.step import META_KEY, NodeInfo, Role, StepGraph, is_gathered_param
+from fxzero.graph.nodes import META_KEY, NodeInfo, Role, is_gathered_param
+from fxzero.graph.step import StepGraph
 from fxzero.models import GPT, GPT_PRESETS, LLAMA_PRESETS, Llama
 from fxzero.passes import default_passes
 from fxzero.planning.codegen import NAMES_IN_SOURCE, generate

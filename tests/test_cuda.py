@@ -17,24 +17,15 @@ from torch import fx
 
 from fxzero.comm.without_ranks import PlanningComm, ShardedPlanningComm
 from fxzero.graph.layout import LayoutName
-from fxzero.graph.step import (
-    Role,
-    StepGraph,
-    first_write,
-    is_gather,
-    is_inside,
-    operands,
-    role,
-    started_by,
-    wire_format,
-)
-from fxzero.memory.arena_plan import plan_arena
+from fxzero.graph.nodes import Role, first_write, is_gather, is_inside, operands, role, started_by, wire_format
+from fxzero.graph.step import StepGraph
+from fxzero.graph.variant import Stash, Variant
+from fxzero.memory.arena_plan import Placed, plan_arena
 from fxzero.passes import default_passes
 from fxzero.planning.codegen import generate
 from fxzero.planning.run_passes import run_passes
 from fxzero.planning.stream_events import readers_of
-from fxzero.runtime.cuda_streams import Events, Placed, plan_cuda_events
-from fxzero.runtime.gradients import Stash, Variant
+from fxzero.runtime.cuda_streams import Events, plan_cuda_events
 from tests.toy import toy_step
 
 COMPUTE, COMMUNICATION = "compute", "communication"

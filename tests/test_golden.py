@@ -20,7 +20,7 @@ import fxzero
 from fxzero.errors import PlanError
 from fxzero.graph.layout import LayoutName
 from fxzero.graph.names import format_bytes
-from fxzero.graph.step import Role
+from fxzero.graph.nodes import Role
 from fxzero.models import (
     GPT,
     GPT_PRESETS,

@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import nn
 
-from fxzero.graph.step import Role, role
+from fxzero.graph.nodes import Role, role
 from fxzero.passes import default_passes
 from fxzero.planner import plan
 

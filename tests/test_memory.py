@@ -13,20 +13,13 @@ from hypothesis import strategies as st
 from fxzero.comm.without_ranks import PlanningComm
 from fxzero.errors import MemoryOverlapError
 from fxzero.graph.layout import ALIGNMENT_BYTES, LayoutName
-from fxzero.graph.step import Role, is_gather, wait_of
+from fxzero.graph.nodes import Role, is_gather, wait_of
+from fxzero.graph.variant import Stash, Variant
 from fxzero.memory.arena_plan import plan_arena
-from fxzero.memory.lifetimes import (
-    Arena,
-    Buffer,
-    MemoryPlan,
-    gather_buffers,
-    gradient_buffers,
-    plan_around,
-    plan_memory,
-)
+from fxzero.memory.lifetimes import Buffer, MemoryPlan, gather_buffers, gradient_buffers, plan_around, plan_memory
 from fxzero.passes import default_passes
 from fxzero.planning.run_passes import run_passes
-from fxzero.runtime.gradients import Stash, Variant
+from fxzero.runtime.storage import Arena
 from tests.test_golden import CASES, schedule_of
 from tests.toy import toy_step
 

@@ -57,7 +57,7 @@ class TwoDimensions:
 
 
 def forward_gathers(schedule: fxzero.Schedule) -> list[tuple[Any, Any]]:
-    from fxzero.graph.step import Role, is_inside
+    from fxzero.graph.nodes import Role, is_inside
 
     return [(schedule.step, node) for node in schedule.step.nodes(Role.ALL_GATHER) if not is_inside(node)]
 

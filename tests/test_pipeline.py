@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import fxzero
 from fxzero.errors import PassOrderError, ScheduleError
-from fxzero.graph.step import Role, StepGraph
+from fxzero.graph.nodes import Role
+from fxzero.graph.step import StepGraph
 from fxzero.graph.verify import verify_plan
 from fxzero.passes import InsertAllGathers, InsertReduceScatters, ReleaseParams, RematerializeViews, default_passes
 from fxzero.planner import plan

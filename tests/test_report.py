@@ -12,7 +12,7 @@ from torch import nn
 import fxzero
 from fxzero.errors import FxzeroError
 from fxzero.graph.layout import LayoutName
-from fxzero.host.memory_in_use import MemoryGauge
+from fxzero.host.memory_in_use import MemoryInUse
 from fxzero.models import GPT, GPT_PRESETS
 from fxzero.planning.schedule import Schedule
 from fxzero.testing import engine_of
@@ -96,7 +96,7 @@ def test_before_anything_is_traced_it_says_how_to_trace() -> None:
 
 
 def test_measured_bytes_are_over_what_was_before() -> None:
-    gauge = MemoryGauge(torch.device("cpu"))
+    gauge = MemoryInUse(torch.device("cpu"))
     block = torch.ones(64 * 2**20, dtype=torch.uint8)
     measured = gauge.read()
     assert measured is None or 0 < measured < 16 * block.nbytes

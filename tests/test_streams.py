@@ -19,7 +19,8 @@ from fxzero.comm.nccl import NcclComm
 from fxzero.errors import ScheduleError
 from fxzero.graph.aliasing import is_view
 from fxzero.graph.layout import Bucket, ParamSpec
-from fxzero.graph.step import Role, StepGraph, is_gather, members, role, started_by
+from fxzero.graph.nodes import Role, is_gather, members, role, started_by
+from fxzero.graph.step import StepGraph
 from fxzero.passes import default_passes
 from fxzero.planning.run_passes import run_passes
 from fxzero.planning.stream_events import BEGIN, CudaStreams, EventEdge, Queue, plan_events, queues_of, requirements

@@ -9,7 +9,8 @@ from torch import nn
 from fxzero.cost.model import Cluster, Device, Link, flops, roofline, rounded
 from fxzero.cost.timeline import Event, Key, play, simulate
 from fxzero.errors import FxzeroError, PlanError
-from fxzero.graph.step import Phase, Role
+from fxzero.graph.nodes import Role
+from fxzero.graph.step import Phase
 from fxzero.graph.traffic import Sent
 from fxzero.passes import default_passes
 from fxzero.planner import plan

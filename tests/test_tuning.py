@@ -14,9 +14,11 @@ from torch import fx, nn
 from fxzero.capture import capture
 from fxzero.cost.choose_sizes import Tuning, _events, needs_of
 from fxzero.cost.job_costs import CostModel, choose_sizes
+from fxzero.cost.measured import seconds_by_name, with_measured
 from fxzero.cost.model import GBIT, Cluster, Costs, Device, Link, roofline
 from fxzero.cost.timeline import Event, events, play, simulate
-from fxzero.graph.step import Role, StepGraph, copy_of, members, role
+from fxzero.graph.nodes import Role, members, role
+from fxzero.graph.step import StepGraph, copy_of
 from fxzero.passes import (
     BucketAllGathers,
     GathersFirst,
@@ -27,7 +29,7 @@ from fxzero.passes import (
 )
 from fxzero.planning.run_passes import run_passes
 from fxzero.runtime.shards import spec_of
-from fxzero.runtime.stopwatch import Stopwatch, calm_median, seconds_by_name, with_measured
+from fxzero.runtime.stopwatch import Stopwatch, calm_median
 
 SLOW = Cluster(Device(9e10, 1e10, 5e-6), Link(1 * GBIT, 2e-4, 1e-9))
 NODES = dataclasses.replace(SLOW, inside=Link(8 * GBIT, 1e-4, 5e-10))

@@ -11,17 +11,8 @@ from torch import fx
 
 from fxzero import errors
 from fxzero.graph import ops
-from fxzero.graph.step import (
-    Role,
-    StepGraph,
-    gathered_params,
-    grad_of,
-    operands,
-    release_of,
-    set_wire_format,
-    slot_fqn,
-    wait_of,
-)
+from fxzero.graph.nodes import Role, gathered_params, grad_of, operands, release_of, set_wire_format, slot_fqn, wait_of
+from fxzero.graph.step import StepGraph
 from fxzero.graph.verify import verify_graph, verify_plan
 from fxzero.graph.wire import WireFormat
 from fxzero.passes import (

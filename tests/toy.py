@@ -9,7 +9,8 @@ from torch import fx
 
 from fxzero.graph import ops
 from fxzero.graph.layout import ParamSpec
-from fxzero.graph.step import META_KEY, NodeInfo, Role, StepGraph
+from fxzero.graph.nodes import META_KEY, NodeInfo, Role
+from fxzero.graph.step import StepGraph
 
 aten = torch.ops.aten
 

@@ -14,7 +14,8 @@ from fxzero.capture.joint import Joint
 from fxzero.errors import CaptureError
 from fxzero.graph.aliasing import is_view
 from fxzero.graph.layout import ParamSpec
-from fxzero.graph.step import META_KEY, NodeInfo, Role, StepGraph, info, role
+from fxzero.graph.nodes import META_KEY, NodeInfo, Role, info, role
+from fxzero.graph.step import StepGraph
 
 aten = torch.ops.aten
 

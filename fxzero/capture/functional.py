@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from fxzero import torch_internals
 from fxzero.capture.temporaries import is_in_place
 from fxzero.graph import ops
-from fxzero.graph.step import META_KEY, NodeInfo, Role
+from fxzero.graph.nodes import META_KEY, NodeInfo, Role
 
 _KEPT_META = (META_KEY, "stack_trace")
 

@@ -27,7 +27,7 @@ from fxzero.capture.provenance import Recorder, autograd_nodes
 from fxzero.errors import CaptureError, InputMismatchError
 from fxzero.graph import ops
 from fxzero.graph.layout import ParamSpec
-from fxzero.graph.step import META_KEY, NodeInfo, Role
+from fxzero.graph.nodes import META_KEY, NodeInfo, Role
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from fxzero import torch_internals
-from fxzero.graph.step import META_KEY, NodeInfo, Role
+from fxzero.graph.nodes import META_KEY, NodeInfo, Role
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _FXZERO = os.path.dirname(os.path.dirname(__file__)) + os.sep

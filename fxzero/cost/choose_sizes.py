@@ -21,7 +21,8 @@ from fxzero.cost.model import Costs, Device, gather_wait_bytes, reduce_wait_byte
 from fxzero.cost.timeline import Event, Key, Timeline, is_gather_key, play
 from fxzero.graph.aliasing import in_memory_of
 from fxzero.graph.layout import Bucket, ParamSpec, group_into_buckets
-from fxzero.graph.step import Phase, Role, StepGraph, gathered_params, is_gather, members, role, started_by
+from fxzero.graph.nodes import Role, gathered_params, is_gather, members, role, started_by
+from fxzero.graph.step import Phase, StepGraph
 from fxzero.graph.traffic import sent_of
 from fxzero.graph.wire import WireFormat, narrowed
 from fxzero.passes import BucketAllGathers, GathersFirst, KeepGathered, Pass, PrefetchAllGathers, SinkWaits

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from fxzero.cost.choose_sizes import Tuning, needs_of, tune
+from fxzero.cost.measured import with_measured
 from fxzero.cost.model import Cluster, Costs, roofline
 from fxzero.cost.report import Timing
 from fxzero.graph.layout import ParamSpec
 from fxzero.graph.step import StepGraph, copy_of
-from fxzero.host.gc_pause import collector_paused
+from fxzero.host.gc_pause import gc_paused
 from fxzero.passes import BucketAllGathers, KeepGathered, NarrowAllGathers, NarrowReduceScatters, Pass
-from fxzero.runtime.stopwatch import with_measured
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def choose_sizes(
         buckets: their members, if the layout is fixed already.
     """
     place = next((i for i, each in enumerate(passes) if isinstance(each, BucketAllGathers)), len(passes))
-    with collector_paused():
+    with gc_paused():
         return choose_again(_after(captured, passes[:place]), passes, model, keeps_free, buckets)
 
 
@@ -68,7 +68,7 @@ def choose_again(
     keeps_all = any(isinstance(each, KeepGathered) and each.max_kept_bytes is None for each in passes)
     gathered_as = next((each.format for each in passes if isinstance(each, NarrowAllGathers)), None)
     reduced_as = next((each.format for each in passes if isinstance(each, NarrowReduceScatters)), None)
-    with collector_paused():
+    with gc_paused():
         needs = needs_of(planned, model(planned), model.cluster.device, gathered_as, reduced_as)
         return tune(needs, keeps_all=keeps_all, keeps_free=keeps_free, buckets=buckets)
 

@@ -22,7 +22,8 @@ from torch import fx
 
 from fxzero.cost.model import Costs, Link
 from fxzero.graph.aliasing import in_memory_of
-from fxzero.graph.step import Role, StepGraph, gathered_params, grad_fqn, is_gather, members, operands, role, started_by
+from fxzero.graph.nodes import Role, gathered_params, grad_fqn, is_gather, members, operands, role, started_by
+from fxzero.graph.step import StepGraph
 from fxzero.graph.traffic import NOTHING, Sent, sent_in
 
 

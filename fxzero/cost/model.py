@@ -20,7 +20,8 @@ from fxzero import torch_internals
 from fxzero.errors import PlanError
 from fxzero.graph.aliasing import is_view
 from fxzero.graph.layout import Bucket
-from fxzero.graph.step import Role, StepGraph, is_gather, tensor_bytes
+from fxzero.graph.nodes import Role, is_gather, tensor_bytes
+from fxzero.graph.step import StepGraph
 
 aten = torch.ops.aten
 GBIT = 1e9 / 8

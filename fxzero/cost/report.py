@@ -11,7 +11,8 @@ from fxzero.cost.lower_bound import Bound, lower_bound
 from fxzero.cost.model import Costs
 from fxzero.cost.timeline import Timeline, simulate
 from fxzero.graph.names import bucket_label
-from fxzero.graph.step import StepGraph, members
+from fxzero.graph.nodes import members
+from fxzero.graph.step import StepGraph
 
 
 @dataclass(frozen=True)

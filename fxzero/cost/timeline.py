@@ -15,7 +15,8 @@ from typing import Literal, NamedTuple, TypeAlias
 from torch import fx
 
 from fxzero.cost.model import Costs, Link
-from fxzero.graph.step import Phase, Role, StepGraph, is_gather, role, started_by
+from fxzero.graph.nodes import Role, is_gather, role, started_by
+from fxzero.graph.step import Phase, StepGraph
 from fxzero.graph.traffic import Sent, sent_in
 
 Key: TypeAlias = "fx.Node | tuple[Role, Phase, tuple[str, ...]]"

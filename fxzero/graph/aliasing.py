@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from fxzero import torch_internals
-from fxzero.graph.step import Role, role
+from fxzero.graph.nodes import Role, role
 
 
 def is_view(node: fx.Node) -> bool:

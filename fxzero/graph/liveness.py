@@ -6,7 +6,8 @@ import itertools
 
 from torch import fx
 
-from fxzero.graph.step import Role, StepGraph, first_write, is_gather, members, operands, release_of, wait_of
+from fxzero.graph.nodes import Role, first_write, is_gather, members, operands, release_of, wait_of
+from fxzero.graph.step import StepGraph
 
 
 def live_from(step: StepGraph, start: fx.Node, positions: dict[fx.Node, int]) -> fx.Node:

@@ -19,7 +19,8 @@ import networkx as nx
 from torch import fx
 
 from fxzero.graph.aliasing import memory_of, written_by
-from fxzero.graph.step import NodeInfo, Phase, Role, StepGraph, info, is_pure, role, tensor_bytes
+from fxzero.graph.nodes import NodeInfo, Role, info, is_pure, role, tensor_bytes
+from fxzero.graph.step import Phase, StepGraph
 
 
 class Copies:

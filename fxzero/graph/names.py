@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import fx
 
-from fxzero.graph.step import Role, grad_fqn, info, members, role
+from fxzero.graph.nodes import Role, grad_fqn, info, members, role
 
 _COLLECTIVES = (Role.ALL_GATHER, Role.REDUCE_SCATTER, Role.WAIT, Role.RELEASE)
 

@@ -7,8 +7,9 @@ from typing import NamedTuple
 from torch import fx
 
 from fxzero.graph.layout import Bucket
+from fxzero.graph.nodes import is_gather, is_inside
 from fxzero.graph.stages import sent_across_numel, stage_inside
-from fxzero.graph.step import StepGraph, is_gather, is_inside
+from fxzero.graph.step import StepGraph
 
 
 class Sent(NamedTuple):

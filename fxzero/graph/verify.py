@@ -27,10 +27,8 @@ from fxzero.errors import (
 )
 from fxzero.graph.aliasing import in_memory_of, memory_of, written_by
 from fxzero.graph.names import bucket_label, describe
-from fxzero.graph.step import (
-    Phase,
+from fxzero.graph.nodes import (
     Role,
-    StepGraph,
     gathered_params,
     grad_fqn,
     grad_of,
@@ -45,6 +43,7 @@ from fxzero.graph.step import (
     wire_format,
     written_in_place,
 )
+from fxzero.graph.step import Phase, StepGraph
 from fxzero.graph.wire import WireFormat
 
 

@@ -12,7 +12,7 @@ from collections.abc import Generator
 
 
 @contextlib.contextmanager
-def collector_paused() -> Generator[None]:
+def gc_paused() -> Generator[None]:
     """No collections inside; may be nested, and leaves the collector as it was."""
     was_enabled = gc.isenabled()
     gc.disable()

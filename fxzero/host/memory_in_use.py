@@ -9,7 +9,7 @@ import torch
 _STATUS = Path("/proc/self/status")
 
 
-class MemoryGauge:
+class MemoryInUse:
     """Reads the most bytes in use since it was made, over what was in use then."""
 
     def __init__(self, device: torch.device) -> None:

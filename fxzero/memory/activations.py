@@ -22,7 +22,8 @@ from torch import fx
 
 from fxzero import torch_internals
 from fxzero.graph.aliasing import is_view, memory_of
-from fxzero.graph.step import Phase, Role, StepGraph, info, is_gathered_param, role, tensor_bytes
+from fxzero.graph.nodes import Role, info, is_gathered_param, role, tensor_bytes
+from fxzero.graph.step import Phase, StepGraph
 from fxzero.memory.lifetimes import Buffer
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import fx
 
 from fxzero.comm.base import Comm
 from fxzero.comm.wire_copies import reduce_scratch_nbytes
 from fxzero.graph.layout import ALIGNMENT_BYTES, align
-from fxzero.graph.step import Role, StepGraph, members, wire_format
+from fxzero.graph.nodes import Role, members, wire_format
+from fxzero.graph.step import StepGraph
+from fxzero.graph.variant import Variant
 from fxzero.memory.activations import placed_temporaries
 from fxzero.memory.lifetimes import (
     Buffer,
@@ -21,8 +25,6 @@ from fxzero.memory.lifetimes import (
     staging_buffers,
     working_buffers,
 )
-from fxzero.runtime.cuda_streams import Placed
-from fxzero.runtime.gradients import Variant
 
 EFFORT = 5
 """Of the search for the arena's offsets: a fraction of a second where the lower bound is out of reach."""
@@ -81,3 +83,7 @@ def scratch_nbytes(step: StepGraph, comm: Comm, start: fx.Node, *, accumulate: b
 def is_partial(step: StepGraph, start: fx.Node) -> bool:
     """True for a reduce_scatter of some members of the bucket of its gather."""
     return members(start) != step.bucket_of(start).fqns
+
+
+Placed = Mapping[tuple[str, fx.Node], tuple[Buffer, int]]
+"""Each buffer of an arena and its offset in bytes, by kind and the start of its collective."""

@@ -16,10 +16,10 @@ from itertools import accumulate
 from fxzero.comm.base import Comm
 from fxzero.graph.layout import Bucket, Layout
 from fxzero.graph.step import StepGraph
+from fxzero.graph.variant import Stash, Variant
 from fxzero.memory.activations import activation_buffers, placed_temporaries
 from fxzero.memory.arena_plan import plan_arena
 from fxzero.memory.lifetimes import Buffer, MemoryPlan, live_bytes
-from fxzero.runtime.gradients import Stash, Variant
 
 
 @dataclass(frozen=True)

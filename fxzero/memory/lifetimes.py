@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-import torch
 from torch import fx
 
 from fxzero.errors import MemoryOverlapError
 from fxzero.graph.layout import ALIGNMENT_BYTES, align
 from fxzero.graph.liveness import live_until
 from fxzero.graph.names import bucket_label, format_bytes
-from fxzero.graph.step import Role, StepGraph, first_write, is_inside, operands, wait_of, wire_format
+from fxzero.graph.nodes import Role, first_write, is_inside, operands, wait_of, wire_format
+from fxzero.graph.step import StepGraph
 from fxzero.graph.wire import SCALE_DTYPE
 from fxzero.memory.packing import EFFORT, pack
 
@@ -223,35 +223,3 @@ def working_buffers(step: StepGraph, kind: Kind, nbytes: dict[fx.Node, int]) -> 
         for start, size in nbytes.items()
         if size
     }
-
-
-class Arena:
-    """One persistent block of bytes that all plans share. It grows in place: views of it stay valid."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._storage = torch.empty(0, dtype=torch.uint8, device=device).untyped_storage()
-        self._device = device
-        self.generation = 0
-        """Counts the phases that ran: what one of them left is there only until the next."""
-
-    @property
-    def nbytes(self) -> int:
-        return self._storage.nbytes()
-
-    def reserve(self, nbytes: int) -> bool:
-        """Make the arena at least `nbytes` long; only while no bucket is in flight. True if it grew."""
-        if nbytes <= self.nbytes:
-            return False
-        self._storage.resize_(nbytes)
-        return True
-
-    def view(self, offset: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        """`numel` elements at byte `offset`, as a flat tensor."""
-        return storage_view(self._storage, offset, numel, dtype, self._device)
-
-
-def storage_view(
-    storage: torch.UntypedStorage, offset: int, numel: int, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """`numel` elements of `dtype` at byte `offset` of a storage, as a flat tensor that shares it."""
-    return torch.empty(0, dtype=dtype, device=device).set_(storage, offset // dtype.itemsize, (numel,), (1,))

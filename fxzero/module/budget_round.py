@@ -12,8 +12,8 @@ from fxzero.comm import agree
 from fxzero.graph.names import format_bytes
 from fxzero.graph.step import StepGraph
 from fxzero.memory.footprint import Footprint, Held, footprint, held_by
-from fxzero.module.optimizer_guard import state_per_element
-from fxzero.planner import layout_of
+from fxzero.module.optimizer_classes import state_per_element
+from fxzero.planning.fix_layout import layout_of
 from fxzero.planning.keep_within_budget import AUTO_SHARE, Choice, choose, free_bytes, least, must_choose
 from fxzero.planning.run_passes import Pass
 from fxzero.runtime.executable import Executable

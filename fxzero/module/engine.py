@@ -26,32 +26,29 @@ from fxzero.comm.make import make_comm
 from fxzero.comm.without_ranks import PlanningComm
 from fxzero.errors import CaptureError, FxzeroError, InputMismatchError
 from fxzero.graph.layout import Layout, ParamSpec
+from fxzero.graph.variant import Stash
 from fxzero.graph.verify import collectives
 from fxzero.host.allocator import give_back_freed_memory
-from fxzero.host.memory_in_use import MemoryGauge
-from fxzero.memory.lifetimes import Arena
+from fxzero.host.memory_in_use import MemoryInUse
 from fxzero.module import weights
 from fxzero.module.budget_round import Fitting
 from fxzero.module.call import Call, StepFunction
-from fxzero.module.call_kind import Mode, Orders, Signature
+from fxzero.module.call_kind import Signature
+from fxzero.module.collective_orders import Mode, Orders
 from fxzero.module.initialize import check_meta_model
-from fxzero.module.optimizer_guard import ParamShard
+from fxzero.module.optimizer_state import ParamShard
 from fxzero.module.plan_cache import Pattern, PlanCache
 from fxzero.module.tuning_rounds import Tuner
 from fxzero.options import Options
-from fxzero.planner import (
-    describe_layout,
-    in_layout,
-    layout_in_registration_order,
-    layout_of,
-    make_plan,
-    warn_if_out_of_order,
-)
+from fxzero.planning.agreed_text import describe_layout
+from fxzero.planning.fix_layout import in_layout, layout_in_registration_order, layout_of, warn_if_out_of_order
+from fxzero.planning.plan import make_plan
 from fxzero.reference import ablation
 from fxzero.runtime.executable import Executable
-from fxzero.runtime.gradients import Gradients, Stash
+from fxzero.runtime.gradients import Gradients
 from fxzero.runtime.residency import Residency
 from fxzero.runtime.shards import Shards, check_storage, spec_of
+from fxzero.runtime.storage import Arena
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +79,7 @@ class Engine:
         self.shards: Shards | None = None
         self.gradients: Gradients | None = None
         self.arena = Arena(self.options.device)
-        self.gauge = MemoryGauge(self.options.device)
+        self.gauge = MemoryInUse(self.options.device)
         this = weakref.proxy(self)  # no cycle: shards are freed with the last name of the module
         self.residency = Residency(
             lambda: this.gradients is not None and this.gradients.are_added_to,

@@ -20,14 +20,15 @@ from fxzero.comm.without_ranks import PlanningComm
 from fxzero.cost.calibrate import calibrate, median_of_ranks
 from fxzero.cost.choose_sizes import Tuning
 from fxzero.cost.job_costs import CostModel, choose_again, choose_sizes, optimizer_bytes
+from fxzero.cost.measured import seconds_by_name
 from fxzero.cost.model import Cluster, roofline
+from fxzero.graph.schedule_text import totals
 from fxzero.graph.step import StepGraph
-from fxzero.module.optimizer_guard import state_per_element
+from fxzero.module.optimizer_classes import state_per_element
 from fxzero.passes import Pass
-from fxzero.planner import describe_options
-from fxzero.planning.schedule import totals
+from fxzero.planning.agreed_text import describe_options
 from fxzero.runtime.executable import Executable
-from fxzero.runtime.stopwatch import Stopwatch, calm_median, seconds_by_name
+from fxzero.runtime.stopwatch import Stopwatch, calm_median
 
 if TYPE_CHECKING:
     from fxzero.module.engine import Engine

@@ -16,9 +16,9 @@ from fxzero.comm import agree
 from fxzero.comm.without_ranks import PlanningComm
 from fxzero.errors import CheckpointError
 from fxzero.module.initialize import check_meta_model, initialize, rng_state
-from fxzero.module.optimizer_guard import ParamShard, cut_state
+from fxzero.module.optimizer_state import ParamShard, cut_state
 from fxzero.module.registered_tensors import join
-from fxzero.planner import describe_options, describe_params
+from fxzero.planning.agreed_text import describe_options, describe_params
 from fxzero.runtime.interleave import gathered_members
 from fxzero.runtime.shards import Shards, install, shard_full_params
 

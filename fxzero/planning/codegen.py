@@ -24,7 +24,8 @@ from torch import fx
 
 from fxzero import torch_internals
 from fxzero.graph.names import describe
-from fxzero.graph.step import Phase, Role, StepGraph, role, started_by, written_in_place
+from fxzero.graph.nodes import Role, role, started_by, written_in_place
+from fxzero.graph.step import Phase, StepGraph
 from fxzero.memory.activations import placed_temporaries, static_nodes
 
 _LITERALS = (bool, int, float, str, type(None))

@@ -21,7 +21,8 @@ from fxzero.comm.base import Comm
 from fxzero.errors import PlanError
 from fxzero.graph.liveness import live_until
 from fxzero.graph.names import format_bytes
-from fxzero.graph.step import Phase, Role, StepGraph, copy_of, members
+from fxzero.graph.nodes import Role, members
+from fxzero.graph.step import Phase, StepGraph, copy_of
 from fxzero.memory.footprint import Footprint, Held, footprint, live_at
 from fxzero.passes import KeepGathered, Pass, PrefetchAllGathers, RecomputeActivations, SinkWaits
 from fxzero.planning.run_passes import run_passes

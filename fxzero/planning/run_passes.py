@@ -20,9 +20,9 @@ from typing import TypeAlias
 
 import torch.distributed as dist
 
+from fxzero.graph.schedule_text import format_diff, format_schedule
 from fxzero.graph.step import StepGraph
 from fxzero.graph.verify import verify_graph
-from fxzero.planning.schedule import format_diff, format_schedule
 
 logger = logging.getLogger(__name__)
 

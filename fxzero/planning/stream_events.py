@@ -22,7 +22,8 @@ from torch import fx
 
 from fxzero.errors import ScheduleError
 from fxzero.graph.aliasing import is_view
-from fxzero.graph.step import Role, StepGraph, gathered_params, is_gather, operands, role, wait_of, wire_format
+from fxzero.graph.nodes import Role, gathered_params, is_gather, operands, role, wait_of, wire_format
+from fxzero.graph.step import StepGraph
 
 COMPUTE, COMMUNICATION = "compute", "communication"
 BEGIN = -1

@@ -34,8 +34,9 @@ import torch
 from fxzero.comm.base import Comm
 from fxzero.graph.layout import LayoutName
 from fxzero.passes import BucketAllGathers, Pass, PrefetchAllGathers, SinkWaits
+from fxzero.reference.grad_norm_by_parameter import clip_each_grad_norm_
 from fxzero.reference.tensor_lists import with_tensor_lists
-from fxzero.runtime.clip import clip_each_grad_norm_, clip_grad_norm_
+from fxzero.runtime.clip import clip_grad_norm_
 from fxzero.runtime.gradients import Gradients
 
 Optimization: TypeAlias = Literal[

@@ -20,10 +20,12 @@ import torch
 from torch import fx
 
 from fxzero.graph.layout import ALIGNMENT_BYTES, align
-from fxzero.graph.step import Role, role, started_by
-from fxzero.memory.lifetimes import Arena, Buffer, storage_view
+from fxzero.graph.nodes import Role, role, started_by
+from fxzero.memory.arena_plan import Placed
+from fxzero.memory.lifetimes import Buffer
 from fxzero.runtime.binding import Binder
-from fxzero.runtime.cuda_streams import Events, Placed
+from fxzero.runtime.cuda_streams import Events
+from fxzero.runtime.storage import Arena, storage_view
 
 Call = Callable[[], object]
 

@@ -18,9 +18,8 @@ from fxzero.comm.base import Bound, Comm, in_turn
 from fxzero.comm.wire_copies import bind_narrow_reduce, pack, unpack
 from fxzero.errors import PlanError
 from fxzero.graph.layout import Bucket, InterleavedBucket
-from fxzero.graph.step import (
+from fxzero.graph.nodes import (
     Role,
-    StepGraph,
     grad_fqn,
     is_gather,
     is_gathered_param,
@@ -31,15 +30,17 @@ from fxzero.graph.step import (
     started_by,
     wire_format,
 )
+from fxzero.graph.step import StepGraph
+from fxzero.graph.variant import Stash, Variant
 from fxzero.graph.wire import SCALE_DTYPE
-from fxzero.memory.arena_plan import is_partial, scratch_nbytes
-from fxzero.memory.lifetimes import Arena
+from fxzero.memory.arena_plan import Placed, is_partial, scratch_nbytes
 from fxzero.planning.codegen import NAMES_IN_SOURCE, PLACE_PREFIX, Code, generate
-from fxzero.runtime.cuda_streams import Events, Placed, plan_cuda_events
-from fxzero.runtime.gradients import Gradients, Stash, Variant
+from fxzero.runtime.cuda_streams import Events, plan_cuda_events
+from fxzero.runtime.gradients import Gradients
 from fxzero.runtime.interleave import copy_in, copy_out
 from fxzero.runtime.shards import Shards, unflatten
 from fxzero.runtime.stopwatch import Stopwatch
+from fxzero.runtime.storage import Arena
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import reduce
 
 import torch
 
@@ -20,7 +19,7 @@ def clip_grad_norm_(
     gradients: Gradients | None, comm: Comm, max_norm: float, norm_type: float, error_if_nonfinite: bool
 ) -> torch.Tensor:
     """See ZeroModule.clip_grad_norm_. Padding is zero, so a norm over whole segments is that of the gradients."""
-    gradients, norm_type = _checked(gradients, norm_type)
+    gradients, norm_type = checked(gradients, norm_type)
     segments = gradients.settle()
     norms = [_norm(segment, norm_type) for segment in segments]
     local = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), norm_type)
@@ -32,47 +31,14 @@ def clip_grad_norm_(
         total = local
         comm.all_reduce(total, "max")
     if error_if_nonfinite and not bool(torch.isfinite(total)):
-        raise _not_finite(norm_type)
+        raise not_finite(norm_type)
     scale = (max_norm / (total + 1e-6)).clamp_(max=1.0)
     for segment in segments:
         segment.mul_(scale)
     return total
 
 
-def clip_each_grad_norm_(
-    gradients: Gradients | None, comm: Comm, max_norm: float, norm_type: float, error_if_nonfinite: bool
-) -> torch.Tensor:
-    """The same parameter by parameter, each norm read by the host: the reference to measure `clip_grad_norm_` against.
-
-    Both differ by the rounding of their sums.
-
-    Source: DeepSpeed before PR 1453 (`get_grad_norm_direct`).
-    """
-    gradients, norm_type = _checked(gradients, norm_type)
-    segments = gradients.settle()
-    total = 0.0
-    for grad in gradients.each:
-        norm = torch.linalg.vector_norm(grad, norm_type, dtype=torch.float64).item() if grad.numel() else 0.0
-        total = total + norm**2 if norm_type == 2.0 else _larger(total, norm)
-    over_ranks = torch.tensor(total, dtype=torch.float64, device=segments[0].device)
-    comm.all_reduce(over_ranks, "sum" if norm_type == 2.0 else "max")
-    total = over_ranks.item() ** (0.5 if norm_type == 2.0 else 1.0)
-    if error_if_nonfinite and not math.isfinite(total):
-        raise _not_finite(norm_type)
-    scale = max_norm / (total + 1e-6)
-    if not scale >= 1.0:
-        for grad in gradients.each:
-            grad.mul_(scale)
-    dtypes = [torch.promote_types(segment.dtype, torch.float32) for segment in segments]
-    return over_ranks.new_tensor(total, dtype=reduce(torch.promote_types, dtypes))
-
-
-def _larger(one: float, other: float) -> float:
-    """The maximum, which is NaN if either is."""
-    return one if math.isnan(one) else max(other, one)
-
-
-def _checked(gradients: Gradients | None, norm_type: float) -> tuple[Gradients, float]:
+def checked(gradients: Gradients | None, norm_type: float) -> tuple[Gradients, float]:
     """Refuse what cannot be clipped."""
     norm_type = float(norm_type)
     if norm_type not in (2.0, math.inf):
@@ -82,7 +48,7 @@ def _checked(gradients: Gradients | None, norm_type: float) -> tuple[Gradients, 
     return gradients, norm_type
 
 
-def _not_finite(norm_type: float) -> RuntimeError:
+def not_finite(norm_type: float) -> RuntimeError:
     return RuntimeError(
         f"The total norm of order {norm_type} of the gradients is not finite, so they cannot be clipped. Pass "
         "error_if_nonfinite=False to scale by it anyway."

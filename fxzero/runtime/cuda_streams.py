@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import fx
 
-from fxzero.graph.step import Role, StepGraph, is_gather, is_inside, role, wait_of, wire_format
-from fxzero.memory.lifetimes import Buffer
+from fxzero.graph.nodes import Role, is_gather, is_inside, role, wait_of, wire_format
+from fxzero.graph.step import StepGraph
+from fxzero.memory.arena_plan import Placed
 from fxzero.planning.stream_events import (
     BEGIN,
     CudaStreams,
@@ -19,9 +20,6 @@ from fxzero.planning.stream_events import (
     requirements,
     works_at_wait,
 )
-
-Placed = Mapping[tuple[str, fx.Node], tuple[Buffer, int]]
-"""Each buffer of an arena and its offset in bytes, by kind and the start of its collective."""
 
 
 def occupied_before(step: StepGraph, placed: Placed, *, accumulate: bool) -> dict[fx.Node, list[fx.Node]]:

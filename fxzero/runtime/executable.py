@@ -6,38 +6,27 @@ Nothing is decided in a step but which binding runs: overwrite or add to `.grad`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import fx
 
-from fxzero.capture import Captured
 from fxzero.comm.base import Comm
 from fxzero.errors import CommunicationError
 from fxzero.graph.aliasing import aliases, base
-from fxzero.graph.step import Role, StepGraph, info, is_random, members
+from fxzero.graph.nodes import Role, info, is_random, members
+from fxzero.graph.step import StepGraph
+from fxzero.graph.variant import Stash, Variant
 from fxzero.memory.arena_plan import plan_arena
-from fxzero.memory.lifetimes import Arena, MemoryPlan
-from fxzero.planning.codegen import Code
+from fxzero.memory.lifetimes import MemoryPlan
+from fxzero.planning.plan import Plan
 from fxzero.reference.transient import TransientBinder, TransientMemory
 from fxzero.runtime.binding import Binder
-from fxzero.runtime.gradients import Gradients, Stash, Variant
+from fxzero.runtime.gradients import Gradients
 from fxzero.runtime.residency import Residency
 from fxzero.runtime.shards import Shards
 from fxzero.runtime.stopwatch import Stopwatch
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All that is decided about a step, before it is bound to memory."""
-
-    captured: Captured
-    code: Code
-
-    @property
-    def step(self) -> StepGraph:
-        return self.captured.step
+from fxzero.runtime.storage import Arena
 
 
 def _lasting_secondaries(step: StepGraph) -> Iterable[tuple[str, ...]]:

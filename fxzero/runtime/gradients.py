@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -13,28 +11,8 @@ from torch import nn
 from fxzero import torch_internals
 from fxzero.errors import FxzeroError, PlanError
 from fxzero.graph.layout import Bucket
+from fxzero.graph.variant import Stash, Variant
 from fxzero.runtime.shards import FlatBuffer, Shards, unflatten
-
-
-class Stash(enum.Enum):
-    """Where a backward writes gradients, with regard to those that no_sync() keeps unsharded."""
-
-    NONE = "none"
-    """Into the arena: nothing is kept unsharded."""
-    FIRST = "first"
-    """Under no_sync(): overwrite the unsharded gradients."""
-    MORE = "more"
-    """Under no_sync(): add to the unsharded gradients."""
-    FLUSH = "flush"
-    """Add to the unsharded gradients, then reduce them."""
-
-
-class Variant(NamedTuple):
-    """The ways in which one backward can be bound; the code is the same, its globals differ."""
-
-    accumulate: bool
-    """Add the reduced gradients to the shards' `.grad` instead of overwriting it."""
-    stash: Stash
 
 
 class Gradients:

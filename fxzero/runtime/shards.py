@@ -16,7 +16,7 @@ from torch import nn
 from fxzero.comm.base import Comm
 from fxzero.errors import InputMismatchError
 from fxzero.graph.layout import Bucket, Layout, ParamSpec
-from fxzero.memory.lifetimes import storage_view
+from fxzero.runtime.storage import storage_view
 
 
 def spec_of(fqn: str, param: nn.Parameter) -> ParamSpec:

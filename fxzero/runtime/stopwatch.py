@@ -10,14 +10,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
-
-from torch import fx
-
-from fxzero.cost.model import Costs
-from fxzero.graph.step import Role, StepGraph, members, role, started_by
 
 Sample = TypeVar("Sample")
 
@@ -80,60 +75,3 @@ def calm_median(samples: Sequence[float]) -> float:
 def _calm(samples: Sequence[Sample], key: Callable[[Sample], float]) -> list[Sample]:
     """The lesser half: what else runs on a machine comes in bursts, and only adds to what is measured."""
     return sorted(samples, key=key)[: -(-len(samples) // 2)]
-
-
-def seconds_by_name(step: StepGraph, estimated: Costs, measured: list[float]) -> dict[str, float]:
-    """Seconds of each node, by name: those of a run are shared out in the ratio of the estimates.
-
-    The time of a start is left out: it is that of sending, which the link's cost per byte has already.
-
-    Returns:
-        Empty if `measured` is of another step.
-    """
-    runs: list[list[fx.Node]] = []
-    for _, nodes in step.phases():
-        runs.append([])
-        for node in nodes:
-            if role(node) in (Role.ALL_GATHER, Role.REDUCE_SCATTER, Role.WAIT):
-                runs += [[node], []]
-            else:
-                runs[-1].append(node)
-    if len(runs) != len(measured):
-        return {}
-    found: dict[str, float] = {}
-    for nodes, seconds in zip(runs, measured, strict=True):
-        if len(nodes) == 1 and role(nodes[0]) in (Role.ALL_GATHER, Role.REDUCE_SCATTER):
-            continue
-        shares = [estimated.of(node) for node in nodes]
-        total = sum(shares)
-        for node, share in zip(nodes, shares, strict=True):
-            if share:
-                found[_name(node)] = seconds * share / total
-    return found
-
-
-def with_measured(
-    step: StepGraph, estimated: Costs, by_name: Mapping[str, float], optimizer_s: float, cpu_s_per_byte: float
-) -> Costs:
-    """The costs of a step with what was measured, also in a plan with another order; other nodes in proportion.
-
-    Args:
-        cpu_s_per_byte: of threads other than the one that was measured.
-    """
-    known = {node: by_name[_name(node)] for node in estimated.seconds if _name(node) in by_name}
-    of_known = sum(estimated.of(node) for node in known)
-    ratio = sum(known.values()) / of_known if of_known else 1.0
-    seconds = {node: known.get(node, ratio * estimate) for node, estimate in estimated.seconds.items()}
-    link, inside = estimated.link, estimated.inside
-    return Costs(
-        seconds,
-        replace(link, cpu_s_per_byte=cpu_s_per_byte),
-        optimizer_s,
-        None if inside is None else replace(inside, cpu_s_per_byte=cpu_s_per_byte),
-    )
-
-
-def _name(node: fx.Node) -> str:
-    """What a node is called in every plan of a step: waits are numbered by what they wait for."""
-    start = started_by(node)
-    return node.name if start is node else f"wait {role(start).value} {' '.join(members(start))}"

@@ -4,7 +4,8 @@ import pytest
 from expecttest import assert_expected_inline
 
 from fxzero.errors import PassOrderError
-from fxzero.graph.step import Role, members
+from fxzero.graph.nodes import Role, members
+from fxzero.graph.schedule_text import format_schedule
 from fxzero.passes import (
     BucketAllGathers,
     BucketReduceScatters,
@@ -13,7 +14,6 @@ from fxzero.passes import (
     RematerializeViews,
 )
 from fxzero.planning.run_passes import run_passes
-from fxzero.planning.schedule import format_schedule
 from tests.toy import toy_step
 
 BEFORE = (RematerializeViews(), InsertAllGathers(), InsertReduceScatters())

@@ -3,10 +3,11 @@ from __future__ import annotations
 import pytest
 
 from fxzero.errors import PassOrderError
-from fxzero.graph.step import Role, StepGraph, members
+from fxzero.graph.nodes import Role, members
+from fxzero.graph.schedule_text import format_schedule
+from fxzero.graph.step import StepGraph
 from fxzero.passes import GathersFirst, InsertAllGathers, InsertReduceScatters, RematerializeViews, SinkWaits
 from fxzero.planning.run_passes import run_passes
-from fxzero.planning.schedule import format_schedule
 from tests.toy import toy_step
 
 BEFORE = (RematerializeViews(), InsertAllGathers(), InsertReduceScatters())

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 from expecttest import assert_expected_inline
 
+from fxzero.graph.schedule_text import format_schedule
 from fxzero.passes import InsertAllGathers, RematerializeViews
 from fxzero.planning.run_passes import run_passes
-from fxzero.planning.schedule import format_schedule
 from tests.toy import toy_step
 
 

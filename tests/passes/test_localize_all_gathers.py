@@ -5,7 +5,9 @@ import torch
 from expecttest import assert_expected_inline
 
 from fxzero.errors import InsideGatherError, PassOrderError
-from fxzero.graph.step import Role, StepGraph, is_inside, set_inside, set_wire_format, wire_format
+from fxzero.graph.nodes import Role, is_inside, set_inside, set_wire_format, wire_format
+from fxzero.graph.schedule_text import format_schedule, format_table, totals
+from fxzero.graph.step import StepGraph
 from fxzero.graph.verify import collectives, verify_graph
 from fxzero.graph.wire import WireFormat
 from fxzero.passes import (
@@ -17,7 +19,6 @@ from fxzero.passes import (
     default_passes,
 )
 from fxzero.planning.run_passes import run_passes
-from fxzero.planning.schedule import format_schedule, format_table, totals
 from tests.toy import toy_step
 
 BEFORE = (RematerializeViews(), InsertAllGathers())

@@ -5,12 +5,12 @@ import torch
 from expecttest import assert_expected_inline
 
 from fxzero.errors import PassOrderError, WireFormatError
-from fxzero.graph.step import Role, wire_format
+from fxzero.graph.nodes import Role, wire_format
+from fxzero.graph.schedule_text import format_schedule, format_table, totals
 from fxzero.graph.verify import collectives
 from fxzero.graph.wire import WireFormat
 from fxzero.passes import BucketAllGathers, InsertAllGathers, NarrowAllGathers, RematerializeViews, default_passes
 from fxzero.planning.run_passes import run_passes
-from fxzero.planning.schedule import format_schedule, format_table, totals
 from tests.toy import toy_step
 
 BEFORE = (RematerializeViews(), InsertAllGathers())

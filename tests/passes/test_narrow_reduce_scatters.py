@@ -5,9 +5,9 @@ import torch
 from expecttest import assert_expected_inline
 
 from fxzero.errors import PassOrderError
+from fxzero.graph.schedule_text import format_schedule, totals
 from fxzero.passes import BucketReduceScatters, InsertReduceScatters, NarrowReduceScatters
 from fxzero.planning.run_passes import run_passes
-from fxzero.planning.schedule import format_schedule, totals
 from tests.toy import toy_step
 
 

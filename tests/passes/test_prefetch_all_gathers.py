@@ -4,10 +4,10 @@ import pytest
 from expecttest import assert_expected_inline
 
 from fxzero.errors import PassOrderError
-from fxzero.graph.step import Role
+from fxzero.graph.nodes import Role
+from fxzero.graph.schedule_text import format_diff, format_schedule
 from fxzero.passes import InsertAllGathers, PrefetchAllGathers, RematerializeViews
 from fxzero.planning.run_passes import run_passes
-from fxzero.planning.schedule import format_diff, format_schedule
 from tests.toy import toy_step
 
 BEFORE = (RematerializeViews(), InsertAllGathers())

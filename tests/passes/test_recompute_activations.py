@@ -9,10 +9,11 @@ from expecttest import assert_expected_inline
 from torch import Tensor, nn
 
 import fxzero
-from fxzero.graph.step import Phase, Role, StepGraph, info, is_random, role
+from fxzero.graph.nodes import Role, info, is_random, role
+from fxzero.graph.schedule_text import totals
+from fxzero.graph.step import Phase, StepGraph
 from fxzero.memory.activations import activation_buffers
 from fxzero.passes import RecomputeActivations, default_passes
-from fxzero.planning.schedule import totals
 from tests.toy import toy_step
 
 BATCH, WIDTH = 4, 16

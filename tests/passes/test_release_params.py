@@ -4,9 +4,9 @@ import pytest
 from expecttest import assert_expected_inline
 
 from fxzero.errors import PassOrderError
+from fxzero.graph.schedule_text import format_schedule
 from fxzero.passes import InsertAllGathers, ReleaseParams, RematerializeViews
 from fxzero.planning.run_passes import run_passes
-from fxzero.planning.schedule import format_schedule
 from tests.toy import toy_step
 
 

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 from expecttest import assert_expected_inline
 
-from fxzero.graph.step import Phase, Role, info, role
+from fxzero.graph.nodes import Role, info, role
+from fxzero.graph.step import Phase
 from fxzero.passes import RematerializeViews
 from tests.toy import toy_step
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import fxzero
 from fxzero.errors import PassOrderError
 from fxzero.graph import ops
-from fxzero.graph.step import Role, written_in_place
+from fxzero.graph.nodes import Role, written_in_place
 from fxzero.models import GPT, GPT_PRESETS, ROBERTA_PRESETS, RobertaForMaskedLM
 from fxzero.passes import InsertReduceScatters, WriteGradsInPlace
 from fxzero.planning.run_passes import run_passes

@@ -1,0 +1,212 @@
+"""One node of a step: what it is, and the accessors through which passes read and write collectives."""
+
+from __future__ import annotations
+
+import enum
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import fx
+
+from fxzero import torch_internals
+from fxzero.graph import ops
+from fxzero.graph.wire import WireFormat
+
+META_KEY = "fxzero"
+
+
+class Role(enum.Enum):
+    """What a node is in the step."""
+
+    PARAM = "param"
+    BUFFER = "buffer"
+    CONSTANT = "constant"
+    INPUT = "input"
+    TANGENT = "tangent"
+    COMPUTE = "compute"
+    ALL_GATHER = "all_gather"
+    REDUCE_SCATTER = "reduce_scatter"
+    WAIT = "wait"
+    RELEASE = "release"
+    GRAD_SLOT = "grad_slot"
+    WRITE_GRAD = "write_grad"
+    END_FORWARD = "end_forward"
+    OUTPUT = "output"
+
+
+@dataclass(frozen=True)
+class NodeInfo:
+    """What passes know of a node beside its operator and `node.meta["val"]`."""
+
+    role: Role
+    fqn: str = ""
+    """PARAM, BUFFER: its name. INPUT: the path of the argument. COMPUTE: the module that runs it. Else empty."""
+
+
+TARGET_OF_ROLE: dict[Role, Callable[..., Any]] = {
+    Role.ALL_GATHER: ops.all_gather,
+    Role.REDUCE_SCATTER: ops.reduce_scatter,
+    Role.WAIT: ops.wait,
+    Role.RELEASE: ops.release,
+    Role.GRAD_SLOT: ops.grad_slot,
+    Role.WRITE_GRAD: ops.write_grad,
+    Role.END_FORWARD: ops.end_forward,
+}
+"""The words of the schedule: a node has one of these roles if and only if it has the target."""
+
+
+_INFO_OF_TARGET: dict[Any, NodeInfo] = {target: NodeInfo(role) for role, target in TARGET_OF_ROLE.items()}
+
+
+_INFO_OF_OP = {"output": NodeInfo(Role.OUTPUT), "get_attr": NodeInfo(Role.CONSTANT)}
+
+
+_COMPUTE = NodeInfo(Role.COMPUTE)
+
+
+def info(node: fx.Node) -> NodeInfo:
+    """The NodeInfo of a node; words of the schedule and the output need none stored."""
+    stored = node.meta.get(META_KEY)
+    if stored is not None:
+        return stored
+    return _INFO_OF_OP.get(node.op) or _INFO_OF_TARGET.get(node.target, _COMPUTE)
+
+
+def role(node: fx.Node) -> Role:
+    """Shorthand for `info(node).role`."""
+    return info(node).role
+
+
+def started_by(node: fx.Node) -> fx.Node:
+    """The all_gather or reduce_scatter that a wait or a release belongs to; a start is its own."""
+    while role(node) in (Role.WAIT, Role.RELEASE):
+        node = cast(fx.Node, node.args[0])
+    return node
+
+
+def operands(start: fx.Node) -> tuple[fx.Node, ...]:
+    """The shards of an all_gather (parameter placeholders), or the slots of a reduce_scatter."""
+    return cast(tuple[fx.Node, ...], start.args)
+
+
+def members(collective: fx.Node) -> tuple[str, ...]:
+    """The names of the parameters of a collective (a start, wait or release), in bucket order."""
+    start = started_by(collective)
+    if role(start) is Role.ALL_GATHER:
+        return tuple(info(shard).fqn for shard in operands(start))
+    return tuple(grad_fqn(slot) for slot in operands(start))
+
+
+def wire_format(collective: fx.Node) -> WireFormat | None:
+    """The type in which a collective (a start, wait or release) travels; None: that of its bucket."""
+    kwargs = started_by(collective).kwargs
+    dtype = cast("torch.dtype | None", kwargs.get("dtype"))
+    return None if dtype is None else WireFormat(dtype, cast("int | None", kwargs.get("block_numel")))
+
+
+def set_wire_format(start: fx.Node, format: WireFormat) -> None:
+    """Let an all_gather or a reduce_scatter travel in another type than its bucket's."""
+    blocks = {} if format.block_numel is None else {"block_numel": format.block_numel}
+    start.kwargs = {**start.kwargs, "dtype": format.dtype, **blocks}
+
+
+def is_inside(gather: fx.Node) -> bool:
+    """True for an all_gather from the secondary shards of a node, which its first gather in the step left there."""
+    return bool(gather.kwargs.get("inside", False))
+
+
+def set_inside(start: fx.Node) -> None:
+    """Let an all_gather read secondary shards."""
+    start.kwargs = {**start.kwargs, "inside": True}
+
+
+def wait_of(start: fx.Node) -> fx.Node:
+    """The one wait of a collective."""
+    return next(user for user in start.users if role(user) is Role.WAIT)
+
+
+def release_of(wait: fx.Node) -> fx.Node | None:
+    """The release of a gathered bucket, None if it has none yet."""
+    return next((user for user in wait.users if role(user) is Role.RELEASE), None)
+
+
+def is_gather(node: fx.Node) -> bool:
+    """True for the start, the wait and the release of an all-gather."""
+    return role(started_by(node)) is Role.ALL_GATHER
+
+
+def is_gathered_param(node: fx.Node) -> bool:
+    """True for one unsharded parameter: an output of the wait of an all-gather."""
+    return node.target is operator.getitem and role(arg := cast(fx.Node, node.args[0])) is Role.WAIT and is_gather(arg)
+
+
+def gathered_params(wait: fx.Node) -> dict[str, fx.Node]:
+    """The outputs of the wait of an all-gather that something reads, by parameter name."""
+    names = members(wait)
+    return {names[cast(int, user.args[1])]: user for user in wait.users if user.target is operator.getitem}
+
+
+def grad_of(slot: fx.Node) -> fx.Node | None:
+    """The gradient that a write_grad writes; None for a slot of zeros."""
+    return cast("fx.Node | None", slot.args[0])
+
+
+def grad_fqn(slot: fx.Node) -> str:
+    """The parameter whose gradient a write_grad writes."""
+    return cast(str, slot.args[1])
+
+
+def written_in_place(slot: fx.Node) -> fx.Node | None:
+    """The grad_slot that the gradient of a write_grad was computed into; None if it must be copied."""
+    grad = grad_of(slot)
+    if grad is None:
+        return None
+    memory = grad.args[0] if grad.args and "out" not in grad.kwargs else grad.kwargs.get("out")
+    return memory if isinstance(memory, fx.Node) and role(memory) is Role.GRAD_SLOT else None
+
+
+def slot_fqn(memory: fx.Node) -> str:
+    """The parameter whose gradient lies in a grad_slot."""
+    return cast(str, memory.args[0])
+
+
+def first_write(slot: fx.Node) -> fx.Node:
+    """Where the memory of a gradient must be there: at its grad_slot if it is computed in place, else at its copy."""
+    return written_in_place(slot) or slot
+
+
+def is_random(node: fx.Node) -> bool:
+    """True for an operator that draws from a random generator; attention without dropout does not."""
+    target = cast(Any, node.target)
+    if not torch_internals.is_overload(target) or torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    return torch_internals.argument(node, "dropout_p") != 0.0
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """True for an operator that computes each element of its output from one element of each input."""
+    target = cast(Any, node.target)
+    return torch_internals.is_overload(target) and torch.Tag.pointwise in target.tags
+
+
+def is_pure(node: fx.Node) -> bool:
+    """True for compute that gives the same value when it is run again, and changes nothing."""
+    mutates = torch_internals.is_overload(node.target) and torch_internals.is_mutable(node.target)
+    return role(node) is Role.COMPUTE and not mutates and not is_random(node)
+
+
+def tensor_bytes(value: Any) -> int:
+    """Bytes that a tensor's elements span; 0 for anything else."""
+    if not isinstance(value, torch.Tensor) or value.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    return (last + 1) * value.dtype.itemsize
+
+
+def new_value(node: fx.Node, value: Any) -> fx.Node:
+    """Give a node its own `meta["val"]`, so that no two nodes seem to share storage by accident."""
+    node.meta["val"] = value
+    return node

@@ -1,0 +1,237 @@
+"""The schedule of a step as text: what a person reads, a golden file holds and a diff compares.
+
+One line per collective, wait and release, one per run of compute of the same block; no times, no addresses.
+"""
+
+from __future__ import annotations
+
+import difflib
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tabulate import tabulate
+from torch import fx
+
+from fxzero.graph.liveness import bucket_bytes_live
+from fxzero.graph.names import block_depth, block_of, bucket_label, format_bytes, format_ops
+from fxzero.graph.nodes import (
+    Role,
+    grad_fqn,
+    grad_of,
+    info,
+    is_gather,
+    is_inside,
+    members,
+    role,
+    started_by,
+    wire_format,
+    written_in_place,
+)
+from fxzero.graph.step import Phase, StepGraph
+from fxzero.graph.traffic import sent_in
+
+ROOT = "(model)"
+"""The block of what the model itself computes, outside of its submodules."""
+
+
+_LINES = (Role.ALL_GATHER, Role.REDUCE_SCATTER, Role.WAIT, Role.RELEASE)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a schedule."""
+
+    phase: Phase
+    action: str
+    """all_gather, wait, release, reduce_scatter or compute."""
+    name: str
+    """The bucket, or the block that computes."""
+    nbytes: int = 0
+    """Bytes of the whole bucket at a start, as it travels; 0 elsewhere."""
+    num_ops: int = 0
+    """Operators of a run of compute; 0 elsewhere."""
+    live_bytes: int = 0
+    """Bytes of gathered and gradient buckets that are live after this line."""
+    wire: str = ""
+    """The type that travels, at a start where it is not that of the bucket."""
+    reach: str = ""
+    """"across" at a start of what crosses nodes, where nodes share the shards."""
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a step costs in communication, per rank."""
+
+    num_all_gathers: int
+    num_reduce_scatters: int
+    gathered_bytes: int
+    """Bytes received by all-gathers, in the type that travels; padding and scales count."""
+    reduced_bytes: int
+    """Bytes sent by reduce-scatters, those across nodes included."""
+    gathered_peak_bytes: int
+    """Largest sum of the bytes of gathered buckets, from a start to its release; those that travel until its wait."""
+    copied_grad_bytes: int
+    """Bytes of gradients that are computed elsewhere and copied to their bucket; the others are computed in it."""
+    interleaved_copy_bytes: int
+    """Bytes copied between buckets and what travels, in a step: out of every gather and into every reduce. Only in the
+    interleaved layout, and there not on one rank."""
+    across_bytes: int = 0
+    """Those of the bytes that are sent out of the node, on a mesh of several."""
+    gathered_across_bytes: int = 0
+    """Those of them that all-gathers send, and receive: where nodes share the shards."""
+
+
+def totals(step: StepGraph) -> Totals:
+    """Count the collectives of a step and their bytes."""
+    gathers, reduces = step.nodes(Role.ALL_GATHER), step.nodes(Role.REDUCE_SCATTER)
+    gathered = [sent_in(step, start) for start in gathers]
+    reduced = [sent_in(step, start) for start in reduces]
+    gathered_across, reduced_across = (sum(sent.across for sent in each) for each in (gathered, reduced))
+    return Totals(
+        num_all_gathers=len(gathers),
+        num_reduce_scatters=len(reduces),
+        gathered_bytes=sum(sent.total for sent in gathered),
+        reduced_bytes=sum(sent.total for sent in reduced),
+        gathered_peak_bytes=max(bucket_bytes_live(step, Role.ALL_GATHER).values(), default=0),
+        copied_grad_bytes=sum(
+            step.params[grad_fqn(slot)].nbytes
+            for slot in step.nodes(Role.WRITE_GRAD)
+            if grad_of(slot) is not None and not written_in_place(slot)
+        ),
+        interleaved_copy_bytes=sum(
+            bucket.nbytes for bucket in map(step.bucket_of, [*gathers, *reduces]) if bucket.interleaved
+        ),
+        across_bytes=gathered_across + reduced_across,
+        gathered_across_bytes=gathered_across,
+    )
+
+
+def rows(step: StepGraph) -> Iterator[Row]:
+    """The lines of a schedule, in order."""
+    live = bucket_bytes_live(step, Role.ALL_GATHER, Role.REDUCE_SCATTER)
+    depth = block_depth(step.params)
+    for phase, nodes in step.phases():
+        block, num_ops, last = "", 0, nodes[0] if nodes else step.output
+        for node in nodes:
+            is_line = role(node) in _LINES
+            computes = role(node) is Role.COMPUTE and node.target is not operator.getitem
+            # Gradient sums and the like belong to no module: they continue the run they stand in.
+            name = (block_of(info(node).fqn, depth) or block) if computes else block
+            if num_ops and (is_line or name != block):
+                yield Row(phase, "compute", block or ROOT, num_ops=num_ops, live_bytes=live[last])
+                num_ops = 0
+            if is_line:
+                yield _line(step, phase, node, live[node])
+            block, num_ops, last = "" if is_line else name, num_ops + computes, node
+        if num_ops:
+            yield Row(phase, "compute", block or ROOT, num_ops=num_ops, live_bytes=live[last])
+
+
+def _line(step: StepGraph, phase: Phase, node: fx.Node, live: int) -> Row:
+    """The line of a start, a wait or a release."""
+    is_start = started_by(node) is node
+    action = role(node).value if is_start or is_gather(node) else "wait_reduce"
+    nbytes = step.wire_bucket_of(node).nbytes if is_start else 0
+    wire = str(wire_format(node) or "") if is_start else ""
+    reach = "across" if is_start and step.shards_across and not is_inside(node) else ""
+    return Row(phase, action, bucket_label(members(node)), nbytes, live_bytes=live, wire=wire, reach=reach)
+
+
+def header(step: StepGraph) -> str:
+    """The first line: the totals of the step, per rank."""
+    t = totals(step)
+    ranks, received, sent = f"world_size={step.world_size}", "received", f"{format_bytes(t.reduced_bytes)} sent"
+    gathered = t.gathered_bytes - t.gathered_across_bytes
+    if step.num_nodes > 1:
+        sharing = ", sharded across" if step.shards_across else ""
+        ranks = f"world_size={step.num_ranks} ({step.num_nodes} nodes of {step.ranks_per_node}{sharing})"
+        received = "received inside"
+        if step.shards_across:
+            received += f", {format_bytes(t.gathered_across_bytes)} across"
+        across = t.across_bytes - t.gathered_across_bytes
+        sent = f"{format_bytes(t.reduced_bytes - across)} sent inside, {format_bytes(across)} across"
+    parts = [
+        ranks,
+        f"{_count(t.num_all_gathers, 'all_gather')}, {format_bytes(gathered)} {received}"
+        + _as_types(step, Role.ALL_GATHER),
+        f"{_count(t.num_reduce_scatters, 'reduce_scatter')}, {sent}" + _as_types(step, Role.REDUCE_SCATTER),
+        f"gathered peak {format_bytes(t.gathered_peak_bytes)}",
+    ]
+    if step.kept:
+        parts.append(f"kept {format_bytes(sum(step.bucket(fqns).nbytes for fqns in step.kept))}")
+    if step.resident:
+        parts.append(f"until the shards change {format_bytes(sum(step.bucket(b).nbytes for b in step.resident))}")
+    if t.copied_grad_bytes and step.synchronize and step.nodes(Role.RELEASE, Role.GRAD_SLOT):
+        parts.append(f"gradients: {format_bytes(t.copied_grad_bytes)} copied")
+    if t.interleaved_copy_bytes:
+        parts.append(f"interleaved: {format_bytes(t.interleaved_copy_bytes)} copied")
+    if step.without:
+        parts.append(f"without {', '.join(step.without)}")
+    if not step.has_backward:
+        del parts[2]
+    elif not step.synchronize:
+        held = sum(step.bucket_of(start).nbytes for start in _trained_gathers(step))
+        parts[2] = f"no_sync: unsharded gradients {format_bytes(held)}"
+    return "  ".join(parts)
+
+
+def _as_types(step: StepGraph, which: Role) -> str:
+    """The types that travel, if some is not that of its bucket: " as bfloat16"."""
+    starts = step.nodes(which)
+    if all(wire_format(start) is None for start in starts):
+        return ""
+    types = {str(wire_format(start) or step.bucket_of(start).dtype).removeprefix("torch.") for start in starts}
+    return f" as {', '.join(sorted(types))}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _trained_gathers(step: StepGraph) -> list[fx.Node]:
+    by_bucket = {step.bucket_of(start): start for start in step.nodes(Role.ALL_GATHER)}
+    return [start for bucket, start in by_bucket.items() if bucket.requires_grad]
+
+
+def format_schedule(step: StepGraph, *, memory: bool = False) -> str:
+    """A schedule as text.
+
+    Args:
+        memory: add a column with the bytes of gathered and gradient buckets that are live after each line.
+    """
+    all_rows = list(rows(step))
+    actions = max((len(row.action) for row in all_rows), default=0)
+    width = max((len(row.name) for row in all_rows), default=0)
+    lines = [header(step)]
+    for index, row in enumerate(all_rows):
+        if row.phase is Phase.BACKWARD and (index == 0 or all_rows[index - 1].phase is Phase.FORWARD):
+            lines.append("--- end of forward ---")
+        amount = format_bytes(row.nbytes) if row.nbytes else format_ops(row.num_ops) if row.num_ops else ""
+        line = f"{row.action:<{actions}}  {row.name:<{width}}  {amount:>9}"
+        if memory:
+            line += f"  {format_bytes(row.live_bytes):>9}"
+        lines.append("  ".join(filter(None, (line, row.wire, row.reach))).rstrip())
+    return "\n".join(lines)
+
+
+def format_table(step: StepGraph) -> str:
+    """A schedule as a table with phases, bytes and live bytes."""
+    cells = [
+        (
+            row.phase.value,
+            row.action,
+            row.name,
+            " ".join(filter(None, (format_bytes(row.nbytes), row.wire, row.reach))) if row.nbytes else "",
+            row.num_ops or "",
+            format_bytes(row.live_bytes),
+        )
+        for row in rows(step)
+    ]
+    columns = ("phase", "action", "bucket or block", "bytes", "ops", "live")
+    return header(step) + "\n" + tabulate(cells, headers=columns, colalign=("left",) * 3 + ("right",) * 3)
+
+
+def format_diff(before: str, after: str) -> str:
+    """A unified diff of two schedules."""
+    return "\n".join(difflib.unified_diff(before.splitlines(), after.splitlines(), "before", "after", lineterm="", n=2))

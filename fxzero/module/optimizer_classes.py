@@ -1,0 +1,93 @@
+"""Which optimizers can step shards: those whose update of an element needs that element alone.
+
+Such an optimizer gives the same numbers on a 1-D slice of a parameter as on the whole, bit for bit. One that looks at
+the parameter's shape, or at several elements at once, does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fxzero.errors import OptimizerError
+
+ELEMENTWISE: tuple[type[torch.optim.Optimizer], ...] = (
+    torch.optim.Adadelta,
+    torch.optim.Adagrad,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.Adamax,
+    torch.optim.ASGD,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Rprop,
+    torch.optim.SGD,
+)
+"""The optimizers that are known to be element-wise: these classes, not their subclasses."""
+
+
+REFUSED: Mapping[type[torch.optim.Optimizer], str] = {
+    torch.optim.LBFGS: "its directions come from dot products over all parameters, of which a rank has only a part",
+    torch.optim.Adafactor: "it factors second moments over the rows and columns of whole matrices",
+    torch.optim.Muon: "it orthogonalises whole matrices, and a shard is a 1-D slice of one",
+    torch.optim.SparseAdam: "it takes sparse gradients, and gradient shards are dense",
+}
+"""The optimizers of torch.optim that need what a shard does not have."""
+
+
+def check_optimizer(optimizer: object, *, elementwise_optimizer: bool) -> None:
+    """Refuse an optimizer that cannot step shards.
+
+    Args:
+        optimizer: any variant (for-loop, foreach, fused, capturable, tensor lr) of the classes in `ELEMENTWISE` passes.
+        elementwise_optimizer: the user vouches for any other class, except those in `REFUSED`.
+
+    Raises:
+        OptimizerError: the class is refused; the message says why, and what to do.
+    """
+    kind = type(optimizer)
+    if kind in ELEMENTWISE:
+        return
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise OptimizerError(f"{kind.__module__}.{kind.__qualname__} is not a torch.optim.Optimizer.")
+    known = ", ".join(cls.__name__ for cls in ELEMENTWISE)
+    for cls, reason in REFUSED.items():
+        if isinstance(optimizer, cls):
+            raise OptimizerError(f"{kind.__qualname__} cannot step shards: {reason}. Use one of {known}.")
+    if not elementwise_optimizer:
+        raise OptimizerError(
+            f"{kind.__module__}.{kind.__qualname__} is not known to be element-wise, and a shard is a 1-D slice of its "
+            "parameter. If its update of an element needs only that element's own gradient and state, pass "
+            f"elementwise_optimizer=True to fxzero.compile; else use one of {known}."
+        )
+
+
+_STATE_PER_ELEMENT: Mapping[type[torch.optim.Optimizer], Callable[[dict[str, Any]], int]] = {
+    torch.optim.Adadelta: lambda group: 2,
+    torch.optim.Adagrad: lambda group: 1,
+    torch.optim.Adam: lambda group: 2 + group["amsgrad"],
+    torch.optim.AdamW: lambda group: 2 + group["amsgrad"],
+    torch.optim.Adamax: lambda group: 2,
+    torch.optim.ASGD: lambda group: 1,
+    torch.optim.NAdam: lambda group: 2,
+    torch.optim.RAdam: lambda group: 2,
+    torch.optim.RMSprop: lambda group: 1 + (group["momentum"] > 0) + group["centered"],
+    torch.optim.Rprop: lambda group: 2,
+    torch.optim.SGD: lambda group: int(group["momentum"] != 0),
+}
+
+
+def state_per_element(optimizers: Sequence[torch.optim.Optimizer]) -> int:
+    """Elements of state that an optimizer will have for each element of a parameter: the most of any group.
+
+    2, as of AdamW, for a class that is not of torch.optim, or while there is no optimizer yet.
+    """
+    counts = [
+        _STATE_PER_ELEMENT.get(type(optimizer), lambda group: 2)(group)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+    ]
+    return max(counts, default=2)

@@ -1,0 +1,29 @@
+"""What ranks must have in common before they exchange a parameter, as text: one fact a line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from fxzero.graph.layout import Layout, ParamSpec
+
+
+def describe_layout(layout: Layout, options: Mapping[str, object]) -> list[str]:
+    """What every rank must have in common before a parameter is exchanged, one fact a line."""
+    lines = [f"world size: {layout.world_size}", *describe_options(options)]
+    for index, bucket in enumerate(layout.buckets):
+        lines += [f"{line}, bucket {index}" for line in describe_params(bucket.params)]
+    return lines
+
+
+def describe_options(options: Mapping[str, object]) -> list[str]:
+    """One option a line."""
+    return [f"option {name}: {value}" for name, value in options.items()]
+
+
+def describe_params(params: Iterable[ParamSpec]) -> list[str]:
+    """One parameter a line."""
+    return [
+        f"parameter {param.fqn}: {param.dtype} {'x'.join(map(str, param.shape)) or 'scalar'} "
+        f"{'trained' if param.requires_grad else 'frozen'}"
+        for param in params
+    ]
