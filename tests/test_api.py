@@ -14,7 +14,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import fxzero
 from fxzero.errors import CaptureError, FxzeroError, InputMismatchError
-from tests.pairs import Net, assert_same, both, pair, points, sgd
+from tests.helpers.pairs import Net, assert_same, both, pair, points, sgd
 
 
 class Configured(Net):

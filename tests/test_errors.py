@@ -16,7 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import fxzero
 from fxzero import errors
 from fxzero.errors import CaptureError, FxzeroError, InputMismatchError
-from tests.pairs import Net, points
+from tests.helpers.pairs import Net, points
 
 
 class Item(nn.Module):

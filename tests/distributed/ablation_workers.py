@@ -22,7 +22,7 @@ from fxzero.testing import engine_of
 from tests.distributed import replicated
 from tests.distributed.api_workers import Failing, Pair
 from tests.distributed.interleaved_workers import MIXED, full_gradients
-from tests.test_rehome import LARGE_BYTES, Large
+from tests.module.test_optimizer_state import LARGE_BYTES, Large
 
 Record = list[dict[str, Tensor | None]]
 

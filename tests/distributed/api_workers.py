@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fxzero
 from fxzero.passes import default_passes
 from fxzero.testing import engine_of
-from tests.pairs import Net, points, sgd
+from tests.helpers.pairs import Net, points, sgd
 
 Loss = Callable[[nn.Module, int], Tensor]
 """The loss of one rank; called with the module and the rank, after seeding for both."""

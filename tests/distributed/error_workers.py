@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fxzero
 from fxzero.passes import default_passes
-from tests.pairs import Net, points, sgd
+from tests.helpers.pairs import Net, points, sgd
 
 PATIENCE = timedelta(seconds=20)
 

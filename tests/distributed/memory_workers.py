@@ -14,8 +14,8 @@ import fxzero
 from fxzero.passes import default_passes
 from fxzero.testing import engine_of
 from tests.distributed import replicated
-from tests.gradient_copies import copied_bytes
-from tests.test_rehome import Allocations, Large
+from tests.helpers.gradient_copies import copied_bytes
+from tests.module.test_optimizer_state import Allocations, Large
 
 Batch = replicated.Batch
 ENOUGH = 2**30

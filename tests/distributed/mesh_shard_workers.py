@@ -22,11 +22,11 @@ from fxzero.graph.layout import Bucket
 from fxzero.graph.stages import stage_inside
 from fxzero.passes import default_passes
 from fxzero.testing import engine_of
+from tests.comm.test_collectives import make_bucket, poisoned, reduced, values
 from tests.distributed import replicated
 from tests.distributed.error_workers import error_of
 from tests.distributed.mesh_workers import CPU, CountedGroup
-from tests.distributed.test_collectives import make_bucket, poisoned, reduced, values
-from tests.pairs import Net, points
+from tests.helpers.pairs import Net, points
 
 Shape = tuple[int, int]
 

@@ -20,10 +20,10 @@ from fxzero.graph.layout import Bucket
 from fxzero.graph.stages import Across
 from fxzero.passes import default_passes
 from fxzero.testing import engine_of
+from tests.comm.test_collectives import make_bucket, poisoned, reduced, values
 from tests.distributed import api_workers, replicated
 from tests.distributed.error_workers import error_of
-from tests.distributed.test_collectives import make_bucket, poisoned, reduced, values
-from tests.pairs import Net, points, sgd
+from tests.helpers.pairs import Net, points, sgd
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ from fxzero.passes import (
     RematerializeViews,
 )
 from fxzero.planning.run_passes import run_passes
-from tests.toy import toy_step
+from tests.helpers.toy_step import toy_step
 
 BEFORE = (RematerializeViews(), InsertAllGathers(), InsertReduceScatters())
 

@@ -8,7 +8,7 @@ from fxzero.graph.schedule_text import format_schedule
 from fxzero.graph.step import StepGraph
 from fxzero.passes import GathersFirst, InsertAllGathers, InsertReduceScatters, RematerializeViews, SinkWaits
 from fxzero.planning.run_passes import run_passes
-from tests.toy import toy_step
+from tests.helpers.toy_step import toy_step
 
 BEFORE = (RematerializeViews(), InsertAllGathers(), InsertReduceScatters())
 LATER = ((("layers.2.w",), ("layers.1.w",)),)

@@ -5,7 +5,7 @@ from expecttest import assert_expected_inline
 from fxzero.graph.schedule_text import format_schedule
 from fxzero.passes import InsertAllGathers, RematerializeViews
 from fxzero.planning.run_passes import run_passes
-from tests.toy import toy_step
+from tests.helpers.toy_step import toy_step
 
 
 def test_each_param_is_gathered_once_per_phase() -> None:

@@ -6,7 +6,7 @@ from fxzero.graph.nodes import Role
 from fxzero.graph.schedule_text import format_schedule
 from fxzero.passes import InsertReduceScatters
 from fxzero.planning.run_passes import run_passes
-from tests.toy import toy_step
+from tests.helpers.toy_step import toy_step
 
 
 def test_each_gradient_is_reduced_where_it_is_ready() -> None:

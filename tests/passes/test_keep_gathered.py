@@ -7,7 +7,7 @@ from fxzero.errors import PassOrderError
 from fxzero.graph.schedule_text import format_schedule, totals
 from fxzero.passes import InsertAllGathers, KeepGathered, ReleaseParams, RematerializeViews, default_passes
 from fxzero.planning.run_passes import run_passes
-from tests.toy import toy_step
+from tests.helpers.toy_step import toy_step
 
 BEFORE = (RematerializeViews(), InsertAllGathers())
 

@@ -11,7 +11,7 @@ from fxzero.graph.verify import collectives
 from fxzero.graph.wire import WireFormat
 from fxzero.passes import BucketAllGathers, InsertAllGathers, NarrowAllGathers, RematerializeViews, default_passes
 from fxzero.planning.run_passes import run_passes
-from tests.toy import toy_step
+from tests.helpers.toy_step import toy_step
 
 BEFORE = (RematerializeViews(), InsertAllGathers())
 

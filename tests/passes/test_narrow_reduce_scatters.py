@@ -8,7 +8,7 @@ from fxzero.errors import PassOrderError
 from fxzero.graph.schedule_text import format_schedule, totals
 from fxzero.passes import BucketReduceScatters, InsertReduceScatters, NarrowReduceScatters
 from fxzero.planning.run_passes import run_passes
-from tests.toy import toy_step
+from tests.helpers.toy_step import toy_step
 
 
 def test_reduce_scatters_move_half_the_bytes() -> None:

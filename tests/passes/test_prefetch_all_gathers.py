@@ -8,7 +8,7 @@ from fxzero.graph.nodes import Role
 from fxzero.graph.schedule_text import format_diff, format_schedule
 from fxzero.passes import InsertAllGathers, PrefetchAllGathers, RematerializeViews
 from fxzero.planning.run_passes import run_passes
-from tests.toy import toy_step
+from tests.helpers.toy_step import toy_step
 
 BEFORE = (RematerializeViews(), InsertAllGathers())
 

@@ -14,7 +14,7 @@ from fxzero.graph.schedule_text import totals
 from fxzero.graph.step import Phase, StepGraph
 from fxzero.memory.activations import activation_buffers
 from fxzero.passes import RecomputeActivations, default_passes
-from tests.toy import toy_step
+from tests.helpers.toy_step import toy_step
 
 BATCH, WIDTH = 4, 16
 TENSOR_BYTES = BATCH * WIDTH * 4

@@ -7,7 +7,7 @@ from fxzero.errors import PassOrderError
 from fxzero.graph.schedule_text import format_schedule
 from fxzero.passes import InsertAllGathers, ReleaseParams, RematerializeViews
 from fxzero.planning.run_passes import run_passes
-from tests.toy import toy_step
+from tests.helpers.toy_step import toy_step
 
 
 def test_bucket_is_released_after_the_last_reader_of_a_view() -> None:

@@ -5,7 +5,7 @@ from expecttest import assert_expected_inline
 from fxzero.graph.nodes import Role, info, role
 from fxzero.graph.step import Phase
 from fxzero.passes import RematerializeViews
-from tests.toy import toy_step
+from tests.helpers.toy_step import toy_step
 
 
 def backward_reads(step) -> str:

@@ -7,7 +7,7 @@ from fxzero.errors import PassOrderError
 from fxzero.graph.schedule_text import format_schedule
 from fxzero.passes import InsertReduceScatters, SinkWaits
 from fxzero.planning.run_passes import run_passes
-from tests.toy import toy_step
+from tests.helpers.toy_step import toy_step
 
 
 def test_reductions_are_waited_for_at_the_end_when_the_budget_allows() -> None:

@@ -14,7 +14,7 @@ from fxzero.graph.nodes import Role, written_in_place
 from fxzero.models import GPT, GPT_PRESETS, ROBERTA_PRESETS, RobertaForMaskedLM
 from fxzero.passes import InsertReduceScatters, WriteGradsInPlace
 from fxzero.planning.run_passes import run_passes
-from tests.toy import toy_step
+from tests.helpers.toy_step import toy_step
 
 
 def test_matmul_writes_to_the_slot() -> None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from fxzero.errors import PlanError
 from fxzero.reference.ablation import Without
-from tests.pairs import assert_same, both, pair, points
+from tests.helpers.pairs import assert_same, both, pair, points
 
 
 def _backward(zero: nn.Module, plain: nn.Module, seed: int = 0, use_extra: bool = False) -> None:

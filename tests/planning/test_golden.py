@@ -34,7 +34,7 @@ from fxzero.models import (
 from fxzero.passes import NarrowAllGathers, NarrowReduceScatters, Pass, default_passes
 from fxzero.planner import plan
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 KIB = 1024
 
 

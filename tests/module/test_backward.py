@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fxzero
 from fxzero.errors import InputMismatchError, StaleBackwardError
 from fxzero.testing import engine_of
-from tests.pairs import Net, assert_same, both, pair, points, sgd
+from tests.helpers.pairs import Net, assert_same, both, pair, points, sgd
 
 # -- refused -----------------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from fxzero.planning.codegen import generate
 from fxzero.planning.run_passes import run_passes
 from fxzero.planning.stream_events import readers_of
 from fxzero.runtime.cuda_streams import Events, plan_cuda_events
-from tests.toy import toy_step
+from tests.helpers.toy_step import toy_step
 
 COMPUTE, COMMUNICATION = "compute", "communication"
 

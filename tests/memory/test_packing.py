@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fxzero.memory.packing import pack
 
-DATA = Path(__file__).parent / "data" / "minimalloc"
+DATA = Path(__file__).parents[1] / "data" / "minimalloc"
 Lives = tuple[list[int], list[int], list[int]]
 """Sizes, starts, ends."""
 

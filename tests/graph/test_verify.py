@@ -24,7 +24,7 @@ from fxzero.passes import (
     default_passes,
 )
 from fxzero.planning.run_passes import run_passes
-from tests.toy import toy_step
+from tests.helpers.toy_step import toy_step
 
 aten = torch.ops.aten
 

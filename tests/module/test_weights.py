@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fxzero
 from fxzero.errors import CheckpointError, FxzeroError
 from fxzero.passes import default_passes
-from tests.pairs import Net, assert_same, both, pair, points, sgd
+from tests.helpers.pairs import Net, assert_same, both, pair, points, sgd
 
 
 class Tied(nn.Module):

@@ -23,8 +23,8 @@ from fxzero.reference.ablation import OPTIMIZATIONS, Optimization
 from fxzero.reference.tensor_lists import with_tensor_lists
 from fxzero.reference.transient import TransientMemory
 from fxzero.testing import engine_of
-from tests.pairs import Net, assert_same, both, pair, points, sgd
-from tests.toy import toy_step
+from tests.helpers.pairs import Net, assert_same, both, pair, points, sgd
+from tests.helpers.toy_step import toy_step
 
 
 def test_names_are_given_once_and_in_order() -> None:

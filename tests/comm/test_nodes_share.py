@@ -18,7 +18,7 @@ from fxzero.graph.stages import stage_across, stage_inside
 from fxzero.passes import default_passes
 from fxzero.planner import plan
 from fxzero.testing import engine_of
-from tests.test_mesh import RecordedGroup, WithLoss
+from tests.comm.test_nodes_replicate import RecordedGroup, WithLoss
 
 EACH_ALONE = default_passes(bucket_bytes=1)
 

@@ -25,7 +25,7 @@ from fxzero.planning.keep_within_budget import _Gap as Gap
 from fxzero.planning.keep_within_budget import _most_bytes as most_bytes
 from fxzero.planning.run_passes import run_passes
 from fxzero.planning.schedule import Schedule
-from tests.toy import toy_step
+from tests.helpers.toy_step import toy_step
 
 NUM_POSITIONS = 12
 

@@ -14,7 +14,7 @@ from torch.optim import SGD, AdamW
 
 import fxzero
 from fxzero.errors import OptimizerError
-from tests.pairs import Net, assert_same, both, pair, points
+from tests.helpers.pairs import Net, assert_same, both, pair, points
 
 Make = Callable[[Any], torch.optim.Optimizer]
 

@@ -14,7 +14,7 @@ from fxzero.models import GPT, GPT_PRESETS, LLAMA_PRESETS, ROBERTA_PRESETS, Llam
 from fxzero.planner import plan
 from fxzero.testing import engine_of, run_ranks
 from tests.distributed import memory_workers
-from tests.gradient_copies import copied_bytes
+from tests.helpers.gradient_copies import copied_bytes
 
 IN_PLACE = {
     "aten.add.out",

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fxzero.errors import FxzeroError, PlanError
-from tests.pairs import assert_same, both, pair, points, sgd
+from tests.helpers.pairs import assert_same, both, pair, points, sgd
 
 
 def backward_both(zero: nn.Module, plain: nn.Module, seed: int = 0, **kwargs: Any) -> None:
@@ -330,7 +330,7 @@ def test_freezing_and_unfreezing_between_steps() -> None:
 
 
 def test_unfreezing_what_was_frozen_at_compile() -> None:
-    from tests.pairs import Net
+    from tests.helpers.pairs import Net
 
     torch.manual_seed(0)
     model = Net()

@@ -20,8 +20,8 @@ from fxzero.memory.lifetimes import Buffer, MemoryPlan, gather_buffers, gradient
 from fxzero.passes import default_passes
 from fxzero.planning.run_passes import run_passes
 from fxzero.runtime.storage import Arena
-from tests.test_golden import CASES, schedule_of
-from tests.toy import toy_step
+from tests.helpers.toy_step import toy_step
+from tests.planning.test_golden import CASES, schedule_of
 
 CPU = torch.device("cpu")
 

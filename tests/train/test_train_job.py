@@ -120,7 +120,7 @@ def test_options_that_do_not_fit_are_told_in_one_line(capsys: pytest.CaptureFixt
 def _start(arguments: list[str]) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if "RANK" not in name and "WORLD" not in name}
     command = [sys.executable, "-m", "fxzero", "train", *arguments]
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     pipe = subprocess.PIPE
     return subprocess.Popen(
         command, cwd=root, env=environment | {"OMP_NUM_THREADS": "1"}, stdout=pipe, stderr=pipe, text=True

@@ -22,8 +22,8 @@ from fxzero.planner import plan
 from fxzero.planning.run_passes import pass_name, run_passes
 from fxzero.testing import run_ranks
 from tests.distributed import pass_list_workers, replicated
-from tests.random_net import WIDTH, NetSpec, RandomNet, choose_net, random_net
-from tests.toy import toy_step
+from tests.helpers.random_net import WIDTH, NetSpec, RandomNet, choose_net, random_net
+from tests.helpers.toy_step import toy_step
 
 pytestmark = pytest.mark.usefixtures("every_temporary_has_a_place")
 BOTH_INSERTED = 4

@@ -1,4 +1,4 @@
-"""Agreement over a store: ranks are threads here; real processes are in tests/distributed/test_agree_ranks.py."""
+"""Agreement over a store: ranks are threads here; real processes are in test_agree_ranks.py."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxzero
 from fxzero.errors import CaptureError, InputMismatchError
-from tests.pairs import Net, assert_same, both, pair, points
+from tests.helpers.pairs import Net, assert_same, both, pair, points
 
 
 def net(*widths: int) -> nn.Sequential:
