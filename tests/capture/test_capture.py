@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from capture_helpers import check_against_eager, trace
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fxzero.graph.nodes import Role, info
 from fxzero.graph.step import Phase
+from tests.helpers.captured import check_against_eager, trace
 
 
 class Tied(nn.Module):

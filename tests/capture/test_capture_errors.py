@@ -8,11 +8,11 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from capture_helpers import trace
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fxzero.errors import CaptureError, InputMismatchError
+from tests.helpers.captured import trace
 
 
 def module_of(forward, **tensors):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from capture_helpers import check_against_eager, trace
+
+from tests.helpers.captured import check_against_eager, trace
 
 transformers = pytest.importorskip("transformers")
 

@@ -13,7 +13,6 @@ from expecttest import assert_expected_inline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
-from toy import toy_step
 
 from fxzero.comm.nccl import NcclComm
 from fxzero.errors import ScheduleError
@@ -24,6 +23,7 @@ from fxzero.graph.step import StepGraph
 from fxzero.passes import default_passes
 from fxzero.planning.run_passes import run_passes
 from fxzero.planning.stream_events import BEGIN, CudaStreams, EventEdge, Queue, plan_events, queues_of, requirements
+from tests.helpers.toy_step import toy_step
 
 
 def reachable(queues: list[Queue], pairs: list[tuple[int, int]]) -> set[tuple[int, int]]:

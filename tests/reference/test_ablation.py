@@ -1,4 +1,4 @@
-"""Optimizations are turned off by name, each where it is chosen; distributed/test_ablation_ranks.py has the rest."""
+"""Optimizations are turned off by name, each where it is chosen; test_ablation_ranks.py has the rest."""
 
 from __future__ import annotations
 
