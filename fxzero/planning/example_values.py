@@ -1,0 +1,67 @@
+"""A value for every placeholder of a captured step: the model's and the example's own where they are at hand.
+
+What is not there (a parameter of which this rank holds a part, anything on the meta device, every tangent) gets values
+that are the same in every run and keep activations finite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxzero.graph.nodes import Role, info, role, tensor_bytes
+from fxzero.graph.step import StepGraph
+
+_SEED = 0
+
+
+def example_values(step: StepGraph, model: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """A tensor for each placeholder, by the name of its node.
+
+    Args:
+        step: as captured, or after any passes.
+        model: whose call was captured.
+        inputs: the tensors of the call, in the order of `flatten_call`.
+    """
+    generator = torch.Generator().manual_seed(_SEED)
+    paths = (info(node).fqn for node in step.nodes(Role.INPUT))
+    real: dict[tuple[Role, str], Tensor] = {
+        **{(Role.PARAM, fqn): param.detach() for fqn, param in model.named_parameters()},
+        **{(Role.BUFFER, fqn): buffer for fqn, buffer in model.named_buffers()},
+        **{(Role.INPUT, path): tensor for path, tensor in zip(paths, inputs, strict=True)},
+    }
+    values: dict[str, Tensor] = {}
+    for node in step.graph.find_nodes(op="placeholder"):
+        like = node.meta["val"]
+        value = real.get((role(node), info(node).fqn))
+        if value is None or value.is_meta or value.numel() != like.numel():
+            value = _made_up(node, generator)
+        if role(node) is Role.PARAM:
+            value = value.reshape(like.shape)  # the shard of a rank that holds all of it is flat
+        values[node.name] = value.to(like.device) if like.device.type != "meta" else value
+    return values
+
+
+def _made_up(node: fx.Node, generator: torch.Generator) -> Tensor:
+    """A CPU tensor of the geometry of a placeholder: bools alternate, integers are 0, floats are of the size of 1.
+
+    Parameters are scaled by the length of a row, so that sums over one are of that size too. Inputs and buffers are
+    positive: one may be a variance.
+    """
+    like: Tensor = node.meta["val"]
+    span = tensor_bytes(like) // like.dtype.itemsize
+    if like.dtype is torch.bool:
+        flat = torch.arange(span) % 2 == 0
+    elif like.is_complex():
+        flat = torch.randn(span, dtype=like.dtype, generator=generator)
+    elif not like.is_floating_point():
+        flat = torch.zeros(span, dtype=like.dtype)
+    elif role(node) in (Role.INPUT, Role.BUFFER):
+        flat = (torch.rand(span, generator=generator) + 0.5).to(like.dtype)
+    else:
+        row_numel = math.prod(like.shape[1:]) if role(node) is Role.PARAM else 1
+        flat = (torch.randn(span, generator=generator) / math.sqrt(max(row_numel, 1))).to(like.dtype)
+    return flat.as_strided(like.shape, like.stride())
