@@ -25,6 +25,8 @@ from fxzero.passes.sink_waits import SinkWaits
 from fxzero.passes.write_grads_in_place import WriteGradsInPlace
 
 Pass: TypeAlias = Callable[[StepGraph], None]
+"""Edits a graph in place. One that changes numbers has a property `tolerance`: by how much outputs and gradients may
+change, relative to the largest magnitude among them."""
 
 
 def default_passes(

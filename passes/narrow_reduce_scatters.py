@@ -39,6 +39,14 @@ class NarrowReduceScatters:
         """What buckets travel in, where that is narrower."""
         return WireFormat(self.dtype)
 
+    @property
+    def tolerance(self) -> float:
+        """By how much gradients may change, relative to the largest of them: what rounding an element to bfloat16 does.
+
+        FXZERO_CHECK=1 allows this much.
+        """
+        return 2**-8
+
     def __call__(self, step: StepGraph, /) -> None:
         starts = step.nodes(Role.REDUCE_SCATTER)
         if not starts and step.has_backward and step.synchronize and step.grads:
