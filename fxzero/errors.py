@@ -131,5 +131,14 @@ class BucketError(ScheduleError):
     """A bucket mixes dtypes or frozen with trained parameters, or two buckets share a parameter."""
 
 
+class PassChangedNumbersError(ScheduleError):
+    """With FXZERO_CHECK=1: the graph after a pass gives other numbers than before it, or cannot be run any more.
+
+    Cause: the pass is wrong, or changes numbers and declares no `tolerance`, or one that is too small.
+    Cure: the message names the pass, the first value that differs and, where it can be found, the first operator; see
+    "How to find a pass that is wrong" in CONTRIBUTING.md.
+    """
+
+
 class MemoryOverlapError(ScheduleError):
     """Two live buffers share bytes of an arena. Cause: a lifetime was planned shorter than its use."""

@@ -24,6 +24,7 @@ from fxzero.memory.footprint import Held, footprint, held_by
 from fxzero.memory.report import MemoryReport
 from fxzero.module.optimizer_classes import state_per_element
 from fxzero.passes import Pass, default_passes
+from fxzero.planning.check_passes import pass_checks
 from fxzero.planning.fix_layout import layout_of
 from fxzero.planning.keep_within_budget import choose, must_choose
 from fxzero.planning.plan import make_plan
@@ -101,7 +102,7 @@ def plan(
     choice = None
     if must_choose(chosen, memory_budget) and captured.step.has_backward:
         choice = choose(captured.step, chosen, comm, held, memory_budget)
-    made = make_plan(captured, chosen, choice)
+    made = make_plan(captured, chosen, choice, pass_checks(chosen, model, args, kwargs))
     return Schedule(
         made.step,
         made.code.source,

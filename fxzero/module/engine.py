@@ -41,6 +41,7 @@ from fxzero.module.plan_cache import Pattern, PlanCache
 from fxzero.module.tuning_rounds import Tuner
 from fxzero.options import Options
 from fxzero.planning.agreed_text import describe_layout
+from fxzero.planning.check_passes import pass_checks
 from fxzero.planning.fix_layout import in_layout, layout_in_registration_order, layout_of, warn_if_out_of_order
 from fxzero.planning.plan import make_plan
 from fxzero.reference import ablation
@@ -297,7 +298,8 @@ class Engine:
             self.fitting.agree(self, choice, topic)
             self.plans.clear()  # made before it, of evaluations: they know of no bucket that has a place of its own
         with reporting() if others_wait else nullcontext():
-            plan = make_plan(captured, passes, self.fitting.choice)
+            checks = pass_checks(passes, self.model, args, kwargs)
+            plan = make_plan(captured, passes, self.fitting.choice, checks)
             order = collectives(plan.step)
         if fixes_layout:
             self.fix_layout(layout_of(plan.step, self.options.passes), order)

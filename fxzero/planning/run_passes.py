@@ -85,7 +85,7 @@ def run_passes(
         ScheduleError: a pass left the graph unsafe; a note names the pass and those before it.
     """
     dumps = _dump() if dump else []
-    watching = [*observers, *dumps]
+    watching = [*dumps, *observers]  # what a pass changed is on disk when an observer refuses it
     verify_graph(step)
     for observer in watching:
         observer(0, "capture", step)

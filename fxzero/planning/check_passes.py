@@ -1,0 +1,153 @@
+"""With FXZERO_CHECK=1, run the graph after each pass and compare what it gives with the graph before the pass.
+
+    capture          run on the example: outputs, gradients, input gradients, buffers, random state
+    pass 1           run again: the same, bit for bit
+    ...              a pass with a `tolerance` may change numbers as far as that allows
+    pass 5           differs: PassChangedNumbersError names the pass, the value and the first operator
+
+Everything runs on one rank, at the full size of the model, whatever the world size of the plan; see `run_step.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from torch import Tensor, fx, nn
+
+from fxzero.capture.call import flatten_call
+from fxzero.errors import PassChangedNumbersError
+from fxzero.graph.step import StepGraph, copy_of
+from fxzero.passes import Pass
+from fxzero.planning.compare_results import difference, differences, largest_magnitude, nan_throughout
+from fxzero.planning.example_values import example_values
+from fxzero.planning.run_passes import Observer, add_note
+from fxzero.planning.run_step import Results, copy_of_tensor, describe_operator, run_step
+
+logger = logging.getLogger(__name__)
+
+VARIABLE = "FXZERO_CHECK"
+
+
+def pass_checks(
+    passes: Sequence[Pass], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[Observer]:
+    """The observers that FXZERO_CHECK asks for, for one plan of a call of a model.
+
+    Args:
+        passes: the list that will run; a memory budget may still change options of its passes.
+        args, kwargs: the call that was captured.
+
+    Raises:
+        ValueError: FXZERO_CHECK has another value than 1, 0 or none.
+    """
+    value = os.environ.get(VARIABLE, "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"{VARIABLE} is {value!r}; it must be 1 to run the result of each pass, or 0 or empty")
+    return [CheckPasses(passes, model, flatten_call(args, kwargs)[0])] if value == "1" else []
+
+
+class CheckPasses:
+    """An observer of `run_passes` that runs each graph on the example, and refuses the first pass that differs.
+
+    A value that already differs between two runs of the captured graph (operators on a GPU may add in any order) is not
+    compared.
+
+    Args:
+        passes: the list that runs, for its length and the tolerances in it.
+        model: whose call was captured.
+        inputs: the tensors of the call.
+
+    Raises:
+        PassChangedNumbersError: when called after a pass that changed numbers.
+        RuntimeError: when called with a captured graph that cannot be run.
+    """
+
+    def __init__(self, passes: Sequence[Pass], model: nn.Module, inputs: Sequence[Tensor]) -> None:
+        self._tolerances = [float(getattr(each, "tolerance", 0.0)) for each in passes]
+        self._model, self._inputs = model, inputs
+        self._values: dict[str, Tensor] = {}
+        """What is fed to each placeholder."""
+        self._step: StepGraph | None = None
+        """The graph before the next pass, and what it gives."""
+        self._results: Results = {}
+        self._unsteady: set[str] = set()
+        """The values that are not compared."""
+        self._seconds = 0.0
+
+    def __call__(self, index: int, name: str, step: StepGraph) -> None:
+        begin = time.perf_counter()
+        if index == 0:
+            self._run_capture(step)
+        else:
+            self._compare(index, name, step)
+        self._step = copy_of(step)
+        self._seconds += time.perf_counter() - begin
+        if index == len(self._tolerances):
+            logger.info("%s: %d passes checked in %.2f s", VARIABLE, index, self._seconds)
+
+    def _run_capture(self, step: StepGraph) -> None:
+        self._values = example_values(step, self._model, self._inputs)
+        try:
+            self._results = run_step(step, self._values)
+        except RuntimeError as error:
+            add_note(error, f"{VARIABLE}=1 ran the captured graph, before any pass, on the example. 0 checks nothing.")
+            raise
+        self._unsteady = {what for what, _ in differences(self._results, run_step(step, self._values))}
+        for what in sorted(self._unsteady):
+            logger.warning("%s: %s is not compared: it differs between two runs of one graph.", VARIABLE, what)
+        for what in nan_throughout(self._results):
+            logger.warning("%s: %s is NaN throughout on the example, which hides differences.", VARIABLE, what)
+
+    def _compare(self, index: int, name: str, step: StepGraph) -> None:
+        tolerance = self._tolerances[index - 1]
+        which = f"Pass {index} of {len(self._tolerances)}, {name}, "
+        try:
+            results = run_step(step, self._values)
+        except RuntimeError as error:
+            raise PassChangedNumbersError(f"{which}left a graph that cannot be run: {error}") from error
+        found = differences(self._results, results, tolerance)
+        what, how = next(((what, how) for what, how in found if what not in self._unsteady), ("", ""))
+        if what:
+            node = self._first_node(step, tolerance)
+            where = "All nodes that were there before have the same values: it lies in others, or in who reads which."
+            if node is not None:
+                where = f"The first node that was there before and has another value is {describe_operator(node)}."
+            raise PassChangedNumbersError(
+                f"{which}changed numbers: {what} {how}.\n{where}\n"
+                "FXZERO_DUMP=dir writes what the pass changed in the schedule."
+            )
+        self._results = results
+
+    def _first_node(self, step: StepGraph, tolerance: float) -> fx.Node | None:
+        """The first node in the order of `step` that the graph before has by name too, with another value."""
+        names = {node.name for node in step.graph.nodes}
+        before: dict[str, list[Tensor]] = {}
+        found: list[fx.Node] = []
+
+        def keep(node: fx.Node, value: Any) -> None:
+            if node.name in names:
+                before[node.name] = [copy_of_tensor(tensor) for tensor in _tensors(value)]
+
+        def compare(node: fx.Node, value: Any) -> None:
+            if not found and _differ(before.pop(node.name, []), _tensors(value), tolerance):
+                found.append(node)
+
+        assert self._step is not None
+        run_step(self._step, self._values, keep)
+        run_step(step, self._values, compare)
+        return next(iter(found), None)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors that a node gives: one, or those of a tuple."""
+    values = cast("Sequence[Any]", value) if isinstance(value, (tuple, list)) else [value]
+    return [each for each in values if isinstance(each, Tensor)]
+
+
+def _differ(before: Sequence[Tensor], after: Sequence[Tensor], tolerance: float) -> bool:
+    bound = tolerance * largest_magnitude(before) if tolerance else None
+    return any(difference(x, y, bound) is not None for x, y in zip(before, after, strict=False))
