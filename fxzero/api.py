@@ -18,7 +18,7 @@ from fxzero.comm import agree
 from fxzero.cost.model import Cluster
 from fxzero.errors import FxzeroError, OptimizerError
 from fxzero.graph.layout import LayoutName
-from fxzero.graph.stages import Across
+from fxzero.graph.sharding import Placement
 from fxzero.memory.report import MemoryReport
 from fxzero.module import ownership, weights
 from fxzero.module.budget_round import footprint_of
@@ -57,7 +57,7 @@ def compile(
     cluster: Cluster | str | None = None,
     without: ablation.Without = (),
     mesh: DeviceMesh | None = None,
-    across: Across = "replicate",
+    across: Placement = "replicate",
 ) -> ZeroModule:
     """Take a model over and train it by ZeRO stage 3 on a schedule that is written before it runs.
 

@@ -18,7 +18,7 @@ from fxzero.comm.groups import Group, group_of_mesh
 from fxzero.cost.model import Cluster
 from fxzero.errors import InputMismatchError
 from fxzero.graph.layout import LayoutName, check_layout
-from fxzero.graph.stages import Across, check_across
+from fxzero.graph.sharding import Placement, check_placement
 from fxzero.passes import Pass, default_passes
 from fxzero.reference import ablation
 
@@ -42,7 +42,7 @@ class Options:
     keeps_free: bool = False
     """What costs no memory at the peak may stay gathered until backward."""
     without: tuple[ablation.Optimization, ...] = ()
-    across: Across = "replicate"
+    across: Placement = "replicate"
 
     def __post_init__(self) -> None:
         check_layout(self.layout)
@@ -82,13 +82,15 @@ def check_wire(
         raise ValueError("On a 2-D mesh gradients travel as they are; drop reduce_dtype.")
 
 
-def check_across_options(across: Across, without: tuple[ablation.Optimization, ...], mesh: DeviceMesh | None) -> None:
+def check_across_options(
+    across: Placement, without: tuple[ablation.Optimization, ...], mesh: DeviceMesh | None
+) -> None:
     """Refuse what nodes cannot do.
 
     Raises:
         ValueError: names what it needs, or the two options.
     """
-    check_across(across)
+    check_placement(across)
     if across == "shard" and (mesh is None or mesh.ndim != 2):
         raise ValueError('across="shard" is about the nodes of a 2-D mesh of (across, inside); pass one as mesh=.')
     if "flat_collectives" in without and mesh is not None and mesh.ndim > 1:
@@ -142,7 +144,7 @@ def choose_passes(
     return ablation.passes_without(without, every)
 
 
-def choose_group(group: dist.ProcessGroup | None, mesh: DeviceMesh | None, across: Across) -> Group | None:
+def choose_group(group: dist.ProcessGroup | None, mesh: DeviceMesh | None, across: Placement) -> Group | None:
     if mesh is not None:
         if group is not None:
             raise ValueError("Pass mesh or process_group, not both: the mesh says which ranks shard.")

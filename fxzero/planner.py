@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from fxzero.capture import capture
-from fxzero.comm.without_ranks import PlanningComm, ShardedPlanningComm
+from fxzero.comm.make import backend_for
 from fxzero.cost.job_costs import CostModel, choose_sizes, optimizer_bytes
 from fxzero.cost.model import Cluster
 from fxzero.graph.layout import LayoutName, check_layout
-from fxzero.graph.stages import Across, check_across
+from fxzero.graph.sharding import Placement, Sharding
 from fxzero.graph.step import StepGraph
 from fxzero.memory.footprint import Held, footprint, held_by
 from fxzero.memory.report import MemoryReport
@@ -44,7 +44,7 @@ def plan(
     layout: LayoutName = "contiguous",
     cluster: Cluster | str | None = None,
     num_nodes: int = 1,
-    across: Across = "replicate",
+    across: Placement = "replicate",
 ) -> Schedule:
     """The schedule of a model on ranks that are not there: no process group, no device, no memory for any tensor.
 
@@ -70,7 +70,8 @@ def plan(
         ValueError: another layout or relation of nodes, or num_nodes does not divide world_size.
     """
     check_layout(layout)
-    comm = _planning_comm(world_size, num_nodes, across)
+    sharding, device = Sharding.over(world_size, num_nodes, across), torch.device("cpu")
+    backend = backend_for(device)
     args, kwargs = as_arguments(example)
     params = {fqn: spec_of(fqn, param) for fqn, param in model.named_parameters()}
     captured = capture(
@@ -79,12 +80,11 @@ def plan(
         args,
         kwargs,
         params,
-        device=torch.device("cpu"),
-        world_size=comm.world_size,
+        device=device,
+        sharding=sharding,
         with_backward=torch.is_grad_enabled() and any(param.requires_grad for param in params.values()),
     )
     captured.step.layout = layout
-    captured.step.num_nodes, captured.step.shards_across = comm.num_nodes, comm.shards_across
     chosen: Sequence[Pass] = default_passes() if passes is None else passes
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     state = state_per_element([] if optimizer is None else [optimizer])
@@ -95,31 +95,19 @@ def plan(
 
     costs = None
     if cluster is not None:
-        costs = CostModel(Cluster.of(cluster), optimizer_bytes(params.values(), comm.world_size, state))
-        if captured.step.has_backward and comm.world_size > 1 and passes is None:
+        costs = CostModel(Cluster.of(cluster), backend, optimizer_bytes(params.values(), sharding.shard_ranks, state))
+        if captured.step.has_backward and sharding.shard_ranks > 1 and passes is None:
             chosen = choose_sizes(captured.step, chosen, costs, keeps_free=memory_budget is None).passes(chosen)
     choice = None
     if must_choose(chosen, memory_budget) and captured.step.has_backward:
-        choice = choose(captured.step, chosen, comm, held, memory_budget)
+        choice = choose(captured.step, chosen, backend, held, memory_budget)
     made = make_plan(captured, chosen, choice)
     return Schedule(
         made.step,
         made.code.source,
-        lambda: MemoryReport(footprint(made.step, comm, held(made.step)), made.step),
+        lambda: MemoryReport(footprint(made.step, backend, held(made.step)), made.step),
         None if costs is None else partial(costs.timing, made.step),
     )
-
-
-def _planning_comm(world_size: int, num_nodes: int, across: Across) -> PlanningComm:
-    """A rank that is not there; as of `mesh.group_of_mesh`, nodes of one rank that share shards are one group."""
-    check_across(across)
-    if num_nodes < 1 or world_size % num_nodes:
-        raise ValueError(f"num_nodes is {num_nodes}; it must divide the world_size of {world_size}")
-    if across == "replicate":
-        return PlanningComm(0, world_size // num_nodes, num_nodes=num_nodes)
-    if num_nodes in (1, world_size):
-        return PlanningComm(0, world_size)
-    return ShardedPlanningComm(0, world_size, num_nodes=num_nodes)
 
 
 def as_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

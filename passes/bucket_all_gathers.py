@@ -57,7 +57,9 @@ class BucketAllGathers:
         in_order = dict.fromkeys(fqn for start in starts for fqn in members(start))
         if self.buckets is None:
             params = (step.params[fqn] for fqn in in_order)
-            groups = group_into_buckets(params, step.world_size, self.bucket_bytes, head_bytes=self.head_bytes)
+            groups = group_into_buckets(
+                params, step.sharding.shard_ranks, self.bucket_bytes, head_bytes=self.head_bytes
+            )
             buckets = tuple(group.fqns for group in groups)
         else:
             buckets = self.buckets

@@ -54,7 +54,7 @@ class KeepGathered:
             bucket = members(again)
             if phase_of[again] is Phase.FORWARD or bucket not in forward:
                 continue
-            nbytes = step.bucket_of(again).nbytes
+            nbytes = step.payload_of(again).nbytes
             if self.buckets is not None:
                 if bucket not in self.buckets:
                     continue

@@ -48,7 +48,7 @@ class NarrowAllGathers:
         starts = step.nodes(Role.ALL_GATHER)
         if not starts and any(param.users for param in step.param_nodes().values()):
             raise PassOrderError("no all_gather in the graph; run InsertAllGathers first")
-        for start in starts if step.world_size > 1 else []:
-            bucket = step.bucket_of(start)
-            if narrowed(bucket, self.format) is not bucket:
+        for start in starts if step.sharding.shard_ranks > 1 else []:
+            payload = step.payload_of(start)
+            if narrowed(payload, self.format) is not payload:
                 set_wire_format(start, self.format)

@@ -43,7 +43,7 @@ class NarrowReduceScatters:
         starts = step.nodes(Role.REDUCE_SCATTER)
         if not starts and step.has_backward and step.synchronize and step.grads:
             raise PassOrderError("no reduce_scatter in the graph; run InsertReduceScatters first")
-        for start in starts if step.world_size > 1 else []:
-            bucket = step.bucket_of(start)
-            if narrowed(bucket, self.format) is not bucket:
+        for start in starts if step.sharding.shard_ranks > 1 else []:
+            payload = step.payload_of(start)
+            if narrowed(payload, self.format) is not payload:
                 set_wire_format(start, self.format)

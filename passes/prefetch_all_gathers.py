@@ -38,7 +38,7 @@ class PrefetchAllGathers:
             raise PassOrderError("no all_gather in the graph; run InsertAllGathers first")
         for _, nodes in step.phases():
             starts = [node for node in nodes if role(node) is Role.ALL_GATHER]
-            nbytes = [step.bucket_of(start).nbytes for start in starts]
+            nbytes = [step.payload_of(start).nbytes for start in starts]
             head = next((node for node in nodes if node not in starts), None)
             first = flying_bytes = 0
             for k, start in enumerate(starts):

@@ -58,10 +58,10 @@ class SinkWaits:
         nbytes = 0
         for start in step.nodes(Role.REDUCE_SCATTER):
             in_flight.append(start)
-            nbytes += step.bucket_of(start).nbytes
+            nbytes += step.payload_of(start).nbytes
             while len(in_flight) > 1 and nbytes > self.max_inflight_bytes:
                 first = in_flight.popleft()
-                nbytes -= step.bucket_of(first).nbytes
+                nbytes -= step.payload_of(first).nbytes
                 start.prepend(wait_of(first))
         for start in in_flight:
             assert role(start) is Role.REDUCE_SCATTER

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from fxzero.cost.model import Costs, Device, gather_wait_bytes, reduce_wait_bytes
+from fxzero.comm.backend import Backend
+from fxzero.cost.model import Costs, Device
 from fxzero.cost.timeline import Event, Key, Timeline, is_gather_key, play
 from fxzero.graph.aliasing import in_memory_of
 from fxzero.graph.layout import Bucket, ParamSpec, group_into_buckets
@@ -95,6 +96,7 @@ class Needs:
     """After each gradient, from the begin of backward."""
     phase_s: dict[Phase, float]
     device: Device
+    backend: Backend
     costs: Costs
     gathered_as: WireFormat | None = None
     """In which buckets travel to ranks, where that makes them narrower."""
@@ -111,6 +113,7 @@ def needs_of(
     step: StepGraph,
     costs: Costs,
     device: Device,
+    backend: Backend,
     gathered_as: WireFormat | None = None,
     reduced_as: WireFormat | None = None,
 ) -> Needs:
@@ -143,7 +146,7 @@ def needs_of(
     for start in step.nodes(Role.REDUCE_SCATTER):
         ready |= dict.fromkeys(members(start), before[start])
     in_order = dict(sorted(first.items(), key=lambda item: (item[0][0] is Phase.BACKWARD, item[1])))
-    return Needs(step, in_order, ready, phase_s, device, costs, gathered_as, reduced_as)
+    return Needs(step, in_order, ready, phase_s, device, backend, costs, gathered_as, reduced_as)
 
 
 def tune(needs: Needs, *, keeps_all: bool, keeps_free: bool, buckets: Sequence[Fqns] | None = None) -> Tuning:
@@ -154,22 +157,22 @@ def tune(needs: Needs, *, keeps_all: bool, keeps_free: bool, buckets: Sequence[F
         keeps_free: buckets may stay where that needs no more memory at the peak.
         buckets: the members of each, if they are there already: only what is in flight is chosen then.
     """
-    order, world_size, costs = needs.params, needs.step.world_size, needs.costs
-    most = max(MOST_BYTES, sum(param.nbytes for param in order) // 16)
+    order, shard_ranks, costs = needs.params, needs.step.sharding.shard_ranks, needs.costs
+    most = max(MOST_BYTES, sum(param.gathered_nbytes for param in order) // 16)
     best: tuple[float, Tuning, list[Event]] | None = None
     tried: set[tuple[tuple[Fqns, ...], int]] = set()
     for body, head, ahead in _sizes(buckets):
         if buckets is None:
-            groups = group_into_buckets(order, world_size, body, head_bytes=head)
+            groups = group_into_buckets(order, shard_ranks, body, head_bytes=head)
         else:
             groups = [needs.step.bucket(fqns) for fqns in buckets]
-        inflight = ahead * max(min(body, bucket.nbytes) for bucket in groups)
+        inflight = ahead * max(min(body, bucket.gathered.nbytes) for bucket in groups)
         key = tuple(bucket.fqns for bucket in groups), inflight
         if key in tried or (tried and inflight > most):
             continue
         tried.add(key)
         tuning = Tuning(body, head, inflight, min(inflight, MOST_BYTES) if keeps_free else 0)
-        kept = sum(bucket.nbytes for bucket in groups) if keeps_all else tuning.kept_bytes
+        kept = sum(bucket.gathered.nbytes for bucket in groups) if keeps_all else tuning.kept_bytes
         happening = list(_events(needs, groups, inflight, kept))
         step_s = play(happening, costs.link, costs.inside).step_s
         if best is None or step_s * CLOSE < best[0]:
@@ -193,8 +196,8 @@ def _events(needs: Needs, groups: Sequence[Bucket], inflight: int, kept_bytes: i
     backward = _gathers(needs, groups, Phase.BACKWARD)
     there, again, room = {bucket for _, bucket in forward}, list[tuple[float, Bucket]](), kept_bytes
     for at, bucket in backward:
-        if bucket in there and bucket.nbytes <= room:
-            room -= bucket.nbytes
+        if bucket in there and bucket.gathered.nbytes <= room:
+            room -= bucket.gathered.nbytes
         else:
             again.append((at, bucket))
     ready = [
@@ -232,7 +235,7 @@ def _phase(
     Args:
         gathered: what was gathered before; where nodes share shards, it stays inside them now.
     """
-    nbytes = [bucket.nbytes for _, bucket in gathers]
+    nbytes = [bucket.gathered.nbytes for _, bucket in gathers]
     starts_at: dict[int, list[int]] = {}
     first = flying_bytes = 0
     for k in range(len(gathers)):
@@ -246,8 +249,9 @@ def _phase(
     def launch(anchor: int) -> Iterator[Event]:
         for k in starts_at.get(anchor, ()):
             bucket = gathers[k][1]
-            travels, stays = narrowed(bucket, needs.gathered_as), needs.step.shards_across and bucket in gathered
-            yield Event.start(keys[k], sent_of(needs.step, travels, is_gather=True, stays_inside=stays))
+            travels, sharding = narrowed(bucket.gathered, needs.gathered_as), needs.step.sharding
+            stays = sharding.shards_across and bucket in gathered
+            yield Event.start(keys[k], sent_of(sharding, travels, is_gather=True, stays_inside=stays))
 
     happening = [(at, 1, k) for k, (at, _) in enumerate(gathers)] + [(at, 0, k) for k, (at, _) in enumerate(reductions)]
     flying: deque[tuple[Key, Bucket]] = deque()
@@ -259,15 +263,17 @@ def _phase(
         if is_gather_:
             yield from launch(k)
             yield Event("wait", 0.0, keys[k])
-            yield Event("compute", gather_wait_bytes(gathers[k][1]) / needs.device.bytes_per_s)
+            yield Event("compute", needs.backend.gather_wait_bytes(gathers[k][1].gathered) / needs.device.bytes_per_s)
             continue
         bucket = reductions[k][1]
         flying.append(((Role.REDUCE_SCATTER, phase, bucket.fqns), bucket))
-        reduced_bytes += bucket.nbytes
+        reduced_bytes += bucket.gradients.nbytes
         while len(flying) > 1 and reduced_bytes > inflight:
-            reduced_bytes -= flying[0][1].nbytes
+            reduced_bytes -= flying[0][1].gradients.nbytes
             yield from _finish(needs, *flying.popleft())
-        yield Event.start(flying[-1][0], sent_of(needs.step, narrowed(bucket, needs.reduced_as), is_gather=False))
+        yield Event.start(
+            flying[-1][0], sent_of(needs.step.sharding, narrowed(bucket.gradients, needs.reduced_as), is_gather=False)
+        )
     yield Event("compute", needs.phase_s.get(phase, 0.0) - now)
     for key, bucket in flying:
         yield from _finish(needs, key, bucket)
@@ -276,7 +282,7 @@ def _phase(
 def _finish(needs: Needs, key: Key, bucket: Bucket) -> Iterator[Event]:
     """Wait for a reduction, and add up what came."""
     yield Event("wait", 0.0, key)
-    yield Event("compute", reduce_wait_bytes(bucket) / needs.device.bytes_per_s)
+    yield Event("compute", needs.backend.reduce_wait_bytes(bucket.gradients) / needs.device.bytes_per_s)
 
 
 def best_order(happening: list[Event], costs: Costs) -> tuple[tuple[tuple[Fqns, Fqns], ...], Timeline]:

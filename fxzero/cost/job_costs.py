@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from fxzero.comm.backend import Backend
 from fxzero.cost.choose_sizes import Tuning, needs_of, tune
 from fxzero.cost.measured import with_measured
 from fxzero.cost.model import Cluster, Costs, roofline
@@ -20,6 +21,7 @@ class CostModel:
     """The costs of any step of one model on one cluster."""
 
     cluster: Cluster
+    backend: Backend
     optimizer_bytes: int = 0
     by_name: dict[str, float] = field(default_factory=dict[str, float])
     """Measured seconds of nodes; empty: all are estimated."""
@@ -28,7 +30,7 @@ class CostModel:
     """Of threads other than the one whose seconds were measured."""
 
     def __call__(self, step: StepGraph) -> Costs:
-        estimated = roofline(step, self.cluster, optimizer_bytes=self.optimizer_bytes)
+        estimated = roofline(step, self.cluster, self.backend, optimizer_bytes=self.optimizer_bytes)
         if not self.by_name:
             return estimated
         optimizer_s = self.optimizer_s or estimated.optimizer_s
@@ -69,7 +71,7 @@ def choose_again(
     gathered_as = next((each.format for each in passes if isinstance(each, NarrowAllGathers)), None)
     reduced_as = next((each.format for each in passes if isinstance(each, NarrowReduceScatters)), None)
     with gc_paused():
-        needs = needs_of(planned, model(planned), model.cluster.device, gathered_as, reduced_as)
+        needs = needs_of(planned, model(planned), model.cluster.device, model.backend, gathered_as, reduced_as)
         return tune(needs, keeps_all=keeps_all, keeps_free=keeps_free, buckets=buckets)
 
 
@@ -81,10 +83,10 @@ def _after(captured: StepGraph, passes: Sequence[Pass]) -> StepGraph:
     return step
 
 
-def optimizer_bytes(params: Iterable[ParamSpec], world_size: int, state_numel: int) -> int:
+def optimizer_bytes(params: Iterable[ParamSpec], shard_ranks: int, state_numel: int) -> int:
     """Bytes that an optimizer reads and writes in a step of one rank: parameters, gradients and state.
 
     Args:
         state_numel: elements of state for each element of a parameter.
     """
-    return sum(param.nbytes for param in params) // world_size * (3 + 2 * state_numel)
+    return sum(param.nbytes for param in params) // shard_ranks * (3 + 2 * state_numel)

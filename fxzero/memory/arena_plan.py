@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import fx
 
-from fxzero.comm.base import Comm
+from fxzero.comm.backend import Backend
 from fxzero.comm.wire_copies import reduce_scratch_nbytes
 from fxzero.graph.layout import ALIGNMENT_BYTES, align
 from fxzero.graph.nodes import Role, members, wire_format
@@ -30,7 +30,7 @@ EFFORT = 5
 """Of the search for the arena's offsets: a fraction of a second where the lower bound is out of reach."""
 
 
-def plan_arena(step: StepGraph, comm: Comm, variant: Variant) -> tuple[MemoryPlan, Placed]:
+def plan_arena(step: StepGraph, backend: Backend, variant: Variant) -> tuple[MemoryPlan, Placed]:
     """Place the communication memory of one variant of a step, and those temporaries that have a place.
 
     If forward keeps buckets, what all variants need lies at the same place in all of them, so that whichever backward
@@ -42,9 +42,10 @@ def plan_arena(step: StepGraph, comm: Comm, variant: Variant) -> tuple[MemoryPla
     common: dict[tuple[str, fx.Node], Buffer] = {}  # what all variants need
     extra: dict[tuple[str, fx.Node], Buffer] = {}
     gradients = {("gradient", start): buffer for start, buffer in gradient_buffers(step).items()}
-    if not comm.gathers_in_place:
+    gathers_in_place = step.sharding.shard_ranks == 1  # the shards are the buckets
+    if not gathers_in_place:
         common |= {("gather", start): buffer for start, buffer in gather_buffers(step).items()}
-    if not comm.is_alone:
+    if not step.sharding.is_alone:
         common |= gradients
     elif variant.accumulate:  # else they are computed in their shard
         extra |= gradients
@@ -54,11 +55,11 @@ def plan_arena(step: StepGraph, comm: Comm, variant: Variant) -> tuple[MemoryPla
     reduces = {start: step.bucket_of(start) for start in step.nodes(Role.REDUCE_SCATTER)}
     for needed, accumulate in ((common, False), (extra, True)):
         if variant.accumulate or not accumulate:
-            nbytes = {start: scratch_nbytes(step, comm, start, accumulate=accumulate) for start in reduces}
+            nbytes = {start: scratch_nbytes(step, backend, start, accumulate=accumulate) for start in reduces}
             needed |= {("scratch", start): buffer for start, buffer in working_buffers(step, "scratch", nbytes).items()}
     some = {start: bucket.shard_nbytes for start, bucket in reduces.items() if is_partial(step, start)}
     common |= {("partial", start): buffer for start, buffer in working_buffers(step, "partial", some).items()}
-    resident = {} if comm.gathers_in_place else resident_buffers(step)
+    resident = {} if gathers_in_place else resident_buffers(step)
     if not step.kept:
         common, extra = common | extra, {}
     own = MemoryPlan(tuple(buffer for buffer, _ in resident.values()), tuple(at for _, at in resident.values()))
@@ -72,12 +73,14 @@ def plan_arena(step: StepGraph, comm: Comm, variant: Variant) -> tuple[MemoryPla
     return plan, homes | dict(zip([*common, *extra], placed[len(resident) :], strict=True))
 
 
-def scratch_nbytes(step: StepGraph, comm: Comm, start: fx.Node, *, accumulate: bool) -> int:
+def scratch_nbytes(step: StepGraph, backend: Backend, start: fx.Node, *, accumulate: bool) -> int:
     """Bytes that a reduce-scatter works in."""
-    bucket, format = step.bucket_of(start), wire_format(start)
+    format = wire_format(start)
     if format is not None:
-        return reduce_scratch_nbytes(comm, bucket, format, accumulate=accumulate)
-    return comm.reduce_scratch_numel(bucket, accumulate=accumulate) * bucket.dtype.itemsize
+        return reduce_scratch_nbytes(backend, step.sharding, step.bucket_of(start), format, accumulate=accumulate)
+    payload = step.payload_of(start)
+    numel = backend.reduce_scratch_numel(payload, step.sharding, accumulate=accumulate)
+    return numel * payload.dtype.itemsize
 
 
 def is_partial(step: StepGraph, start: fx.Node) -> bool:

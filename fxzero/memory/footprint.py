@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
-from fxzero.comm.base import Comm
-from fxzero.graph.layout import Bucket, Layout
+from fxzero.comm.backend import Backend
+from fxzero.graph.layout import Layout, Payload
 from fxzero.graph.step import StepGraph
 from fxzero.graph.variant import Stash, Variant
 from fxzero.memory.activations import activation_buffers, placed_temporaries
@@ -88,7 +88,7 @@ def live_at(buffers: Iterable[Buffer], num_positions: int) -> list[int]:
 
 def footprint(
     step: StepGraph,
-    comm: Comm,
+    backend: Backend,
     held: Held,
     *,
     arena: MemoryPlan | None = None,
@@ -103,7 +103,7 @@ def footprint(
         accumulate: else for a backward that adds to gradients, which may need more.
     """
     if arena is None:
-        arena, _ = plan_arena(step, comm, Variant(accumulate, Stash.NONE))
+        arena, _ = plan_arena(step, backend, Variant(accumulate, Stash.NONE))
     placed = placed_temporaries(step)
     activations = tuple(buffer for node, buffer in activation_buffers(step).items() if node not in placed)
     return Footprint(held, arena, activations, len(step.graph.nodes), max(arena.peak_bytes, arena_bytes))
@@ -115,7 +115,7 @@ def held_by(
     state_per_element: float,
     buffers: int,
     synchronize: bool = True,
-    secondaries: Iterable[Bucket] = (),
+    secondaries: Iterable[Payload] = (),
 ) -> Held:
     """What a rank holds of a model.
 
@@ -123,7 +123,7 @@ def held_by(
         state_per_element: elements of optimizer state for each element of a trained parameter (AdamW: 2).
         buffers: bytes of the module's buffers.
         synchronize: False under no_sync(), which keeps whole gradients.
-        secondaries: buckets of which it has secondary shards, as `StepGraph.secondaries` has them.
+        secondaries: what it has secondary shards of, as `StepGraph.secondaries` has them.
     """
     trained = [bucket for bucket in layout.buckets if bucket.requires_grad]
     gradients = sum(bucket.shard_nbytes for bucket in trained)
@@ -132,6 +132,6 @@ def held_by(
         gradients=gradients,
         optimizer_state=round(gradients * state_per_element),
         buffers=buffers,
-        unsharded_gradients=0 if synchronize else sum(bucket.nbytes for bucket in trained),
-        secondaries=sum(bucket.shard_nbytes for bucket in secondaries),
+        unsharded_gradients=0 if synchronize else sum(bucket.gradients.nbytes for bucket in trained),
+        secondaries=sum(payload.slice_nbytes for payload in secondaries),
     )

@@ -38,7 +38,7 @@ class Fitting:
         if self.choice is not None or not needed or not step.has_backward:
             return None
         self.budget_bytes = _budget_bytes(engine)
-        return choose(step, passes, engine.comm, lambda plan: held(engine, plan), self.budget_bytes)
+        return choose(step, passes, engine.comm.backend, lambda plan: held(engine, plan), self.budget_bytes)
 
     def agree(self, engine: Engine, own: Choice, topic: str) -> None:
         """Settle on the choice of all ranks, whose shapes and free memory may differ."""
@@ -52,7 +52,7 @@ class Fitting:
         """Say that a plan for a later, larger shape needs more than the budget it was not chosen for."""
         if self.budget_bytes is None:
             return
-        needed = footprint(step, engine.comm, held(engine, step), accumulate=True).planned_peak_bytes
+        needed = footprint(step, engine.comm.backend, held(engine, step), accumulate=True).planned_peak_bytes
         if needed > self.budget_bytes:
             logger.warning(
                 "A step with these inputs needs %s on a rank; memory_budget is %s.",
@@ -76,14 +76,14 @@ def footprint_of(engine: Engine, executable: Executable) -> Footprint:
     """The memory of a plan: of the variant of its backward that needs the most of those that ran."""
     arena = max(executable.memory.values(), key=lambda plan: plan.peak_bytes, default=None)
     step = executable.step
-    return footprint(step, engine.comm, held(engine, step), arena=arena, arena_bytes=engine.arena.nbytes)
+    return footprint(step, engine.comm.backend, held(engine, step), arena=arena, arena_bytes=engine.arena.nbytes)
 
 
 def _budget_bytes(engine: Engine) -> int | None:
     budget = engine.options.memory_budget
     if budget != "auto":
         return budget
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", engine.comm.world_size))
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", engine.comm.sharding.world_size))
     free = int(AUTO_SHARE * free_bytes(engine.options.device, ranks_here))
     if engine.shards is None:  # what full parameters take now will be given back
         return free + sum(param.nbytes for param in engine.params.values() if not param.is_meta)

@@ -331,14 +331,13 @@ class Engine:
             kwargs,
             specs,
             device=self.options.device,
-            world_size=self.comm.world_size,
+            sharding=self.comm.sharding,
             with_backward=with_backward,
             differentiated=pattern,
         )
         captured.step.synchronize = signature.synchronize
         captured.step.layout = self.options.layout
         captured.step.without = self.options.without
-        captured.step.num_nodes, captured.step.shards_across = self.comm.num_nodes, self.comm.shards_across
         return captured
 
     def fix_layout(self, layout: Layout, order: Sequence[str] = (), loaded: AbstractSet[str] = frozenset()) -> None:
@@ -383,5 +382,5 @@ class Engine:
         if self.shards is None:
             now = [dataclasses.replace(s, requires_grad=self.params[s.fqn].requires_grad) for s in self.specs.values()]
             passes, name = self.options.passes, self.options.layout
-            layout = layout_in_registration_order(now, self.comm.world_size, passes, name)
+            layout = layout_in_registration_order(now, self.comm.shard_ranks, passes, name)
             self.fix_layout(layout, loaded=loaded)

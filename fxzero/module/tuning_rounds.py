@@ -73,7 +73,7 @@ class Tuner:
             self.is_on
             and self.tuning is None
             and step.has_backward
-            and engine.comm.world_size > 1
+            and engine.comm.shard_ranks > 1
             and nbytes >= MIN_BYTES
             and is_there
         )
@@ -109,7 +109,8 @@ class Tuner:
             return None
         return CostModel(
             self.cluster,
-            optimizer_bytes(engine.specs.values(), engine.comm.world_size, state_per_element(engine.optimizers)),
+            engine.comm.backend,
+            optimizer_bytes(engine.specs.values(), engine.comm.shard_ranks, state_per_element(engine.optimizers)),
             self._by_name,
             self._optimizer_s,
             self._cpu_s_per_byte,
@@ -161,7 +162,7 @@ class Tuner:
         before = own_choice = self.tuning
         with agree.reporting_failure(engine.group, "costs"):
             self._cpu_s_per_byte = self._cpu_of_a_byte(step, others_s)
-            self._by_name = seconds_by_name(step, roofline(step, self.cluster), measured)
+            self._by_name = seconds_by_name(step, roofline(step, self.cluster, engine.comm.backend), measured)
             model = self.costs_of(engine)
             if self._by_name and model is not None:
                 own_choice = choose_again(step, engine.options.passes, model, self.keeps_free, _buckets(engine))

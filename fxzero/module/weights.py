@@ -94,7 +94,7 @@ def full_params(engine: Engine, *, rank0_only: bool) -> Iterator[tuple[str, torc
     """
     assert engine.shards is not None
     shards, comm = engine.shards, engine.comm
-    largest = max((bucket.nbytes for bucket in shards.layout.buckets), default=0)
+    largest = max((bucket.shard_ranks * bucket.shard_nbytes for bucket in shards.layout.buckets), default=0)
     room = torch.empty(0, dtype=torch.uint8, device=shards.device)
     if comm.is_rank0 or not rank0_only:
         room = torch.empty(largest, dtype=torch.uint8, device=shards.device)
@@ -104,7 +104,7 @@ def full_params(engine: Engine, *, rank0_only: bool) -> Iterator[tuple[str, torc
             comm.gather_to_rank0(shard, None)
             yield from ((fqn, None) for fqn in bucket.fqns)
             continue
-        full = room[: bucket.nbytes].view(bucket.dtype)
+        full = room[: bucket.shard_ranks * bucket.shard_nbytes].view(bucket.dtypes.shard)
         if rank0_only:
             comm.gather_to_rank0(shard, full)
         else:

@@ -37,15 +37,15 @@ def layout_of(step: StepGraph, passes: Sequence[Pass]) -> Layout:
     buckets = [step.bucket(fqns) for fqns in gathered]
     known = {fqn for fqns in gathered for fqn in fqns}
     rest = [param for fqn, param in step.params.items() if fqn not in known]
-    others = group_into_buckets(rest, step.world_size, _bucket_bytes(passes), step.layout)
-    return Layout((*buckets, *others), step.world_size)
+    others = group_into_buckets(rest, step.sharding.shard_ranks, _bucket_bytes(passes), step.layout)
+    return Layout((*buckets, *others), step.sharding.shard_ranks)
 
 
 def layout_in_registration_order(
-    params: Iterable[ParamSpec], world_size: int, passes: Sequence[Pass], layout: LayoutName = "contiguous"
+    params: Iterable[ParamSpec], shard_ranks: int, passes: Sequence[Pass], layout: LayoutName = "contiguous"
 ) -> Layout:
     """The layout when shards are needed before anything was traced."""
-    return Layout(group_into_buckets(params, world_size, _bucket_bytes(passes), layout), world_size)
+    return Layout(group_into_buckets(params, shard_ranks, _bucket_bytes(passes), layout), shard_ranks)
 
 
 def warn_if_out_of_order(step: StepGraph, layout: Layout) -> None:
@@ -59,8 +59,8 @@ def warn_if_out_of_order(step: StepGraph, layout: Layout) -> None:
     for before, after in pairwise(laid_out):
         if position[after.fqns] < position[before.fqns]:
             interleaved.append(after)
-    late = sum(bucket.nbytes for bucket in interleaved)
-    total = sum(bucket.nbytes for bucket in laid_out)
+    late = sum(bucket.gathered.nbytes for bucket in interleaved)
+    total = sum(bucket.gathered.nbytes for bucket in laid_out)
     if total and late > total // 4:
         warnings.warn(
             f"The layout was fixed before the first trace, in registration order; {len(interleaved)} of "

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from fxzero.comm.base import Comm
+from fxzero.comm.backend import Backend
 from fxzero.errors import PlanError
 from fxzero.graph.liveness import live_until
 from fxzero.graph.names import format_bytes
@@ -78,7 +78,7 @@ class Choice:
 def choose(
     captured: StepGraph,
     passes: Sequence[Pass],
-    comm: Comm,
+    backend: Backend,
     held_by: Callable[[StepGraph], Held],
     budget_bytes: int | None,
 ) -> Choice:
@@ -99,7 +99,7 @@ def choose(
     def plan(choice: Choice) -> tuple[StepGraph, Footprint]:
         step = copy_of(captured)
         run_passes(step, choice.passes(passes), dump=False)
-        return step, footprint(step, comm, held_by(step), accumulate=True)
+        return step, footprint(step, backend, held_by(step), accumulate=True)
 
     choice = dataclasses.replace(choice, kept=())
     step, lean = plan(choice)
@@ -114,7 +114,7 @@ def choose(
             f'{format_bytes(lean.activation_peak_bytes)} of activations. Pass recompute="full", smaller batches, more '
             "ranks, or a larger budget."
         )
-    if comm.gathers_in_place:
+    if captured.sharding.shard_ranks == 1:  # the shards are the buckets
         return choice
     gaps = _gaps(step)
     limit = budget_bytes - lean.held.total - lean.activation_peak_bytes
@@ -131,7 +131,7 @@ def choose(
 
     def fits(resident: tuple[Fqns, ...]) -> bool:
         step.resident = resident
-        return footprint(step, comm, lean.held, accumulate=True).planned_peak_bytes <= budget_bytes
+        return footprint(step, backend, lean.held, accumulate=True).planned_peak_bytes <= budget_bytes
 
     once = [fqns for fqns in map(members, step.nodes(Role.ALL_GATHER)) if fqns not in {gap.fqns for gap in gaps}]
     held = {gap.fqns: gap.last - gap.first for gap in gaps}
@@ -204,7 +204,7 @@ def _gaps(step: StepGraph) -> list[_Gap]:
         if phase_of[start] is Phase.FORWARD:
             ends[fqns] = at[live_until(step, start)]
         elif fqns in ends:
-            gaps.append(_Gap(fqns, step.bucket_of(start).nbytes, ends[fqns] + 1, at[start] - 1))
+            gaps.append(_Gap(fqns, step.payload_of(start).nbytes, ends[fqns] + 1, at[start] - 1))
     return sorted(gaps, key=lambda gap: (-gap.nbytes, gap.last - gap.first))
 
 

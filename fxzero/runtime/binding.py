@@ -17,7 +17,7 @@ from fxzero import torch_internals
 from fxzero.comm.base import Bound, Comm, in_turn
 from fxzero.comm.wire_copies import bind_narrow_reduce, pack, unpack
 from fxzero.errors import PlanError
-from fxzero.graph.layout import Bucket, InterleavedBucket
+from fxzero.graph.layout import Bucket, InterleavedBucket, Payload
 from fxzero.graph.nodes import (
     Role,
     grad_fqn,
@@ -63,7 +63,7 @@ class Binder:
     """The slot of each gradient, by parameter."""
     copies: dict[fx.Node, Callable[[], object]] = field(default_factory=dict[fx.Node, Callable[[], object]])
     """What comes before a start, on the compute stream: it fills the staging buffer of the start with what it sends."""
-    secondaries: dict[tuple[str, ...], Bucket] = field(default_factory=dict[tuple[str, ...], Bucket])
+    secondaries: dict[tuple[str, ...], Payload] = field(default_factory=dict[tuple[str, ...], Payload])
     """As of `StepGraph.secondaries`."""
     inside: dict[fx.Node, Bound] = field(default_factory=dict[fx.Node, Bound])
     """For each gather that leaves secondary shards: the same from those, if they are there."""
@@ -148,7 +148,7 @@ class Binder:
 
     def _events(self) -> Events | None:
         """The events of two CUDA streams; None where one thread does all."""
-        if self.shards.device.type != "cuda" or self.comm.world_size == 1:
+        if self.shards.device.type != "cuda" or self.comm.shard_ranks == 1:
             return None
         accumulate = self.variant.accumulate
         return plan_cuda_events(self.step, self.placed, torch.cuda, self.shards.device, accumulate=accumulate)
@@ -182,7 +182,7 @@ class Binder:
         bucket = self._layout_bucket(start)
         shard = full = self.shards.params.parts[bucket]
         if not self.comm.gathers_in_place:
-            full = self._view("gather", start, bucket)
+            full = self._view("gather", start, bucket.gathered)
         self.gathered[start] = unflatten(bucket, full)
         if self.step.is_staged(start):
             bound = self._bind_staged_gather(start, bucket, shard, full)
@@ -198,7 +198,7 @@ class Binder:
         Args:
             bring: what follows the wait.
         """
-        travels, within = self.step.wire_bucket_of(start), self.secondaries.get(members(start))
+        travels, within = self.step.travels(start), self.secondaries.get(members(start))
         if within is None:
             return self.comm.bind_gather(travels, shard, full).then(bring)
         secondary = self.shards.secondaries.parts[within]
@@ -210,7 +210,7 @@ class Binder:
 
     def _bind_staged_gather(self, start: fx.Node, bucket: Bucket, shard: torch.Tensor, full: torch.Tensor) -> Bound:
         """Gather into a staging buffer; what is sent in another type is a row of it, or of a secondary shard."""
-        travels, format = self.step.wire_bucket_of(start), wire_format(start)
+        travels, format = self.step.travels(start), wire_format(start)
         staging, work = self._view("staging", start, travels), None
         if format is not None:
             if ("quantize", start) in self.placed:
@@ -229,14 +229,14 @@ class Binder:
 
     def _own_row(self, start: fx.Node, staging: torch.Tensor) -> torch.Tensor:
         """Where this rank writes what it sends in a type of the wire: in the secondary shard, if there is one."""
-        row_numel, within = self.step.wire_bucket_of(start).shard_numel, self.secondaries.get(members(start))
+        row_numel, within = self.step.travels(start).slice_numel, self.secondaries.get(members(start))
         if within is None:
             return staging.split(row_numel)[self.comm.rank]
-        return self.shards.secondaries.parts[within].split(row_numel)[self.comm.rank % self.comm.num_nodes]
+        return self.shards.secondaries.parts[within].split(row_numel)[self.comm.rank % self.comm.sharding.num_nodes]
 
-    def _view(self, kind: str, start: fx.Node, bucket: Bucket) -> torch.Tensor:
-        """The memory of a collective in the arena, flat, `[bucket.numel]`."""
-        return self.arena.view(self.placed[kind, start][1], bucket.numel, bucket.dtype)
+    def _view(self, kind: str, start: fx.Node, payload: Payload) -> torch.Tensor:
+        """The memory of a collective in the arena, flat, `[payload.numel]`."""
+        return self.arena.view(self.placed[kind, start][1], payload.numel, payload.dtype)
 
     def _bind_collective(self, start: fx.Node, bound: Bound) -> None:
         self.names[start.name] = bound.start or _nothing
@@ -248,8 +248,8 @@ class Binder:
         shard = full = self.shards.grad_shard(bucket)
         in_arena, is_staged = ("gradient", start) in self.placed, self.step.is_staged(start)
         if in_arena:
-            full = self._view("gradient", start, bucket)
-        sent = self._view("staging", start, self.step.wire_bucket_of(start)) if is_staged else full
+            full = self._view("gradient", start, bucket.gradients)
+        sent = self._view("staging", start, self.step.travels(start)) if is_staged else full
         clear = _padding(bucket, full) if in_arena else []
         if in_arena and is_partial(self.step, start):
             bound = self._bind_partial(bucket, start, sent)
@@ -277,18 +277,18 @@ class Binder:
     ) -> Bound:
         """Average what is sent, in the collective's wire format, into a shard."""
         placed, format = self.placed.get(("scratch", start)), wire_format(start)
-        nbytes = scratch_nbytes(self.step, self.comm, start, accumulate=accumulate)
+        nbytes = scratch_nbytes(self.step, self.comm.backend, start, accumulate=accumulate)
         scratch = self.arena.view(placed[1], nbytes, torch.uint8) if placed else None
         if format is not None:
             assert scratch is not None
             return bind_narrow_reduce(self.comm, bucket, format, sent, scratch, shard, accumulate=accumulate)
         if scratch is not None:
-            scratch = scratch.view(bucket.dtype)
-        return self.comm.bind_reduce(bucket, sent, scratch, shard, accumulate=accumulate)
+            scratch = scratch.view(bucket.dtypes.grad)
+        return self.comm.bind_reduce(bucket.gradients, sent, scratch, shard, accumulate=accumulate)
 
     def _bind_partial(self, bucket: Bucket, start: fx.Node, sent: torch.Tensor) -> Bound:
         """Reduce a whole bucket aside and keep the slices of some members."""
-        room = self.arena.view(self.placed["partial", start][1], bucket.shard_numel, bucket.dtype)
+        room = self.arena.view(self.placed["partial", start][1], bucket.shard_numel, bucket.dtypes.shard)
         bound = self._reduce_into(room, bucket, start, sent, accumulate=False)
         keep: list[Callable[[], object]] = []
         for param in bucket.params:

@@ -159,7 +159,7 @@ class Executable:
     def _bound(self, variant: Variant) -> dict[str, Callable[..., Any]]:
         if variant not in self._functions:
             with torch.inference_mode(False):  # views made in it could not be written outside
-                plan, placed = plan_arena(self.step, self._comm, variant)
+                plan, placed = plan_arena(self.step, self._comm.backend, variant)
                 self.memory[variant] = plan
                 self._memory.reserve(plan.peak_bytes)
                 storage = self._shards, self._gradients, self._comm, self._memory

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
 import torch
@@ -23,7 +23,7 @@ class Gradients:
         self._params = params
         self._views: dict[str, torch.Tensor] = {}
         self._pairs: list[tuple[nn.Parameter, torch.Tensor]] = []
-        self._unsharded: FlatBuffer | None = None
+        self._unsharded: FlatBuffer[Bucket] | None = None
         self._held: dict[str, None] = {}
         """Parameters whose unsharded gradients wait for the next synchronised backward."""
         self.are_there = False
@@ -117,9 +117,9 @@ class Gradients:
         """The unsharded gradients of a bucket under no_sync(): flat, `[bucket.numel]`; made at the first use."""
         if self._unsharded is None:
             trained = [bucket for bucket in self._shards.layout.buckets if bucket.requires_grad]
-            self._unsharded = FlatBuffer(trained, self._shards.device, whole=True)
+            self._unsharded = FlatBuffer(_whole_sizes(trained), self._shards.device)
         if bucket not in self._unsharded.parts:  # frozen when the layout was fixed
-            self._unsharded.extend(FlatBuffer([bucket], self._shards.device, whole=True))
+            self._unsharded.extend(FlatBuffer(_whole_sizes([bucket]), self._shards.device))
         return self._unsharded.parts[bucket]
 
     @property
@@ -160,3 +160,7 @@ class Gradients:
     def drop_held(self) -> None:
         """Forget what no_sync() holds."""
         self._held = {}
+
+
+def _whole_sizes(buckets: Iterable[Bucket]) -> dict[Bucket, tuple[int, torch.dtype]]:
+    return {bucket: (bucket.numel, bucket.dtypes.grad) for bucket in buckets}

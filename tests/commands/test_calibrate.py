@@ -55,6 +55,6 @@ def test_a_call_is_timed_in_few_batches_of_which_slow_ones_do_not_count(
         calls += 1
         now += call_s + (7.0 if calls > num_calls // 2 and calls % 5 == 0 and call_s > 0.01 else 0.0)
 
-    monkeypatch.setattr("fxzero.calibrate.time.perf_counter", lambda: now)
+    monkeypatch.setattr("fxzero.cost.calibrate.time.perf_counter", lambda: now)
     assert _seconds_of(run, torch.device("cpu")) == pytest.approx(call_s)
     assert calls == num_calls

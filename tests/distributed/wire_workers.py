@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import fxzero
-from fxzero.comm.gloo import GlooComm
+from fxzero.comm.gloo import GlooBackend
 from fxzero.graph.layout import Layout, LayoutName
-from fxzero.graph.stages import Across
+from fxzero.graph.sharding import Placement
 from fxzero.passes import default_passes
 from fxzero.testing import engine_of
 from tests.distributed import replicated
@@ -34,7 +34,7 @@ def dequantized(layout: Layout, values: Mapping[str, Tensor]) -> dict[str, Tenso
     """Parameters through int8 by the definition, block by block of every shard."""
     found: dict[str, Tensor] = {}
     for bucket in layout.buckets:
-        full = torch.zeros(bucket.numel, dtype=bucket.dtype)
+        full = torch.zeros(bucket.numel, dtype=bucket.dtypes.shard)
         for param in bucket.params:
             full[bucket.offsets[param.fqn] :][: param.numel] = values[param.fqn].flatten()
         for shard in full.split(bucket.shard_numel) if bucket.numel else []:
@@ -113,7 +113,7 @@ def train(
     layout: LayoutName = "contiguous",
     sizes: dict[str, Any] | None = None,
     mesh_shape: tuple[int, int] | None = None,
-    across: Across = "replicate",
+    across: Placement = "replicate",
 ) -> str:
     """Train both ways; losses, gradients, parameters are the same bit for bit, in train and eval. The last schedule."""
     case = MIXED if name == "mixed" else replicated.CASES[name]
@@ -206,8 +206,8 @@ def sums_in_bfloat16(rank: int, world_size: int, micro_batches: int) -> None:
     model = case.build()
     reference = replicated.Replicated(copy.deepcopy(model), world_size)
     expected = [torch.zeros_like(param) for param in model.parameters()]
-    sums_locally = GlooComm.sums_locally
-    GlooComm.sums_locally = property(lambda self: False)  # type: ignore[method-assign]
+    sums_locally = GlooBackend.sums_locally
+    GlooBackend.sums_locally = lambda self, sharding: False  # type: ignore[method-assign]
     try:
         zero = fxzero.compile(model, reduce_dtype=BF16)
         for micro in range(micro_batches):
@@ -225,7 +225,7 @@ def sums_in_bfloat16(rank: int, world_size: int, micro_batches: int) -> None:
         for (fqn, param), full in zip(zero.named_parameters(), expected, strict=True):
             assert torch.equal(param.grad, replicated.own_slice(zero, fqn, full)), fqn
     finally:
-        GlooComm.sums_locally = sums_locally  # type: ignore[method-assign]
+        GlooBackend.sums_locally = sums_locally  # type: ignore[method-assign]
 
 
 class CountingGroup:

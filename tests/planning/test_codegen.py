@@ -190,7 +190,7 @@ def through_source(*args: Any, **kwargs: Any) -> Any:
     node = graph.call_function(echo, args, kwargs)
     node.meta[META_KEY] = NodeInfo(Role.COMPUTE)
     graph.output(())
-    step = StepGraph(graph, {}, 1)
+    step = StepGraph(graph, {})
     step.set_output([node], {}, [])
     code = generate(step)
     names = {**NAMES_IN_SOURCE, **code.operators}

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fxzero
-from fxzero.comm.without_ranks import PlanningComm
+from fxzero.comm.gloo import GLOO
 from fxzero.errors import PlanError
 from fxzero.graph.nodes import Role, members
 from fxzero.graph.step import copy_of
@@ -76,7 +76,7 @@ def gpt_schedule(budget: int | None, **sizes: Any) -> Schedule:
 
 
 def kept_bytes(schedule: Schedule) -> int:
-    return sum(schedule.step.bucket(fqns).nbytes for fqns in schedule.step.kept)
+    return sum(schedule.step.bucket(fqns).gathered.nbytes for fqns in schedule.step.kept)
 
 
 def test_more_budget_keeps_more_and_never_needs_more_than_it() -> None:
@@ -96,7 +96,7 @@ def test_more_budget_keeps_more_and_never_needs_more_than_it() -> None:
 
 
 def test_a_budget_just_below_the_default_plan_prefetches_less() -> None:
-    captured, comm = toy_step(num_layers=6, world_size=2), PlanningComm(0, 2)
+    captured, comm = toy_step(num_layers=6, world_size=2), GLOO
     passes = default_passes(bucket_bytes=2**14, prefetch_bytes=2**17, reduce_bytes=2**17)
     lean = copy_of(captured)
     run_passes(lean, passes)
@@ -116,12 +116,12 @@ def test_a_budget_that_nothing_fits_is_refused_with_what_is_needed() -> None:
 
 
 def test_nothing_is_kept_where_the_shard_is_the_bucket() -> None:
-    choice = choose(toy_step(world_size=1), default_passes(), PlanningComm(0, 1), lambda step: Held(), 2**30)
+    choice = choose(toy_step(world_size=1), default_passes(), GLOO, lambda step: Held(), 2**30)
     assert choice == Choice(kept=())
 
 
 def test_a_bucket_with_a_gap_below_the_peak_costs_nothing() -> None:
-    captured, comm = toy_step(num_layers=6, world_size=2), PlanningComm(0, 2)
+    captured, comm = toy_step(num_layers=6, world_size=2), GLOO
     passes = [p for p in default_passes(bucket_bytes=2**14, reduce_bytes=0) if not isinstance(p, PrefetchAllGathers)]
     lean, free = copy_of(captured), copy_of(captured)
     run_passes(lean, passes)

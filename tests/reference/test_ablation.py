@@ -11,9 +11,11 @@ from torch import nn
 
 import fxzero
 from fxzero.comm.base import Comm, LocalComm
+from fxzero.comm.gloo import GLOO
 from fxzero.comm.without_ranks import PlanningComm
-from fxzero.graph.layout import Bucket, ParamSpec, make_bucket
+from fxzero.graph.layout import ParamSpec, make_bucket
 from fxzero.graph.schedule_text import format_schedule
+from fxzero.graph.sharding import Sharding
 from fxzero.graph.step import StepGraph
 from fxzero.memory.lifetimes import Buffer
 from fxzero.passes import default_passes
@@ -24,6 +26,7 @@ from fxzero.reference.tensor_lists import with_tensor_lists
 from fxzero.reference.transient import TransientMemory
 from fxzero.testing import engine_of
 from tests.helpers.pairs import Net, assert_same, both, pair, points, sgd
+from tests.helpers.payloads import one_payload
 from tests.helpers.toy_step import toy_step
 
 
@@ -155,10 +158,10 @@ def test_nothing_else_is_taken_out_of_the_passes() -> None:
 def test_lists_are_for_ranks_that_communicate() -> None:
     alone = LocalComm()
     assert with_tensor_lists(alone) is alone
-    lists = with_tensor_lists(PlanningComm(1, 4))
-    bucket = Bucket((ParamSpec("w", (1000,), torch.float32, True),), 4)
-    assert lists.reduce_scratch_numel(bucket) == bucket.shard_numel
-    assert lists.reduce_scratch_numel(bucket, accumulate=False) == 0
+    lists = with_tensor_lists(PlanningComm(1, Sharding.over(4), GLOO))
+    payload = one_payload(4, 1000)
+    assert lists.reduce_scratch_numel(payload) == payload.slice_numel
+    assert lists.reduce_scratch_numel(payload, accumulate=False) == 0
 
     class Other(LocalComm):
         pass
@@ -168,7 +171,7 @@ def test_lists_are_for_ranks_that_communicate() -> None:
 
 
 def test_comm_is_another_one_only_without_flat_collectives() -> None:
-    comm: Comm = PlanningComm(0, 2)
+    comm: Comm = PlanningComm(0, Sharding.over(2), GLOO)
     assert ablation.comm_without(("overlap", "persistent_buffers"), comm) is comm
     assert ablation.comm_without(("flat_collectives",), comm) is not comm
 

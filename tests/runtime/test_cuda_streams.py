@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import fx
 
-from fxzero.comm.without_ranks import PlanningComm, ShardedPlanningComm
+from fxzero.comm.nccl import NCCL
 from fxzero.graph.layout import LayoutName
 from fxzero.graph.nodes import Role, first_write, is_gather, is_inside, operands, role, started_by, wire_format
+from fxzero.graph.sharding import Sharding
 from fxzero.graph.step import StepGraph
 from fxzero.graph.variant import Stash, Variant
 from fxzero.memory.arena_plan import Placed, plan_arena
@@ -124,7 +125,7 @@ class Simulation:
                     operation = self.clocks.tick(COMPUTE)
                     self.touch(operation, "staging", started_by(node), writes=False, node=node)
                     self.touch(operation, "gather", started_by(node), writes=True, node=node)
-                    if self.step.bucket_of(node).dtype is not torch.float32:
+                    if self.step.payload_of(node).dtype is not torch.float32:
                         self.touch(operation, "quantize", started_by(node), writes=True, node=node)
                 if not is_gather(node) and (self.accumulate or wire_format(node) is not None):
                     operation = self.clocks.tick(COMPUTE)
@@ -192,15 +193,14 @@ def simulate(
         num_nodes: that share the shards, if there are several.
     """
     step = toy_step(num_layers=6, world_size=4, frozen=frozen)
-    step.num_nodes, step.shards_across = num_nodes, num_nodes > 1
+    step.sharding = Sharding.over(4, num_nodes, "shard")
     step.layout = layout
     step.params = {fqn: replace(param, dtype=param_dtype) for fqn, param in step.params.items()}
     run_passes(step, default_passes(bucket_bytes=2**14, prefetch_bytes=2**15, reduce_bytes=2**15, **(dtypes or {})))
     for index, start in enumerate(step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER)):
         if index % narrowed:
             start.kwargs = {}
-    comm = ShardedPlanningComm(0, 4, "cuda", num_nodes=num_nodes) if num_nodes > 1 else PlanningComm(0, 4, "cuda")
-    _, placed = plan_arena(step, comm, Variant(accumulate, Stash.NONE))
+    _, placed = plan_arena(step, NCCL, Variant(accumulate, Stash.NONE))
     clocks = Clocks()
     events = plan_cuda_events(step, placed, clocks.cuda(), None, accumulate=accumulate)
     if drop is not None:
