@@ -8,7 +8,8 @@ and the models, are this tree's for both; from each checkout comes nothing but f
 new pair of workers, and a round of it one turn of each, in alternating order; each round gives a ratio here / there.
 
 A quantity is not slower if the 95 % interval of the median ratio reaches down to 1.00 and the median is at most 1.02.
-Of 40 quantities that are the same, one is called slower by chance.
+Of 40 quantities that are the same, the interval calls one slower by chance; where a machine is noisy, more medians are
+above 1.02 by chance: a wide interval says so, and asks for more starts and rounds.
 """
 
 from __future__ import annotations
