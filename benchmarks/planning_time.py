@@ -19,10 +19,11 @@ from torch import nn
 
 from benchmarks.about import heading
 from fxzero.capture import capture
-from fxzero.comm.without_ranks import PlanningComm
+from fxzero.comm.gloo import GLOO
 from fxzero.cost.job_costs import CostModel, choose_again, choose_sizes, optimizer_bytes
 from fxzero.cost.model import GBIT, Cluster, Device, Link
 from fxzero.graph.schedule_text import format_schedule
+from fxzero.graph.sharding import Sharding
 from fxzero.memory.footprint import footprint, held_by
 from fxzero.models import GPT, GPT_PRESETS, ROBERTA_PRESETS, RobertaForMaskedLM
 from fxzero.passes import default_passes
@@ -57,22 +58,20 @@ def measure(family: str, num_layers: int, cluster: Cluster, world_size: int) -> 
         return returned
 
     batch = {"input_ids": ids, "labels": ids}
-    device = torch.device("cpu")
+    device, sharding = torch.device("cpu"), Sharding.over(world_size)
     captured = timed(
         "trace",
-        lambda: capture(
-            model, model.forward, (), batch, params, device=device, world_size=world_size, with_backward=True
-        ),
+        lambda: capture(model, model.forward, (), batch, params, device=device, sharding=sharding, with_backward=True),
     )
     passes = default_passes()
-    costs = CostModel(cluster, optimizer_bytes(params.values(), world_size, STATE_PER_ELEMENT))
+    costs = CostModel(cluster, GLOO, optimizer_bytes(params.values(), world_size, STATE_PER_ELEMENT))
     tuning = timed("choose", lambda: choose_sizes(captured.step, passes, costs, keeps_free=True))
     chosen = tuning.passes(passes)
     step = timed("passes", lambda: make_plan(captured, chosen)).step
     buckets = [bucket.fqns for bucket in layout_of(step, chosen).buckets]
     timed("choose again", lambda: choose_again(step, chosen, costs, keeps_free=True, buckets=buckets))
     held = held_by(layout_of(step, chosen), state_per_element=STATE_PER_ELEMENT, buffers=0)
-    timed("memory", lambda: footprint(step, PlanningComm(0, world_size), held))
+    timed("memory", lambda: footprint(step, GLOO, held))
     timing = timed("bound", lambda: costs.timing(step))
     timed("print", lambda: format_schedule(step))
     return {"nodes": len(step.graph.nodes), "buckets": len(buckets), **seconds, "ratio": timing.ratio}
