@@ -131,7 +131,7 @@ def run_rank(options: argparse.Namespace) -> None:
         other = (results["reduce direct"] != results["reduce ring"]).float().mean()
         dist.all_reduce(other)
         if rank == 0:
-            sent = buffers.payload.shard_nbytes * (world_size - 1)
+            sent = buffers.payload.slice_nbytes * (world_size - 1)
             print(json.dumps({"mib": mib, "sent": sent, "other": float(other) / world_size, **samples}), flush=True)
     dist.destroy_process_group()
 
