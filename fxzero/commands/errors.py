@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
+from fxzero.errors import MissingExtraError
+
 ERROR_STATUS = 2
 """The exit status after `report`."""
 
@@ -13,7 +15,7 @@ class CommandError(Exception):
     """The command cannot go on for a reason that is the user's to change; the message says which and how."""
 
 
-def report(command: str, error: CommandError) -> int:
+def report(command: str, error: CommandError | MissingExtraError) -> int:
     """Print an error on the first rank of each machine.
 
     Returns:

@@ -9,6 +9,7 @@ from tabulate import tabulate
 
 from fxzero.graph.names import format_bytes
 from fxzero.graph.step import StepGraph
+from fxzero.host.extras import require
 from fxzero.memory.footprint import Footprint, live_at
 from fxzero.memory.lifetimes import live_bytes
 
@@ -117,7 +118,12 @@ class MemoryReport:
     __repr__ = __str__
 
     def plot_memory(self, path: str | Path) -> None:
-        """Draw live bytes over the step, by kind, as a stacked area with the peak marked."""
+        """Draw live bytes over the step, by kind, as a stacked area with the peak marked.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        require("plot_memory", "train", "matplotlib")
         from matplotlib.figure import Figure  # takes a second to import
 
         held, footprint = self.footprint.held, self.footprint

@@ -91,7 +91,11 @@ class Schedule:
         return self._timing()
 
     def plot_memory(self, path: str | Path) -> None:
-        """Draw live bytes over the step, by kind, as a stacked area with the peak marked."""
+        """Draw live bytes over the step, by kind, as a stacked area with the peak marked.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
         self.memory.plot_memory(path)
 
     def table(self) -> str:

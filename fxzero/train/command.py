@@ -11,8 +11,9 @@ from typing import Any, cast
 from fxzero.commands.errors import CommandError, report
 from fxzero.commands.launch import launch, under_torchrun
 from fxzero.commands.world import DEVICES, World, joined
+from fxzero.errors import MissingExtraError
 from fxzero.host.allocator import keep_freed_memory
-from fxzero.train import job
+from fxzero.host.extras import require
 from fxzero.train.models import config_of
 from fxzero.train.options import MODELS, TrainOptions, flag_of
 
@@ -87,6 +88,7 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
     """
     options = TrainOptions(**{each.name: getattr(arguments, each.name) for each in dataclasses.fields(TrainOptions)})
     try:
+        require("this command", "train")
         options.validate()
         config_of(options.model, options.preset, options.seq)
         if _starts_ranks(options):
@@ -95,11 +97,13 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
         keep_freed_memory()
         with joined(options.device) as world:
             return _run(options, world)
-    except CommandError as error:
+    except (CommandError, MissingExtraError) as error:
         return report("train", error)
 
 
 def _run(options: TrainOptions, world: World) -> int:
+    from fxzero.train import job  # imports the libraries of the extra, which other commands can do without
+
     try:
         signum = job.run(options, world)
     except CommandError as error:
