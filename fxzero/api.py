@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from fxzero import torch_internals
 from fxzero.comm import agree
 from fxzero.cost.model import Cluster
 from fxzero.errors import FxzeroError, OptimizerError
@@ -191,8 +192,7 @@ class ZeroModule(nn.Module):
         mode = model.training
         super().__init__()
         model.training = mode  # which nn.Module's constructor sets
-        for shared in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            self.__dict__[shared] = model.__dict__[shared]
+        torch_internals.share_tables(self, model)
         self._fxzero_guard = OptimizerGuard(
             self,
             engine.held_shards,
@@ -228,7 +228,7 @@ class ZeroModule(nn.Module):
             super().__setattr__(name, value)
             return
         holds_parameters = isinstance(value, nn.Module) and next(value.parameters(), None) is not None
-        if isinstance(value, nn.Parameter) or holds_parameters or name in self._parameters:
+        if isinstance(value, nn.Parameter) or holds_parameters or name in torch_internals.tensor_tables(self)[0]:
             raise FxzeroError(
                 f"{name}: compile fixes the parameters of a model. Change the model before fxzero.compile."
             )

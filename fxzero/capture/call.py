@@ -16,9 +16,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from fxzero.errors import InputMismatchError
+from fxzero.torch_internals import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_map_only, tree_unflatten
 
 _PLAIN = frozenset(
     {type(None), bool, int, str, bytes, complex, torch.dtype, torch.device, torch.Size, torch.layout}
@@ -64,7 +64,7 @@ def is_tensor_leaf(leaf: tuple[Any, ...]) -> bool:
 class _Tree:
     """A pytree structure that can be hashed; equal trees have equal structures."""
 
-    def __init__(self, treespec: pytree.TreeSpec) -> None:
+    def __init__(self, treespec: TreeSpec) -> None:
         self.treespec = treespec
 
     def __hash__(self) -> int:
@@ -80,7 +80,7 @@ class _Tree:
     def paths(self) -> tuple[str, ...]:
         indices = range(self.treespec.num_leaves)
         try:
-            with_paths, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(indices, self.treespec))
+            with_paths, _ = tree_flatten_with_path(tree_unflatten(indices, self.treespec))
         except Exception:  # a registered class without keys, or whose constructor refuses integers
             return tuple(f"argument {index}" for index in indices)
         return tuple(_path(keys) for keys, _ in with_paths)
@@ -89,8 +89,8 @@ class _Tree:
 def _path(keys: tuple[Any, ...]) -> str:
     """`args[0][1]` from (0, 0, 1); `batch['x']` from (1, 'batch', 'x')."""
     if keys[0].idx == 0:
-        return "args" + pytree.keystr(keys[1:])
-    return f"{keys[1].key}{pytree.keystr(keys[2:])}"
+        return "args" + keystr(keys[1:])
+    return f"{keys[1].key}{keystr(keys[2:])}"
 
 
 def _format(leaf: tuple[Any, ...]) -> str:
@@ -127,7 +127,7 @@ def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list
 
 
 def _flatten_nested(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], CallSpec]:
-    flat, treespec = pytree.tree_flatten((args, dict(kwargs)))
+    flat, treespec = tree_flatten((args, dict(kwargs)))
     tree = _Tree(treespec)
     tensors: list[Tensor] = []
     leaves: list[tuple[Any, ...]] = []
@@ -149,4 +149,4 @@ def replace_tensors(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The same call with other tensors, given in the order of `flatten_call`."""
     remaining = iter(tensors)
-    return pytree.tree_map_only(Tensor, lambda _: next(remaining), (args, dict(kwargs)))
+    return tree_map_only(Tensor, lambda _: next(remaining), (args, dict(kwargs)))

@@ -58,7 +58,7 @@ class Call:
         )
         outputs, saved = executable.forward(self._inputs, buffers)
         self._saved, self._generation = saved, executable.generation
-        self._versions = _versions(saved, executable.reachable)
+        self._versions = torch_internals.changes_of_each(saved, executable.reachable)
         for index in executable.saved_outputs:  # what is saved must not lead back to this call: that would be a cycle
             outputs = (*outputs[:index], outputs[index].detach(), *outputs[index + 1 :])
         return outputs
@@ -102,7 +102,7 @@ class Call:
                 "The parameters changed between this forward and its backward (an optimizer step or a load). Call the "
                 "module again before backward."
             )
-        if self._versions != _versions(self._saved, self._executable.reachable):
+        if self._versions != torch_internals.changes_of_each(self._saved, self._executable.reachable):
             self._drop()
             raise StaleBackwardError(
                 "An input, an output or a buffer that backward needs was changed in place after this forward. Change a "
@@ -135,11 +135,6 @@ class Call:
 
 def _copy_some(tensors: Sequence[torch.Tensor], indices: Sequence[int]) -> list[torch.Tensor]:
     return [tensors[index].clone() for index in indices]
-
-
-def _versions(saved: Sequence[Any], indices: Sequence[int]) -> list[int]:
-    """How often these were changed in place; inference tensors do not count it."""
-    return [0 if saved[index].is_inference() else saved[index]._version for index in indices]
 
 
 class StepFunction(torch.autograd.Function):

@@ -212,7 +212,7 @@ class Engine:
 
     def version(self) -> int:
         """A number that changes when a parameter is changed in place."""
-        return sum([param._version for param in self._param_list])
+        return torch_internals.num_changes(self._param_list)
 
     def backward(self, executable: Executable, saved: list[Any], tangents: list[torch.Tensor]) -> tuple[Any, ...]:
         """Run a backward and bring `.grad` of every parameter it reached up to date."""

@@ -6,7 +6,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -130,10 +130,7 @@ def state_dict(
                 engine.comm.broadcast_from_rank0(copy)
         if keep:
             result[name] = copy
-    if hasattr(result, "_metadata"):
-        cast(Any, result)._metadata.update(cast(Any, local)._metadata)
-    elif isinstance(result, OrderedDict):
-        cast(Any, result)._metadata = cast(Any, local)._metadata
+    torch_internals.add_metadata(result, local)
     return result
 
 
@@ -202,7 +199,7 @@ def _names(engine: Engine) -> dict[str, str]:
 def _extra_states(engine: Engine) -> dict[str, nn.Module]:
     """The modules that put something of their own into a state dict, by its name there."""
     return {
-        join(path, "_extra_state"): module
+        join(path, torch_internals.EXTRA_STATE): module
         for path, module in engine.model.named_modules()
         if type(module).get_extra_state is not nn.Module.get_extra_state
     }

@@ -39,7 +39,7 @@ class Gradients:
     @property
     def version(self) -> int:
         """A number that changes when a `.grad` is changed in place by anything but a backward."""
-        return sum([view._version for _, view in self._pairs])  # pyright: ignore[reportPrivateUsage]
+        return torch_internals.num_changes(self._views.values())
 
     @property
     def are_added_to(self) -> bool:
@@ -78,18 +78,18 @@ class Gradients:
             fqns = [*reached, *(fqn for fqn in self._held if fqn not in reached)]
             self._held = {}
         self.are_there = True
-        for fqn in fqns:
-            param = self._params[fqn]
+        params = [self._params[fqn] for fqn in fqns]
+        for fqn, param in zip(fqns, params, strict=True):
             param.grad = views[fqn]
-            if param._backward_hooks:  # pyright: ignore[reportPrivateUsage]
+        for index, on_gradient, afterwards in torch_internals.gradient_hooks(params):
+            if on_gradient:
                 raise FxzeroError(
-                    f"{fqn} has a hook (register_hook), which would get its whole gradient; that is nowhere whole. Use "
-                    "register_post_accumulate_grad_hook, which gets the parameter with the gradient of its shard."
+                    f"{fqns[index]} has a hook (register_hook), which would get its whole gradient; that is nowhere "
+                    "whole. Use register_post_accumulate_grad_hook, which gets the parameter with the gradient of its "
+                    "shard."
                 )
-            hooks = param._post_accumulate_grad_hooks  # pyright: ignore[reportPrivateUsage]
-            if hooks:
-                for hook in hooks.values():
-                    hook(param)
+            for hook in afterwards.values():
+                hook(params[index])
 
     def settle(self) -> list[torch.Tensor]:
         """Bring the gradient buffer in line with the `.grad` attributes, which the user may have changed.
