@@ -59,6 +59,7 @@ def compile(
     without: ablation.Without = (),
     mesh: DeviceMesh | None = None,
     across: Placement = "replicate",
+    short_gloo_slices: bool = True,
 ) -> ZeroModule:
     """Take a model over and train it by ZeRO stage 3 on a schedule that is written before it runs.
 
@@ -108,6 +109,9 @@ def compile(
         across: "replicate", or "shard": the nodes of the mesh share the shards, as if all ranks were one group, and
             each keeps what it gathered from others in secondary shards, so that gathers in backward, and in further
             micro-steps, stay inside it (ZeRO++'s hpZ). Gradients cross nodes once, at half the bytes or less.
+        short_gloo_slices: let the threads of this process that carry gloo's messages ask the scheduler for slices of
+            0.1 ms, so that a message does not wait for the end of a slice of compute. It needs Linux 6.12 and no
+            privilege, and has no effect elsewhere. False leaves the threads as they are.
 
     Returns:
         The module to call and train.
@@ -146,6 +150,7 @@ def compile(
             tunes=passes is None and not ablation.scheduled(left_out),
             keeps_free=(memory_budget, reshard_after_forward, stage) == (None, None, None),
             across=across,
+            short_gloo_slices=short_gloo_slices,
         )
         zero = ZeroModule(model, Engine(model, model.forward, options, group, optimizers))
         if example is not None:

@@ -43,6 +43,8 @@ class Options:
     """What costs no memory at the peak may stay gathered until backward."""
     without: tuple[ablation.Optimization, ...] = ()
     across: Placement = "replicate"
+    short_gloo_slices: bool = True
+    """Ask the scheduler for short slices of gloo's threads."""
 
     def __post_init__(self) -> None:
         check_layout(self.layout)

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from fxzero.comm.backend import Backend
 from fxzero.comm.base import Bound
-from fxzero.comm.gloo_threads import hurry_message_threads
 from fxzero.comm.group import GroupComm
 from fxzero.errors import CommunicationError
 from fxzero.graph.layout import Payload
@@ -70,7 +69,6 @@ class GlooComm(GroupComm):
 
     def __init__(self, group: dist.ProcessGroup, *, divisor: int | None = None) -> None:
         super().__init__(group)
-        hurry_message_threads()
         self._divisor = self.shard_ranks if divisor is None else divisor
         self._peers = [(self.rank + step) % self.shard_ranks for step in range(1, self.shard_ranks)]
         """Who is sent to, in order; every rank starts with another one."""

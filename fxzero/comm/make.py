@@ -12,6 +12,7 @@ from fxzero import torch_internals
 from fxzero.comm.backend import Backend
 from fxzero.comm.base import Comm, LocalComm
 from fxzero.comm.gloo import GLOO, GlooComm
+from fxzero.comm.gloo_threads import hurry_message_threads
 from fxzero.comm.group import GroupComm
 from fxzero.comm.groups import Group, Hierarchy, resolve_group
 from fxzero.comm.nccl import NCCL, NcclComm
@@ -71,12 +72,24 @@ def backend_for(device: torch.device) -> Backend:
     raise _unknown_backend("nothing", device)
 
 
-def make_comm(group: Group | None, device: torch.device) -> Comm:
-    """The Comm for process groups (None: the default group, if there is one) and the device of its buffers.
+def make_comm(group: Group | None, device: torch.device, *, short_gloo_slices: bool = True) -> Comm:
+    """The Comm for process groups and the device of its buffers.
+
+    Args:
+        group: None is the default group, if there is one.
+        device: where the buffers lie.
+        short_gloo_slices: where it is gloo, let its threads ask the scheduler for short slices.
 
     Raises:
         ValueError: the group has no backend for this device that fxzero knows.
     """
+    comm = _choose_comm(group, device)
+    if short_gloo_slices and isinstance(comm, (GlooComm, GlooHierarchy, GlooShardedHierarchy)):
+        hurry_message_threads()
+    return comm
+
+
+def _choose_comm(group: Group | None, device: torch.device) -> Comm:
     if isinstance(group, Hierarchy):
         return _make_for_nodes(group, device)
     group = resolve_group(group)

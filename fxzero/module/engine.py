@@ -72,7 +72,8 @@ class Engine:
         self.params: dict[str, nn.Parameter] = dict(self.model.named_parameters())
         self.specs: dict[str, ParamSpec] = {fqn: spec_of(fqn, param) for fqn, param in self.params.items()}
         check_storage(self.params)
-        self.comm: Comm = ablation.comm_without(self.options.without, make_comm(self.group, self.options.device))
+        comm = make_comm(self.group, self.options.device, short_gloo_slices=self.options.short_gloo_slices)
+        self.comm: Comm = ablation.comm_without(self.options.without, comm)
         self.clip_grad_norm = ablation.clip_without(self.options.without)
         if isinstance(self.comm, PlanningComm):  # nobody is there to send rank 0's values
             self.options = dataclasses.replace(self.options, sync_init=False)
