@@ -24,13 +24,14 @@ from fxzero.capture import capture
 from fxzero.comm.gloo import GLOO
 from fxzero.cost.job_costs import CostModel, choose_sizes, optimizer_bytes
 from fxzero.cost.model import GBIT, Cluster, Device, Link
+from fxzero.graph.devices import Devices
+from fxzero.graph.recipe import Recipe
 from fxzero.graph.schedule_text import format_schedule
 from fxzero.graph.sharding import Sharding
-from fxzero.memory.footprint import footprint, held_by
+from fxzero.graph.step import StepGraph
 from fxzero.models import GPT, GPT_PRESETS, ROBERTA_PRESETS, RobertaForMaskedLM
-from fxzero.passes import default_passes
 from fxzero.planning.fix_layout import layout_of
-from fxzero.planning.plan import make_plan
+from fxzero.planning.plan import make_plan, with_collectives
 from fxzero.runtime.shards import spec_of
 
 SIZES: Mapping[str, Any] = {"vocab_size": 8192, "max_positions": 130, "hidden_size": 512, "num_heads": 8}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, cast
 
@@ -144,6 +145,7 @@ def is_overload(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload)  # pyright: ignore[reportPrivateUsage]
 
 
+@functools.cache
 def is_mutable(overload: Any) -> bool:
     """True if an operator writes to an argument, or may. `OpOverload._schema`: 2.11 to 2.13."""
     return overload._schema.is_mutable
