@@ -82,11 +82,11 @@ def build_fxzero(model: Encoder, *, keep: bool, **options: int) -> System:
     engine = engine_of(zero)
 
     def parts() -> dict[str, int]:
-        assert engine.shards is not None
+        assert engine.sharded.shards is not None
         return {
-            "parameters": engine.shards.params.nbytes,
-            "gradients": engine.shards.grads.nbytes,
-            "arena": engine.arena.nbytes,
+            "parameters": engine.sharded.shards.params.nbytes,
+            "gradients": engine.sharded.shards.grads.nbytes,
+            "arena": engine.sharded.arena.nbytes,
         }
 
     return System(zero, optimizer, parts)

@@ -20,14 +20,22 @@ from fxzero.cost.model import Cluster
 from fxzero.errors import FxzeroError, OptimizerError
 from fxzero.graph.layout import LayoutName
 from fxzero.graph.sharding import Placement
+from fxzero.graph.step import Pass
 from fxzero.memory.report import MemoryReport
 from fxzero.module import ownership, weights
-from fxzero.module.budget_round import footprint_of
+from fxzero.module.budget_round import held
 from fxzero.module.engine import Engine
+from fxzero.module.first_fill import fix_layout_without_trace
 from fxzero.module.optimizer_classes import check_optimizer
 from fxzero.module.optimizer_guard import OptimizerGuard
-from fxzero.options import Options, check_across_options, check_wire, choose_device, choose_group, choose_passes
-from fxzero.passes import Pass
+from fxzero.options import (
+    Options,
+    check_across_options,
+    check_wire,
+    choose_device,
+    choose_group,
+    choose_recipe,
+)
 from fxzero.planner import as_arguments
 from fxzero.planning.schedule import Schedule
 from fxzero.reference import ablation
@@ -128,7 +136,9 @@ def compile(
     wire_dtypes = gather_dtype, reduce_dtype
     check_wire(wire_dtypes, layout, left_out, mesh)
     check_across_options(across, left_out, mesh)
-    chosen = choose_passes(passes, memory_budget, reshard_after_forward, stage, recompute, wire_dtypes, left_out)
+    recipe = choose_recipe(
+        passes, layout, memory_budget, reshard_after_forward, stage, recompute, wire_dtypes, left_out
+    )
     group = choose_group(process_group, mesh, across)
     with agree.reporting_failure(group, "layout"):  # the other ranks wait for this one with what they compiled
         ownership.check_model(model)
@@ -137,22 +147,21 @@ def compile(
             check_optimizer(each, elementwise_optimizer=elementwise_optimizer)
             _check_holds_parameters(each, model)
         options = Options(
-            passes=chosen,
+            recipe=recipe,
+            passes=None if passes is None else tuple(passes),
             device=choose_device(model, device, mesh),
+            memory_budget=memory_budget,
+            cluster=None if cluster is None else Cluster.of(cluster),
+            keeps_free=(memory_budget, reshard_after_forward, stage) == (None, None, None),
+            without=left_out,
+            across=across,
             sync_init=sync_init,
             init_fn=init_fn,
-            elementwise_optimizer=elementwise_optimizer,
             timeout=timeout,
-            memory_budget=memory_budget,
-            layout=ablation.layout_without(left_out, layout),
-            without=left_out,
-            cluster=None if cluster is None else Cluster.of(cluster),
-            tunes=passes is None and not ablation.scheduled(left_out),
-            keeps_free=(memory_budget, reshard_after_forward, stage) == (None, None, None),
-            across=across,
             short_gloo_slices=short_gloo_slices,
         )
-        zero = ZeroModule(model, Engine(model, model.forward, options, group, optimizers))
+        engine = options.make_engine(model, group, optimizers)
+        zero = ZeroModule(model, engine, elementwise_optimizer=elementwise_optimizer)
         if example is not None:
             _prepare(zero, example)
     return zero
@@ -165,8 +174,8 @@ def _prepare(zero: ZeroModule, example: Any) -> None:
     try:
         engine.prepare(args, kwargs)
     except BaseException:
-        if engine.shards is None:  # the parameters are what they were
-            ownership.give_back(engine.model)
+        if engine.sharded.shards is None:  # the parameters are what they were
+            ownership.give_back(engine.sharded.model)
         raise
 
 
@@ -191,7 +200,7 @@ class ZeroModule(nn.Module):
     It has the model's own names and Parameter objects; other attributes and methods are the model's.
     """
 
-    def __init__(self, model: nn.Module, engine: Engine) -> None:
+    def __init__(self, model: nn.Module, engine: Engine, *, elementwise_optimizer: bool = False) -> None:
         self.__dict__["_fxzero_model"] = model
         self.__dict__["_fxzero_engine"] = engine
         mode = model.training
@@ -200,8 +209,8 @@ class ZeroModule(nn.Module):
         torch_internals.share_tables(self, model)
         self._fxzero_guard = OptimizerGuard(
             self,
-            engine.held_shards,
-            elementwise_optimizer=engine.options.elementwise_optimizer,
+            engine.sharded.held_shards,
+            elementwise_optimizer=elementwise_optimizer,
             on_step=engine.after_optimizer,
         )
         ownership.take_over(model)
@@ -268,8 +277,8 @@ class ZeroModule(nn.Module):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, also those that no_sync() holds (which an optimizer's zero_grad does not know of)."""
         super().zero_grad(set_to_none)
-        if self._fxzero_engine.gradients is not None:
-            self._fxzero_engine.gradients.drop_held()
+        if (gradients := self._fxzero_engine.sharded.gradients) is not None:
+            gradients.drop_held()
 
     def clip_grad_norm_(
         self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
@@ -292,7 +301,8 @@ class ZeroModule(nn.Module):
             RuntimeError: the norm is not finite and `error_if_nonfinite` is set.
         """
         engine = self._fxzero_engine
-        return engine.clip_grad_norm(engine.gradients, engine.comm, max_norm, norm_type, error_if_nonfinite)
+        sharded = engine.sharded
+        return engine.clip_grad_norm(sharded.gradients, sharded.comm, max_norm, norm_type, error_if_nonfinite)
 
     # -- weights -------------------------------------------------------------------------------------------------
 
@@ -313,7 +323,9 @@ class ZeroModule(nn.Module):
             keep_vars: has no effect: the tensors are copies.
             rank0_only: only rank 0 gets it; the others get an empty dict.
         """
-        return weights.state_dict(self._fxzero_engine, rank0_only=rank0_only, prefix=prefix, destination=destination)
+        return weights.state_dict(
+            self._fxzero_engine.sharded, rank0_only=rank0_only, prefix=prefix, destination=destination
+        )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a full state dict with the model's own names; every rank passes it and keeps its slices.
@@ -323,7 +335,7 @@ class ZeroModule(nn.Module):
         """
         if assign:
             raise ValueError("assign=True would replace the shards. Load with assign=False.")
-        return weights.load_state_dict(self._fxzero_engine, state_dict, strict=strict)
+        return weights.load_state_dict(self._fxzero_engine.sharded, state_dict, strict=strict)
 
     def iter_full_params(self, *, rank0_only: bool = False) -> Iterator[tuple[str, torch.Tensor | None]]:
         """Gather the parameters bucket by bucket, each once under its canonical name: a collective.
@@ -332,27 +344,29 @@ class ZeroModule(nn.Module):
             `(name, full tensor)`; the tensor is None on other ranks if `rank0_only`. It is a view of memory that the
             next bucket overwrites: copy what you keep. Every rank must iterate to the end.
         """
-        self._fxzero_engine.fix_layout_without_trace()
-        return weights.full_params(self._fxzero_engine, rank0_only=rank0_only)
+        fix_layout_without_trace(self._fxzero_engine.sharded)
+        return weights.full_params(self._fxzero_engine.sharded, rank0_only=rank0_only)
 
     # -- the schedule --------------------------------------------------------------------------------------------
 
     @property
     def schedule(self) -> Schedule:
         """The schedule of the plan that ran last, or that `example` made."""
-        last = self._fxzero_engine.last
+        engine = self._fxzero_engine
+        last = engine.last
         if last is None:
             return Schedule()
-        costs = self._fxzero_engine.tuner.costs_of(self._fxzero_engine)
+        costs = engine.maker.tuning.costs_of(engine.sharded)
         timing = None if costs is None else partial(costs.timing, last.step)
-        return Schedule(last.step, last.plan.code.source, partial(self._memory, last), timing)
+        return Schedule(last.plan, partial(self._memory, last), timing, last.form)
 
     def _memory(self, executable: Executable) -> MemoryReport:
-        engine = self._fxzero_engine
-        needed = footprint_of(engine, executable)
-        if weights := self._fxzero_guard.state_nbytes:
-            needed = replace(needed, held=replace(needed.held, optimizer_state=weights))
-        return MemoryReport(needed, executable.step, engine.gauge.read() if executable.memory else None)
+        engine, synchronize = self._fxzero_engine, executable.step.synchronize
+        holds = held(engine.sharded, executable.step)
+        if state := self._fxzero_guard.state_nbytes:
+            holds = replace(holds, optimizer_state=state)
+        measured = engine.memory_in_use.read() if executable.has_run else None
+        return executable.plan.report(holds, engine.sharded.arena.nbytes, measured, synchronize=synchronize)
 
 
 def _refuse_new_shapes(name: str) -> Callable[..., NoReturn]:

@@ -8,6 +8,7 @@ private symbols that stand elsewhere.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -170,6 +171,7 @@ def is_overload(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload)  # pyright: ignore[reportPrivateUsage]
 
 
+@functools.cache
 def is_mutable(overload: Any) -> bool:
     """True if an operator writes to an argument, or may. `OpOverload._schema`: 2.11 to 2.13."""
     return overload._schema.is_mutable

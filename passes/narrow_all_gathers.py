@@ -9,7 +9,7 @@ import torch
 from fxzero.errors import PassOrderError
 from fxzero.graph.nodes import Role, set_wire_format
 from fxzero.graph.step import StepGraph
-from fxzero.graph.wire import BLOCK_NUMEL, WireFormat, narrowed
+from fxzero.graph.wire import BLOCK_NUMEL, WireFormat, check_gather_dtype, narrowed
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,7 @@ class NarrowAllGathers:
     """Elements that share a scale, of int8."""
 
     def __post_init__(self) -> None:
-        if self.dtype not in (torch.bfloat16, torch.int8):
-            raise ValueError(f"dtype is {self.dtype}; gathers travel as torch.bfloat16 or torch.int8")
+        check_gather_dtype(self.dtype)
         if self.block_numel < 1:
             raise ValueError(f"block_numel is {self.block_numel}; it must be at least 1")
 

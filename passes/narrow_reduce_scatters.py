@@ -9,7 +9,7 @@ import torch
 from fxzero.errors import PassOrderError
 from fxzero.graph.nodes import Role, set_wire_format
 from fxzero.graph.step import StepGraph
-from fxzero.graph.wire import WireFormat, narrowed
+from fxzero.graph.wire import WireFormat, check_reduce_dtype, narrowed
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,7 @@ class NarrowReduceScatters:
     """torch.bfloat16."""
 
     def __post_init__(self) -> None:
-        if self.dtype is not torch.bfloat16:
-            raise ValueError(f"dtype is {self.dtype}; reduce-scatters travel as torch.bfloat16")
+        check_reduce_dtype(self.dtype)
 
     @property
     def format(self) -> WireFormat:

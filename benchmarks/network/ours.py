@@ -32,12 +32,16 @@ def naive(model: nn.Module, job: Job) -> Training:
 
 def facts(zero: Any) -> dict[str, Any]:
     """What the plan says of a step: its bytes, and how long it would take at each rate of the link, all else equal."""
-    totals, timing = zero.schedule.totals, zero.schedule.timing if zero._fxzero_engine.tuner.cluster else None
+    totals = zero.schedule.totals
+    try:
+        timing = zero.schedule.timing
+    except fxzero.FxzeroError:  # no costs are known
+        timing = None
     return {
         "predicted": {
             f"{rate:g}": timing.at_rate(PAYLOAD * rate * GBIT).predicted_step_s for rate in RATES if timing is not None
         },
-        "cluster": str(zero._fxzero_engine.tuner.cluster),
+        "link": None if timing is None else str(timing.costs.link),
         "planned_bytes": totals.gathered_bytes + totals.reduced_bytes,
         "collectives": totals.num_all_gathers + totals.num_reduce_scatters,
     }

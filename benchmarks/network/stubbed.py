@@ -21,14 +21,15 @@ def stubbed(model: nn.Module, job: Job, **options: Any) -> Training:
     """
     optimizer = adamw(model.parameters())
     zero = fxzero.compile(model, optimizer=optimizer, **options)
-    engine = engine_of(zero)
-    engine.comm = SilentComm(engine.comm.group)
+    sharded = engine_of(zero).sharded
+    assert isinstance(sharded.comm, GlooComm)
+    sharded.comm = SilentComm(sharded.comm.group)
     training = plain(zero, optimizer)
     noise = torch.empty(0)
 
     def fill() -> None:
         nonlocal noise
-        memory = engine.arena.view(0, engine.arena.nbytes // 4, torch.float32)
+        memory = sharded.arena.view(0, sharded.arena.nbytes // 4, torch.float32)
         if noise.numel() != memory.numel():
             noise = torch.randn(memory.numel(), generator=torch.Generator().manual_seed(0)) * 0.02
         memory.copy_(noise)

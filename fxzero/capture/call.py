@@ -12,7 +12,7 @@ import enum
 import functools
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -29,15 +29,30 @@ _PLAIN = frozenset(
 _CURE = "Pass a tensor or a plain value (None, bool, int, float, str), or set it on the model before compile."
 
 
+class TensorLeaf(NamedTuple):
+    """The geometry of a tensor among the arguments of a call."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+
+
+class PlainLeaf(NamedTuple):
+    """A plain value among the arguments of a call; a float by its bits."""
+
+    type: type
+    value: Hashable
+
+
 @dataclass(frozen=True)
 class CallSpec:
-    """A hashable description of one call; holds no tensor.
-
-    `leaves` has one tuple per argument: `(shape, stride, dtype, device, requires_grad)`, or `(type, value)`.
-    """
+    """A hashable description of one call; holds no tensor."""
 
     structure: Hashable
-    leaves: tuple[tuple[Any, ...], ...]
+    leaves: tuple[TensorLeaf | PlainLeaf, ...]
+    """One for each argument."""
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -50,15 +65,10 @@ class CallSpec:
     @property
     def tensor_paths(self) -> tuple[str, ...]:
         """The paths of the tensors, in the order of `flatten_call`."""
-        return tuple(path for path, leaf in zip(self.paths, self.leaves, strict=True) if is_tensor_leaf(leaf))
+        return tuple(path for path, leaf in zip(self.paths, self.leaves, strict=True) if isinstance(leaf, TensorLeaf))
 
     def __str__(self) -> str:
         return ", ".join(f"{path}={_format(leaf)}" for path, leaf in zip(self.paths, self.leaves, strict=True))
-
-
-def is_tensor_leaf(leaf: tuple[Any, ...]) -> bool:
-    """True if an entry of `CallSpec.leaves` describes a tensor."""
-    return len(leaf) > 2
 
 
 class _Tree:
@@ -93,11 +103,14 @@ def _path(keys: tuple[Any, ...]) -> str:
     return f"{keys[1].key}{keystr(keys[2:])}"
 
 
-def _format(leaf: tuple[Any, ...]) -> str:
-    if not is_tensor_leaf(leaf):
-        return str(leaf[1])
-    shape, _, dtype, device, _ = leaf
-    return f"{str(dtype).removeprefix('torch.')}{list(shape)} on {device}"
+def _format(leaf: TensorLeaf | PlainLeaf) -> str:
+    if isinstance(leaf, PlainLeaf):
+        return str(leaf.value)
+    return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)} on {leaf.device}"
+
+
+def _leaf_of(tensor: Tensor) -> TensorLeaf:
+    return TensorLeaf(tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad)
 
 
 def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], CallSpec]:
@@ -107,18 +120,18 @@ def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list
         InputMismatchError: an argument is neither a tensor nor a plain value, or a tensor has no strides.
     """
     tensors: list[Tensor] = []
-    leaves: list[tuple[Any, ...]] = []
+    leaves: list[TensorLeaf | PlainLeaf] = []
     try:
         for value in (*args, *kwargs.values()):
             if isinstance(value, Tensor):
                 tensors.append(value)
-                leaves.append((value.shape, value.stride(), value.dtype, value.device, value.requires_grad))
+                leaves.append(_leaf_of(value))
                 continue
             kind = type(value)
             if kind is float:
-                leaves.append((float, value.hex()))
+                leaves.append(PlainLeaf(float, value.hex()))
             elif kind in _PLAIN:
-                leaves.append((kind, value))
+                leaves.append(PlainLeaf(kind, value))
             else:
                 return _flatten_nested(args, kwargs)
     except RuntimeError as error:  # from stride()
@@ -130,15 +143,15 @@ def _flatten_nested(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[l
     flat, treespec = tree_flatten((args, dict(kwargs)))
     tree = _Tree(treespec)
     tensors: list[Tensor] = []
-    leaves: list[tuple[Any, ...]] = []
+    leaves: list[TensorLeaf | PlainLeaf] = []
     for index, value in enumerate(flat):
         if isinstance(value, Tensor):
             tensors.append(value)
-            leaves.append((value.shape, value.stride(), value.dtype, value.device, value.requires_grad))
+            leaves.append(_leaf_of(value))
         elif isinstance(value, float):
-            leaves.append((type(value), value.hex()))
+            leaves.append(PlainLeaf(type(value), value.hex()))
         elif type(value) in _PLAIN or isinstance(value, enum.Enum):
-            leaves.append((type(value), value))
+            leaves.append(PlainLeaf(type(value), value))
         else:
             raise InputMismatchError(f"{tree.paths[index]} is a {type(value).__qualname__}. {_CURE}")
     return tensors, CallSpec(tree, tuple(leaves))

@@ -49,6 +49,25 @@ def calibrate(comm: Comm, device: torch.device, dtype: torch.dtype = torch.float
     return Cluster(measured, across, measure_link(comm.inside, device) if comm.inside.shard_ranks > 1 else None)
 
 
+def calibrate_once(
+    comm: Comm, group: Group | None, device: torch.device, dtype: torch.dtype, topic: str, timeout: timedelta
+) -> Cluster:
+    """What the first model of a process group measured, for it and for each later one; a collective.
+
+    So models that are equal get equal layouts, however noisy the machine is.
+
+    Args:
+        dtype: of the matrix products.
+    """
+    name = f"costs of {device.type} in {dtype}"
+    known = agree.recall(group, name)
+    if known is None:
+        measured = median_of_ranks(calibrate(comm, device, dtype), group, topic, timeout)
+        agree.remember(group, name, json.dumps(measured.numbers()))
+        return measured
+    return Cluster.of_numbers(json.loads(known))
+
+
 def median_of_ranks(own: Cluster, group: Group | None, topic: str, timeout: timedelta) -> Cluster:
     """The median over ranks of each number, to two digits, the same on all of them."""
     lines = agree.exchange(group, topic, [json.dumps(own.numbers())], timeout=timeout)

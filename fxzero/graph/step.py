@@ -11,9 +11,9 @@ from __future__ import annotations
 import dataclasses
 import enum
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import fx
@@ -21,6 +21,7 @@ from torch import fx
 from fxzero.graph import ops
 from fxzero.graph.layout import Bucket, LayoutName, ParamSpec, Payload, make_bucket
 from fxzero.graph.nodes import TARGET_OF_ROLE, Role, info, is_gather, is_inside, members, role, wire_format
+from fxzero.graph.recipe import Recipe
 from fxzero.graph.sharding import Sharding
 from fxzero.graph.stages import stage_inside
 from fxzero.graph.wire import on_wire
@@ -53,10 +54,23 @@ class StepGraph:
     Also those that this step does not gather."""
     layout: LayoutName = "contiguous"
     """How parameters are cut; no pass depends on it."""
+    fixed_buckets: tuple[tuple[str, ...], ...] | None = None
+    """The members of each bucket, once the layout is fixed."""
     without: tuple[str, ...] = ()
     """Optimizations that are turned off, as of `reference/ablation.py`."""
     _buckets: dict[tuple[str, ...], Bucket] = field(default_factory=dict[tuple[str, ...], Bucket], repr=False)
     _param_nodes: dict[str, fx.Node] = field(default_factory=dict[str, fx.Node], repr=False)
+
+    def under(self, recipe: Recipe, *, synchronize: bool = True) -> StepGraph:
+        """A copy of a traced step that is to be planned by a recipe; this one stays as it is.
+
+        Args:
+            synchronize: False for the step of a micro-batch under no_sync().
+        """
+        step = copy_of(self)
+        step.synchronize, step.layout, step.without = synchronize, recipe.layout, recipe.without
+        step.fixed_buckets = recipe.buckets
+        return step
 
     # -- phases --------------------------------------------------------------------------------------------------
 
@@ -176,6 +190,10 @@ class StepGraph:
     def is_staged(self, collective: fx.Node) -> bool:
         """True if what travels is of another layout or type than the bucket, so that both need memory."""
         return self.bucket_of(collective).interleaved or wire_format(collective) is not None
+
+
+Pass: TypeAlias = Callable[[StepGraph], None]
+"""A compiler pass: called with a step, it edits it in place."""
 
 
 def copy_of(step: StepGraph) -> StepGraph:

@@ -54,6 +54,7 @@ class _Walk:
     phase: Phase = Phase.FORWARD
     has_gathers: bool = False
     kept: frozenset[tuple[str, ...]] = frozenset()
+    params: frozenset[fx.Node] = frozenset()
     seen: set[fx.Node] = field(default_factory=set[fx.Node])
     waited: dict[fx.Node, Phase] = field(default_factory=dict[fx.Node, Phase])
     started: dict[fx.Node, Phase] = field(default_factory=dict[fx.Node, Phase])
@@ -71,7 +72,8 @@ def verify_graph(step: StepGraph) -> None:
     _check_buckets(step)
     _check_wire_formats(step)
     _check_inside_gathers(step)
-    walk = _Walk(has_gathers=bool(step.nodes(Role.ALL_GATHER)), kept=frozenset(step.kept))
+    has_gathers, params = bool(step.nodes(Role.ALL_GATHER)), frozenset(step.param_nodes().values())
+    walk = _Walk(has_gathers=has_gathers, kept=frozenset(step.kept), params=params)
     for node in step.graph.nodes:
         sources, kind = node.all_input_nodes, role(node)
         _check_order(walk, node, sources)
@@ -155,7 +157,7 @@ def _check_release(walk: _Walk, release: fx.Node) -> None:
 
 def _check_reads(walk: _Walk, node: fx.Node, sources: list[fx.Node]) -> None:
     for source in sources:
-        if walk.has_gathers and role(source) is Role.PARAM:
+        if walk.has_gathers and source in walk.params:
             raise ReadWithoutGatherError(
                 f"{info(source).fqn} is read by {describe(node)} without a gather. Read the result of its wait."
             )

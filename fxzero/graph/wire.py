@@ -49,6 +49,31 @@ class WireFormat:
         return align(nbytes, ROW_BYTES) // self.dtype.itemsize
 
 
+def check_gather_dtype(dtype: torch.dtype) -> None:
+    """Refuse what parameters cannot travel as.
+
+    Raises:
+        ValueError: names what they can.
+    """
+    if dtype not in (torch.bfloat16, torch.int8):
+        raise ValueError(f"dtype is {dtype}; gathers travel as torch.bfloat16 or torch.int8")
+
+
+def check_reduce_dtype(dtype: torch.dtype) -> None:
+    """Refuse what gradients cannot travel as.
+
+    Raises:
+        ValueError: names what they can.
+    """
+    if dtype is not torch.bfloat16:
+        raise ValueError(f"dtype is {dtype}; reduce-scatters travel as torch.bfloat16")
+
+
+def gather_format(dtype: torch.dtype) -> WireFormat:
+    """The format of gathers that travel in a type: integers with a scale for each block, others cast."""
+    return WireFormat(dtype, None if dtype.is_floating_point else BLOCK_NUMEL)
+
+
 def on_wire(payload: Payload, format: WireFormat | None) -> Payload:
     """A payload as it travels; without a format, as it is."""
     if format is None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tabulate import tabulate
@@ -28,6 +29,8 @@ class MemoryReport:
 
     footprint: Footprint
     step: StepGraph
+    variant_bytes: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Bytes of the arena that each variant of the plan needs, by what it does with gradients."""
     measured_bytes: int | None = None
     """The most that was in use since compile, over what was before it: of the allocator on CUDA, else of the whole
     process (resident set); None before a step, or where the process was larger before."""
@@ -94,6 +97,7 @@ class MemoryReport:
             ("arena" if self.step.is_persistent else "allocated at each use", self.footprint.arena_bytes),
             ("  this plan", arena.peak_bytes),
             ("  this plan, lower bound", arena.lower_bound_bytes),
+            *((f"  {variant}", nbytes) for variant, nbytes in self.variant_bytes.items()),
             ("  gathered buckets, at most", self.gather_arena_bytes),
             ("  gradient buckets, at most", self.gradient_arena_bytes),
             ("  temporary activations, at most", self.temporary_arena_bytes),

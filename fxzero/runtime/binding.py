@@ -30,12 +30,12 @@ from fxzero.graph.nodes import (
     started_by,
     wire_format,
 )
-from fxzero.graph.step import StepGraph
 from fxzero.graph.variant import Stash, Variant
 from fxzero.graph.wire import SCALE_DTYPE
 from fxzero.memory.arena_plan import Placed, is_partial, scratch_nbytes
-from fxzero.planning.codegen import NAMES_IN_SOURCE, PLACE_PREFIX, Code, generate
-from fxzero.runtime.cuda_streams import Events, plan_cuda_events
+from fxzero.planning.codegen import NAMES_IN_SOURCE, PLACE_PREFIX, Code
+from fxzero.planning.plan import VariantPlan
+from fxzero.runtime.cuda_streams import Events, bind_events
 from fxzero.runtime.gradients import Gradients
 from fxzero.runtime.interleave import copy_in, copy_out
 from fxzero.runtime.shards import Shards, unflatten
@@ -45,16 +45,14 @@ from fxzero.runtime.storage import Arena
 
 @dataclass
 class Binder:
-    """Binds one plan for one variant of its backward."""
+    """Binds one variant of a plan."""
 
-    code: Code
-    step: StepGraph
+    planned: VariantPlan
+    variant: Variant
     shards: Shards
     gradients: Gradients
     comm: Comm
     arena: Arena
-    placed: Placed
-    variant: Variant
     names: dict[str, Any] = field(default_factory=dict[str, Any])
     """The globals of the code."""
     gathered: dict[fx.Node, dict[str, torch.Tensor]] = field(default_factory=dict[fx.Node, "dict[str, torch.Tensor]"])
@@ -68,6 +66,16 @@ class Binder:
     inside: dict[fx.Node, Bound] = field(default_factory=dict[fx.Node, Bound])
     """For each gather that leaves secondary shards: the same from those, if they are there."""
 
+    def __post_init__(self) -> None:
+        self.step, self.code = self.planned.step, self.planned.code
+        self.placed: Placed = self.planned.arena.placed
+
+    @classmethod
+    def memory_for(cls, arena: Arena, nbytes: int) -> Arena:
+        """The memory that a plan is bound to: the arena of the model, long enough."""
+        arena.reserve(nbytes)
+        return arena
+
     def bind(self) -> dict[str, Callable[..., Any]]:
         """Make the globals of the generated code and define its functions in them.
 
@@ -76,13 +84,9 @@ class Binder:
             the buckets that stay gathered until the shards change are there.
         """
         code, names, events = self.code, self.names, self._events()
-        names |= NAMES_IN_SOURCE
-        recorded = self.recorded(events)
-        if recorded or events is not None:
-            begin = None if events is None else events.begin
-            code = generate(self.step, recorded, record_begin=begin is not None)
-            names |= {"record_begin": begin}
-            names |= {f"record_{node.name}": record for node, record in recorded.items()}
+        names |= NAMES_IN_SOURCE | {f"record_{node.name}": call for node, call in self.recorded(events).items()}
+        if events is not None:
+            names["record_begin"] = events.begin
         names |= {name: torch_internals.direct_call(target) for name, target in code.operators.items()}
         self.secondaries = self.step.secondaries()
         self.shards.keep_secondaries(self.secondaries.values())
@@ -148,10 +152,9 @@ class Binder:
 
     def _events(self) -> Events | None:
         """The events of two CUDA streams; None where one thread does all."""
-        if self.shards.device.type != "cuda" or self.comm.shard_ranks == 1:
+        if self.planned.events is None:
             return None
-        accumulate = self.variant.accumulate
-        return plan_cuda_events(self.step, self.placed, torch.cuda, self.shards.device, accumulate=accumulate)
+        return bind_events(self.step, self.planned.events, torch.cuda, self.shards.device)
 
     def _gather_kept(self) -> list[Callable[[], object]]:
         """What gathers again the buckets that forward keeps: in the order of the schedule, for whose memory it is."""

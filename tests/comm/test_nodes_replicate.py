@@ -76,7 +76,7 @@ def test_fake_ranks_of_a_mesh_plan_and_show_their_schedule() -> None:
     try:
         mesh = init_device_mesh("cpu", (2, 4), mesh_dim_names=("replicate", "shard"))
         zero = fxzero.compile(WithLoss(), mesh=mesh, example=torch.zeros(4, 64))
-        comm = engine_of(zero).comm
+        comm = engine_of(zero).sharded.comm
         assert isinstance(comm, PlanningComm)
         assert (comm.rank, comm.shard_ranks, comm.sharding.num_nodes) == (1, 4, 2)
         expected = plan(WithLoss(), torch.zeros(4, 64), world_size=8, num_nodes=2)

@@ -138,7 +138,7 @@ def test_fake_ranks_of_a_mesh_plan_and_refuse_lists_of_tensors() -> None:
     try:
         mesh = init_device_mesh("cpu", (2, 4), mesh_dim_names=("replicate", "shard"))
         zero = fxzero.compile(WithLoss(), mesh=mesh, across="shard", example=torch.zeros(4, 64))
-        comm = engine_of(zero).comm
+        comm = engine_of(zero).sharded.comm
         assert isinstance(comm, PlanningComm)
         assert (comm.rank, comm.shard_ranks, comm.sharding.num_nodes) == (1 * 2 + 1, 8, 2)
         assert str(zero.schedule) == str(planned(8, 2, "shard", passes=None))

@@ -139,7 +139,7 @@ def _observe(without: Without) -> dict[str, Any]:
         "text": str(zero.schedule),
         "calls": Counter(event.name() for event in events),
         "allocations": sum(event.nbytes() >= LARGE_BYTES for event in events),
-        "arena": engine.arena.nbytes,
+        "arena": engine.sharded.arena.nbytes,
         "left": _left(last._memory),
         "norm": norm.item(),
         "gradients": full_gradients(zero),

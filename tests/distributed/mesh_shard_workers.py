@@ -243,7 +243,7 @@ def count_bytes(rank: int, world_size: int, shape: Shape, options: dict[str, Any
             next(zero.parameters()).mul_(1.0)
 
     sent = sent_by_phase(
-        engine_of(zero).comm,
+        engine_of(zero).sharded.comm,
         [forward, backward, forward, backward, step, forward, backward, evaluate, change, forward],
     )
     totals = zero.schedule.totals
@@ -327,7 +327,7 @@ def report_memory(rank: int, world_size: int, shape: Shape) -> tuple[dict[str, A
         case.build(), mesh=init_device_mesh("cpu", shape), across="shard", passes=default_passes(bucket_bytes=8192)
     )
     zero(**case.batch(rank, 12)).loss.backward()
-    shards = engine_of(zero).shards
+    shards = engine_of(zero).sharded.shards
     assert shards is not None
     twice = sum(zero.schedule.step.bucket(fqns).gathered.nbytes for fqns in zero.schedule.step.secondaries())
     with torch.no_grad():

@@ -183,7 +183,7 @@ class CountedGroup:
 def count_bytes(rank: int, world_size: int, shape: tuple[int, int]) -> tuple[list[int], list[int], str]:
     """Bytes of a step, sent inside and across, and what the schedule says of them."""
     zero = fxzero.compile(Net(), mesh=init_device_mesh("cpu", shape))
-    comm: Any = engine_of(zero).comm
+    comm: Any = engine_of(zero).sharded.comm
     assert isinstance(comm, HierarchicalComm)
     zero.state_dict()  # values are there
     inside, across = CountedGroup(getattr(comm.inside, "group", None)), CountedGroup(comm.across.group)

@@ -129,7 +129,7 @@ class Replicated:
 
 def own_slice(zero: fxzero.ZeroModule, fqn: str, full: Tensor) -> Tensor:
     """This rank's part of a tensor of the parameter's full shape."""
-    return engine_of(zero).shards.cut(fqn, full)
+    return engine_of(zero).sharded.shards.cut(fqn, full)
 
 
 def assert_same(

@@ -136,8 +136,8 @@ def train(
             loss = replicated._loss(zero(**batches[rank]))
             loss.backward()
             engine.synchronize = True
-            assert engine.shards is not None
-            losses = reference.step(engine.shards.layout, batches, seeds, synchronize=synchronize)
+            assert engine.sharded.shards is not None
+            losses = reference.step(engine.sharded.shards.layout, batches, seeds, synchronize=synchronize)
             assert torch.equal(loss, losses[rank]), f"step {step}: loss {loss} instead of {losses[rank]}"
         replicated.assert_same(zero, reference.model, f"step {step}: gradient", lambda p: p.grad)
         for optimizer in optimizers:
@@ -157,7 +157,7 @@ def train(
 
 
 def layout_of(zero: fxzero.ZeroModule) -> Layout:
-    shards = engine_of(zero).shards
+    shards = engine_of(zero).sharded.shards
     assert shards is not None
     return shards.layout
 
@@ -254,7 +254,7 @@ def count_bytes(
     case = replicated.CASES["net"]
     zero = fxzero.compile(case.build(), gather_dtype=gather_dtype, reduce_dtype=reduce_dtype)
     engine = engine_of(zero)
-    group = engine.comm.group = CountingGroup(engine.comm.group)  # type: ignore[attr-defined]
+    group = engine.sharded.comm.group = CountingGroup(engine.sharded.comm.group)  # type: ignore[attr-defined]
     zero(**case.batch(0, 16)).backward()
     zero.zero_grad()
     group.sent = group.received = 0
@@ -280,7 +280,7 @@ def losses(rank: int, world_size: int, options: list[dict[str, Any]]) -> list[li
             optimizer.step()
             optimizer.zero_grad()
             mean = loss.detach().clone()
-            engine_of(zero).comm.all_reduce(mean)
+            engine_of(zero).sharded.comm.all_reduce(mean)
             found[-1].append(mean.item() / world_size)
     return found
 

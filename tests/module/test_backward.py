@@ -181,8 +181,8 @@ def test_a_deleted_module_frees_its_shards() -> None:
     with torch.no_grad(), zero.no_sync():
         zero(points())
     engine = weakref.ref(engine_of(zero))
-    shards = weakref.ref(engine_of(zero).shards)
-    arena = weakref.ref(engine_of(zero).arena)
+    shards = weakref.ref(engine_of(zero).sharded.shards)
+    arena = weakref.ref(engine_of(zero).sharded.arena)
     optimizer.step()
     del zero, optimizer
     assert (engine(), shards(), arena()) == (None, None, None)

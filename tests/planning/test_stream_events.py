@@ -21,7 +21,8 @@ from fxzero.graph.nodes import Role, is_gather, members, role, started_by
 from fxzero.graph.step import StepGraph
 from fxzero.passes import default_passes
 from fxzero.planning.run_passes import run_passes
-from fxzero.planning.stream_events import BEGIN, CudaStreams, EventEdge, Queue, plan_events, queues_of, requirements
+from fxzero.planning.stream_events import BEGIN, EventEdge, Queue, plan_events, queues_of, requirements
+from fxzero.runtime.cuda_streams import CudaStreams
 from tests.helpers.payloads import one_payload
 from tests.helpers.toy_step import toy_step
 

@@ -20,13 +20,13 @@ from fxzero.graph.layout import LayoutName
 from fxzero.graph.nodes import Role, first_write, is_gather, is_inside, operands, role, started_by, wire_format
 from fxzero.graph.sharding import Sharding
 from fxzero.graph.step import StepGraph
-from fxzero.graph.variant import Stash, Variant
-from fxzero.memory.arena_plan import Placed, plan_arena
+from fxzero.memory.activations import activations_of
+from fxzero.memory.arena_plan import Placed, plan_arenas
 from fxzero.passes import default_passes
 from fxzero.planning.codegen import generate
 from fxzero.planning.run_passes import run_passes
-from fxzero.planning.stream_events import readers_of
-from fxzero.runtime.cuda_streams import Events, plan_cuda_events
+from fxzero.planning.stream_events import plan_stream_events, readers_of
+from fxzero.runtime.cuda_streams import Events, bind_events
 from tests.helpers.toy_step import toy_step
 
 COMPUTE, COMMUNICATION = "compute", "communication"
@@ -200,9 +200,10 @@ def simulate(
     for index, start in enumerate(step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER)):
         if index % narrowed:
             start.kwargs = {}
-    _, placed = plan_arena(step, NCCL, Variant(accumulate, Stash.NONE))
+    placed = plan_arenas(step, NCCL, activations_of(step))[accumulate].placed
     clocks = Clocks()
-    events = plan_cuda_events(step, placed, clocks.cuda(), None, accumulate=accumulate)
+    planned = plan_stream_events(step, placed, accumulate=accumulate)
+    events = bind_events(step, planned, clocks.cuda(), None)
     if drop is not None:
         drop(events)
     simulation = Simulation(step, placed, events, clocks, accumulate)
@@ -276,7 +277,7 @@ def test_collective_that_does_not_wait_for_its_copies_is_noticed(options: dict[s
 
 def test_code_records_each_event_after_its_node() -> None:
     simulation = simulate(False)
-    code = generate(simulation.step, simulation.events.recorded, record_begin=True)
+    code = generate(simulation.step, {}, simulation.events.recorded, record_begin=True)
     calls = [
         node.value.func.id
         for function in ast.parse(code.source).body
