@@ -18,8 +18,10 @@ from typing import Any
 from tabulate import tabulate
 
 from benchmarks.about import about, one_line
+from benchmarks.network.place import Loopback, free_port
 from benchmarks.network.systems import SYSTEMS, Shape
-from benchmarks.network.world import Loopback, RankDied, World, free_port
+from benchmarks.network.world import World
+from benchmarks.ranks import RankDied
 
 SHAPE = Shape(layers=12, hidden=64, heads=4, vocab=128, seq=16, batch=2)
 MEASURED = ("compute", "fxzero", "fxzero_keep", "ddp", "fsdp2", "ds", "ds_tuned", "simple_fsdp")

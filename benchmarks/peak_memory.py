@@ -1,6 +1,6 @@
 """Peak resident memory of a rank during steps, against FSDP2: 12 layers, 46.6M parameters, batch 4 x 128, 2 ranks.
 
-OMP_NUM_THREADS=1 python benchmarks/peak_memory.py
+OMP_NUM_THREADS=1 python -m benchmarks.peak_memory
 
 Each system has processes of its own. What counts is steps alone: the kernel's mark of the peak is reset after the
 warm-up. "Before" is a rank with everything imported, the process group up and the model on the meta device.
@@ -17,12 +17,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
@@ -30,10 +28,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import fxzero
+from benchmarks.network.model import Encoder, init_weights, make_batch
+from benchmarks.network.systems import Shape, adamw
+from benchmarks.resident import reset_peak, resident_mib
 from fxzero.passes import default_passes
 from fxzero.testing import engine_of
 
-LAYERS, WIDTH, HEADS, VOCAB, SEQ, BATCH = 12, 512, 8, 8192, 128, 4
+SHAPE = Shape()
 MIB = 2**20
 WORDS = {
     "fsdp2": "FSDP2, default",
@@ -43,58 +44,6 @@ WORDS = {
 }
 
 
-class Block(nn.Module):
-    """Attention and an MLP, each followed by its residual and layer norm."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, seq, width = x.shape
-        q, k, v = self.qkv(x).view(batch, seq, 3, HEADS, width // HEADS).permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, seq, width)
-        x = self.norm1(x + self.out(mixed))
-        return self.norm2(x + self.down(F.gelu(self.up(x))))
-
-
-class Encoder(nn.Module):
-    """A masked language model with a head of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.token, self.position, self.norm = nn.Embedding(VOCAB, WIDTH), nn.Embedding(SEQ, WIDTH), nn.LayerNorm(WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
-        self.dense, self.head_norm, self.head = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCAB)
-
-    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
-        x = self.norm(self.token(ids) + self.position.weight[None])
-        for block in self.blocks:
-            x = block(x)
-        logits = self.head(self.head_norm(F.gelu(self.dense(x))))
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
-
-
-def make_batch(step: int, rank: int) -> tuple[Tensor, Tensor]:
-    """Random ids, one in seven masked."""
-    generator = torch.Generator().manual_seed(1000 * step + rank)
-    ids = torch.randint(4, VOCAB, (BATCH, SEQ), generator=generator)
-    masked = torch.rand(BATCH, SEQ, generator=generator) < 0.15
-    return ids.masked_fill(masked, 3), ids.masked_fill(~masked, -100)
-
-
-def init_weights(module: nn.Module) -> None:
-    """Normal matrices, so that a deep model starts with a sensible loss."""
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear):
-        nn.init.zeros_(module.bias)
-    if isinstance(module, nn.LayerNorm):
-        module.reset_parameters()
-
-
 @dataclass
 class System:
     """A model made ready to train, its optimizer, and the parts that it can name, in bytes."""
@@ -102,10 +51,6 @@ class System:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     parts: Callable[[], dict[str, int]]
-
-
-def make_adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
 
 def build_fsdp2(model: Encoder, *, lean: bool) -> System:
@@ -125,23 +70,23 @@ def build_fsdp2(model: Encoder, *, lean: bool) -> System:
             module.set_modules_to_backward_prefetch([before])
     model.to_empty(device="cpu")
     model.apply(init_weights)
-    optimizer = make_adamw(model)
+    optimizer = adamw(model.parameters())
     return System(model, optimizer, lambda: {"parameters": sum(p.to_local().nbytes for p in whole.parameters())})
 
 
 def build_fxzero(model: Encoder, *, keep: bool, **options: int) -> System:
-    optimizer = make_adamw(model)
+    optimizer = adamw(model.parameters())
     passes = default_passes(max_kept_bytes=None if keep else 0, **options)
-    example = make_batch(0, dist.get_rank())
+    example = make_batch(SHAPE, 0, dist.get_rank())
     zero = fxzero.compile(model, optimizer=optimizer, example=example, init_fn=init_weights, passes=passes)
     engine = engine_of(zero)
 
     def parts() -> dict[str, int]:
-        assert engine.shards is not None
+        assert engine.sharded.shards is not None
         return {
-            "parameters": engine.shards.params.nbytes,
-            "gradients": engine.shards.grads.nbytes,
-            "arena": engine.arena.nbytes,
+            "parameters": engine.sharded.shards.params.nbytes,
+            "gradients": engine.sharded.shards.grads.nbytes,
+            "arena": engine.sharded.arena.nbytes,
         }
 
     return System(zero, optimizer, parts)
@@ -153,12 +98,6 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(getattr(value, "_local_tensor", value).nbytes for value in held)
 
 
-def status(*keys: str) -> list[float]:
-    """Fields of /proc/self/status in MiB."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return [int(lines[key].split()[0]) / 1024 for key in keys]
-
-
 def run_rank(arguments: argparse.Namespace) -> dict[str, Any]:
     """One rank of one system: what it measured."""
     if arguments.malloc == "kept" and not fxzero.keep_freed_memory():
@@ -168,23 +107,23 @@ def run_rank(arguments: argparse.Namespace) -> dict[str, Any]:
     store = TCPStore("localhost", arguments.port, 2, is_master=False)
     dist.init_process_group("gloo", store=store, rank=arguments.rank, world_size=2)
     with torch.device("meta"):
-        model = Encoder()
+        model = Encoder(SHAPE)
     dist.barrier()
-    (before,) = status("VmRSS")
+    (before,) = resident_mib("VmRSS")
     if arguments.system.startswith("fsdp2"):
         system = build_fsdp2(model, lean=arguments.system == "fsdp2_async")
     else:
         options = {} if arguments.bucket_mib is None else {"bucket_bytes": int(arguments.bucket_mib * MIB)}
         options |= {} if arguments.prefetch_mib is None else {"prefetch_bytes": int(arguments.prefetch_mib * MIB)}
         system = build_fxzero(model, keep=arguments.system == "keep", **options)
-    (built,) = status("VmRSS")
+    (built,) = resident_mib("VmRSS")
     loss = float("nan")
     for step in range(arguments.warmup + arguments.steps):
         if step == arguments.warmup:
             dist.barrier()
-            Path("/proc/self/clear_refs").write_text("5")  # the mark of the peak is the resident set of now
-        loss = train_step(system, *make_batch(step, arguments.rank))
-    peak, after, anonymous = status("VmHWM", "VmRSS", "RssAnon")
+            reset_peak()
+        loss = train_step(system, *make_batch(SHAPE, step, arguments.rank))
+    peak, after, anonymous = resident_mib("VmHWM", "VmRSS", "RssAnon")
     parts = {**system.parts(), "optimizer state": optimizer_bytes(system.optimizer)}
     return {
         "before": before,
@@ -212,7 +151,16 @@ def measure(system: str, arguments: list[str]) -> list[dict[str, Any]]:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     store = TCPStore("localhost", port, 2, is_master=True, wait_for_workers=False)
-    command = [sys.executable, __file__, *arguments, "--system", system, "--port", str(store.port)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.peak_memory",
+        *arguments,
+        "--system",
+        system,
+        "--port",
+        str(store.port),
+    ]
     ranks = [
         subprocess.Popen([*command, "--rank", str(rank)], stdout=subprocess.PIPE, text=True, env=dict(os.environ))
         for rank in range(2)
@@ -255,7 +203,7 @@ def report(results: dict[str, list[dict[str, Any]]], malloc: str) -> None:
             rest = added - sum(largest["parts"].values())
             parts.append({"": WORDS[system], "added": added, **largest["parts"], "rest": rest})
     with torch.device("meta"):
-        count = sum(p.numel() for p in Encoder().parameters())
+        count = sum(p.numel() for p in Encoder(SHAPE).parameters())
     machine = platform.processor() or platform.machine()
     print(f"torch {torch.__version__}, {machine}, malloc {malloc}; {count / 1e6:.1f}M parameters, 2 ranks")
     print("\nMiB per rank, peak of each rank; ratio of the larger peak to FSDP2's leanest:\n")

@@ -1,4 +1,6 @@
-"""Seconds of planning against the number of layers: tracing, choosing from costs, passes and proofs, memory, the bound.
+"""Seconds of planning against the number of layers: tracing, choosing from costs, the plan, the bound.
+
+"plan" is all variants of a plan: passes, with a proof after each, offsets in the arena, and code.
 
 Processor seconds, of one thread: what else a machine does counts little.
 
@@ -19,15 +21,17 @@ from torch import nn
 
 from benchmarks.about import heading
 from fxzero.capture import capture
-from fxzero.comm.without_ranks import PlanningComm
-from fxzero.cost.job_costs import CostModel, choose_again, choose_sizes, optimizer_bytes
+from fxzero.comm.gloo import GLOO
+from fxzero.cost.job_costs import CostModel, choose_sizes, optimizer_bytes
 from fxzero.cost.model import GBIT, Cluster, Device, Link
+from fxzero.graph.devices import Devices
+from fxzero.graph.recipe import Recipe
 from fxzero.graph.schedule_text import format_schedule
-from fxzero.memory.footprint import footprint, held_by
+from fxzero.graph.sharding import Sharding
+from fxzero.graph.step import StepGraph
 from fxzero.models import GPT, GPT_PRESETS, ROBERTA_PRESETS, RobertaForMaskedLM
-from fxzero.passes import default_passes
 from fxzero.planning.fix_layout import layout_of
-from fxzero.planning.plan import make_plan
+from fxzero.planning.plan import make_plan, with_collectives
 from fxzero.runtime.shards import spec_of
 
 SIZES: Mapping[str, Any] = {"vocab_size": 8192, "max_positions": 130, "hidden_size": 512, "num_heads": 8}
@@ -57,25 +61,24 @@ def measure(family: str, num_layers: int, cluster: Cluster, world_size: int) -> 
         return returned
 
     batch = {"input_ids": ids, "labels": ids}
-    device = torch.device("cpu")
+    device, sharding = torch.device("cpu"), Sharding.over(world_size)
     captured = timed(
         "trace",
-        lambda: capture(
-            model, model.forward, (), batch, params, device=device, world_size=world_size, with_backward=True
-        ),
+        lambda: capture(model, model.forward, (), batch, params, device=device, sharding=sharding, with_backward=True),
     )
-    passes = default_passes()
-    costs = CostModel(cluster, optimizer_bytes(params.values(), world_size, STATE_PER_ELEMENT))
-    tuning = timed("choose", lambda: choose_sizes(captured.step, passes, costs, keeps_free=True))
-    chosen = tuning.passes(passes)
-    step = timed("passes", lambda: make_plan(captured, chosen)).step
-    buckets = [bucket.fqns for bucket in layout_of(step, chosen).buckets]
-    timed("choose again", lambda: choose_again(step, chosen, costs, keeps_free=True, buckets=buckets))
-    held = held_by(layout_of(step, chosen), state_per_element=STATE_PER_ELEMENT, buffers=0)
-    timed("memory", lambda: footprint(step, PlanningComm(0, world_size), held))
+    costs = CostModel(cluster, GLOO, optimizer_bytes(params.values(), sharding.shard_ranks, STATE_PER_ELEMENT))
+
+    def choose(step: StepGraph, recipe: Recipe) -> Recipe:
+        return choose_sizes(step, recipe, costs, keeps_free=True)
+
+    recipe = timed("choose", lambda: choose(with_collectives(captured.step, Recipe()), Recipe()))
+    plan = timed("plan", lambda: make_plan(captured, recipe, GLOO, Devices.all(device)))
+    step, layout = plan.step, layout_of(plan.step, recipe)
+    fixed = replace(recipe, buckets=tuple(bucket.fqns for bucket in layout.buckets))
+    timed("choose again", lambda: choose(step, fixed))
     timing = timed("bound", lambda: costs.timing(step))
     timed("print", lambda: format_schedule(step))
-    return {"nodes": len(step.graph.nodes), "buckets": len(buckets), **seconds, "ratio": timing.ratio}
+    return {"nodes": len(step.graph.nodes), "buckets": len(layout.buckets), **seconds, "ratio": timing.ratio}
 
 
 def main() -> None:

@@ -46,8 +46,8 @@ class _Buffers:
     """What both ways gather and reduce."""
 
     def __init__(self, nbytes: int, rank: int, world_size: int) -> None:
-        self.bucket = Bucket((ParamSpec("measured", (nbytes // 4,), torch.float32, True),), world_size)
-        shard_numel, numel = self.bucket.shard_numel, self.bucket.numel
+        self.payload = Bucket((ParamSpec("measured", (nbytes // 4,), torch.float32, True),), world_size).gradients
+        shard_numel, numel = self.payload.slice_numel, self.payload.numel
         generator = torch.Generator().manual_seed(rank)
         self.shard = torch.randn(shard_numel, generator=generator)
         self.grads = torch.randn(numel, generator=generator)
@@ -58,8 +58,8 @@ class _Buffers:
 def direct(buffers: _Buffers) -> tuple[Callable[[], object], Callable[[], object]]:
     """A gather and a reduce-scatter as fxzero makes them."""
     comm = make_comm(None, torch.device("cpu"))
-    gather = comm.bind_gather(buffers.bucket, buffers.shard, buffers.full)
-    reduce = comm.bind_reduce(buffers.bucket, buffers.grads, buffers.scratch, buffers.reduced, accumulate=False)
+    gather = comm.bind_gather(buffers.payload, buffers.shard, buffers.full)
+    reduce = comm.bind_reduce(buffers.payload, buffers.grads, buffers.scratch, buffers.reduced, accumulate=False)
     return lambda: _run(*gather, comm.drain), lambda: _run(*reduce, comm.drain)
 
 
@@ -68,8 +68,8 @@ def ring(buffers: _Buffers) -> tuple[Callable[[], object], Callable[[], object]]
     group, rank, world_size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
     assert group is not None
     left, right, steps = (rank - 1) % world_size, (rank + 1) % world_size, range(world_size - 1)
-    gathered, terms = (each.split(buffers.bucket.shard_numel) for each in (buffers.full, buffers.grads))
-    sums = [*buffers.scratch.split(buffers.bucket.shard_numel)[: world_size - 2], buffers.reduced]
+    gathered, terms = (each.split(buffers.payload.slice_numel) for each in (buffers.full, buffers.grads))
+    sums = [*buffers.scratch.split(buffers.payload.slice_numel)[: world_size - 2], buffers.reduced]
 
     def pass_on(messages: Sequence[Tensor], into: Sequence[Tensor], then: Callable[[int], object]) -> None:
         receives = [group.recv([into[step]], left, _TAG + step) for step in steps]
@@ -131,7 +131,7 @@ def run_rank(options: argparse.Namespace) -> None:
         other = (results["reduce direct"] != results["reduce ring"]).float().mean()
         dist.all_reduce(other)
         if rank == 0:
-            sent = buffers.bucket.shard_nbytes * (world_size - 1)
+            sent = buffers.payload.slice_nbytes * (world_size - 1)
             print(json.dumps({"mib": mib, "sent": sent, "other": float(other) / world_size, **samples}), flush=True)
     dist.destroy_process_group()
 

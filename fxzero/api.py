@@ -14,19 +14,28 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from fxzero import torch_internals
 from fxzero.comm import agree
 from fxzero.cost.model import Cluster
 from fxzero.errors import FxzeroError, OptimizerError
 from fxzero.graph.layout import LayoutName
-from fxzero.graph.stages import Across
+from fxzero.graph.sharding import Placement
+from fxzero.graph.step import Pass
 from fxzero.memory.report import MemoryReport
 from fxzero.module import ownership, weights
-from fxzero.module.budget_round import footprint_of
+from fxzero.module.budget_round import held
 from fxzero.module.engine import Engine
+from fxzero.module.first_fill import fix_layout_without_trace
 from fxzero.module.optimizer_classes import check_optimizer
 from fxzero.module.optimizer_guard import OptimizerGuard
-from fxzero.options import Options, check_across_options, check_wire, choose_device, choose_group, choose_passes
-from fxzero.passes import Pass
+from fxzero.options import (
+    Options,
+    check_across_options,
+    check_wire,
+    choose_device,
+    choose_group,
+    choose_recipe,
+)
 from fxzero.planner import as_arguments
 from fxzero.planning.schedule import Schedule
 from fxzero.reference import ablation
@@ -57,7 +66,8 @@ def compile(
     cluster: Cluster | str | None = None,
     without: ablation.Without = (),
     mesh: DeviceMesh | None = None,
-    across: Across = "replicate",
+    across: Placement = "replicate",
+    short_gloo_slices: bool = True,
 ) -> ZeroModule:
     """Take a model over and train it by ZeRO stage 3 on a schedule that is written before it runs.
 
@@ -107,6 +117,9 @@ def compile(
         across: "replicate", or "shard": the nodes of the mesh share the shards, as if all ranks were one group, and
             each keeps what it gathered from others in secondary shards, so that gathers in backward, and in further
             micro-steps, stay inside it (ZeRO++'s hpZ). Gradients cross nodes once, at half the bytes or less.
+        short_gloo_slices: let the threads of this process that carry gloo's messages ask the scheduler for slices of
+            0.1 ms, so that a message does not wait for the end of a slice of compute. It needs Linux 6.12 and no
+            privilege, and has no effect elsewhere. False leaves the threads as they are.
 
     Returns:
         The module to call and train.
@@ -123,7 +136,9 @@ def compile(
     wire_dtypes = gather_dtype, reduce_dtype
     check_wire(wire_dtypes, layout, left_out, mesh)
     check_across_options(across, left_out, mesh)
-    chosen = choose_passes(passes, memory_budget, reshard_after_forward, stage, recompute, wire_dtypes, left_out)
+    recipe = choose_recipe(
+        passes, layout, memory_budget, reshard_after_forward, stage, recompute, wire_dtypes, left_out
+    )
     group = choose_group(process_group, mesh, across)
     with agree.reporting_failure(group, "layout"):  # the other ranks wait for this one with what they compiled
         ownership.check_model(model)
@@ -132,21 +147,21 @@ def compile(
             check_optimizer(each, elementwise_optimizer=elementwise_optimizer)
             _check_holds_parameters(each, model)
         options = Options(
-            passes=chosen,
+            recipe=recipe,
+            passes=None if passes is None else tuple(passes),
             device=choose_device(model, device, mesh),
+            memory_budget=memory_budget,
+            cluster=None if cluster is None else Cluster.of(cluster),
+            keeps_free=(memory_budget, reshard_after_forward, stage) == (None, None, None),
+            without=left_out,
+            across=across,
             sync_init=sync_init,
             init_fn=init_fn,
-            elementwise_optimizer=elementwise_optimizer,
             timeout=timeout,
-            memory_budget=memory_budget,
-            layout=ablation.layout_without(left_out, layout),
-            without=left_out,
-            cluster=None if cluster is None else Cluster.of(cluster),
-            tunes=passes is None and not ablation.scheduled(left_out),
-            keeps_free=(memory_budget, reshard_after_forward, stage) == (None, None, None),
-            across=across,
+            short_gloo_slices=short_gloo_slices,
         )
-        zero = ZeroModule(model, Engine(model, model.forward, options, group, optimizers))
+        engine = options.make_engine(model, group, optimizers)
+        zero = ZeroModule(model, engine, elementwise_optimizer=elementwise_optimizer)
         if example is not None:
             _prepare(zero, example)
     return zero
@@ -159,8 +174,8 @@ def _prepare(zero: ZeroModule, example: Any) -> None:
     try:
         engine.prepare(args, kwargs)
     except BaseException:
-        if engine.shards is None:  # the parameters are what they were
-            ownership.give_back(engine.model)
+        if engine.sharded.shards is None:  # the parameters are what they were
+            ownership.give_back(engine.sharded.model)
         raise
 
 
@@ -185,18 +200,17 @@ class ZeroModule(nn.Module):
     It has the model's own names and Parameter objects; other attributes and methods are the model's.
     """
 
-    def __init__(self, model: nn.Module, engine: Engine) -> None:
+    def __init__(self, model: nn.Module, engine: Engine, *, elementwise_optimizer: bool = False) -> None:
         self.__dict__["_fxzero_model"] = model
         self.__dict__["_fxzero_engine"] = engine
         mode = model.training
         super().__init__()
         model.training = mode  # which nn.Module's constructor sets
-        for shared in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            self.__dict__[shared] = model.__dict__[shared]
+        torch_internals.share_tables(self, model)
         self._fxzero_guard = OptimizerGuard(
             self,
-            engine.held_shards,
-            elementwise_optimizer=engine.options.elementwise_optimizer,
+            engine.sharded.held_shards,
+            elementwise_optimizer=elementwise_optimizer,
             on_step=engine.after_optimizer,
         )
         ownership.take_over(model)
@@ -228,7 +242,7 @@ class ZeroModule(nn.Module):
             super().__setattr__(name, value)
             return
         holds_parameters = isinstance(value, nn.Module) and next(value.parameters(), None) is not None
-        if isinstance(value, nn.Parameter) or holds_parameters or name in self._parameters:
+        if isinstance(value, nn.Parameter) or holds_parameters or name in torch_internals.tensor_tables(self)[0]:
             raise FxzeroError(
                 f"{name}: compile fixes the parameters of a model. Change the model before fxzero.compile."
             )
@@ -263,8 +277,8 @@ class ZeroModule(nn.Module):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, also those that no_sync() holds (which an optimizer's zero_grad does not know of)."""
         super().zero_grad(set_to_none)
-        if self._fxzero_engine.gradients is not None:
-            self._fxzero_engine.gradients.drop_held()
+        if (gradients := self._fxzero_engine.sharded.gradients) is not None:
+            gradients.drop_held()
 
     def clip_grad_norm_(
         self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
@@ -287,7 +301,8 @@ class ZeroModule(nn.Module):
             RuntimeError: the norm is not finite and `error_if_nonfinite` is set.
         """
         engine = self._fxzero_engine
-        return engine.clip_grad_norm(engine.gradients, engine.comm, max_norm, norm_type, error_if_nonfinite)
+        sharded = engine.sharded
+        return engine.clip_grad_norm(sharded.gradients, sharded.comm, max_norm, norm_type, error_if_nonfinite)
 
     # -- weights -------------------------------------------------------------------------------------------------
 
@@ -308,7 +323,9 @@ class ZeroModule(nn.Module):
             keep_vars: has no effect: the tensors are copies.
             rank0_only: only rank 0 gets it; the others get an empty dict.
         """
-        return weights.state_dict(self._fxzero_engine, rank0_only=rank0_only, prefix=prefix, destination=destination)
+        return weights.state_dict(
+            self._fxzero_engine.sharded, rank0_only=rank0_only, prefix=prefix, destination=destination
+        )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a full state dict with the model's own names; every rank passes it and keeps its slices.
@@ -318,7 +335,7 @@ class ZeroModule(nn.Module):
         """
         if assign:
             raise ValueError("assign=True would replace the shards. Load with assign=False.")
-        return weights.load_state_dict(self._fxzero_engine, state_dict, strict=strict)
+        return weights.load_state_dict(self._fxzero_engine.sharded, state_dict, strict=strict)
 
     def iter_full_params(self, *, rank0_only: bool = False) -> Iterator[tuple[str, torch.Tensor | None]]:
         """Gather the parameters bucket by bucket, each once under its canonical name: a collective.
@@ -327,27 +344,29 @@ class ZeroModule(nn.Module):
             `(name, full tensor)`; the tensor is None on other ranks if `rank0_only`. It is a view of memory that the
             next bucket overwrites: copy what you keep. Every rank must iterate to the end.
         """
-        self._fxzero_engine.fix_layout_without_trace()
-        return weights.full_params(self._fxzero_engine, rank0_only=rank0_only)
+        fix_layout_without_trace(self._fxzero_engine.sharded)
+        return weights.full_params(self._fxzero_engine.sharded, rank0_only=rank0_only)
 
     # -- the schedule --------------------------------------------------------------------------------------------
 
     @property
     def schedule(self) -> Schedule:
         """The schedule of the plan that ran last, or that `example` made."""
-        last = self._fxzero_engine.last
+        engine = self._fxzero_engine
+        last = engine.last
         if last is None:
             return Schedule()
-        costs = self._fxzero_engine.tuner.costs_of(self._fxzero_engine)
+        costs = engine.maker.tuning.costs_of(engine.sharded)
         timing = None if costs is None else partial(costs.timing, last.step)
-        return Schedule(last.step, last.plan.code.source, partial(self._memory, last), timing)
+        return Schedule(last.plan, partial(self._memory, last), timing, last.form)
 
     def _memory(self, executable: Executable) -> MemoryReport:
-        engine = self._fxzero_engine
-        needed = footprint_of(engine, executable)
-        if weights := self._fxzero_guard.state_nbytes:
-            needed = replace(needed, held=replace(needed.held, optimizer_state=weights))
-        return MemoryReport(needed, executable.step, engine.gauge.read() if executable.memory else None)
+        engine, synchronize = self._fxzero_engine, executable.step.synchronize
+        holds = held(engine.sharded, executable.step)
+        if state := self._fxzero_guard.state_nbytes:
+            holds = replace(holds, optimizer_state=state)
+        measured = engine.memory_in_use.read() if executable.has_run else None
+        return executable.plan.report(holds, engine.sharded.arena.nbytes, measured, synchronize=synchronize)
 
 
 def _refuse_new_shapes(name: str) -> Callable[..., NoReturn]:

@@ -65,6 +65,12 @@ class CheckpointError(FxzeroError):
     """A state dict does not fit the model, or the model was never initialised. Cure: named in the message."""
 
 
+class MissingExtraError(FxzeroError, ImportError):
+    """A library that this feature needs is not installed. Cure: the message names the command that installs it.
+
+    It is an ImportError as well, because that is what code catches that can do without an optional library."""
+
+
 class ScheduleError(FxzeroError, ValueError):
     """A schedule breaks a rule; the subclasses name which."""
 

@@ -15,52 +15,87 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fxzero.comm.groups import Group, group_of_mesh
+from fxzero.comm.make import make_comm
+from fxzero.comm.without_ranks import PlanningComm
 from fxzero.cost.model import Cluster
 from fxzero.errors import InputMismatchError
-from fxzero.graph.layout import LayoutName, check_layout
-from fxzero.graph.stages import Across, check_across
-from fxzero.passes import Pass, default_passes
+from fxzero.graph.devices import Devices
+from fxzero.graph.layout import LayoutName
+from fxzero.graph.recipe import Recipe
+from fxzero.graph.sharding import Placement, check_placement
+from fxzero.graph.step import Pass
+from fxzero.module.budget_round import BudgetRound
+from fxzero.module.engine import Engine
+from fxzero.module.plan_maker import PlanMaker
+from fxzero.module.sharded_model import ShardedModel
+from fxzero.module.tuning_rounds import TuningRounds
 from fxzero.reference import ablation
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for."""
+    """What the user asked for, as what stands behind a trained module takes it."""
 
-    passes: tuple[Pass, ...]
+    recipe: Recipe
+    passes: tuple[Pass, ...] | None
+    """The user's own list, in place of what the recipe stands for."""
     device: torch.device
-    sync_init: bool = True
-    init_fn: Callable[[nn.Module], object] | None = None
-    elementwise_optimizer: bool = False
-    timeout: timedelta = timedelta(minutes=5)
-    memory_budget: int | Literal["auto"] | None = None
-    layout: LayoutName = "contiguous"
-    cluster: Cluster | None = None
+    memory_budget: int | Literal["auto"] | None
+    cluster: Cluster | None
     """What to plan for; None: it is calibrated."""
-    tunes: bool = False
-    """The user left sizes and order to the costs."""
-    keeps_free: bool = False
+    keeps_free: bool
     """What costs no memory at the peak may stay gathered until backward."""
-    without: tuple[ablation.Optimization, ...] = ()
-    across: Across = "replicate"
+    without: tuple[ablation.Optimization, ...]
+    across: Placement
+    sync_init: bool
+    init_fn: Callable[[nn.Module], object] | None
+    timeout: timedelta
+    short_gloo_slices: bool
+    """The scheduler is asked for short slices of gloo's threads."""
 
-    def __post_init__(self) -> None:
-        check_layout(self.layout)
+    @property
+    def is_tuned(self) -> bool:
+        """The user left sizes and order to the costs."""
+        return self.passes is None and not ablation.scheduled(self.without)
 
     def agreed(self) -> dict[str, object]:
         """The options that must be the same on all ranks."""
         return {
-            "passes": ", ".join(map(repr, self.passes)),
-            "device": self.device.type,
-            "layout": self.layout,
+            "passes": "those of the recipe" if self.passes is None else ", ".join(map(repr, self.passes)),
+            **vars(self.recipe),
             "without": ", ".join(self.without) or "nothing",
+            "device": self.device.type,
             "across": self.across,
             "sync_init": self.sync_init,
             "memory_budget": self.memory_budget,
             "cluster": self.cluster,
-            "tuned": self.tunes,
+            "tuned": self.is_tuned,
             "torch": torch.__version__.split("+")[0],
         }
+
+    def make_engine(
+        self, model: nn.Module, group: Group | None, optimizers: tuple[torch.optim.Optimizer, ...]
+    ) -> Engine:
+        """What stands behind a trained module, with slower forms where optimizations are left out."""
+        comm = make_comm(group, self.device, short_gloo_slices=self.short_gloo_slices)
+        comm = ablation.comm_without(self.without, comm)
+        sharded = ShardedModel(
+            model,
+            model.forward,
+            group,
+            comm,
+            Devices.all(self.device),
+            self.recipe,
+            passes=self.passes,
+            agreed=self.agreed(),
+            optimizers=optimizers,
+            sync_init=self.sync_init and not isinstance(comm, PlanningComm),  # nobody is there to send rank 0's values
+            init_fn=self.init_fn,
+            timeout=self.timeout,
+        )
+        tuning = TuningRounds(self.is_tuned, self.keeps_free, self.cluster)
+        maker = PlanMaker(sharded, tuning, BudgetRound(self.memory_budget), ablation.binder_without(self.without))
+        return Engine(sharded, maker, ablation.clip_without(self.without))
 
 
 def check_wire(
@@ -82,29 +117,32 @@ def check_wire(
         raise ValueError("On a 2-D mesh gradients travel as they are; drop reduce_dtype.")
 
 
-def check_across_options(across: Across, without: tuple[ablation.Optimization, ...], mesh: DeviceMesh | None) -> None:
+def check_across_options(
+    across: Placement, without: tuple[ablation.Optimization, ...], mesh: DeviceMesh | None
+) -> None:
     """Refuse what nodes cannot do.
 
     Raises:
         ValueError: names what it needs, or the two options.
     """
-    check_across(across)
+    check_placement(across)
     if across == "shard" and (mesh is None or mesh.ndim != 2):
         raise ValueError('across="shard" is about the nodes of a 2-D mesh of (across, inside); pass one as mesh=.')
     if "flat_collectives" in without and mesh is not None and mesh.ndim > 1:
         raise ValueError("On a 2-D mesh there are no collectives of lists of tensors; drop without='flat_collectives'.")
 
 
-def choose_passes(
+def choose_recipe(
     passes: Sequence[Pass] | None,
+    layout: LayoutName,
     memory_budget: int | Literal["auto"] | None,
     reshard_after_forward: bool | None,
     stage: int | None,
     recompute: Literal["none", "full"] | int,
     wire_dtypes: tuple[torch.dtype | None, torch.dtype | None],
     without: tuple[ablation.Optimization, ...],
-) -> tuple[Pass, ...]:
-    """The passes that the options ask for.
+) -> Recipe:
+    """The recipe that the options ask for.
 
     Raises:
         ValueError: two options contradict each other, or one has no such value.
@@ -123,26 +161,28 @@ def choose_passes(
         if reshard is not None:
             raise ValueError("memory_budget chooses what is kept; pass it without reshard_after_forward and stage.")
     if passes is not None:
-        if reshard is not None or recompute != "none":
-            raise ValueError("passes= is the whole list: drop stage, reshard_after_forward and recompute, or passes.")
+        if reshard is not None or recompute != "none" or memory_budget is not None:
+            raise ValueError(
+                "passes= is the whole list: drop stage, reshard_after_forward, recompute and memory_budget, or passes."
+            )
         if wire_dtypes != (None, None):
             raise ValueError(
                 "passes= is the whole list: give default_passes() gather_dtype and reduce_dtype, or drop passes."
             )
         if left_out := ablation.scheduled(without):
             raise ValueError(f"passes= is the whole list: take what schedules {', '.join(left_out)} out of it instead.")
-        return tuple(passes)
     gather_dtype, reduce_dtype = wire_dtypes
-    every = default_passes(
+    recipe = Recipe(
+        layout=layout,
         max_kept_bytes=None if reshard is False else 0,
         recompute=recompute,
         gather_dtype=gather_dtype,
         reduce_dtype=reduce_dtype,
     )
-    return ablation.passes_without(without, every)
+    return ablation.recipe_without(without, recipe)
 
 
-def choose_group(group: dist.ProcessGroup | None, mesh: DeviceMesh | None, across: Across) -> Group | None:
+def choose_group(group: dist.ProcessGroup | None, mesh: DeviceMesh | None, across: Placement) -> Group | None:
     if mesh is not None:
         if group is not None:
             raise ValueError("Pass mesh or process_group, not both: the mesh says which ranks shard.")

@@ -1,12 +1,12 @@
-"""From a traced step to a plan: passes, layout, code. What ranks must agree on is written down here as text.
+"""Plans of ranks that are not there, and what differs between two plans.
 
-`plan()` is the entry point for a cluster that is not there; a model that trains comes here through its engine.
+`plan()` is the entry point for a cluster that is not there; the plans of a model that trains are made by its engine.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,24 +14,25 @@ import torch
 from torch import nn
 
 from fxzero.capture import capture
-from fxzero.comm.without_ranks import PlanningComm, ShardedPlanningComm
+from fxzero.comm.make import backend_for
 from fxzero.cost.job_costs import CostModel, choose_sizes, optimizer_bytes
 from fxzero.cost.model import Cluster
-from fxzero.graph.layout import LayoutName, check_layout
-from fxzero.graph.stages import Across, check_across
-from fxzero.graph.step import StepGraph
-from fxzero.memory.footprint import Held, footprint, held_by
-from fxzero.memory.report import MemoryReport
+from fxzero.graph.devices import Devices
+from fxzero.graph.layout import LayoutName
+from fxzero.graph.recipe import Recipe
+from fxzero.graph.sharding import Placement, Sharding
+from fxzero.graph.step import Pass, StepGraph
+from fxzero.memory.footprint import Held, held_by
 from fxzero.module.optimizer_classes import state_per_element
-from fxzero.passes import Pass, default_passes
 from fxzero.planning.check_passes import pass_checks
 from fxzero.planning.fix_layout import layout_of
-from fxzero.planning.keep_within_budget import choose, must_choose
-from fxzero.planning.plan import make_plan
+from fxzero.planning.keep_within_budget import depends_on_inputs, fit_recipe
+from fxzero.planning.plan import make_plan, with_collectives
+from fxzero.planning.saved_plan import SavedPlan, diff
 from fxzero.planning.schedule import Schedule
 from fxzero.runtime.shards import spec_of
 
-logger = logging.getLogger(__name__)
+__all__ = ["Recipe", "SavedPlan", "as_arguments", "diff", "plan"]
 
 
 def plan(
@@ -40,12 +41,13 @@ def plan(
     *,
     world_size: int,
     passes: Sequence[Pass] | None = None,
+    recipe: Recipe | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     memory_budget: int | None = None,
     layout: LayoutName = "contiguous",
     cluster: Cluster | str | None = None,
     num_nodes: int = 1,
-    across: Across = "replicate",
+    across: Placement = "replicate",
 ) -> Schedule:
     """The schedule of a model on ranks that are not there: no process group, no device, no memory for any tensor.
 
@@ -55,7 +57,8 @@ def plan(
         model: on any device, also meta.
         example: one batch, as `fxzero.compile` takes it; its tensors may be on meta.
         world_size: the number of ranks.
-        passes: the compiler passes, in order. Default: `fxzero.passes.default_passes()`.
+        passes: the compiler passes, in order, instead of those that the recipe stands for.
+        recipe: what is chosen about the plan (`Recipe(recompute="full")`); default: `Recipe()`.
         optimizer: what would train the model, for the bytes of its state. Default: one like AdamW.
         memory_budget: bytes that a rank may use; what fits stays gathered.
         layout: "contiguous" or "interleaved", as of `fxzero.compile`.
@@ -68,10 +71,14 @@ def plan(
         CaptureError: the model cannot be traced.
         ScheduleError: a pass left the schedule unsafe.
         PlanError: the step needs more than memory_budget.
-        ValueError: another layout or relation of nodes, or num_nodes does not divide world_size.
+        ValueError: another layout or relation of nodes, num_nodes does not divide world_size, or passes are given
+            together with what would choose them.
     """
-    check_layout(layout)
-    comm = _planning_comm(world_size, num_nodes, across)
+    if passes is not None and (memory_budget is not None or recipe is not None):
+        raise ValueError("passes= is the whole list: drop memory_budget and recipe, or passes.")
+    sharding, devices = Sharding.over(world_size, num_nodes, across), Devices.all(torch.device("cpu"))
+    backend = backend_for(devices.compute)
+    chosen = replace(recipe or Recipe(), layout=layout)
     args, kwargs = as_arguments(example)
     params = {fqn: spec_of(fqn, param) for fqn, param in model.named_parameters()}
     captured = capture(
@@ -80,47 +87,30 @@ def plan(
         args,
         kwargs,
         params,
-        device=torch.device("cpu"),
-        world_size=comm.world_size,
+        device=devices.compute,
+        sharding=sharding,
         with_backward=torch.is_grad_enabled() and any(param.requires_grad for param in params.values()),
     )
-    captured.step.layout = layout
-    captured.step.num_nodes, captured.step.shards_across = comm.num_nodes, comm.shards_across
-    chosen: Sequence[Pass] = default_passes() if passes is None else passes
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     state = state_per_element([] if optimizer is None else [optimizer])
 
     def held(step: StepGraph) -> Held:
-        layout, secondaries = layout_of(step, chosen), step.secondaries().values()
+        layout, secondaries = layout_of(step, chosen, passes), step.secondaries().values()
         return held_by(layout, state_per_element=state, buffers=buffers, secondaries=secondaries)
 
     costs = None
+    is_trained = captured.step.has_backward and passes is None
     if cluster is not None:
-        costs = CostModel(Cluster.of(cluster), optimizer_bytes(params.values(), comm.world_size, state))
-        if captured.step.has_backward and comm.world_size > 1 and passes is None:
-            chosen = choose_sizes(captured.step, chosen, costs, keeps_free=memory_budget is None).passes(chosen)
-    choice = None
-    if must_choose(chosen, memory_budget) and captured.step.has_backward:
-        choice = choose(captured.step, chosen, comm, held, memory_budget)
-    made = make_plan(captured, chosen, choice, pass_checks(chosen, model, args, kwargs))
-    return Schedule(
-        made.step,
-        made.code.source,
-        lambda: MemoryReport(footprint(made.step, comm, held(made.step)), made.step),
-        None if costs is None else partial(costs.timing, made.step),
-    )
-
-
-def _planning_comm(world_size: int, num_nodes: int, across: Across) -> PlanningComm:
-    """A rank that is not there; as of `mesh.group_of_mesh`, nodes of one rank that share shards are one group."""
-    check_across(across)
-    if num_nodes < 1 or world_size % num_nodes:
-        raise ValueError(f"num_nodes is {num_nodes}; it must divide the world_size of {world_size}")
-    if across == "replicate":
-        return PlanningComm(0, world_size // num_nodes, num_nodes=num_nodes)
-    if num_nodes in (1, world_size):
-        return PlanningComm(0, world_size)
-    return ShardedPlanningComm(0, world_size, num_nodes=num_nodes)
+        nbytes = optimizer_bytes(params.values(), sharding.shard_ranks, state)
+        costs = CostModel(Cluster.of(cluster), backend, nbytes)
+        if is_trained and sharding.shard_ranks > 1:
+            gathering = with_collectives(captured.step, chosen)
+            chosen = choose_sizes(gathering, chosen, costs, keeps_free=memory_budget is None)
+    if is_trained and depends_on_inputs(chosen, memory_budget):
+        chosen = fit_recipe(captured.step, chosen, backend, held, memory_budget)
+    made = make_plan(captured, chosen, backend, devices, passes, partial(pass_checks, model, args, kwargs))
+    timing = None if costs is None else partial(costs.timing, made.step)
+    return Schedule(made, lambda: made.report(held(made.step)), timing)
 
 
 def as_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -1,9 +1,17 @@
-"""Every private torch symbol that fxzero uses, in one place, with the versions it was seen in."""
+"""Every private torch symbol that fxzero uses, in one place, with the versions it was seen in.
+
+Private is what begins with an underscore: a part of an import's path, an attribute of an object of torch's, a key in
+its `__dict__`; but not the name of an operator (`torch.ops.aten._unsafe_view`). `tests/test_private_symbols.py` finds
+private symbols that stand elsewhere.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Sequence
+import functools
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,6 +22,8 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.distributed.distributed_c10d import Store
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def direct_call(op: Any) -> Any:
@@ -50,15 +60,14 @@ def default_store() -> Store:
 # -- tracing: capture/ ---------------------------------------------------------------------------------------------
 
 
-def is_operator(target: Any) -> bool:
-    """True for an ATen operator, as traced graphs call them. `torch._ops.OpOverload`: 2.11 to 2.13."""
-    return isinstance(target, cast(Any, torch)._ops.OpOverload)
+DispatchMode = TorchDispatchMode
+"""The base of classes that see every operator below autograd. `torch.utils._python_dispatch`: 2.11 to 2.13."""
 
-
-def tensor_tables(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The parameters and buffers that a module itself holds, by attribute. `_parameters`, `_buffers`: 2.11 to 2.13."""
-    private = cast(Any, module)
-    return private._parameters, private._buffers
+TRACER_FILES = re.compile(
+    r"torch[/\\](_subclasses|_dispatch|_ops\.py|_meta_registrations|_decomp|_refs|_prims|fx[/\\]|_functorch|"
+    r"utils[/\\]_python_dispatch|utils[/\\]checkpoint)"
+)
+"""Files of torch that raise on behalf of the tracer, not of the model: 2.11 to 2.13."""
 
 
 def fake_tensor_mode() -> Any:
@@ -136,7 +145,25 @@ def apply_pending_updates(tensor: torch.Tensor) -> None:
         private._sync(tensor)
 
 
-# -- graphs, storage, modules --------------------------------------------------------------------------------------
+# -- trees of arguments and results: `torch.utils._pytree`, 2.11 to 2.13 ------------------------------------------
+
+TreeSpec = pytree.TreeSpec
+"""How values are nested in tuples, lists, dicts and registered classes. 2.11 to 2.13."""
+tree_flatten = pytree.tree_flatten
+"""The leaves of nested values, and their TreeSpec. 2.11 to 2.13."""
+tree_unflatten = pytree.tree_unflatten
+"""Nested values, of their leaves and their TreeSpec. 2.11 to 2.13."""
+tree_leaves = pytree.tree_leaves
+"""The leaves of nested values. 2.11 to 2.13."""
+tree_map_only = pytree.tree_map_only
+"""Nested values with a function applied to the leaves of one type. 2.11 to 2.13."""
+tree_flatten_with_path = pytree.tree_flatten_with_path
+"""The leaves of nested values, each behind the keys that lead to it, and their TreeSpec. 2.11 to 2.13."""
+keystr = pytree.keystr
+"""The text of such keys: `[1]['x'].y`. 2.11 to 2.13."""
+
+
+# -- operators -----------------------------------------------------------------------------------------------------
 
 
 def is_overload(target: Any) -> bool:
@@ -144,6 +171,7 @@ def is_overload(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload)  # pyright: ignore[reportPrivateUsage]
 
 
+@functools.cache
 def is_mutable(overload: Any) -> bool:
     """True if an operator writes to an argument, or may. `OpOverload._schema`: 2.11 to 2.13."""
     return overload._schema.is_mutable
@@ -159,6 +187,51 @@ def argument(node: Any, name: str) -> Any:
             given = node.args[index] if index < len(node.args) else declared.default_value
             return node.kwargs.get(name, given)
     return None
+
+
+def written_names(overload: Any) -> tuple[str, ...]:
+    """The arguments that an operator writes to. `OpOverload._schema`: 2.11 to 2.13."""
+    declared = overload._schema.arguments
+    return tuple(each.name for each in declared if each.alias_info is not None and each.alias_info.is_write)
+
+
+def written_arguments(node: Any) -> list[Any]:
+    """What a node passes for the arguments that its operator writes to."""
+    return [argument(node, name) for name in written_names(node.target)]
+
+
+def named_arguments(overload: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of an operator by name, defaults included. `OpOverload._schema`: 2.11 to 2.13."""
+    declared = overload._schema.arguments
+    defaults = {each.name: each.default_value for each in declared if each.has_default_value()}
+    return {**defaults, **{each.name: value for each, value in zip(declared, args, strict=False)}, **kwargs}
+
+
+def num_results(overload: Any) -> int:
+    """How many values an operator returns. `OpOverload._schema`: 2.11 to 2.13."""
+    return len(overload._schema.returns)
+
+
+def returns_an_argument(overload: Any) -> bool:
+    """True if an operator's first result is, or may be, on the memory of an argument. `_schema`: 2.11 to 2.13."""
+    return overload._schema.returns[0].alias_info is not None
+
+
+def functional_form(overload: Any) -> Any:
+    """`aten.div.Scalar` for `aten.div_.Scalar`; None if there is none with the same arguments.
+
+    `OpOverload._schema`, `OpOverload._overloadname`: 2.11 to 2.13.
+    """
+    namespace, _, name = overload._schema.name.partition("::")
+    packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
+    found = getattr(packet, overload._overloadname, None) if packet is not None and name.endswith("_") else None
+    if found is None or found._schema.is_mutable:
+        return None
+    same = [each.name for each in found._schema.arguments] == [each.name for each in overload._schema.arguments]
+    return found if same else None
+
+
+# -- storage -------------------------------------------------------------------------------------------------------
 
 
 def same_storage(a: Any, b: Any) -> bool:
@@ -186,12 +259,6 @@ def out_variant(overload: Any) -> tuple[Any, str] | None:
     return None
 
 
-def written_arguments(node: Any) -> list[Any]:
-    """What a node passes for the arguments that its operator writes to. `OpOverload._schema`: 2.11 to 2.13."""
-    declared = node.target._schema.arguments
-    return [argument(node, a.name) for a in declared if a.alias_info is not None and a.alias_info.is_write]
-
-
 def zero_all(tensors: Sequence[torch.Tensor]) -> None:
     """Write zeros to all tensors in one call. `torch._foreach_zero_`: 2.11 to 2.13."""
     torch._foreach_zero_(list(tensors))  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
@@ -200,6 +267,55 @@ def zero_all(tensors: Sequence[torch.Tensor]) -> None:
 def copy_all(into: Sequence[torch.Tensor], source: Sequence[torch.Tensor]) -> None:
     """Copy each tensor into its counterpart in one call. `torch._foreach_copy_`: 2.11 to 2.13."""
     torch._foreach_copy_(list(into), list(source))  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+
+
+# -- modules -------------------------------------------------------------------------------------------------------
+
+CONVERSION = "_apply"
+"""The method behind `Module.to`, `half`, `cuda` and the like, also of the modules inside of one: 2.11 to 2.13.
+
+There is no public one that they have in common. ZeroModule overrides it, and modules that are taken over hide it."""
+TENSOR_TABLES = ("_parameters", "_buffers")
+"""The attributes in which a module holds the parameters and buffers that it registers: 2.11 to 2.13."""
+MODULE_TABLE = "_modules"
+"""The attribute in which a module holds the modules inside of it: 2.11 to 2.13."""
+RNN_CACHES = ("_flat_weights", "_flat_weight_refs")
+"""The attributes that an nn.RNNBase makes anew of its parameters in every call: 2.11 to 2.13."""
+EXTRA_STATE = "_extra_state"
+"""The key of what `Module.get_extra_state` returns in a state dict, behind the module's name: 2.11 to 2.13."""
+
+
+def tensor_tables(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The parameters and buffers that a module itself holds, by attribute, for reading and writing."""
+    private = vars(module)
+    return private[TENSOR_TABLES[0]], private[TENSOR_TABLES[1]]
+
+
+def share_tables(module: nn.Module, source: nn.Module) -> None:
+    """Let a module hold the parameters, buffers and modules of another one: the tables themselves, not copies.
+
+    `Module._non_persistent_buffers_set` as well: 2.11 to 2.13.
+    """
+    for table in (*TENSOR_TABLES, MODULE_TABLE, "_non_persistent_buffers_set"):
+        vars(module)[table] = vars(source)[table]
+
+
+def own_initialiser(module: nn.Module) -> Callable[[], object] | None:
+    """The method with which a module draws its parameters anew, if it has one.
+
+    `_reset_parameters`, of nn.MultiheadAttention and nn.Transformer: 2.11 to 2.13.
+    """
+    methods = (getattr(module, name, None) for name in ("reset_parameters", "_reset_parameters"))
+    return next((method for method in methods if callable(method)), None)
+
+
+def add_metadata(state: dict[str, Any], source: dict[str, Any]) -> None:
+    """Give a state dict the versions of modules that another one has. Its attribute `_metadata`: 2.11 to 2.13."""
+    found = cast(Any, source)._metadata
+    if hasattr(state, "_metadata"):
+        cast(Any, state)._metadata.update(found)
+    elif isinstance(state, OrderedDict):
+        cast(Any, state)._metadata = found
 
 
 def buffers_of(module: nn.Module) -> dict[str, torch.Tensor | None]:
@@ -224,6 +340,28 @@ def incompatible_keys(missing: list[str], unexpected: list[str]) -> Any:
 
 
 # -- autograd ------------------------------------------------------------------------------------------------------
+
+
+def num_changes(tensors: Iterable[torch.Tensor]) -> int:
+    """How often tensors were changed in place, all together. `Tensor._version`: 2.11 to 2.13."""
+    return sum([tensor._version for tensor in tensors])  # pyright: ignore[reportPrivateUsage]
+
+
+def changes_of_each(tensors: Sequence[Any], indices: Sequence[int]) -> list[int]:
+    """How often each of some tensors was changed in place; inference tensors do not count. `_version`: 2.11 to 2.13."""
+    return [0 if tensors[index].is_inference() else tensors[index]._version for index in indices]
+
+
+def gradient_hooks(params: Sequence[nn.Parameter]) -> list[tuple[int, Any, Any]]:
+    """The parameters that have hooks on their gradient, by index: those of register_hook, those that run afterwards.
+
+    `Tensor._backward_hooks`, `Tensor._post_accumulate_grad_hooks`: 2.11 to 2.13.
+    """
+    return [
+        (index, param._backward_hooks, param._post_accumulate_grad_hooks)  # pyright: ignore[reportPrivateUsage]
+        for index, param in enumerate(params)
+        if param._backward_hooks or param._post_accumulate_grad_hooks  # pyright: ignore[reportPrivateUsage]
+    ]
 
 
 @contextlib.contextmanager

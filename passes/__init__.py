@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, TypeAlias
+import dataclasses
+from typing import Any
 
-import torch
-
-from fxzero.graph.step import StepGraph
+from fxzero.graph.recipe import Recipe
+from fxzero.graph.step import Pass
 from fxzero.passes.bucket_all_gathers import BucketAllGathers
 from fxzero.passes.bucket_reduce_scatters import BucketReduceScatters
 from fxzero.passes.gathers_first import GathersFirst
@@ -24,50 +23,39 @@ from fxzero.passes.rematerialize_views import RematerializeViews
 from fxzero.passes.sink_waits import SinkWaits
 from fxzero.passes.write_grads_in_place import WriteGradsInPlace
 
-Pass: TypeAlias = Callable[[StepGraph], None]
-"""Edits a graph in place. One that changes numbers has a property `tolerance`: by how much outputs and gradients may
-change, relative to the largest magnitude among them."""
+
+def inserting_passes(recipe: Recipe) -> tuple[Pass, ...]:
+    """The first of the default passes: those that write one collective for each parameter and use."""
+    recompute = RecomputeActivations(recipe.recompute, recipe.recompute_level)
+    return RematerializeViews(), recompute, InsertAllGathers(), InsertReduceScatters()
 
 
-def default_passes(
-    *,
-    bucket_bytes: int = BucketAllGathers.bucket_bytes,
-    max_kept_bytes: int | None = 0,
-    prefetch_bytes: int = PrefetchAllGathers.max_inflight_bytes,
-    recompute: Literal["none", "full"] | int = "none",
-    reduce_bytes: int = SinkWaits.max_inflight_bytes,
-    gather_dtype: torch.dtype | None = None,
-    reduce_dtype: torch.dtype | None = None,
-) -> tuple[Pass, ...]:
-    """The passes of a plan, in order; all keep numerics bit for bit but for those that the last two arguments add.
+def default_passes(recipe: Recipe | None = None, /, **changes: Any) -> tuple[Pass, ...]:
+    """The passes that a recipe stands for, in order; the only place that makes passes of one.
+
+    All keep numerics bit for bit, but for those of `gather_dtype` and `reduce_dtype`.
 
     Args:
-        bucket_bytes: upper bound on the parameter bytes of one bucket.
-        max_kept_bytes: upper bound on gathered bytes kept from forward to backward; 0 gathers all again (ZeRO stage 3),
-            None keeps all (the residency of stage 2).
-        prefetch_bytes: upper bound on gathered bytes in flight.
-        recompute: "none", "full" (whole repeated blocks), or an upper bound on the bytes saved for backward.
-        reduce_bytes: upper bound on gradient-bucket bytes in flight.
-        gather_dtype: in which parameters travel: torch.bfloat16, or torch.int8 with a scale for each block.
-        reduce_dtype: in which gradients travel: torch.bfloat16.
+        recipe: default: `Recipe()`.
+        changes: fields of the recipe that have another value, as of `dataclasses.replace`.
     """
-    narrow: list[Pass] = [] if gather_dtype is None else [NarrowAllGathers(gather_dtype)]
-    narrow += [] if reduce_dtype is None else [NarrowReduceScatters(reduce_dtype)]
+    recipe = dataclasses.replace(recipe or Recipe(), **changes)
+    has_overlap = "overlap" not in recipe.without
+    has_prefetch = has_overlap and "prefetch" not in recipe.without
+    prefetch_bytes, reduce_bytes = (0, 0) if recipe.is_tight else (recipe.prefetch_bytes, recipe.reduce_bytes)
     return (
-        RematerializeViews(),
-        RecomputeActivations(recompute),
-        InsertAllGathers(),
-        InsertReduceScatters(),
-        BucketAllGathers(bucket_bytes),
+        *inserting_passes(recipe),
+        BucketAllGathers(recipe.bucket_bytes, recipe.head_bytes),
         BucketReduceScatters(),
-        KeepGathered(max_kept_bytes),
-        PrefetchAllGathers(prefetch_bytes),
-        GathersFirst(),
-        SinkWaits(reduce_bytes),
+        KeepGathered(recipe.max_kept_bytes, recipe.kept, recipe.resident),
+        *([PrefetchAllGathers(prefetch_bytes)] if has_prefetch else []),
+        GathersFirst(recipe.later),
+        *([SinkWaits(reduce_bytes)] if has_overlap else []),
         ReleaseParams(),
         WriteGradsInPlace(),
         LocalizeAllGathers(),
-        *narrow,
+        *([] if recipe.gather_dtype is None else [NarrowAllGathers(recipe.gather_dtype)]),
+        *([] if recipe.reduce_dtype is None else [NarrowReduceScatters(recipe.reduce_dtype)]),
     )
 
 
@@ -89,4 +77,5 @@ __all__ = [
     "SinkWaits",
     "WriteGradsInPlace",
     "default_passes",
+    "inserting_passes",
 ]

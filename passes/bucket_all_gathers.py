@@ -23,8 +23,8 @@ class BucketAllGathers:
     Before:  all_gather w | wait w | mm(x, w) | all_gather b | wait b | add(.., b)
     After:   all_gather (w, b) | wait (w, b) | mm(x, w) | add(.., b)
 
-    A bucket never mixes dtypes or frozen with trained parameters, and has the same members in every phase: those
-    given by `buckets`, else neighbours in the order of their first gather.
+    A bucket never mixes dtypes or frozen with trained parameters, and has the same members in every phase: those of the
+    layout if it is fixed (`step.fixed_buckets`), else neighbours in the order of their first gather.
 
     Needs: InsertAllGathers. Numerics: unchanged, bit for bit.
     Source: DeepSpeed PR 1453 (coalesced all-gathers); deviation: a bucket is laid out once, so nothing is interleaved.
@@ -35,8 +35,6 @@ class BucketAllGathers:
     head_bytes: int | None = None
     """The same of the first bucket: nothing hides its gather at the begin of forward, nor its reduction at the end of
     backward. Each later one may be twice as large, up to `bucket_bytes`."""
-    buckets: tuple[tuple[str, ...], ...] | None = None
-    """The members of each bucket, if the layout is fixed already."""
 
     def __post_init__(self) -> None:
         if self.bucket_bytes <= 0:
@@ -55,12 +53,13 @@ class BucketAllGathers:
         if step.nodes(Role.RELEASE):
             raise PassOrderError("a bucket is released already; run ReleaseParams after this pass")
         in_order = dict.fromkeys(fqn for start in starts for fqn in members(start))
-        if self.buckets is None:
+        buckets = step.fixed_buckets
+        if buckets is None:
             params = (step.params[fqn] for fqn in in_order)
-            groups = group_into_buckets(params, step.world_size, self.bucket_bytes, head_bytes=self.head_bytes)
+            groups = group_into_buckets(
+                params, step.sharding.shard_ranks, self.bucket_bytes, head_bytes=self.head_bytes
+            )
             buckets = tuple(group.fqns for group in groups)
-        else:
-            buckets = self.buckets
         bucket_of = {fqn: bucket for bucket in buckets for fqn in bucket}
         for _, nodes in step.phases():
             by_bucket: dict[tuple[str, ...], list[fx.Node]] = {}

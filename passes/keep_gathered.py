@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from torch import fx
 
 from fxzero.errors import PassOrderError
 from fxzero.graph.nodes import Role, gathered_params, members, new_value, wait_of
+from fxzero.graph.placing import kept_from_forward
 from fxzero.graph.step import Phase, StepGraph
 
 
@@ -49,20 +51,13 @@ class KeepGathered:
         phase_of = step.phase_of()
         gathers = step.nodes(Role.ALL_GATHER)
         forward = {members(start): start for start in gathers if phase_of[start] is Phase.FORWARD}
-        room = self.max_kept_bytes
-        for again in gathers:
-            bucket = members(again)
-            if phase_of[again] is Phase.FORWARD or bucket not in forward:
-                continue
-            nbytes = step.bucket_of(again).nbytes
-            if self.buckets is not None:
-                if bucket not in self.buckets:
-                    continue
-            elif room is not None:
-                if nbytes > room:
-                    continue
-                room -= nbytes
-            self._keep(step, forward[bucket], again)
+        again = [start for start in gathers if phase_of[start] is Phase.BACKWARD and members(start) in forward]
+        if self.buckets is not None:
+            stays = [members(start) in self.buckets for start in again]
+        else:
+            stays = kept_from_forward([step.payload_of(start).nbytes for start in again], self.max_kept_bytes)
+        for start in itertools.compress(again, stays):
+            self._keep(step, forward[members(start)], start)
 
     def _keep(self, step: StepGraph, kept: fx.Node, again: fx.Node) -> None:
         """Let the readers of a second gather read the first, and drop the second."""

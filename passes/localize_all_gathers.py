@@ -28,7 +28,7 @@ class LocalizeAllGathers:
         if not starts and any(param.users for param in step.param_nodes().values()):
             raise PassOrderError("no all_gather in the graph; run InsertAllGathers first")
         seen: set[tuple[str, ...]] = set()
-        for start in starts if step.shards_across else []:
+        for start in starts if step.sharding.shards_across else []:
             if members(start) in seen:
                 set_inside(start)
             seen.add(members(start))

@@ -9,7 +9,7 @@ import torch
 from fxzero.errors import PassOrderError
 from fxzero.graph.nodes import Role, set_wire_format
 from fxzero.graph.step import StepGraph
-from fxzero.graph.wire import BLOCK_NUMEL, WireFormat, narrowed
+from fxzero.graph.wire import BLOCK_NUMEL, WireFormat, check_gather_dtype, narrowed
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,7 @@ class NarrowAllGathers:
     """Elements that share a scale, of int8."""
 
     def __post_init__(self) -> None:
-        if self.dtype not in (torch.bfloat16, torch.int8):
-            raise ValueError(f"dtype is {self.dtype}; gathers travel as torch.bfloat16 or torch.int8")
+        check_gather_dtype(self.dtype)
         if self.block_numel < 1:
             raise ValueError(f"block_numel is {self.block_numel}; it must be at least 1")
 
@@ -56,7 +55,7 @@ class NarrowAllGathers:
         starts = step.nodes(Role.ALL_GATHER)
         if not starts and any(param.users for param in step.param_nodes().values()):
             raise PassOrderError("no all_gather in the graph; run InsertAllGathers first")
-        for start in starts if step.world_size > 1 else []:
-            bucket = step.bucket_of(start)
-            if narrowed(bucket, self.format) is not bucket:
+        for start in starts if step.sharding.shard_ranks > 1 else []:
+            payload = step.payload_of(start)
+            if narrowed(payload, self.format) is not payload:
                 set_wire_format(start, self.format)

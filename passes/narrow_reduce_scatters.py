@@ -9,7 +9,7 @@ import torch
 from fxzero.errors import PassOrderError
 from fxzero.graph.nodes import Role, set_wire_format
 from fxzero.graph.step import StepGraph
-from fxzero.graph.wire import WireFormat, narrowed
+from fxzero.graph.wire import WireFormat, check_reduce_dtype, narrowed
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,7 @@ class NarrowReduceScatters:
     """torch.bfloat16."""
 
     def __post_init__(self) -> None:
-        if self.dtype is not torch.bfloat16:
-            raise ValueError(f"dtype is {self.dtype}; reduce-scatters travel as torch.bfloat16")
+        check_reduce_dtype(self.dtype)
 
     @property
     def format(self) -> WireFormat:
@@ -51,7 +50,7 @@ class NarrowReduceScatters:
         starts = step.nodes(Role.REDUCE_SCATTER)
         if not starts and step.has_backward and step.synchronize and step.grads:
             raise PassOrderError("no reduce_scatter in the graph; run InsertReduceScatters first")
-        for start in starts if step.world_size > 1 else []:
-            bucket = step.bucket_of(start)
-            if narrowed(bucket, self.format) is not bucket:
+        for start in starts if step.sharding.shard_ranks > 1 else []:
+            payload = step.payload_of(start)
+            if narrowed(payload, self.format) is not payload:
                 set_wire_format(start, self.format)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fxzero.errors import PassOrderError
 from fxzero.graph.nodes import Role, role, wait_of
+from fxzero.graph.placing import gather_starts
 from fxzero.graph.step import StepGraph
 
 MIB = 2**20
@@ -38,14 +39,9 @@ class PrefetchAllGathers:
             raise PassOrderError("no all_gather in the graph; run InsertAllGathers first")
         for _, nodes in step.phases():
             starts = [node for node in nodes if role(node) is Role.ALL_GATHER]
-            nbytes = [step.bucket_of(start).nbytes for start in starts]
+            nbytes = [step.payload_of(start).nbytes for start in starts]
             head = next((node for node in nodes if node not in starts), None)
-            first = flying_bytes = 0
-            for k, start in enumerate(starts):
-                flying_bytes += nbytes[k]
-                while first < k - 1 and flying_bytes > self.max_inflight_bytes:
-                    flying_bytes -= nbytes[first]
-                    first += 1
+            for start, first in zip(starts, gather_starts(nbytes, self.max_inflight_bytes), strict=True):
                 anchor = wait_of(starts[first]) if first > 0 else head
                 assert anchor is not None
                 anchor.prepend(start)

@@ -15,6 +15,7 @@ from fxzero.graph.aliasing import is_view, memory_of
 from fxzero.graph.min_cut import Copies, choose_saved, read_in_backward
 from fxzero.graph.names import block_depth, block_of, format_bytes
 from fxzero.graph.nodes import Role, info, is_pointwise, role, tensor_bytes
+from fxzero.graph.recipe import check_recompute
 from fxzero.graph.step import StepGraph
 
 logger = logging.getLogger(__name__)
@@ -61,9 +62,7 @@ class RecomputeActivations:
     """How far to go, if that is chosen already; see `level_for`."""
 
     def __post_init__(self) -> None:
-        is_bytes = isinstance(self.recompute, int) and not isinstance(self.recompute, bool) and self.recompute >= 0
-        if not is_bytes and self.recompute not in ("none", "full"):
-            raise ValueError(f'recompute is {self.recompute!r}; it must be "none", "full" or a number of bytes')
+        check_recompute(self.recompute)
 
     def __call__(self, step: StepGraph, /) -> None:
         level = self.level_for(step) if self.level is None else self.level

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 
 from torch import fx
 
 from fxzero.errors import PassOrderError
-from fxzero.graph.nodes import Role, gathered_params, is_gather, role, started_by, wait_of
+from fxzero.graph.nodes import Role, gathered_params, is_gather, started_by, wait_of
+from fxzero.graph.placing import reductions_finished
 from fxzero.graph.step import StepGraph
 
 MIB = 2**20
@@ -54,15 +54,12 @@ class SinkWaits:
                 first.prepend(output)
 
     def _sink_reductions(self, step: StepGraph) -> None:
-        in_flight: deque[fx.Node] = deque()
-        nbytes = 0
-        for start in step.nodes(Role.REDUCE_SCATTER):
-            in_flight.append(start)
-            nbytes += step.bucket_of(start).nbytes
-            while len(in_flight) > 1 and nbytes > self.max_inflight_bytes:
-                first = in_flight.popleft()
-                nbytes -= step.bucket_of(first).nbytes
-                start.prepend(wait_of(first))
-        for start in in_flight:
-            assert role(start) is Role.REDUCE_SCATTER
+        starts = step.nodes(Role.REDUCE_SCATTER)
+        nbytes = [step.payload_of(start).nbytes for start in starts]
+        end = 0
+        for start, finished in zip(starts, reductions_finished(nbytes, self.max_inflight_bytes), strict=True):
+            for index in finished:
+                start.prepend(wait_of(starts[index]))
+            end = finished.stop
+        for start in starts[end:]:
             step.output.prepend(wait_of(start))

@@ -72,7 +72,7 @@ class WriteGradsInPlace:
     ) -> Callable[[StepGraph, fx.Node, fx.Node], fx.Node] | None:
         """How the producer can write to a slot; None if it cannot."""
         value = producer.meta["val"]
-        if value.dtype != step.params[fqn].dtype or not value.is_contiguous():
+        if value.dtype != step.params[fqn].dtypes.grad or not value.is_contiguous():
             return None
         if producer.target in _OUT_VARIANTS and "dtype" not in producer.kwargs:
             return _compute_into

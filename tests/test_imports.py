@@ -23,7 +23,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("module",),
     ("options", "planner"),
     ("api",),
-    ("train", "commands"),
+    ("commands",),
+    ("train",),
     ("__main__",),
     ("testing",),
 )

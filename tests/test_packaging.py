@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from fxzero.host.extras import LIBRARIES
+
 ROOT = Path(__file__).parents[1]
 PACKAGE_FOLDERS = ("fxzero", "passes", "models")
 
@@ -39,6 +41,13 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     (wheel,) = (source / "out").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         return set(archive.namelist())
+
+
+def test_errors_name_the_libraries_of_the_extras_when_they_are_missing():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for extra, libraries in LIBRARIES.items():
+        assert tuple(requirement.partition(">")[0] for requirement in extras[extra]) == libraries
 
 
 def test_wheel_names_start_with_fxzero_when_built(wheel_names: set[str]):

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 from benchmarks.network import __doc__ as purpose
 from benchmarks.network.results import read
 from benchmarks.network.systems import SYSTEMS, Shape
 from benchmarks.network.testbed import CannotRunHere, check
 from benchmarks.network.turns import Turns, chosen, run, with_compute
+from benchmarks.termination import clean_up_when_terminated
 
 RESULTS = Path(__file__).parents[1] / "results"
 RAW = Path("benchmarks/raw/network.jsonl")
@@ -74,7 +73,7 @@ def turns_of(arguments: argparse.Namespace) -> Turns:
 def main() -> None:
     parser = make_parser()
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, _end)  # namespaces are taken down then, too
+    clean_up_when_terminated()  # of namespaces
     try:
         if arguments.command == "run":
             run(turns_of(arguments), arguments.out)
@@ -89,10 +88,6 @@ def main() -> None:
         sys.exit(str(error))
     except ValueError as error:
         parser.error(str(error))
-
-
-def _end(*_: object) -> NoReturn:
-    raise SystemExit(143)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,16 @@ class Encoder(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
 
 
+def init_weights(module: nn.Module) -> None:
+    """Initialise one module of a model that was made on the meta device."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)
+    if isinstance(module, nn.LayerNorm):
+        module.reset_parameters()
+
+
 def make_batch(shape: Shape, step: int, rank: int) -> tuple[Tensor, Tensor]:
     """Ids and labels [batch, seq] of a rank's step.
 

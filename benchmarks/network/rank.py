@@ -1,6 +1,6 @@
 """One rank of one system: it gets ready, then takes steps when it is told to.
 
-Commands come as JSON lines on stdin, one answer as a JSON line on stdout to each:
+Commands as `benchmarks.ranks` has them:
 {"do": "steps", "count": 4}, {"do": "calls"}, {"do": "reset_peak"}, {"do": "report"}, {"do": "quit"}.
 """
 
@@ -9,15 +9,18 @@ from __future__ import annotations
 import argparse
 import cProfile
 import json
-import os
 import pstats
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.network.place import add_place, take_place
 from benchmarks.network.systems import SYSTEMS, Job, Shape, Training
+from benchmarks.ranks import serve
+from benchmarks.resident import reset_peak, resident_mib
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,10 +83,15 @@ class Rank:
             "loss": float(loss.detach()),
         }
 
+    def reset_peak(self) -> dict[str, Any]:
+        """Let the peak of resident memory be that of what follows."""
+        reset_peak()
+        return {}
+
     def report(self) -> dict[str, Any]:
         """The peak of resident memory since its mark was reset, and what the system says of itself."""
-        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return {"peak_mib": int(lines["VmHWM"].split()[0]) / 1024, "facts": self._training.facts()}
+        (peak,) = resident_mib("VmHWM")
+        return {"peak_mib": peak, "facts": self._training.facts()}
 
 
 def _faults() -> int:
@@ -93,12 +101,7 @@ def _faults() -> int:
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--system", required=True, choices=list(SYSTEMS))
-    parser.add_argument("--rank", type=int, required=True)
-    parser.add_argument("--world-size", type=int, required=True)
-    parser.add_argument("--core", type=int, required=True)
-    parser.add_argument("--address", required=True, help="of rank 0")
-    parser.add_argument("--port", type=int, required=True, help="of rank 0")
-    parser.add_argument("--interface", required=True)
+    add_place(parser)
     parser.add_argument("--shape", type=json.loads, default={})
     parser.add_argument("--default-malloc", action="store_true")
     parser.add_argument("--simple-fsdp")
@@ -107,66 +110,26 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def build(arguments: argparse.Namespace) -> Rank:
     """Make the process a rank, and its system ready."""
-    os.sched_setaffinity(0, {arguments.core})  # before torch, whose threads inherit it
-    os.environ |= {
-        "OMP_NUM_THREADS": "1",
-        "RANK": str(arguments.rank),
-        "WORLD_SIZE": str(arguments.world_size),
-        "LOCAL_RANK": "0",
-        "LOCAL_SIZE": "1",
-        "LOCAL_WORLD_SIZE": "1",
-        "MASTER_ADDR": arguments.address,
-        "MASTER_PORT": str(arguments.port),
-        "GLOO_SOCKET_IFNAME": arguments.interface,
-        "DS_ACCELERATOR": "cpu",
-    }
-    import torch
-    import torch.distributed as dist
-
+    system = SYSTEMS[arguments.system]
+    take_place(arguments, makes_group=not system.makes_group)
     import fxzero
     from benchmarks.network.model import Encoder
 
     if not arguments.default_malloc and not fxzero.keep_freed_memory():
         raise SystemExit("This C library cannot keep freed memory: pass --default-malloc.")
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    system = SYSTEMS[arguments.system]
     job = Job(arguments.rank, arguments.world_size, Shape(**arguments.shape), arguments.simple_fsdp)
-    if not system.makes_group:
-        dist.init_process_group("gloo")
     model = Encoder(job.shape)
     params = list(model.parameters())
     facts = {"num_params": len(params), "param_bytes": sum(param.nbytes for param in params)}
     return Rank(system.make(model, job), job, arguments.interface, facts)
 
 
-def main() -> None:
-    arguments = parse(sys.argv[1:])
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print goes where errors go
-
-    def answer(value: Any) -> None:
-        print(json.dumps(value), file=answers, flush=True)
-
+def start() -> tuple[dict[str, Any], dict[str, Callable[..., Any]]]:
     begin = time.perf_counter()
-    rank = build(arguments)
-    answer({"seconds": time.perf_counter() - begin, **rank.facts})
-    for line in sys.stdin:
-        command = json.loads(line)
-        if command["do"] == "steps":
-            answer(rank.steps(command["count"]))
-        elif command["do"] == "calls":
-            answer(rank.calls())
-        elif command["do"] == "reset_peak":
-            Path("/proc/self/clear_refs").write_text("5")
-            answer({})
-        elif command["do"] == "report":
-            answer(rank.report())
-        else:
-            break
-    answers.flush()
-    os._exit(0)  # gloo's teardown can wait for a peer that left first
+    rank = build(parse(sys.argv[1:]))
+    commands = {"steps": rank.steps, "calls": rank.calls, "reset_peak": rank.reset_peak, "report": rank.report}
+    return {"seconds": time.perf_counter() - begin, **rank.facts}, commands
 
 
 if __name__ == "__main__":
-    main()
+    serve(start)

@@ -100,7 +100,7 @@ class System:
 SYSTEMS = {
     "compute": System("baselines:compute", Policy.SILENT, "compute only (eager)"),
     "wire": System("baselines:wire", Policy.WIRE, "bare gloo loop"),
-    "fxzero_stubbed": System("ours:stubbed", Policy.SILENT, "fxzero's code, collectives stubbed out"),
+    "fxzero_stubbed": System("stubbed:stubbed", Policy.SILENT, "fxzero's code, collectives stubbed out"),
     "fxzero": System("ours:train", Policy.AGAIN, "fxzero"),
     "fxzero_keep": System("ours:train", Policy.KEEP, "fxzero, stage=2", {"stage": 2}),
     "fxzero_naive": System("ours:naive", Policy.AGAIN, "fxzero, naive schedule"),

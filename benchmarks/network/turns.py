@@ -13,7 +13,8 @@ from typing import Any, TextIO
 from benchmarks.about import about
 from benchmarks.network.systems import GROUPS, SYSTEMS, Shape
 from benchmarks.network.testbed import Network
-from benchmarks.network.world import RankDied, World
+from benchmarks.network.world import World
+from benchmarks.ranks import RankDied
 
 FIRST_PORT = 29500
 

@@ -1,6 +1,6 @@
 """Trace a model's forward and backward into one StepGraph without any communication.
 
-    captured = capture(model, model.forward, args, kwargs, params, device=..., world_size=...)
+    captured = capture(model, model.forward, args, kwargs, params, device=..., sharding=...)
     captured.step       the graph; captured.output.rebuild(tensors) makes the model's return value
 
 joint.py traces; draws.py makes random numbers eager's; provenance.py says which module made a node; state.py swaps
@@ -25,6 +25,7 @@ from fxzero.capture.joint import Request, no_autocast, trace_joint
 from fxzero.capture.outputs import OutputSpec
 from fxzero.capture.temporaries import make_temporaries_functional
 from fxzero.graph.layout import ParamSpec
+from fxzero.graph.sharding import Sharding
 from fxzero.graph.step import StepGraph
 
 __all__ = ["Captured", "OutputSpec", "capture"]
@@ -51,7 +52,7 @@ def capture(
     params: Mapping[str, ParamSpec],
     *,
     device: torch.device,
-    world_size: int,
+    sharding: Sharding,
     with_backward: bool,
     differentiated: tuple[int, ...] | None = None,
 ) -> Captured:
@@ -63,7 +64,7 @@ def capture(
         args, kwargs: the example call; only the geometry of its tensors matters.
         params: every parameter by canonical name, as `named_parameters()` orders them.
         device: where parameters, and whatever is on the meta device, shall be.
-        world_size: number of ranks, for the StepGraph.
+        sharding: the ranks that the step is for.
         with_backward: False for a step under `torch.no_grad()`.
         differentiated: which outputs get a tangent; None guesses: the one named `loss`, else the only scalar, else all.
 
@@ -89,5 +90,5 @@ def capture(
         if explained is None:
             raise
         raise explained from error
-    step = assemble(root, joint, module, params, world_size)
+    step = assemble(root, joint, module, params, sharding)
     return Captured(step, joint.output, joint.differentiable, joint.differentiated)

@@ -15,6 +15,7 @@ from fxzero.errors import CaptureError
 from fxzero.graph.aliasing import is_view
 from fxzero.graph.layout import ParamSpec
 from fxzero.graph.nodes import META_KEY, NodeInfo, Role, info, role
+from fxzero.graph.sharding import Sharding
 from fxzero.graph.step import StepGraph
 
 aten = torch.ops.aten
@@ -24,7 +25,7 @@ _NO_OPS = frozenset({aten.detach.default, aten.alias.default, aten.lift_fresh_co
 
 
 def assemble(
-    root: fx.GraphModule, joint: Joint, module: nn.Module, params: Mapping[str, ParamSpec], world_size: int
+    root: fx.GraphModule, joint: Joint, module: nn.Module, params: Mapping[str, ParamSpec], sharding: Sharding
 ) -> StepGraph:
     """The StepGraph of a traced, functional graph.
 
@@ -40,7 +41,7 @@ def assemble(
     grads = {name: grad for name, grad in zip(joint.grads, results_iter, strict=False) if grad is not None}
     _check_dense(grads)
     of_input = dict(zip(joint.input_grads, results_iter, strict=False))
-    step = StepGraph(graph, dict(params), world_size, constants)
+    step = StepGraph(graph, dict(params), sharding, constants)
     inputs = step.nodes(Role.INPUT)
     step.set_output(outputs, grads, [of_input.get(index) for index in range(len(inputs))])
     _write_back(step, rebound)

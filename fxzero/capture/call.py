@@ -12,13 +12,13 @@ import enum
 import functools
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from fxzero.errors import InputMismatchError
+from fxzero.torch_internals import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_map_only, tree_unflatten
 
 _PLAIN = frozenset(
     {type(None), bool, int, str, bytes, complex, torch.dtype, torch.device, torch.Size, torch.layout}
@@ -29,15 +29,30 @@ _PLAIN = frozenset(
 _CURE = "Pass a tensor or a plain value (None, bool, int, float, str), or set it on the model before compile."
 
 
+class TensorLeaf(NamedTuple):
+    """The geometry of a tensor among the arguments of a call."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+
+
+class PlainLeaf(NamedTuple):
+    """A plain value among the arguments of a call; a float by its bits."""
+
+    type: type
+    value: Hashable
+
+
 @dataclass(frozen=True)
 class CallSpec:
-    """A hashable description of one call; holds no tensor.
-
-    `leaves` has one tuple per argument: `(shape, stride, dtype, device, requires_grad)`, or `(type, value)`.
-    """
+    """A hashable description of one call; holds no tensor."""
 
     structure: Hashable
-    leaves: tuple[tuple[Any, ...], ...]
+    leaves: tuple[TensorLeaf | PlainLeaf, ...]
+    """One for each argument."""
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -50,21 +65,16 @@ class CallSpec:
     @property
     def tensor_paths(self) -> tuple[str, ...]:
         """The paths of the tensors, in the order of `flatten_call`."""
-        return tuple(path for path, leaf in zip(self.paths, self.leaves, strict=True) if is_tensor_leaf(leaf))
+        return tuple(path for path, leaf in zip(self.paths, self.leaves, strict=True) if isinstance(leaf, TensorLeaf))
 
     def __str__(self) -> str:
         return ", ".join(f"{path}={_format(leaf)}" for path, leaf in zip(self.paths, self.leaves, strict=True))
 
 
-def is_tensor_leaf(leaf: tuple[Any, ...]) -> bool:
-    """True if an entry of `CallSpec.leaves` describes a tensor."""
-    return len(leaf) > 2
-
-
 class _Tree:
     """A pytree structure that can be hashed; equal trees have equal structures."""
 
-    def __init__(self, treespec: pytree.TreeSpec) -> None:
+    def __init__(self, treespec: TreeSpec) -> None:
         self.treespec = treespec
 
     def __hash__(self) -> int:
@@ -80,7 +90,7 @@ class _Tree:
     def paths(self) -> tuple[str, ...]:
         indices = range(self.treespec.num_leaves)
         try:
-            with_paths, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(indices, self.treespec))
+            with_paths, _ = tree_flatten_with_path(tree_unflatten(indices, self.treespec))
         except Exception:  # a registered class without keys, or whose constructor refuses integers
             return tuple(f"argument {index}" for index in indices)
         return tuple(_path(keys) for keys, _ in with_paths)
@@ -89,15 +99,18 @@ class _Tree:
 def _path(keys: tuple[Any, ...]) -> str:
     """`args[0][1]` from (0, 0, 1); `batch['x']` from (1, 'batch', 'x')."""
     if keys[0].idx == 0:
-        return "args" + pytree.keystr(keys[1:])
-    return f"{keys[1].key}{pytree.keystr(keys[2:])}"
+        return "args" + keystr(keys[1:])
+    return f"{keys[1].key}{keystr(keys[2:])}"
 
 
-def _format(leaf: tuple[Any, ...]) -> str:
-    if not is_tensor_leaf(leaf):
-        return str(leaf[1])
-    shape, _, dtype, device, _ = leaf
-    return f"{str(dtype).removeprefix('torch.')}{list(shape)} on {device}"
+def _format(leaf: TensorLeaf | PlainLeaf) -> str:
+    if isinstance(leaf, PlainLeaf):
+        return str(leaf.value)
+    return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)} on {leaf.device}"
+
+
+def _leaf_of(tensor: Tensor) -> TensorLeaf:
+    return TensorLeaf(tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad)
 
 
 def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], CallSpec]:
@@ -107,18 +120,18 @@ def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list
         InputMismatchError: an argument is neither a tensor nor a plain value, or a tensor has no strides.
     """
     tensors: list[Tensor] = []
-    leaves: list[tuple[Any, ...]] = []
+    leaves: list[TensorLeaf | PlainLeaf] = []
     try:
         for value in (*args, *kwargs.values()):
             if isinstance(value, Tensor):
                 tensors.append(value)
-                leaves.append((value.shape, value.stride(), value.dtype, value.device, value.requires_grad))
+                leaves.append(_leaf_of(value))
                 continue
             kind = type(value)
             if kind is float:
-                leaves.append((float, value.hex()))
+                leaves.append(PlainLeaf(float, value.hex()))
             elif kind in _PLAIN:
-                leaves.append((kind, value))
+                leaves.append(PlainLeaf(kind, value))
             else:
                 return _flatten_nested(args, kwargs)
     except RuntimeError as error:  # from stride()
@@ -127,18 +140,18 @@ def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list
 
 
 def _flatten_nested(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], CallSpec]:
-    flat, treespec = pytree.tree_flatten((args, dict(kwargs)))
+    flat, treespec = tree_flatten((args, dict(kwargs)))
     tree = _Tree(treespec)
     tensors: list[Tensor] = []
-    leaves: list[tuple[Any, ...]] = []
+    leaves: list[TensorLeaf | PlainLeaf] = []
     for index, value in enumerate(flat):
         if isinstance(value, Tensor):
             tensors.append(value)
-            leaves.append((value.shape, value.stride(), value.dtype, value.device, value.requires_grad))
+            leaves.append(_leaf_of(value))
         elif isinstance(value, float):
-            leaves.append((type(value), value.hex()))
+            leaves.append(PlainLeaf(type(value), value.hex()))
         elif type(value) in _PLAIN or isinstance(value, enum.Enum):
-            leaves.append((type(value), value))
+            leaves.append(PlainLeaf(type(value), value))
         else:
             raise InputMismatchError(f"{tree.paths[index]} is a {type(value).__qualname__}. {_CURE}")
     return tensors, CallSpec(tree, tuple(leaves))
@@ -149,4 +162,4 @@ def replace_tensors(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The same call with other tensors, given in the order of `flatten_call`."""
     remaining = iter(tensors)
-    return pytree.tree_map_only(Tensor, lambda _: next(remaining), (args, dict(kwargs)))
+    return tree_map_only(Tensor, lambda _: next(remaining), (args, dict(kwargs)))

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxzero import torch_internals
 from fxzero.errors import CaptureError
 
 aten = torch.ops.aten
@@ -43,7 +44,7 @@ class Draws:
         """The result of `op`, computed, drawn, or drawn before."""
         if not _may_draw(op):
             return op(*args, **kwargs)
-        arguments = _named_arguments(op, args, kwargs)
+        arguments = torch_internals.named_arguments(op, args, kwargs)
         if any(isinstance(value, torch.Generator) for value in arguments.values()):
             raise CaptureError(
                 f"{op} draws from a torch.Generator of its own, whose state a compiled step cannot follow. "
@@ -69,10 +70,10 @@ class Draws:
             return result
         for tensor, value in zip(written, values, strict=True):
             aten.copy_.default(tensor, value)
-        if op._schema.returns[0].alias_info is not None:  # like bernoulli_, which returns what it writes
+        if torch_internals.returns_an_argument(op):  # like bernoulli_, which returns what it writes
             return written[0]
         fresh = [aten.alias.default(output) for output in outputs]
-        return fresh[0] if len(op._schema.returns) == 1 else tuple(fresh)
+        return fresh[0] if torch_internals.num_results(op) == 1 else tuple(fresh)
 
     def _fused_dropout(self, x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
         """CUDA's dropout; its kernel computes x * mask * scale, as its backward's does, so only the mask is kept."""
@@ -114,13 +115,7 @@ def _may_draw(op: Any) -> bool:
 
 @functools.cache
 def _written_arguments(op: Any) -> tuple[str, ...]:
-    return tuple(arg.name for arg in op._schema.arguments if arg.alias_info is not None and arg.alias_info.is_write)
-
-
-def _named_arguments(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    schema = op._schema.arguments
-    named = {arg.name: arg.default_value for arg in schema if arg.has_default_value()}
-    return {**named, **{arg.name: value for arg, value in zip(schema, args, strict=False)}, **kwargs}
+    return torch_internals.written_names(op)
 
 
 @contextlib.contextmanager

@@ -58,12 +58,6 @@ _CURES: tuple[tuple[str, str], ...] = (
 _FAKE_ONLY = re.compile(r"numpy\(\) is not supported for tensor subclasses|data_ptr|data pointer|\.numpy\(\)")
 """Messages that only a tensor without memory provokes."""
 
-_TRACING = re.compile(
-    r"torch[/\\](_subclasses|_dispatch|_ops\.py|_meta_registrations|_decomp|_refs|_prims|fx[/\\]|_functorch|"
-    r"utils[/\\]_python_dispatch|utils[/\\]checkpoint)"
-)
-"""Files of torch that raise on behalf of the tracer, not of the model."""
-
 _CHECKS = os.path.join("torch", "__init__.py")
 """torch._check, which raises on behalf of its caller."""
 
@@ -110,7 +104,7 @@ def explain(error: Exception) -> CaptureError | None:
     below = [frame for frame in frames[last_user + 1 :] if not frame.filename.endswith(_CHECKS)]
     # With a known cure, it is enough that the tracer was at work; else the tracer itself must have raised it.
     if cure is not _LEAVES_TORCH and not any(
-        _TRACING.search(frame.filename) for frame in (below if cure else below[-1:])
+        torch_internals.TRACER_FILES.search(frame.filename) for frame in (below if cure else below[-1:])
     ):
         return None
     place = f" at {Place(frames[last_user].filename, frames[last_user].lineno or 0)}" if last_user >= 0 else ""
@@ -134,7 +128,7 @@ def _with_place(error: CaptureError) -> CaptureError | None:
 def _operator(error: Exception, text: str) -> str:
     """The name of the operator that failed, "" if unknown."""
     for candidate in (getattr(error, "func", None), *error.args[:1]):
-        if torch_internals.is_operator(candidate):
+        if torch_internals.is_overload(candidate):
             return str(candidate)
     found = re.search(r"aten(?:::|\.)\w+(?:\.\w+)?", text)
     return found.group().replace("::", ".") if found else ""

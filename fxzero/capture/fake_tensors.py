@@ -17,9 +17,6 @@ from torch import Tensor, nn
 from fxzero import torch_internals
 from fxzero.errors import CaptureError
 
-_RNN_CACHES = ("_flat_weights", "_flat_weight_refs")
-"""What nn.RNNBase makes anew of its parameters in every call."""
-
 
 @dataclass
 class FakeState:
@@ -108,7 +105,7 @@ def _restore(owner: nn.Module, attributes: dict[str, Any], contents: dict[str, A
     changed: list[str] = []
     now = vars(owner)
     if isinstance(owner, nn.RNNBase):
-        now.update({key: attributes[key] for key in _RNN_CACHES if key in attributes})
+        now.update({key: attributes[key] for key in torch_internals.RNN_CACHES if key in attributes})
     for key in [key for key, value in now.items() if value is not attributes.get(key) and _holds_tensor(value)]:
         changed.append(key)
         if key in attributes:
@@ -126,7 +123,7 @@ def _restore(owner: nn.Module, attributes: dict[str, Any], contents: dict[str, A
 
 def _entry(key: str, container: Any, content: Any) -> str:
     """A table of nn.Module's own is named by the entry in it."""
-    if key in ("_buffers", "_parameters") and isinstance(container, Mapping):
+    if key in torch_internals.TENSOR_TABLES and isinstance(container, Mapping):
         return next(name for name in container if name not in content)
     return key
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from fxzero import torch_internals
 from fxzero.capture.temporaries import is_in_place
 from fxzero.graph import ops
 from fxzero.graph.nodes import META_KEY, NodeInfo, Role
+from fxzero.torch_internals import tree_leaves
 
 _KEPT_META = (META_KEY, "stack_trace")
 
@@ -59,7 +59,7 @@ class _Replay(fx.Interpreter):
         return result
 
     def _tensors(self) -> Iterable[Tensor]:
-        return [value for value in pytree.tree_leaves(list(self.env.values())) if isinstance(value, Tensor)]
+        return [value for value in tree_leaves(list(self.env.values())) if isinstance(value, Tensor)]
 
     @staticmethod
     def _label(made: fx.Graph, origin: fx.Node | None) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxzero import torch_internals
 from fxzero.capture.batch_norm import run_declared, writes_undeclared
@@ -127,7 +126,7 @@ def _own_autocast_cache() -> Generator[None]:
         torch.clear_autocast_cache()
 
 
-class _Interceptor(TorchDispatchMode):
+class _Interceptor(torch_internals.DispatchMode):
     """Sees every operator below autograd: random ones go through `Draws`, all get their source line."""
 
     def __init__(self, draws: Draws, recorder: Recorder) -> None:

@@ -11,7 +11,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from fxzero.torch_internals import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, enum.Enum)
 
@@ -30,7 +31,7 @@ _TENSOR = _TensorSlot()
 class OutputSpec:
     """How the model's return value is rebuilt from its tensors."""
 
-    treespec: pytree.TreeSpec
+    treespec: TreeSpec
     leaves: tuple[Any, ...]
     """Plain values, and a mark where a tensor goes."""
 
@@ -40,13 +41,13 @@ class OutputSpec:
             return tensors[0]
         remaining = iter(tensors)
         leaves = [next(remaining) if leaf is _TENSOR else leaf for leaf in self.leaves]
-        return pytree.tree_unflatten(leaves, self.treespec)
+        return tree_unflatten(leaves, self.treespec)
 
 
 def flatten_output(output: Any) -> tuple[list[Tensor], OutputSpec]:
     """The tensors of a return value and how to rebuild it; anything but tensors and plain values becomes None."""
     _register_dataclasses(output)
-    flat, treespec = pytree.tree_flatten(output, is_leaf=_is_leaf)
+    flat, treespec = tree_flatten(output, is_leaf=_is_leaf)
     tensors: list[Tensor] = []
     leaves: list[Any] = []
     dropped: list[str] = []
@@ -80,7 +81,7 @@ def loss_index(output: Any, tensors: Sequence[Tensor]) -> int | None:
 def _register_dataclasses(output: Any) -> None:
     """Teach pytree the dataclasses in a return value that it does not know yet."""
     while True:
-        leaves = pytree.tree_leaves(output, is_leaf=_is_leaf)
+        leaves = tree_leaves(output, is_leaf=_is_leaf)
         unknown = {type(leaf) for leaf in leaves if dataclasses.is_dataclass(leaf) and not _is_cache(leaf)}
         if not unknown:
             return

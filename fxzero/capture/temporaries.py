@@ -23,7 +23,7 @@ _ALIASES = frozenset({aten.detach.default, aten.alias.default, aten.lift_fresh.d
 
 def is_in_place(node: fx.Node) -> bool:
     """True if the node writes into its arguments."""
-    return torch_internals.is_operator(node.target) and cast(Any, node.target)._schema.is_mutable
+    return torch_internals.is_overload(node.target) and torch_internals.is_mutable(node.target)
 
 
 def aliases_argument(node: fx.Node) -> bool:
@@ -54,10 +54,9 @@ def _is_unshared(node: fx.Node, positions: dict[fx.Node, int], made: set[fx.Node
 
     `made` are results of this rewriting, which are temporaries whatever their operator.
     """
-    schema = cast(Any, node.target)._schema
-    written = [arg.name for arg in schema.arguments if arg.alias_info is not None and arg.alias_info.is_write]
+    written = torch_internals.written_names(node.target)
     target = node.args[0] if node.args else None
-    if written != ["self"] or not isinstance(target, fx.Node) or len(schema.returns) != 1:
+    if written != ("self",) or not isinstance(target, fx.Node) or torch_internals.num_results(node.target) != 1:
         return False
     if target not in made and not _makes_temporary(target):
         return False
@@ -69,9 +68,9 @@ def _is_unshared(node: fx.Node, positions: dict[fx.Node, int], made: set[fx.Node
 
 def _makes_temporary(node: fx.Node) -> bool:
     """True if the node's result is one new tensor."""
-    if not torch_internals.is_operator(node.target) or aliases_argument(node) or is_in_place(node):
+    if not torch_internals.is_overload(node.target) or aliases_argument(node) or is_in_place(node):
         return False
-    return len(cast(Any, node.target)._schema.returns) == 1 and isinstance(node.meta.get("val"), Tensor)
+    return torch_internals.num_results(node.target) == 1 and isinstance(node.meta.get("val"), Tensor)
 
 
 def _functional_form(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
@@ -82,7 +81,7 @@ def _functional_form(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
         return _with_value(graph, graph.call_function(aten.clone.default, (node.args[1],)), node)
     if node.target is aten.bernoulli_.float:
         return _bernoulli(graph, node, target)
-    op = _functional_operator(cast(Any, node.target))
+    op = torch_internals.functional_form(node.target)
     if op is None:
         return None
     result = graph.call_function(op, node.args, node.kwargs)
@@ -105,17 +104,6 @@ def _bernoulli(graph: fx.Graph, node: fx.Node, target: fx.Node) -> fx.Node | Non
     drawn = _with_value(graph, graph.call_function(aten.bernoulli.p, (dense, keep)), node)
     assert drawn is not None
     return _with_value(graph, graph.call_function(aten.permute.default, (drawn, inverse)), node)
-
-
-def _functional_operator(op: Any) -> Any:
-    """`aten.div.Scalar` for `aten.div_.Scalar`; None if there is none with the same arguments."""
-    namespace, _, name = op._schema.name.partition("::")
-    packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
-    found = getattr(packet, op._overloadname, None) if packet is not None and name.endswith("_") else None
-    if found is None or found._schema.is_mutable:
-        return None
-    same = [arg.name for arg in found._schema.arguments] == [arg.name for arg in op._schema.arguments]
-    return found if same else None
 
 
 def _with_value(graph: fx.Graph, result: fx.Node, origin: fx.Node) -> fx.Node | None:

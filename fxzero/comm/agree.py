@@ -69,6 +69,24 @@ def exchange(group: Group | None, topic: str, lines: Sequence[str], *, timeout: 
         raise _lost_store(topic, error) from error
 
 
+def remember(group: Group | None, name: str, line: str) -> None:
+    """Keep a line for the ranks of the group as long as the job lives; all of them call this with the same line."""
+    if members := _members(group):
+        torch_internals.default_store().set(f"{_prefix('memory', members)}/{name}", line)
+
+
+def recall(group: Group | None, name: str) -> str | None:
+    """The line that the ranks of the group remember by this name; None if there is none.
+
+    Call it behind an agreement: then the ranks that could have remembered something have done so.
+    """
+    members = _members(group)
+    key = f"{_prefix('memory', members)}/{name}"
+    if not members or not torch_internals.default_store().check([key]):
+        return None
+    return torch_internals.default_store().get(key).decode()
+
+
 def _lost_store(topic: str, error: RuntimeError) -> CommunicationError:
     return CommunicationError(
         f"Rank {dist.get_rank()} lost the store of the process group while ranks compared their {topic}: {error}\n"

@@ -1,10 +1,11 @@
 """Collectives, bound once to their persistent buffers, so that a generated step calls functions without arguments.
 
-    bound = comm.bind_gather(bucket, shard, full)        # at compile time
+    bound = comm.bind_gather(payload, shard, full)       # at compile time
     bound.start(); ...; bound.wait()                     # in every step; a part that has nothing to do is None
 
-Buffers are flat: `full` [bucket.numel] is `world_size` slices [bucket.shard_numel] in rank order, `shard` is one such
-slice. Starts come in one order, the same on all ranks. A shard must not change before `drain()`, which ends each phase.
+Buffers are flat: `full` [payload.numel] has a slice [payload.slice_numel] of each rank, in rank order; `shard` is one
+such slice. Starts come in one order, the same on all ranks. A shard must not change before `drain()`, which ends each
+phase.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from fxzero.graph.layout import Bucket
+from fxzero.comm.backend import Alone, Backend
+from fxzero.graph.layout import Payload
+from fxzero.graph.sharding import Sharding
 
 
 class Bound(NamedTuple):
@@ -42,21 +45,21 @@ def in_turn(*functions: Callable[[], object] | None) -> Callable[[], object]:
 
 
 class Comm(ABC):
-    """What the ranks of one process group exchange. All operations but the bound ones block (on CUDA: the stream)."""
+    """What the ranks of a job exchange. All operations but the bound ones block (on CUDA: the stream)."""
 
-    def __init__(self, rank: int, world_size: int) -> None:
+    backend: Backend
+    """The memory and the work that its collectives need."""
+
+    def __init__(self, rank: int, sharding: Sharding) -> None:
         self.rank = rank
-        self.world_size = world_size
-        self.num_nodes = 1
-        """Of a 2-D mesh: groups of `world_size` ranks that hold the same, and average gradients over all
-        (`hierarchy.py`), or parts of one such group (`hierarchy_shard.py`)."""
-        self.shards_across = False
-        """True if nodes are parts of one group."""
+        """The number of this rank's shard."""
+        self.sharding = sharding
+        self.shard_ranks = sharding.shard_ranks
 
     @property
     def is_alone(self) -> bool:
         """True if there is nobody to talk to."""
-        return self.world_size * self.num_nodes == 1
+        return self.sharding.is_alone
 
     @property
     def is_rank0(self) -> bool:
@@ -66,58 +69,61 @@ class Comm(ABC):
     @property
     def gathers_in_place(self) -> bool:
         """True if the shard already is the whole bucket, so that gathers need no memory."""
-        return self.world_size == 1
+        return self.shard_ranks == 1
 
-    @abstractmethod
-    def reduce_scratch_numel(self, bucket: Bucket, *, accumulate: bool = True) -> int:
-        """Elements of scratch that a reduce-scatter needs between its start and its wait; 0 if none.
+    def reduce_scratch_numel(self, payload: Payload, *, accumulate: bool = True) -> int:
+        """Elements of scratch that a reduce-scatter needs between its start and its wait; 0 if none."""
+        return self.backend.reduce_scratch_numel(payload, self.sharding, accumulate=accumulate)
 
-        Overwriting needs no more than accumulating.
+    def scratch_for(self, payload: Payload, scratch: Tensor | None, *, accumulate: bool) -> Tensor | None:
+        """The part of some memory that a reduce-scatter works in, `[reduce_scratch_numel]`; None if it needs none.
+
+        Raises:
+            ValueError: there is too little.
         """
-
-    @property
-    def sums_locally(self) -> bool:
-        """True if reduce-scatters are an exchange and sums of our own, which may be wider than what travels."""
-        return False
+        needed = self.reduce_scratch_numel(payload, accumulate=accumulate)
+        if needed and (scratch is None or scratch.numel() < needed):
+            raise ValueError(f"scratch must have at least {needed} elements to reduce {payload.fqns[0]}")
+        return scratch[:needed] if needed and scratch is not None else None
 
     @abstractmethod
-    def bind_gather(self, bucket: Bucket, shard: Tensor, full: Tensor) -> Bound:
-        """Gather `shard` [shard_numel] of every rank into `full` [numel]. At world size 1 both are the same memory.
+    def bind_gather(self, payload: Payload, shard: Tensor, full: Tensor) -> Bound:
+        """Gather `shard` [slice_numel] of every rank into `full` [numel]. On one rank both are the same memory.
 
         If `shard` is this rank's slice of `full`, which need not persist, it is sent by the end of the wait.
         """
 
-    def bind_gather_keeping(self, bucket: Bucket, shard: Tensor, full: Tensor, secondary: Tensor) -> Bound:
-        """The same, and leave this rank's slice of what travels inside its node in `secondary`, which persists.
+    def bind_gather_keeping(self, payload: Payload, shard: Tensor, full: Tensor, secondary: Tensor) -> Bound:
+        """Gather, and leave this rank's slice of what travels inside its node in `secondary`, which persists.
 
-        Only where `shards_across`.
+        Only where nodes share the shards.
 
         Args:
-            secondary: `[num_nodes * shard_numel]`. If `shard` is this rank's part of it, that is sent by the end of the
+            secondary: `[num_nodes * slice_numel]`. If `shard` is this rank's part of it, that is sent by the end of the
                 wait.
         """
         raise NotImplementedError(f"{type(self).__name__} gathers in one stage")
 
-    def bind_gather_inside(self, bucket: Bucket, secondary: Tensor, full: Tensor) -> Bound:
+    def bind_gather_inside(self, payload: Payload, secondary: Tensor, full: Tensor) -> Bound:
         """Gather from the secondary shards of this node alone, which `bind_gather_keeping` left."""
         raise NotImplementedError(f"{type(self).__name__} gathers in one stage")
 
     @abstractmethod
     def bind_reduce(
-        self, bucket: Bucket, full: Tensor, scratch: Tensor | None, shard: Tensor, *, accumulate: bool
+        self, payload: Payload, full: Tensor, scratch: Tensor | None, shard: Tensor, *, accumulate: bool
     ) -> Bound:
-        """Average `full` [numel] over the ranks; this rank's slice goes to `shard` [shard_numel].
+        """Average `full` [numel] over the ranks; this rank's slice goes to `shard` [slice_numel].
 
         Args:
             full: the unsharded gradients; their contents are undefined after the wait.
-            scratch: at least `reduce_scratch_numel(bucket, accumulate=accumulate)` elements; may be None if that is 0.
+            scratch: at least `reduce_scratch_numel(payload, accumulate=accumulate)` elements; None if that is 0.
             accumulate: add the average to `shard` at the wait; else overwrite it, from the start on.
         """
 
-    def bind_exchange(self, bucket: Bucket, sent: Tensor, received: Sequence[Tensor]) -> Bound:
-        """Send the r-th slice of `sent` [numel] to rank r and receive from it `received[r]` [shard_numel].
+    def bind_exchange(self, payload: Payload, sent: Tensor, received: Sequence[Tensor]) -> Bound:
+        """Send the r-th slice of `sent` [numel] to rank r and receive from it `received[r]` [slice_numel].
 
-        The rank's own entry of `received` is left alone. Only where `sums_locally`.
+        The rank's own entry of `received` is left alone. Only where the backend sums locally.
         """
         raise NotImplementedError(f"{type(self).__name__} reduces by its backend")
 
@@ -127,7 +133,7 @@ class Comm(ABC):
 
     @abstractmethod
     def scatter_from_rank0(self, shard: Tensor, full: Tensor | None) -> None:
-        """Fill `shard` [shard_numel] with this rank's slice of the `full` [numel] of rank 0 (None elsewhere)."""
+        """Fill `shard` [slice_numel] with this rank's slice of the `full` [numel] of rank 0 (None elsewhere)."""
 
     @abstractmethod
     def broadcast_from_rank0(self, tensor: Tensor) -> None:
@@ -135,11 +141,11 @@ class Comm(ABC):
 
     @abstractmethod
     def gather_to_all(self, shard: Tensor, full: Tensor) -> None:
-        """Gather `shard` [shard_numel] of every rank into `full` [numel]."""
+        """Gather `shard` [slice_numel] of every rank into `full` [numel]."""
 
     @abstractmethod
     def gather_to_rank0(self, shard: Tensor, full: Tensor | None) -> None:
-        """Gather `shard` [shard_numel] of every rank into the `full` [numel] of rank 0 (None elsewhere)."""
+        """Gather `shard` [slice_numel] of every rank into the `full` [numel] of rank 0 (None elsewhere)."""
 
     def drain(self) -> None:
         """End a phase: everything this rank has to send is out, so its shards may change."""
@@ -156,17 +162,16 @@ class Comm(ABC):
 class LocalComm(Comm):
     """One rank: the shard is the whole bucket."""
 
+    backend = Alone()
+
     def __init__(self) -> None:
-        super().__init__(0, 1)
+        super().__init__(0, Sharding())
 
-    def reduce_scratch_numel(self, bucket: Bucket, *, accumulate: bool = True) -> int:
-        return 0
-
-    def bind_gather(self, bucket: Bucket, shard: Tensor, full: Tensor) -> Bound:
+    def bind_gather(self, payload: Payload, shard: Tensor, full: Tensor) -> Bound:
         return Bound(None, _copy(full, shard))
 
     def bind_reduce(
-        self, bucket: Bucket, full: Tensor, scratch: Tensor | None, shard: Tensor, *, accumulate: bool
+        self, payload: Payload, full: Tensor, scratch: Tensor | None, shard: Tensor, *, accumulate: bool
     ) -> Bound:
         return Bound(None, partial(shard.add_, full) if accumulate else _copy(shard, full))
 

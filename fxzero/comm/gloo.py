@@ -19,16 +19,43 @@ from collections.abc import Iterable, Sequence
 import torch.distributed as dist
 from torch import Tensor
 
+from fxzero.comm.backend import Backend
 from fxzero.comm.base import Bound
-from fxzero.comm.gloo_threads import hurry_message_threads
 from fxzero.comm.group import GroupComm
 from fxzero.errors import CommunicationError
-from fxzero.graph.layout import Bucket
+from fxzero.graph.layout import Payload
+from fxzero.graph.sharding import Sharding
 
 
-def message_tag(word: str, bucket: Bucket) -> int:
+def message_tag(word: str, payload: Payload) -> int:
     """A number for the messages of one collective, equal on all ranks, above those that users choose by hand."""
-    return zlib.crc32("\n".join((word, *bucket.fqns)).encode()) & 0x3FFFFFFF | 0x40000000
+    return zlib.crc32("\n".join((word, *payload.fqns)).encode()) & 0x3FFFFFFF | 0x40000000
+
+
+class GlooBackend(Backend):
+    """Where what others send arrives, and the copies and sums of a wait."""
+
+    def sums_locally(self, sharding: Sharding) -> bool:
+        return sharding.num_nodes == 1
+
+    def reduce_scratch_numel(self, payload: Payload, sharding: Sharding, *, accumulate: bool) -> int:
+        if sharding.shards_across:
+            # The other slices of a node like its own. What comes from other nodes lies in the bucket then.
+            return payload.numel - sharding.num_nodes * payload.slice_numel
+        if sharding.shard_ranks == 1:
+            return accumulate * payload.slice_numel if sharding.num_nodes > 1 else 0
+        return (sharding.shard_ranks - 2 + accumulate) * payload.slice_numel
+
+    def gather_wait_bytes(self, payload: Payload) -> int:
+        """It copies the rank's own slice."""
+        return 2 * payload.slice_nbytes
+
+    def reduce_wait_bytes(self, payload: Payload) -> int:
+        """It sums over the ranks, and divides once."""
+        return (3 * (payload.num_slices - 1) + 2) * payload.slice_nbytes
+
+
+GLOO = GlooBackend()
 
 
 class GlooComm(GroupComm):
@@ -38,23 +65,21 @@ class GlooComm(GroupComm):
         divisor: by which sums of gradients are divided. Default: the number of ranks.
     """
 
+    backend = GLOO
+
     def __init__(self, group: dist.ProcessGroup, *, divisor: int | None = None) -> None:
         super().__init__(group)
-        hurry_message_threads()
-        self._divisor = self.world_size if divisor is None else divisor
-        self._peers = [(self.rank + step) % self.world_size for step in range(1, self.world_size)]
+        self._divisor = self.shard_ranks if divisor is None else divisor
+        self._peers = [(self.rank + step) % self.shard_ranks for step in range(1, self.shard_ranks)]
         """Who is sent to, in order; every rank starts with another one."""
         self._unsent: list[tuple[dist.Work, str]] = []
         self._in_flight: list[list[dist.Work]] = []
         """Of each collective that was started in this phase: what is still waited for."""
 
-    def reduce_scratch_numel(self, bucket: Bucket, *, accumulate: bool = True) -> int:
-        return (self.world_size - 2 + accumulate) * bucket.shard_numel
-
-    def bind_gather(self, bucket: Bucket, shard: Tensor, full: Tensor) -> Bound:
+    def bind_gather(self, payload: Payload, shard: Tensor, full: Tensor) -> Bound:
         send, recv, lost, unsent = self.group.send, self.group.recv, self.lost, self._unsent
-        what, tag = self.what("all-gather", bucket), message_tag("all_gather", bucket)
-        slices = full.split(bucket.shard_numel)
+        what, tag = self.what("all-gather", payload), message_tag("all_gather", payload)
+        slices = full.split(payload.slice_numel)
         own = slices[self.rank]
         copies_own = own.data_ptr() != shard.data_ptr()
         receives = [([slices[peer]], peer) for peer in self._peers]
@@ -89,15 +114,11 @@ class GlooComm(GroupComm):
 
         return Bound(start, wait)
 
-    @property
-    def sums_locally(self) -> bool:
-        return True
-
-    def bind_exchange(self, bucket: Bucket, sent: Tensor, received: Sequence[Tensor]) -> Bound:
-        slices = sent.split(bucket.shard_numel)
+    def bind_exchange(self, payload: Payload, sent: Tensor, received: Sequence[Tensor]) -> Bound:
+        slices = sent.split(payload.slice_numel)
         return self.bind_messages(
-            self.what("reduce-scatter", bucket),
-            message_tag("reduce_scatter", bucket),
+            self.what("reduce-scatter", payload),
+            message_tag("reduce_scatter", payload),
             [(received[peer], peer) for peer in self._peers],
             [(slices[peer], peer) for peer in self._peers],
         )
@@ -142,11 +163,11 @@ class GlooComm(GroupComm):
         return Bound(start, wait)
 
     def bind_reduce(
-        self, bucket: Bucket, full: Tensor, scratch: Tensor | None, shard: Tensor, *, accumulate: bool
+        self, payload: Payload, full: Tensor, scratch: Tensor | None, shard: Tensor, *, accumulate: bool
     ) -> Bound:
-        own, divisor = full.split(bucket.shard_numel)[self.rank], self._divisor
-        terms = self._terms(bucket, own, scratch, shard, accumulate)
-        start, all_came = self.bind_exchange(bucket, full, terms)
+        own, divisor = full.split(payload.slice_numel)[self.rank], self._divisor
+        terms = self._terms(payload, own, scratch, shard, accumulate)
+        start, all_came = self.bind_exchange(payload, full, terms)
         assert all_came is not None
         total = terms[1 if self.rank == 0 else 0]  # of two terms the order does not matter: g1 + g0 is g0 + g1
         addends = [term for term in terms if term is not total]
@@ -163,18 +184,16 @@ class GlooComm(GroupComm):
         return Bound(start, wait)
 
     def _terms(
-        self, bucket: Bucket, own: Tensor, scratch: Tensor | None, shard: Tensor, accumulate: bool
+        self, payload: Payload, own: Tensor, scratch: Tensor | None, shard: Tensor, accumulate: bool
     ) -> list[Tensor]:
         """Where each rank's gradients for this rank's shard lie at the wait, in rank order.
 
         The rank's own lie in the bucket. The first of the others lie in the shard itself if it is overwritten.
         """
-        needed = self.reduce_scratch_numel(bucket, accumulate=accumulate)
-        if needed and (scratch is None or scratch.numel() < needed):
-            raise ValueError(f"scratch must have at least {needed} elements to reduce {bucket.fqns[0]}")
-        blocks = [] if scratch is None else list(scratch[:needed].split(bucket.shard_numel))
+        room = self.scratch_for(payload, scratch, accumulate=accumulate)
+        blocks = [] if room is None else list(room.split(payload.slice_numel))
         landing = iter(blocks if accumulate else [shard, *blocks])
-        return [own if rank == self.rank else next(landing) for rank in range(self.world_size)]
+        return [own if rank == self.rank else next(landing) for rank in range(self.shard_ranks)]
 
     def drain(self) -> None:
         unsent, what = self._unsent, ""

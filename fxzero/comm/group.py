@@ -13,7 +13,8 @@ from torch import Tensor
 from fxzero import torch_internals
 from fxzero.comm.base import Comm
 from fxzero.errors import CommunicationError
-from fxzero.graph.layout import Bucket
+from fxzero.graph.layout import Payload
+from fxzero.graph.sharding import Sharding
 
 REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
@@ -22,9 +23,9 @@ class GroupComm(Comm):
     """What gloo and NCCL share: the operations outside of the step, which block."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        super().__init__(group.rank(), group.size())
+        super().__init__(group.rank(), Sharding.over(group.size()))
         self.group = group
-        self.called = f"Rank {self.rank} of {self.world_size}"
+        self.called = f"Rank {self.rank} of {self.shard_ranks}"
         """This rank in error texts."""
 
     def all_reduce(self, tensor: Tensor, op: Literal["sum", "max"] = "sum") -> None:
@@ -34,7 +35,7 @@ class GroupComm(Comm):
             raise self.lost(f"an all-reduce of {tensor.numel()} elements", error) from error
 
     def scatter_from_rank0(self, shard: Tensor, full: Tensor | None) -> None:
-        slices = None if full is None else list(as_bytes(full).chunk(self.world_size))
+        slices = None if full is None else list(as_bytes(full).chunk(self.shard_ranks))
         with self._named(f"a scatter of {shard.nbytes} bytes per rank"):
             dist.scatter(as_bytes(shard), slices, group=self.group, group_src=0)
 
@@ -52,15 +53,15 @@ class GroupComm(Comm):
             torch_internals.all_gather_base(self.group)(as_bytes(full), as_bytes(shard)).wait()
 
     def gather_to_rank0(self, shard: Tensor, full: Tensor | None) -> None:
-        slices = None if full is None else list(as_bytes(full).chunk(self.world_size))
+        slices = None if full is None else list(as_bytes(full).chunk(self.shard_ranks))
         with self._named(f"a gather of {shard.nbytes} bytes per rank"):
             dist.gather(as_bytes(shard), slices, group=self.group, group_dst=0)
 
-    def what(self, word: str, bucket: Bucket) -> str:
+    def what(self, word: str, payload: Payload) -> str:
         """A bound collective in error texts."""
-        first, last = bucket.fqns[0], bucket.fqns[-1]
+        first, last = payload.fqns[0], payload.fqns[-1]
         names = first if first == last else f"{first} .. {last}"
-        return f"the {word} of bucket {names} ({bucket.nbytes / 2**20:.2f} MiB)"
+        return f"the {word} of bucket {names} ({payload.nbytes / 2**20:.2f} MiB)"
 
     def lost(self, what: str, error: Exception) -> CommunicationError:
         """The error to raise where waiting for a peer ended in `error`."""

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from fxzero.errors import InputMismatchError
-from fxzero.graph.stages import Across
+from fxzero.graph.sharding import Placement
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Hierarchy:
 Group: TypeAlias = dist.ProcessGroup | Hierarchy
 
 
-def group_of_mesh(mesh: DeviceMesh, across: Across = "replicate") -> Group:
+def group_of_mesh(mesh: DeviceMesh, across: Placement = "replicate") -> Group:
     """The group of a 1-D mesh, the groups of a 2-D mesh of (across, inside); a mesh of one node is that node's group.
 
     Nodes of one rank that share shards have nothing inside: they are one group, that of the column.

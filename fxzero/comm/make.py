@@ -1,97 +1,135 @@
-"""The Comm for the process groups and the device at hand: the only place that chooses a backend."""
+"""The table of backends, and the Comm for the process groups and the device at hand: the only place that chooses."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from fxzero import torch_internals
+from fxzero.comm.backend import Backend
 from fxzero.comm.base import Comm, LocalComm
-from fxzero.comm.gloo import GlooComm
+from fxzero.comm.gloo import GLOO, GlooComm
+from fxzero.comm.gloo_threads import hurry_message_threads
 from fxzero.comm.group import GroupComm
 from fxzero.comm.groups import Group, Hierarchy, resolve_group
-from fxzero.comm.nccl import NcclComm
+from fxzero.comm.nccl import NCCL, NcclComm
 from fxzero.comm.nodes_replicate import GlooAcross, GlooHierarchy, HierarchicalComm, NcclHierarchy
-from fxzero.comm.nodes_share import GlooShardedHierarchy, NcclShardedHierarchy, ShardedHierarchy
-from fxzero.comm.without_ranks import PlanningComm, ShardedPlanningComm
+from fxzero.comm.nodes_share import GlooShardedHierarchy, NcclShardedHierarchy
+from fxzero.comm.without_ranks import PlanningComm
+from fxzero.graph.sharding import Axis, Sharding
 
 
-def make_comm(group: Group | None, device: torch.device) -> Comm:
-    """The Comm for process groups (None: the default group, if there is one) and the device of its buffers.
+@dataclass(frozen=True)
+class Family:
+    """A backend and the forms that its collectives have: on one group, and on the two groups of a mesh of nodes."""
+
+    backend: Backend
+    group: Callable[[dist.ProcessGroup], Comm]
+    replicate: Callable[[Hierarchy], HierarchicalComm]
+    """Nodes that are replicas of each other."""
+    share: Callable[[Hierarchy], HierarchicalComm]
+    """Nodes of two ranks or more that share the shards."""
+
+
+def _gloo_replicate(nodes: Hierarchy) -> HierarchicalComm:
+    inside = LocalComm() if nodes.inside.size() == 1 else GlooComm(nodes.inside, divisor=1)
+    return GlooHierarchy(inside, GlooAcross(nodes.across))
+
+
+def _gloo_share(nodes: Hierarchy) -> HierarchicalComm:
+    num_ranks = nodes.inside.size() * nodes.across.size()
+    return GlooShardedHierarchy(GlooComm(nodes.inside, divisor=1), GlooComm(nodes.across, divisor=num_ranks))
+
+
+def _nccl_replicate(nodes: Hierarchy) -> HierarchicalComm:
+    inside = LocalComm() if nodes.inside.size() == 1 else NcclComm(nodes.inside)
+    return NcclHierarchy(inside, NcclComm(nodes.across))
+
+
+def _nccl_share(nodes: Hierarchy) -> HierarchicalComm:
+    return NcclShardedHierarchy(NcclComm(nodes.inside), NcclComm(nodes.across))
+
+
+BACKENDS: Mapping[tuple[str, str], Family] = {
+    ("gloo", "cpu"): Family(GLOO, GlooComm, _gloo_replicate, _gloo_share),
+    ("nccl", "cuda"): Family(NCCL, NcclComm, _nccl_replicate, _nccl_share),
+}
+"""By the name that torch.distributed has for a backend, and the type of device whose memory it moves."""
+
+
+def backend_for(device: torch.device) -> Backend:
+    """The backend that ranks on such a device would use, for plans of ranks that are not there.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for (_, device_type), family in BACKENDS.items():
+        if device_type == device.type:
+            return family.backend
+    raise _unknown_backend("nothing", device)
+
+
+def make_comm(group: Group | None, device: torch.device, *, short_gloo_slices: bool = True) -> Comm:
+    """The Comm for process groups and the device of its buffers.
+
+    Args:
+        group: None is the default group, if there is one.
+        device: where the buffers lie.
+        short_gloo_slices: where it is gloo, let its threads ask the scheduler for short slices.
 
     Raises:
         ValueError: the group has no backend for this device that fxzero knows.
     """
+    comm = _choose_comm(group, device)
+    if short_gloo_slices and isinstance(comm, (GlooComm, GlooHierarchy, GlooShardedHierarchy)):
+        hurry_message_threads()
+    return comm
+
+
+def _choose_comm(group: Group | None, device: torch.device) -> Comm:
     if isinstance(group, Hierarchy):
-        return (make_sharded_comm if group.shards_across else make_hierarchical_comm)(group, device)
+        return _make_for_nodes(group, device)
     group = resolve_group(group)
     if group is None:
         return LocalComm()
-    backend = torch_internals.backend_name(group, device)
-    if backend == "fake":
-        return PlanningComm(group.rank(), group.size(), device)
-    if group.size() == 1:
-        return LocalComm()
-    if backend == "gloo" and device.type == "cpu":
-        return GlooComm(group)
-    if backend == "nccl" and device.type == "cuda":
-        return NcclComm(group)
-    raise unknown_backend(backend, device)
+    name = torch_internals.backend_name(group, device)
+    if name == "fake":
+        return PlanningComm(group.rank(), Sharding.over(group.size()), backend_for(device))
+    return LocalComm() if group.size() == 1 else _family(name, device).group(group)
 
 
-def unknown_backend(backend: str, device: torch.device) -> ValueError:
-    """The error for a process group that fxzero cannot use on a device."""
-    return ValueError(
-        f"fxzero communicates by gloo on cpu and by nccl on cuda; this process group has {backend!r} for "
-        f'{device.type}. Call torch.distributed.init_process_group("cpu:gloo,cuda:nccl").'
-    )
-
-
-def make_sharded_comm(hierarchy: Hierarchy, device: torch.device) -> Comm:
-    """The Comm of nodes of two ranks or more that share the shards, and the device of the buffers.
-
-    Raises:
-        ValueError: the groups have no backend for this device that fxzero knows.
-    """
-    inside, across = hierarchy.inside, hierarchy.across
-    backend = torch_internals.backend_name(across, device)
-    if backend == "fake":
-        number, num_ranks = inside.rank() * across.size() + across.rank(), inside.size() * across.size()
-        return ShardedPlanningComm(number, num_ranks, device, num_nodes=across.size())
-    comm: ShardedHierarchy
-    if backend == "gloo" and device.type == "cpu":
-        num_ranks = inside.size() * across.size()
-        comm = GlooShardedHierarchy(GlooComm(inside, divisor=1), GlooComm(across, divisor=num_ranks))
-    elif backend == "nccl" and device.type == "cuda":
-        comm = NcclShardedHierarchy(NcclComm(inside), NcclComm(across))
-    else:
-        raise unknown_backend(backend, device)
-    place = f"Rank {dist.get_rank()}, which is rank {inside.rank()} of {inside.size()} of node {comm.node}"
-    for part in (comm.inside, comm.across):
-        assert isinstance(part, GroupComm)
-        part.called = place
-    return comm
-
-
-def make_hierarchical_comm(hierarchy: Hierarchy, device: torch.device) -> Comm:
-    """The Comm of two process groups and the device of the buffers.
-
-    Raises:
-        ValueError: the groups have no backend for this device that fxzero knows.
-    """
-    inside, across = hierarchy.inside, hierarchy.across
-    backend = torch_internals.backend_name(across, device)
-    if backend == "fake":
-        return PlanningComm(inside.rank(), inside.size(), device, num_nodes=across.size())
-    comm: HierarchicalComm
-    if backend == "gloo" and device.type == "cpu":
-        comm = GlooHierarchy(LocalComm() if inside.size() == 1 else GlooComm(inside, divisor=1), GlooAcross(across))
-    elif backend == "nccl" and device.type == "cuda":
-        comm = NcclHierarchy(LocalComm() if inside.size() == 1 else NcclComm(inside), NcclComm(across))
-    else:
-        raise unknown_backend(backend, device)
-    place = f"Rank {dist.get_rank()}, which is rank {comm.rank} of {comm.world_size} of node {comm.node}"
+def _make_for_nodes(nodes: Hierarchy, device: torch.device) -> Comm:
+    """The Comm of the two process groups of a rank."""
+    name = torch_internals.backend_name(nodes.across, device)
+    if name == "fake":
+        placement = "shard" if nodes.shards_across else "replicate"
+        sharding = Sharding(Axis(nodes.inside.size()), Axis(nodes.across.size(), placement))
+        inside, across = nodes.inside.rank(), nodes.across.rank()
+        rank = inside * nodes.across.size() + across if nodes.shards_across else inside
+        return PlanningComm(rank, sharding, backend_for(device))
+    family = _family(name, device)
+    comm = (family.share if nodes.shards_across else family.replicate)(nodes)
+    inside_text = f"rank {nodes.inside.rank()} of {nodes.inside.size()}"
     for part in (comm.inside, comm.across):
         if isinstance(part, GroupComm):
-            part.called = place
+            part.called = f"Rank {dist.get_rank()}, which is {inside_text} of node {comm.node}"
     return comm
+
+
+def _family(name: str, device: torch.device) -> Family:
+    if (name, device.type) not in BACKENDS:
+        raise _unknown_backend(name, device)
+    return BACKENDS[name, device.type]
+
+
+def _unknown_backend(name: str, device: torch.device) -> ValueError:
+    """The error for a process group that fxzero cannot use on a device."""
+    known = " and ".join(f"by {backend} on {device_type}" for backend, device_type in BACKENDS)
+    wanted = ",".join(f"{device_type}:{backend}" for backend, device_type in BACKENDS)
+    return ValueError(
+        f"fxzero communicates {known}; this process group has {name!r} for {device.type}. Call "
+        f'torch.distributed.init_process_group("{wanted}").'
+    )

@@ -13,29 +13,47 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fxzero import torch_internals
+from fxzero.comm.backend import Backend
 from fxzero.comm.base import Bound
 from fxzero.comm.group import GroupComm
-from fxzero.graph.layout import Bucket
+from fxzero.graph.layout import Payload
+from fxzero.graph.sharding import Sharding
+
+
+class NcclBackend(Backend):
+    """What is added to a shard needs a place; all else NCCL does itself."""
+
+    def reduce_scratch_numel(self, payload: Payload, sharding: Sharding, *, accumulate: bool) -> int:
+        if sharding.shards_across:  # a slice between the stages
+            return (sharding.num_nodes + accumulate) * payload.slice_numel
+        return accumulate * payload.slice_numel if sharding.shard_ranks > 1 else 0
+
+    def gather_wait_bytes(self, payload: Payload) -> int:
+        return 0
+
+    def reduce_wait_bytes(self, payload: Payload) -> int:
+        return 0
+
+
+NCCL = NcclBackend()
 
 
 class NcclComm(GroupComm):
     """CUDA tensors over NCCL, two ranks or more. The order of sums is NCCL's."""
 
-    def reduce_scratch_numel(self, bucket: Bucket, *, accumulate: bool = True) -> int:
-        return accumulate * bucket.shard_numel
+    backend = NCCL
 
-    def bind_gather(self, bucket: Bucket, shard: Tensor, full: Tensor) -> Bound:
+    def bind_gather(self, payload: Payload, shard: Tensor, full: Tensor) -> Bound:
         gather = partial(torch_internals.all_gather_base(self.group), full, shard)
-        return self.bind_work(gather, self.what("all-gather", bucket))
+        return self.bind_work(gather, self.what("all-gather", payload))
 
     def bind_reduce(
-        self, bucket: Bucket, full: Tensor, scratch: Tensor | None, shard: Tensor, *, accumulate: bool
+        self, payload: Payload, full: Tensor, scratch: Tensor | None, shard: Tensor, *, accumulate: bool
     ) -> Bound:
-        if accumulate and (scratch is None or scratch.numel() < bucket.shard_numel):
-            raise ValueError(f"scratch must have at least {bucket.shard_numel} elements to reduce {bucket.fqns[0]}")
-        average = scratch[: bucket.shard_numel] if accumulate and scratch is not None else shard
+        room = self.scratch_for(payload, scratch, accumulate=accumulate)
+        average = shard if room is None else room
         reduce = partial(torch_internals.reduce_scatter_base(self.group), average, full, averaging())
-        bound = self.bind_work(reduce, self.what("reduce-scatter", bucket))
+        bound = self.bind_work(reduce, self.what("reduce-scatter", payload))
         return bound.then(partial(shard.add_, average) if accumulate else None)
 
     def bind_work(self, begin: Callable[[], dist.Work], what: str, *, orders_at_start: bool = False) -> Bound:

@@ -25,39 +25,37 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fxzero.comm.base import Bound, Comm, LocalComm, in_turn
-from fxzero.comm.gloo import GlooComm, message_tag
+from fxzero.comm.gloo import GLOO, GlooComm, message_tag
 from fxzero.comm.group import GroupComm
-from fxzero.comm.nccl import NcclComm
-from fxzero.graph.layout import Bucket
+from fxzero.comm.nccl import NCCL, NcclComm
+from fxzero.graph.layout import Payload
+from fxzero.graph.sharding import Axis, Placement, Sharding
 
 Stage = tuple[Callable[[], object], Callable[[], object]]
 """The start and the end of a part of a collective."""
 
 
 class HierarchicalComm(Comm):
-    """The ranks of all nodes: `rank` and `world_size` are those inside the node, as shards are of it.
+    """The ranks of all nodes, which hold replicas: `rank` is the one inside the node.
 
     Values of rank 0 are those of rank 0 of node 0, on all nodes.
     """
 
-    def __init__(self, inside: Comm, across: GroupComm) -> None:
-        super().__init__(inside.rank, inside.world_size)
+    def __init__(self, inside: Comm, across: GroupComm, placement: Placement = "replicate") -> None:
+        super().__init__(inside.rank, Sharding(Axis(inside.shard_ranks), Axis(across.shard_ranks, placement)))
         self.inside, self.across = inside, across
-        self.node, self.num_nodes = across.rank, across.world_size
+        self.node, self.num_nodes = across.rank, across.shard_ranks
 
     @property
     def is_rank0(self) -> bool:
         return self.rank == 0 and self.node == 0
 
-    def reduce_scratch_numel(self, bucket: Bucket, *, accumulate: bool = True) -> int:
-        return self.inside.reduce_scratch_numel(bucket, accumulate=accumulate)
-
-    def bind_gather(self, bucket: Bucket, shard: Tensor, full: Tensor) -> Bound:
-        return self.inside.bind_gather(bucket, shard, full)
+    def bind_gather(self, payload: Payload, shard: Tensor, full: Tensor) -> Bound:
+        return self.inside.bind_gather(payload, shard, full)
 
     @abstractmethod
     def bind_reduce(
-        self, bucket: Bucket, full: Tensor, scratch: Tensor | None, shard: Tensor, *, accumulate: bool
+        self, payload: Payload, full: Tensor, scratch: Tensor | None, shard: Tensor, *, accumulate: bool
     ) -> Bound: ...
 
     def all_reduce(self, tensor: Tensor, op: Literal["sum", "max"] = "sum") -> None:
@@ -123,33 +121,28 @@ class GlooHierarchy(HierarchicalComm):
         inside: sums gradients undivided.
     """
 
+    backend = GLOO
+
     def __init__(self, inside: GlooComm | LocalComm, across: GlooAcross) -> None:
         super().__init__(inside, across)
         self._across = across
         self._under_way: list[Chain] = []
         """Reductions from start to wait, in the order of their starts."""
 
-    def reduce_scratch_numel(self, bucket: Bucket, *, accumulate: bool = True) -> int:
-        if self.world_size == 1:
-            return accumulate * bucket.shard_numel
-        return super().reduce_scratch_numel(bucket, accumulate=accumulate)
-
     def bind_reduce(
-        self, bucket: Bucket, full: Tensor, scratch: Tensor | None, shard: Tensor, *, accumulate: bool
+        self, payload: Payload, full: Tensor, scratch: Tensor | None, shard: Tensor, *, accumulate: bool
     ) -> Bound:
-        numel, needed = bucket.shard_numel, self.reduce_scratch_numel(bucket, accumulate=accumulate)
-        if needed and (scratch is None or scratch.numel() < needed):
-            raise ValueError(f"scratch must have at least {needed} elements to reduce {bucket.fqns[0]}")
-        aside = scratch[needed - numel : needed] if scratch is not None and accumulate else shard
-        divisor = self.world_size * self.num_nodes
-        if self.world_size == 1:
+        room = self.scratch_for(payload, scratch, accumulate=accumulate)
+        aside = room[-payload.slice_numel :] if room is not None and accumulate else shard
+        divisor = self.sharding.world_size
+        if self.shard_ranks == 1:
             result = full if accumulate else shard
-            stages = self._across.bind_all_reduce(bucket, full, aside, result, divisor)
+            stages = self._across.bind_all_reduce(payload, full, aside, result, divisor)
         else:
             result = aside
-            within = self.inside.bind_reduce(bucket, full, scratch, aside, accumulate=False)
+            within = self.inside.bind_reduce(payload, full, room, aside, accumulate=False)
             stages = [cast("Stage", tuple(within))]
-            stages += self._across.bind_all_reduce(bucket, aside, full, aside, divisor)
+            stages += self._across.bind_all_reduce(payload, aside, full, aside, divisor)
         chain, under_way = Chain(stages), self._under_way
 
         def start() -> None:
@@ -182,18 +175,18 @@ class GlooAcross(GlooComm):
     """The ranks with the same shard, one of each node."""
 
     def bind_all_reduce(
-        self, bucket: Bucket, source: Tensor, landing: Tensor, result: Tensor, divisor: int
+        self, payload: Payload, source: Tensor, landing: Tensor, result: Tensor, divisor: int
     ) -> list[Stage]:
         """The stages that sum `source` over the nodes, in their order, and divide the sum.
 
         Args:
-            source: [shard_numel]; its contents are undefined afterwards, if it is not the result.
-            landing: what others send arrives here: at least [shard_numel], other memory than `source`.
-            result: where the quotient goes: `source`, or `landing` [shard_numel].
+            source: [slice_numel]; its contents are undefined afterwards, if it is not the result.
+            landing: what others send arrives here: at least [slice_numel], other memory than `source`.
+            result: where the quotient goes: `source`, or `landing` [slice_numel].
         """
         result_is_source = result.data_ptr() == source.data_ptr()
-        if self.world_size > 2:
-            return self._bind_in_parts(bucket, source, landing, None if result_is_source else result, divisor)
+        if self.shard_ranks > 2:
+            return self._bind_in_parts(payload, source, landing, None if result_is_source else result, divisor)
         landing = landing[: source.numel()]
         peer = 1 - self.rank
         other = landing if result_is_source else source
@@ -202,20 +195,23 @@ class GlooAcross(GlooComm):
             result.add_(other)  # of two terms the order does not matter
             result.div_(divisor)
 
-        return [self._exchange("reduction across nodes", bucket, [(landing, peer)], [(source, peer)], finish)]
+        return [self._exchange("reduction across nodes", payload, [(landing, peer)], [(source, peer)], finish)]
 
     def _bind_in_parts(
-        self, bucket: Bucket, source: Tensor, landing: Tensor, result: Tensor | None, divisor: int
+        self, payload: Payload, source: Tensor, landing: Tensor, result: Tensor | None, divisor: int
     ) -> list[Stage]:
         """Each node sums a part and sends it to the others: fewer bytes than whole shards (`sent_across_numel`)."""
-        size = -(-source.numel() // self.world_size)
-        parts = [source[size * node :][:size] for node in range(self.world_size)]
+        size = -(-source.numel() // self.shard_ranks)
+        parts = [source[size * node :][:size] for node in range(self.shard_ranks)]
         own, peers = parts[self.rank], self._peers
         if landing.numel() < len(peers) * own.numel():  # a shard of fewer elements than nodes squared
             landing = torch.empty(len(peers) * own.numel(), dtype=source.dtype)
         slots = {peer: landing[own.numel() * i :][: own.numel()] for i, peer in enumerate(sorted(peers))}
-        before, behind = [slots[n] for n in range(self.rank)], [slots[n] for n in range(self.rank + 1, self.world_size)]
-        into = parts if result is None else [result[size * node :][:size] for node in range(self.world_size)]
+        before, behind = (
+            [slots[n] for n in range(self.rank)],
+            [slots[n] for n in range(self.rank + 1, self.shard_ranks)],
+        )
+        into = parts if result is None else [result[size * node :][:size] for node in range(self.shard_ranks)]
 
         def total() -> None:
             for term in before[1:]:
@@ -228,26 +224,26 @@ class GlooAcross(GlooComm):
 
         reduced = self._exchange(
             "reduction across nodes",
-            bucket,
+            payload,
             [(slots[peer], peer) for peer in peers],
             [(parts[peer], peer) for peer in peers],
             total,
         )
         gathered = self._exchange(
-            "gather across nodes", bucket, [(into[peer], peer) for peer in peers], [(own, peer) for peer in peers]
+            "gather across nodes", payload, [(into[peer], peer) for peer in peers], [(own, peer) for peer in peers]
         )
         return [reduced, gathered]
 
     def _exchange(
         self,
         word: str,
-        bucket: Bucket,
+        payload: Payload,
         receives: Iterable[tuple[Tensor, int]],
         sends: Iterable[tuple[Tensor, int]],
         finish: Callable[[], object] | None = None,
     ) -> Stage:
         """Messages from and to other nodes; `finish` is called when all have come and gone."""
-        bound = self.bind_messages(self.what(word, bucket), message_tag(word, bucket), receives, sends)
+        bound = self.bind_messages(self.what(word, payload), message_tag(word, payload), receives, sends)
         start, all_came = cast("Stage", tuple(bound))
         if finish is None:
             return start, all_came
@@ -266,23 +262,24 @@ class NcclHierarchy(HierarchicalComm):
     end in the order of their starts.
     """
 
+    backend = NCCL
+
     def __init__(self, inside: NcclComm | LocalComm, across: NcclComm) -> None:
         super().__init__(inside, across)
         self._across = across
 
     def bind_reduce(
-        self, bucket: Bucket, full: Tensor, scratch: Tensor | None, shard: Tensor, *, accumulate: bool
+        self, payload: Payload, full: Tensor, scratch: Tensor | None, shard: Tensor, *, accumulate: bool
     ) -> Bound:
-        if self.world_size == 1:
+        room = self.scratch_for(payload, scratch, accumulate=accumulate)
+        if self.shard_ranks == 1:
             average, within = full, ()
         else:
-            if accumulate and (scratch is None or scratch.numel() < bucket.shard_numel):
-                raise ValueError(f"scratch must have at least {bucket.shard_numel} elements to reduce {bucket.fqns[0]}")
-            average = scratch[: bucket.shard_numel] if accumulate and scratch is not None else shard
-            within = self.inside.bind_reduce(bucket, full, None, average, accumulate=False)
+            average = shard if room is None else room
+            within = self.inside.bind_reduce(payload, full, None, average, accumulate=False)
         options = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp(dist.ReduceOp.AVG)
-        call, what = self._across.group.allreduce, self._across.what("reduction across nodes", bucket)
+        call, what = self._across.group.allreduce, self._across.what("reduction across nodes", payload)
         across = self._across.bind_work(partial(call, [average], options), what, orders_at_start=True)
         bring = shard.add_ if accumulate else shard.copy_
         done = partial(bring, average) if accumulate or average is not shard else None

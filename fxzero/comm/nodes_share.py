@@ -30,11 +30,11 @@ from torch import Tensor
 
 from fxzero import torch_internals
 from fxzero.comm.base import Bound, in_turn
-from fxzero.comm.gloo import GlooComm
+from fxzero.comm.gloo import GLOO, GlooComm
 from fxzero.comm.group import GroupComm
-from fxzero.comm.nccl import NcclComm, averaging
+from fxzero.comm.nccl import NCCL, NcclComm, averaging
 from fxzero.comm.nodes_replicate import Chain, HierarchicalComm, Stage
-from fxzero.graph.layout import Bucket
+from fxzero.graph.layout import Payload
 from fxzero.graph.stages import stage_across, stage_inside
 
 
@@ -42,24 +42,22 @@ class ShardedHierarchy(HierarchicalComm):
     """The ranks of all nodes as one group: rank r of node n is number r * num_nodes + n."""
 
     def __init__(self, inside: GroupComm, across: GroupComm) -> None:
-        super().__init__(inside, across)
+        super().__init__(inside, across, "shard")
         self.rank = inside.rank * self.num_nodes + self.node
-        self.world_size = inside.world_size * self.num_nodes
-        self.shards_across = True
 
     def _slice_of(self, full: Tensor) -> Tensor:
         """What this rank sends inside its node of a bucket, flat."""
-        return full.chunk(self.inside.world_size)[self.inside.rank]
+        return full.chunk(self.inside.shard_ranks)[self.inside.rank]
 
-    def bind_gather(self, bucket: Bucket, shard: Tensor, full: Tensor) -> Bound:
-        return self.bind_gather_keeping(bucket, shard, full, self._slice_of(full))
+    def bind_gather(self, payload: Payload, shard: Tensor, full: Tensor) -> Bound:
+        return self.bind_gather_keeping(payload, shard, full, self._slice_of(full))
 
-    def bind_gather_inside(self, bucket: Bucket, secondary: Tensor, full: Tensor) -> Bound:
-        return self.inside.bind_gather(stage_inside(bucket, self.num_nodes), secondary, full)
+    def bind_gather_inside(self, payload: Payload, secondary: Tensor, full: Tensor) -> Bound:
+        return self.inside.bind_gather(stage_inside(payload, self.num_nodes), secondary, full)
 
-    def _gather_stages(self, bucket: Bucket, shard: Tensor, full: Tensor, secondary: Tensor) -> list[Stage]:
-        across = self.across.bind_gather(stage_across(bucket, self.num_nodes), shard, secondary)
-        return [_stage(across), _stage(self.bind_gather_inside(bucket, secondary, full))]
+    def _gather_stages(self, payload: Payload, shard: Tensor, full: Tensor, secondary: Tensor) -> list[Stage]:
+        across = self.across.bind_gather(stage_across(payload, self.num_nodes), shard, secondary)
+        return [_stage(across), _stage(self.bind_gather_inside(payload, secondary, full))]
 
     def all_reduce(self, tensor: Tensor, op: Literal["sum", "max"] = "sum") -> None:
         self.inside.all_reduce(tensor, op)
@@ -95,24 +93,22 @@ class GlooShardedHierarchy(ShardedHierarchy):
         across: divides by the number of all ranks.
     """
 
+    backend = GLOO
+
     def __init__(self, inside: GlooComm, across: GlooComm) -> None:
         super().__init__(inside, across)
         self._under_way = _UnderWay()
 
-    def bind_gather_keeping(self, bucket: Bucket, shard: Tensor, full: Tensor, secondary: Tensor) -> Bound:
-        return self._under_way.bind(self._gather_stages(bucket, shard, full, secondary), is_gather=True)
-
-    def reduce_scratch_numel(self, bucket: Bucket, *, accumulate: bool = True) -> int:
-        return gloo_scratch_numel(bucket, self.num_nodes)
+    def bind_gather_keeping(self, payload: Payload, shard: Tensor, full: Tensor, secondary: Tensor) -> Bound:
+        return self._under_way.bind(self._gather_stages(payload, shard, full, secondary), is_gather=True)
 
     def bind_reduce(
-        self, bucket: Bucket, full: Tensor, scratch: Tensor | None, shard: Tensor, *, accumulate: bool
+        self, payload: Payload, full: Tensor, scratch: Tensor | None, shard: Tensor, *, accumulate: bool
     ) -> Bound:
-        within, between = stage_inside(bucket, self.num_nodes), stage_across(bucket, self.num_nodes)
-        needed = self.reduce_scratch_numel(bucket, accumulate=accumulate)
-        if scratch is None or scratch.numel() < needed:
-            raise ValueError(f"scratch must have at least {needed} elements to reduce {bucket.fqns[0]}")
-        own_slice, others = scratch[: within.shard_numel], scratch[within.shard_numel : needed]
+        within, between = stage_inside(payload, self.num_nodes), stage_across(payload, self.num_nodes)
+        room = self.scratch_for(payload, scratch, accumulate=accumulate)
+        assert room is not None
+        own_slice, others = room[: within.slice_numel], room[within.slice_numel :]
         stages = [
             self.inside.bind_reduce(within, full, others, own_slice, accumulate=False),
             # The bucket is free once the first stage is over: what other nodes send arrives there.
@@ -123,14 +119,6 @@ class GlooShardedHierarchy(ShardedHierarchy):
     def abandon(self) -> None:
         super().abandon()
         self._under_way.clear()
-
-
-def gloo_scratch_numel(bucket: Bucket, num_nodes: int) -> int:
-    """Elements that a reduce-scatter over the ranks of several nodes works in: the other slices of a node like its own.
-
-    Accumulating needs no more than overwriting: what comes from other nodes lies in the bucket.
-    """
-    return bucket.numel - num_nodes * bucket.shard_numel
 
 
 class _UnderWay:
@@ -198,12 +186,14 @@ class NcclShardedHierarchy(ShardedHierarchy):
     `streams.py` takes it that collectives end in the order of their starts.
     """
 
+    backend = NCCL
+
     def __init__(self, inside: NcclComm, across: NcclComm) -> None:
         super().__init__(inside, across)
         self._across = across
 
-    def bind_gather_keeping(self, bucket: Bucket, shard: Tensor, full: Tensor, secondary: Tensor) -> Bound:
-        (start_across, wait_across), (start_inside, wait_inside) = self._gather_stages(bucket, shard, full, secondary)
+    def bind_gather_keeping(self, payload: Payload, shard: Tensor, full: Tensor, secondary: Tensor) -> Bound:
+        (start_across, wait_across), (start_inside, wait_inside) = self._gather_stages(payload, shard, full, secondary)
 
         def start() -> None:
             start_across()
@@ -212,30 +202,21 @@ class NcclShardedHierarchy(ShardedHierarchy):
 
         return Bound(start, wait_inside)
 
-    def reduce_scratch_numel(self, bucket: Bucket, *, accumulate: bool = True) -> int:
-        return nccl_scratch_numel(bucket, self.num_nodes, accumulate=accumulate)
-
     def bind_reduce(
-        self, bucket: Bucket, full: Tensor, scratch: Tensor | None, shard: Tensor, *, accumulate: bool
+        self, payload: Payload, full: Tensor, scratch: Tensor | None, shard: Tensor, *, accumulate: bool
     ) -> Bound:
-        needed = self.reduce_scratch_numel(bucket, accumulate=accumulate)
-        if scratch is None or scratch.numel() < needed:
-            raise ValueError(f"scratch must have at least {needed} elements to reduce {bucket.fqns[0]}")
-        within = stage_inside(bucket, self.num_nodes)
-        own_slice = scratch[: within.shard_numel]
-        average = scratch[within.shard_numel : needed] if accumulate else shard
+        room = self.scratch_for(payload, scratch, accumulate=accumulate)
+        assert room is not None
+        within = stage_inside(payload, self.num_nodes)
+        own_slice = room[: within.slice_numel]
+        average = room[within.slice_numel :] if accumulate else shard
         inside = self.inside.bind_reduce(within, full, None, own_slice, accumulate=False)
         call = partial(torch_internals.reduce_scatter_base(self._across.group), average, own_slice, averaging())
-        what = self._across.what("reduce-scatter across nodes", bucket)
+        what = self._across.what("reduce-scatter across nodes", payload)
         across = self._across.bind_work(call, what, orders_at_start=True)
         return Bound(in_turn(*inside, across.start), across.wait).then(
             partial(shard.add_, average) if accumulate else None
         )
-
-
-def nccl_scratch_numel(bucket: Bucket, num_nodes: int, *, accumulate: bool) -> int:
-    """The same on NCCL: a slice between the stages, and what is added to the shard."""
-    return (num_nodes + accumulate) * bucket.shard_numel
 
 
 def _stage(bound: Bound) -> Stage:

@@ -18,8 +18,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fxzero.comm.backend import Backend
 from fxzero.comm.base import Bound, Comm
 from fxzero.graph.layout import Bucket
+from fxzero.graph.sharding import Sharding
 from fxzero.graph.wire import MAX_VALUE, SCALE_DTYPE, WireFormat, on_wire, split_rows
 
 _LEAST_SCALE = torch.finfo(SCALE_DTYPE).tiny
@@ -63,20 +65,20 @@ def unpack(
     """What brings the rows of all ranks to the bucket; not for a quantised interleaved one.
 
     Args:
-        staging: `[world_size * row_numel]`, of the format's dtype.
+        staging: `[shard_ranks * row_numel]`, of the format's dtype.
         full: `[bucket.numel]`.
         work: `[shard_numel]`, float32; needed to dequantise to another dtype only.
     """
     if format.block_numel is None:
         return partial(full.copy_, staging)
-    into = full.view(bucket.world_size, bucket.shard_numel)
-    values, scales = split_rows(staging.view(bucket.world_size, -1), bucket.shard_numel, format)
+    into = full.view(bucket.shard_ranks, bucket.shard_numel)
+    values, scales = split_rows(staging.view(bucket.shard_ranks, -1), bucket.shard_numel, format)
     if full.dtype is SCALE_DTYPE:
         return partial(_dequantize, values, into, _blocks(into, scales, format.block_numel))
     assert work is not None
     rows = [
         (values[rank], into[rank], work, _blocks(work, scales[rank], format.block_numel))
-        for rank in range(bucket.world_size)
+        for rank in range(bucket.shard_ranks)
     ]
 
     def dequantize_rows() -> None:
@@ -107,12 +109,21 @@ def _blocks(values: Tensor, scales: Tensor, block_numel: int) -> list[tuple[Tens
     return [pair for pair in (whole, short) if pair[0].numel()]
 
 
-def reduce_scratch_nbytes(comm: Comm, bucket: Bucket, format: WireFormat, *, accumulate: bool) -> int:
+def reduce_scratch_nbytes(
+    backend: Backend, sharding: Sharding, bucket: Bucket, format: WireFormat, *, accumulate: bool
+) -> int:
     """Bytes that `bind_narrow_reduce` needs between its start and its wait."""
-    travels = on_wire(bucket, format)
-    if comm.sums_locally:
-        return (bucket.world_size - 1) * travels.shard_nbytes + (1 + accumulate) * bucket.shard_nbytes
-    return travels.shard_nbytes + comm.reduce_scratch_numel(travels, accumulate=False) * travels.dtype.itemsize
+    travels = on_wire(bucket.gradients, format)
+    if backend.sums_locally(sharding):
+        rooms = _num_rooms(bucket, accumulate=accumulate) * bucket.shard_numel * bucket.dtypes.sum.itemsize
+        return (bucket.shard_ranks - 1) * travels.slice_nbytes + rooms
+    inner = backend.reduce_scratch_numel(travels, sharding, accumulate=False)
+    return travels.slice_nbytes + inner * travels.dtype.itemsize
+
+
+def _num_rooms(bucket: Bucket, *, accumulate: bool) -> int:
+    """Shards of the sum's dtype that it takes to sum: one to convert in, and one where the sum is not the shard."""
+    return 1 + (accumulate or bucket.dtypes.sum is not bucket.dtypes.shard)
 
 
 def bind_narrow_reduce(
@@ -120,36 +131,40 @@ def bind_narrow_reduce(
 ) -> Bound:
     """Average what all ranks send; this rank's slice goes to `shard` [bucket.shard_numel].
 
-    Where sums are local (gloo) they are made in the shard's dtype, in rank order: ((g0 + g1) + g2) / world_size, of
-    terms that are all rounded to the wire's dtype, the own one too, so that who owns an element does not matter.
-    Elsewhere (NCCL) the backend sums in the wire's dtype, as FSDP2 does: an exchange would cross the link between two
-    machines once for each rank of a machine, where NCCL's rings cross it once.
+    Where sums are local (gloo) they are made in the dtype that the bucket has for sums, in rank order:
+    ((g0 + g1) + g2) / shard_ranks, of terms that are all rounded to the wire's dtype, the own one too, so that who owns
+    an element does not matter. Elsewhere (NCCL) the backend sums in the wire's dtype, as FSDP2 does: an exchange would
+    cross the link between two machines once for each rank of a machine, where NCCL's rings cross it once.
 
     Args:
-        sent: `[world_size * row_numel]`, of the format's dtype: the unsharded gradients.
+        sent: `[shard_ranks * row_numel]`, of the format's dtype: the unsharded gradients.
         scratch: `reduce_scratch_nbytes` bytes, flat.
         accumulate: add the average to `shard`; else overwrite it.
     """
-    travels = on_wire(bucket, format)
-    num_terms = bucket.world_size - 1 if comm.sums_locally else 1
-    end = num_terms * travels.shard_nbytes
-    received = scratch[:end].view(travels.dtype).split(travels.shard_numel)
-    if not comm.sums_locally:
+    travels = on_wire(bucket.gradients, format)
+    sums_locally = comm.backend.sums_locally(comm.sharding)
+    num_terms = bucket.shard_ranks - 1 if sums_locally else 1
+    end = num_terms * travels.slice_nbytes
+    received = scratch[:end].view(travels.dtype).split(travels.slice_numel)
+    if not sums_locally:
         inner = scratch[end:].view(travels.dtype)
         bound = comm.bind_reduce(travels, sent, inner if len(inner) else None, received[0], accumulate=False)
         return bound.then(partial(shard.add_ if accumulate else shard.copy_, received[0]))
-    own = sent.split(travels.shard_numel)[comm.rank]
+    own = sent.split(travels.slice_numel)[comm.rank]
     terms = [*received[: comm.rank], own, *received[comm.rank :]]
-    rooms = scratch[end:].view(bucket.dtype).split(bucket.shard_numel)
-    total = rooms[1] if accumulate else shard
-    return comm.bind_exchange(travels, sent, terms).then(partial(_average, terms, rooms[0], total, shard))
+    rooms = scratch[end:].view(bucket.dtypes.sum).split(bucket.shard_numel)
+    total = rooms[1] if _num_rooms(bucket, accumulate=accumulate) > 1 else shard
+    average = partial(_average, terms, rooms[0], total, shard, accumulate)
+    return comm.bind_exchange(travels, sent, terms).then(average)
 
 
-def _average(terms: list[Tensor], room: Tensor, total: Tensor, shard: Tensor) -> None:
-    """Sum terms in order, each converted in `room`, divide, and add to the shard if that is not the total itself."""
+def _average(terms: list[Tensor], room: Tensor, total: Tensor, shard: Tensor, accumulate: bool) -> None:
+    """Sum terms in order, each converted in `room`, divide, and bring the average to the shard if it is not there."""
     total.copy_(terms[0])
     for term in terms[1:]:
         total.add_(room.copy_(term))
     total.div_(len(terms))
-    if total is not shard:
+    if accumulate:
         shard.add_(total)
+    elif total is not shard:
+        shard.copy_(total)

@@ -1,3 +1,3 @@
-"""The commands of `fxzero` beside `train`."""
+"""The commands of `fxzero` beside `train`, and what all commands share: starting ranks, joining them, and errors."""
 
 from __future__ import annotations

@@ -13,11 +13,11 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from fxzero.comm.groups import Group, group_of_mesh
 from fxzero.comm.make import make_comm
+from fxzero.commands.errors import CommandError, report
+from fxzero.commands.launch import launch, under_torchrun
+from fxzero.commands.world import DEVICES, World, joined
 from fxzero.cost.calibrate import calibrate, measure_device, median_of_ranks
 from fxzero.cost.model import GBIT, Cluster, Device, Link
-from fxzero.train.launch import launch, under_torchrun
-from fxzero.train.options import DEVICES
-from fxzero.train.world import World, joined
 
 HELP = "measure what a schedule is made from: the device of a rank, and its link to the others"
 _DESCRIPTION = """\
@@ -44,22 +44,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, argv: list[str]) -> int:
     """Measure and print; returns the exit status."""
-    if (arguments.nproc or 1) > 1 and not under_torchrun():
-        return launch(arguments.nproc, argv)
-    with joined(arguments.device) as world:
-        dtype = _DTYPES[arguments.dtype]
-        if world.size == 1:
-            device = measure_device(world.device, dtype)
-            numbers, table = [*vars(device).values()], _table_of_one(world, device)
-        else:
-            group = _group(world, arguments.nodes)
-            own = calibrate(make_comm(group, world.device), world.device, dtype)
-            cluster = median_of_ranks(own, group, "calibration", _TIMEOUT)
-            numbers, table = cluster.numbers(), _table(world, cluster)
-        if world.is_main:
-            print(table, flush=True)
-            if arguments.out is not None:
-                arguments.out.write_text(json.dumps(numbers) + "\n")
+    try:
+        if (arguments.nproc or 1) > 1 and not under_torchrun():
+            return launch(arguments.nproc, argv)
+        with joined(arguments.device) as world:
+            return _run(arguments, world)
+    except CommandError as error:
+        return report("calibrate", error)
+
+
+def _run(arguments: argparse.Namespace, world: World) -> int:
+    try:
+        group = _group(world, arguments.nodes)
+    except CommandError as error:
+        return report("calibrate", error)  # before the ranks part: the first one to end ends the others
+    dtype = _DTYPES[arguments.dtype]
+    if world.size == 1:
+        device = measure_device(world.device, dtype)
+        numbers, table = [*vars(device).values()], _table_of_one(world, device)
+    else:
+        own = calibrate(make_comm(group, world.device), world.device, dtype)
+        cluster = median_of_ranks(own, group, "calibration", _TIMEOUT)
+        numbers, table = cluster.numbers(), _table(world, cluster)
+    if world.is_main:
+        print(table, flush=True)
+        if arguments.out is not None:
+            arguments.out.write_text(json.dumps(numbers) + "\n")
     return 0
 
 
@@ -67,7 +77,7 @@ def _group(world: World, num_nodes: int | None) -> Group | None:
     """All ranks, or those of a mesh of nodes if there are several of several ranks."""
     nodes = num_nodes or world.size // world.local_size
     if nodes < 1 or world.size % nodes:
-        raise SystemExit(f"--nodes {nodes} does not divide {world.size} ranks.")
+        raise CommandError(f"--nodes {nodes} does not divide {world.size} ranks.")
     if nodes in (1, world.size):
         return None
     shape = nodes, world.size // nodes

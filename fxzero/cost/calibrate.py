@@ -18,7 +18,7 @@ from fxzero.comm.base import Comm
 from fxzero.comm.groups import Group
 from fxzero.comm.nodes_replicate import HierarchicalComm
 from fxzero.cost.model import Cluster, Device, Link, rounded
-from fxzero.graph.layout import ALIGNMENT_BYTES, Bucket, ParamSpec
+from fxzero.graph.layout import Payload
 
 SMALL_BYTES, LARGE_BYTES = 2**14, 2**22
 """Of the messages that latency and bandwidth are measured with, per rank that receives."""
@@ -46,7 +46,26 @@ def calibrate(comm: Comm, device: torch.device, dtype: torch.dtype = torch.float
     if not isinstance(comm, HierarchicalComm):
         return Cluster(measured, measure_link(comm, device))
     across = measure_link(comm.across, device)
-    return Cluster(measured, across, measure_link(comm.inside, device) if comm.inside.world_size > 1 else None)
+    return Cluster(measured, across, measure_link(comm.inside, device) if comm.inside.shard_ranks > 1 else None)
+
+
+def calibrate_once(
+    comm: Comm, group: Group | None, device: torch.device, dtype: torch.dtype, topic: str, timeout: timedelta
+) -> Cluster:
+    """What the first model of a process group measured, for it and for each later one; a collective.
+
+    So models that are equal get equal layouts, however noisy the machine is.
+
+    Args:
+        dtype: of the matrix products.
+    """
+    name = f"costs of {device.type} in {dtype}"
+    known = agree.recall(group, name)
+    if known is None:
+        measured = median_of_ranks(calibrate(comm, device, dtype), group, topic, timeout)
+        agree.remember(group, name, json.dumps(measured.numbers()))
+        return measured
+    return Cluster.of_numbers(json.loads(known))
 
 
 def median_of_ranks(own: Cluster, group: Group | None, topic: str, timeout: timedelta) -> Cluster:
@@ -102,7 +121,7 @@ def measure_link(comm: Comm, device: torch.device) -> Link:
         more.fill_(float(turns < 12 and time.perf_counter() - begin < LINK_S))
         comm.all_reduce(more, "max")
     seconds, cpu_s = time.perf_counter() - begin, time.process_time() - cpu
-    nbytes = turns * IN_FLIGHT * LARGE_BYTES * (comm.world_size - 1)
+    nbytes = turns * IN_FLIGHT * LARGE_BYTES * (comm.shard_ranks - 1)
     on_cores = cpu_s / nbytes if device.type == "cpu" else 0.0
     return Link(nbytes / seconds, latency_s, on_cores)
 
@@ -112,13 +131,12 @@ class _Gathers:
 
     def __init__(self, comm: Comm, device: torch.device, nbytes: int, number: int) -> None:
         self._comm, self._device = comm, device
-        numel = comm.world_size * nbytes // ALIGNMENT_BYTES * (ALIGNMENT_BYTES // 4)
+        slice_numel = nbytes // torch.float32.itemsize
         self._bound = []
         for index in range(number):
-            spec = ParamSpec(f"calibration {nbytes} {index}", (numel,), torch.float32, False)
-            bucket = Bucket((spec,), comm.world_size)
-            shard, full = (torch.zeros(n, device=device) for n in (bucket.shard_numel, bucket.numel))
-            self._bound.append(comm.bind_gather(bucket, shard, full))
+            payload = Payload((f"calibration {nbytes} {index}",), comm.shard_ranks, slice_numel, torch.float32)
+            shard, full = (torch.zeros(n, device=device) for n in (payload.slice_numel, payload.numel))
+            self._bound.append(comm.bind_gather(payload, shard, full))
 
     def run(self) -> float:
         """Gather once; the seconds it took."""

@@ -7,25 +7,24 @@ Candidates are few and in a fixed order, so that equal costs give equal plans.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import json
-from collections import deque
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
-from fxzero.cost.model import Costs, Device, gather_wait_bytes, reduce_wait_bytes
+from fxzero.comm.backend import Backend
+from fxzero.cost.model import Costs, Device
 from fxzero.cost.timeline import Event, Key, Timeline, is_gather_key, play
 from fxzero.graph.aliasing import in_memory_of
 from fxzero.graph.layout import Bucket, ParamSpec, group_into_buckets
 from fxzero.graph.nodes import Role, gathered_params, is_gather, members, role, started_by
+from fxzero.graph.placing import gather_starts, kept_from_forward, reductions_finished
+from fxzero.graph.recipe import Fqns, Recipe
 from fxzero.graph.step import Phase, StepGraph
 from fxzero.graph.traffic import sent_of
 from fxzero.graph.wire import WireFormat, narrowed
-from fxzero.passes import BucketAllGathers, GathersFirst, KeepGathered, Pass, PrefetchAllGathers, SinkWaits
 
 MIB = 2**20
 BODY_BYTES = tuple(size * MIB for size in (4, 8, 12, 16, 24, 32, 64, 128))
@@ -41,48 +40,6 @@ CLOSE = 1.003
 TRIED_IN_VAIN = 16
 """Reductions in a row that gain nothing in another place, after which no further one is tried."""
 
-Fqns = tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """What is chosen from costs; the same on all ranks and for all plans of a model."""
-
-    bucket_bytes: int
-    head_bytes: int | None
-    inflight_bytes: int
-    """Upper bound on gathered bytes, and on gradient bytes, in flight."""
-    kept_bytes: int
-    """Bytes that stay gathered from forward to backward because it costs no memory at the peak."""
-    later: tuple[tuple[Fqns, Fqns], ...] = ()
-    """See `GathersFirst`."""
-
-    def lines(self) -> list[str]:
-        """The choice as text, for other ranks."""
-        return [json.dumps(dataclasses.asdict(self))]
-
-    @classmethod
-    def of_lines(cls, lines: Sequence[str]) -> Tuning:
-        """The inverse of `lines`."""
-        fields = json.loads(lines[0])
-        fields["later"] = tuple((tuple(first), tuple(second)) for first, second in fields["later"])
-        return cls(**fields)
-
-    def passes(self, passes: Sequence[Pass]) -> list[Pass]:
-        """A list of passes with this choice in it."""
-        chosen: list[Pass] = []
-        for each in passes:
-            if isinstance(each, BucketAllGathers) and each.buckets is None:
-                each = BucketAllGathers(self.bucket_bytes, self.head_bytes)
-            elif isinstance(each, KeepGathered) and each.max_kept_bytes == 0 and each.buckets is None:
-                each = dataclasses.replace(each, max_kept_bytes=self.kept_bytes)
-            elif isinstance(each, (PrefetchAllGathers, SinkWaits)):
-                each = dataclasses.replace(each, max_inflight_bytes=self.inflight_bytes)
-            elif isinstance(each, GathersFirst):
-                each = GathersFirst(self.later)
-            chosen.append(each)
-        return chosen
-
 
 @dataclass(frozen=True)
 class Needs:
@@ -95,6 +52,7 @@ class Needs:
     """After each gradient, from the begin of backward."""
     phase_s: dict[Phase, float]
     device: Device
+    backend: Backend
     costs: Costs
     gathered_as: WireFormat | None = None
     """In which buckets travel to ranks, where that makes them narrower."""
@@ -111,6 +69,7 @@ def needs_of(
     step: StepGraph,
     costs: Costs,
     device: Device,
+    backend: Backend,
     gathered_as: WireFormat | None = None,
     reduced_as: WireFormat | None = None,
 ) -> Needs:
@@ -143,68 +102,73 @@ def needs_of(
     for start in step.nodes(Role.REDUCE_SCATTER):
         ready |= dict.fromkeys(members(start), before[start])
     in_order = dict(sorted(first.items(), key=lambda item: (item[0][0] is Phase.BACKWARD, item[1])))
-    return Needs(step, in_order, ready, phase_s, device, costs, gathered_as, reduced_as)
+    return Needs(step, in_order, ready, phase_s, device, backend, costs, gathered_as, reduced_as)
 
 
-def tune(needs: Needs, *, keeps_all: bool, keeps_free: bool, buckets: Sequence[Fqns] | None = None) -> Tuning:
-    """The sizes that are predicted to be fastest.
+def tune(needs: Needs, recipe: Recipe, *, keeps_free: bool) -> Recipe:
+    """The recipe with the sizes and the order that are predicted to be fastest.
+
+    If the buckets of the recipe are fixed, only what is in flight and the order are chosen.
 
     Args:
-        keeps_all: every bucket stays gathered from forward to backward.
-        keeps_free: buckets may stay where that needs no more memory at the peak.
-        buckets: the members of each, if they are there already: only what is in flight is chosen then.
+        keeps_free: buckets may stay gathered where that needs no more memory at the peak.
     """
-    order, world_size, costs = needs.params, needs.step.world_size, needs.costs
-    most = max(MOST_BYTES, sum(param.nbytes for param in order) // 16)
-    best: tuple[float, Tuning, list[Event]] | None = None
+    order, shard_ranks, costs = needs.params, needs.step.sharding.shard_ranks, needs.costs
+    most = max(MOST_BYTES, sum(param.gathered_nbytes for param in order) // 16)
+    best: tuple[float, Recipe, list[Event]] | None = None
     tried: set[tuple[tuple[Fqns, ...], int]] = set()
-    for body, head, ahead in _sizes(buckets):
-        if buckets is None:
-            groups = group_into_buckets(order, world_size, body, head_bytes=head)
+    for body, head, ahead in _sizes(recipe):
+        if recipe.buckets is None:
+            groups = group_into_buckets(order, shard_ranks, body, head_bytes=head)
         else:
-            groups = [needs.step.bucket(fqns) for fqns in buckets]
-        inflight = ahead * max(min(body, bucket.nbytes) for bucket in groups)
+            groups = [needs.step.bucket(fqns) for fqns in recipe.buckets]
+        inflight = ahead * max(min(body, bucket.gathered.nbytes) for bucket in groups)
         key = tuple(bucket.fqns for bucket in groups), inflight
         if key in tried or (tried and inflight > most):
             continue
         tried.add(key)
-        tuning = Tuning(body, head, inflight, min(inflight, MOST_BYTES) if keeps_free else 0)
-        kept = sum(bucket.nbytes for bucket in groups) if keeps_all else tuning.kept_bytes
-        happening = list(_events(needs, groups, inflight, kept))
+        candidate = replace(recipe, prefetch_bytes=inflight, reduce_bytes=inflight)
+        if recipe.buckets is None:
+            candidate = replace(candidate, bucket_bytes=body, head_bytes=head)
+        if keeps_free and recipe.max_kept_bytes is not None:
+            candidate = replace(candidate, max_kept_bytes=min(inflight, MOST_BYTES))
+        happening = list(_events(needs, groups, candidate))
         step_s = play(happening, costs.link, costs.inside).step_s
         if best is None or step_s * CLOSE < best[0]:
-            best = step_s, tuning, happening
+            best = step_s, candidate, happening
     assert best is not None, "a step without parameters has nothing to tune"
-    return dataclasses.replace(best[1], later=best_order(best[2], costs)[0])
+    return replace(best[1], later=best_order(best[2], costs)[0])
 
 
-def _sizes(buckets: Sequence[Fqns] | None) -> Iterator[tuple[int, int | None, int]]:
+def _sizes(recipe: Recipe) -> Iterator[tuple[int, int | None, int]]:
     """What to try: the size of buckets, that of the first, and how many of the largest are in flight."""
-    if buckets is not None:
-        yield from ((BucketAllGathers.bucket_bytes, None, ahead) for ahead in AHEAD)
+    if recipe.buckets is not None:
+        yield from ((Recipe.bucket_bytes, None, ahead) for ahead in AHEAD)
         return
     for body, share in itertools.product(BODY_BYTES, HEAD_SHARES):
         yield body, None if share == 1 else body // share, AHEAD[0]
 
 
-def _events(needs: Needs, groups: Sequence[Bucket], inflight: int, kept_bytes: int) -> Iterator[Event]:
+def _events(needs: Needs, groups: Sequence[Bucket], recipe: Recipe) -> Iterator[Event]:
     """What a rank does in a step with these buckets, as the passes would write it."""
     forward = _gathers(needs, groups, Phase.FORWARD)
     backward = _gathers(needs, groups, Phase.BACKWARD)
-    there, again, room = {bucket for _, bucket in forward}, list[tuple[float, Bucket]](), kept_bytes
-    for at, bucket in backward:
-        if bucket in there and bucket.nbytes <= room:
-            room -= bucket.nbytes
-        else:
-            again.append((at, bucket))
+    there = {bucket for _, bucket in forward}
+    held = [(at, bucket) for at, bucket in backward if bucket in there]
+    if recipe.kept is not None:
+        stays = [bucket.fqns in recipe.kept for _, bucket in held]
+    else:
+        stays = kept_from_forward([bucket.gathered.nbytes for _, bucket in held], recipe.max_kept_bytes)
+    kept = {bucket for (_, bucket), is_kept in zip(held, stays, strict=True) if is_kept}
+    again = [(at, bucket) for at, bucket in backward if bucket not in kept]
     ready = [
         (max(needs.ready_s[fqn] for fqn in bucket.fqns if fqn in needs.ready_s), bucket)
         for bucket in groups
         if any(fqn in needs.ready_s for fqn in bucket.fqns)
     ]
-    yield from _phase(needs, Phase.FORWARD, forward, [], inflight, set())
+    yield from _phase(needs, Phase.FORWARD, forward, [], recipe, set())
     reductions = sorted(ready, key=lambda item: item[0])
-    yield from _phase(needs, Phase.BACKWARD, again, reductions, inflight, there)
+    yield from _phase(needs, Phase.BACKWARD, again, reductions, recipe, there)
     yield Event("compute", needs.costs.optimizer_s)
 
 
@@ -224,7 +188,7 @@ def _phase(
     phase: Phase,
     gathers: Sequence[tuple[float, Bucket]],
     reductions: Sequence[tuple[float, Bucket]],
-    inflight: int,
+    recipe: Recipe,
     gathered: AbstractSet[Bucket],
 ) -> Iterator[Event]:
     """The events of one phase: gathers start as PrefetchAllGathers writes it, reductions end as SinkWaits does.
@@ -232,26 +196,22 @@ def _phase(
     Args:
         gathered: what was gathered before; where nodes share shards, it stays inside them now.
     """
-    nbytes = [bucket.nbytes for _, bucket in gathers]
     starts_at: dict[int, list[int]] = {}
-    first = flying_bytes = 0
-    for k in range(len(gathers)):
-        flying_bytes += nbytes[k]
-        while first < k - 1 and flying_bytes > inflight:
-            flying_bytes -= nbytes[first]
-            first += 1
+    for k, first in enumerate(gather_starts([bucket.gathered.nbytes for _, bucket in gathers], recipe.prefetch_bytes)):
         starts_at.setdefault(first if first > 0 else -1, []).append(k)
+    finished = list(reductions_finished([bucket.gradients.nbytes for _, bucket in reductions], recipe.reduce_bytes))
     keys: list[Key] = [(Role.ALL_GATHER, phase, bucket.fqns) for _, bucket in gathers]
 
     def launch(anchor: int) -> Iterator[Event]:
         for k in starts_at.get(anchor, ()):
             bucket = gathers[k][1]
-            travels, stays = narrowed(bucket, needs.gathered_as), needs.step.shards_across and bucket in gathered
-            yield Event.start(keys[k], sent_of(needs.step, travels, is_gather=True, stays_inside=stays))
+            travels, sharding = narrowed(bucket.gathered, needs.gathered_as), needs.step.sharding
+            stays = sharding.shards_across and bucket in gathered
+            yield Event.start(keys[k], sent_of(sharding, travels, is_gather=True, stays_inside=stays))
 
     happening = [(at, 1, k) for k, (at, _) in enumerate(gathers)] + [(at, 0, k) for k, (at, _) in enumerate(reductions)]
-    flying: deque[tuple[Key, Bucket]] = deque()
-    reduced_bytes, now = 0, 0.0
+    reducing: list[Key] = [(Role.REDUCE_SCATTER, phase, bucket.fqns) for _, bucket in reductions]
+    now, end = 0.0, 0
     yield from launch(-1)
     for at, is_gather_, k in sorted(happening):
         yield Event("compute", at - now)
@@ -259,24 +219,22 @@ def _phase(
         if is_gather_:
             yield from launch(k)
             yield Event("wait", 0.0, keys[k])
-            yield Event("compute", gather_wait_bytes(gathers[k][1]) / needs.device.bytes_per_s)
+            yield Event("compute", needs.backend.gather_wait_bytes(gathers[k][1].gathered) / needs.device.bytes_per_s)
             continue
-        bucket = reductions[k][1]
-        flying.append(((Role.REDUCE_SCATTER, phase, bucket.fqns), bucket))
-        reduced_bytes += bucket.nbytes
-        while len(flying) > 1 and reduced_bytes > inflight:
-            reduced_bytes -= flying[0][1].nbytes
-            yield from _finish(needs, *flying.popleft())
-        yield Event.start(flying[-1][0], sent_of(needs.step, narrowed(bucket, needs.reduced_as), is_gather=False))
+        for older in finished[k]:
+            yield from _finish(needs, reducing[older], reductions[older][1])
+        end = finished[k].stop
+        travels = narrowed(reductions[k][1].gradients, needs.reduced_as)
+        yield Event.start(reducing[k], sent_of(needs.step.sharding, travels, is_gather=False))
     yield Event("compute", needs.phase_s.get(phase, 0.0) - now)
-    for key, bucket in flying:
+    for key, (_, bucket) in zip(reducing[end:], reductions[end:], strict=True):
         yield from _finish(needs, key, bucket)
 
 
 def _finish(needs: Needs, key: Key, bucket: Bucket) -> Iterator[Event]:
     """Wait for a reduction, and add up what came."""
     yield Event("wait", 0.0, key)
-    yield Event("compute", reduce_wait_bytes(bucket) / needs.device.bytes_per_s)
+    yield Event("compute", needs.backend.reduce_wait_bytes(bucket.gradients) / needs.device.bytes_per_s)
 
 
 def best_order(happening: list[Event], costs: Costs) -> tuple[tuple[tuple[Fqns, Fqns], ...], Timeline]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from fxzero.cost.choose_sizes import Tuning, needs_of, tune
+from fxzero.comm.backend import Backend
+from fxzero.cost.choose_sizes import needs_of, tune
 from fxzero.cost.measured import with_measured
 from fxzero.cost.model import Cluster, Costs, roofline
 from fxzero.cost.report import Timing
 from fxzero.graph.layout import ParamSpec
-from fxzero.graph.step import StepGraph, copy_of
+from fxzero.graph.recipe import Recipe
+from fxzero.graph.step import StepGraph
+from fxzero.graph.wire import WireFormat, gather_format
 from fxzero.host.gc_pause import gc_paused
-from fxzero.passes import BucketAllGathers, KeepGathered, NarrowAllGathers, NarrowReduceScatters, Pass
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class CostModel:
     """The costs of any step of one model on one cluster."""
 
     cluster: Cluster
+    backend: Backend
     optimizer_bytes: int = 0
     by_name: dict[str, float] = field(default_factory=dict[str, float])
     """Measured seconds of nodes; empty: all are estimated."""
@@ -28,7 +31,7 @@ class CostModel:
     """Of threads other than the one whose seconds were measured."""
 
     def __call__(self, step: StepGraph) -> Costs:
-        estimated = roofline(step, self.cluster, optimizer_bytes=self.optimizer_bytes)
+        estimated = roofline(step, self.cluster, self.backend, optimizer_bytes=self.optimizer_bytes)
         if not self.by_name:
             return estimated
         optimizer_s = self.optimizer_s or estimated.optimizer_s
@@ -39,52 +42,25 @@ class CostModel:
         return Timing.of(step, self(step))
 
 
-def choose_sizes(
-    captured: StepGraph,
-    passes: Sequence[Pass],
-    model: CostModel,
-    keeps_free: bool,
-    buckets: Sequence[tuple[str, ...]] | None = None,
-) -> Tuning:
-    """Choose everything for a captured step, which stays as it is.
+def choose_sizes(gathering: StepGraph, recipe: Recipe, model: CostModel, *, keeps_free: bool) -> Recipe:
+    """The recipe with the sizes and the order that are predicted to be fastest.
 
     Args:
+        gathering: a step that has its collectives: one for each parameter, before they are bucketed, or a complete plan
+            whose compute was measured.
         keeps_free: buckets may stay gathered from forward to backward where that costs no memory at the peak.
-        buckets: their members, if the layout is fixed already.
     """
-    place = next((i for i, each in enumerate(passes) if isinstance(each, BucketAllGathers)), len(passes))
+    gathered_as = None if recipe.gather_dtype is None else gather_format(recipe.gather_dtype)
+    reduced_as = None if recipe.reduce_dtype is None else WireFormat(recipe.reduce_dtype)
     with gc_paused():
-        return choose_again(_after(captured, passes[:place]), passes, model, keeps_free, buckets)
+        needs = needs_of(gathering, model(gathering), model.cluster.device, model.backend, gathered_as, reduced_as)
+        return tune(needs, recipe, keeps_free=keeps_free)
 
 
-def choose_again(
-    planned: StepGraph,
-    passes: Sequence[Pass],
-    model: CostModel,
-    keeps_free: bool,
-    buckets: Sequence[tuple[str, ...]] | None,
-) -> Tuning:
-    """The same for a step that has its collectives, bucketed or not: a complete plan, whose compute was measured."""
-    keeps_all = any(isinstance(each, KeepGathered) and each.max_kept_bytes is None for each in passes)
-    gathered_as = next((each.format for each in passes if isinstance(each, NarrowAllGathers)), None)
-    reduced_as = next((each.format for each in passes if isinstance(each, NarrowReduceScatters)), None)
-    with gc_paused():
-        needs = needs_of(planned, model(planned), model.cluster.device, gathered_as, reduced_as)
-        return tune(needs, keeps_all=keeps_all, keeps_free=keeps_free, buckets=buckets)
-
-
-def _after(captured: StepGraph, passes: Sequence[Pass]) -> StepGraph:
-    """What some passes make of a step, unverified: a trial."""
-    step = copy_of(captured)
-    for each in passes:
-        each(step)
-    return step
-
-
-def optimizer_bytes(params: Iterable[ParamSpec], world_size: int, state_numel: int) -> int:
+def optimizer_bytes(params: Iterable[ParamSpec], shard_ranks: int, state_numel: int) -> int:
     """Bytes that an optimizer reads and writes in a step of one rank: parameters, gradients and state.
 
     Args:
         state_numel: elements of state for each element of a parameter.
     """
-    return sum(param.nbytes for param in params) // world_size * (3 + 2 * state_numel)
+    return sum(param.nbytes for param in params) // shard_ranks * (3 + 2 * state_numel)

@@ -154,7 +154,7 @@ def _needs(step: StepGraph, costs: Costs) -> _Needs:
 
     The copies and sums at waits are compute too; they may happen at any time, and belong to the run they stand in.
     """
-    if step.world_size == 1:
+    if step.sharding.shard_ranks == 1:
         return _Needs([sum(costs.seconds.values())], [NOTHING], [NOTHING])
     arrives, leaves = _first_readers(step), _last_writers(step)
     seconds, arriving, leaving = [0.0], [NOTHING], [NOTHING]
@@ -178,7 +178,7 @@ def _needs(step: StepGraph, costs: Costs) -> _Needs:
 
 def _share(step: StepGraph, fqn: str, start: fx.Node) -> Sent:
     """Bytes that a rank must exchange for one parameter in a collective, without padding."""
-    part = step.params[fqn].nbytes / step.bucket_of(start).nbytes
+    part = step.params[fqn].numel / step.payload_of(start).numel
     return Sent(*(int(part * nbytes) for nbytes in sent_in(step, start)))
 
 

@@ -17,9 +17,9 @@ from torch import fx
 from torch.utils.flop_counter import flop_registry
 
 from fxzero import torch_internals
+from fxzero.comm.backend import Backend
 from fxzero.errors import PlanError
 from fxzero.graph.aliasing import is_view
-from fxzero.graph.layout import Bucket
 from fxzero.graph.nodes import Role, is_gather, tensor_bytes
 from fxzero.graph.step import StepGraph
 
@@ -127,19 +127,20 @@ class Costs:
         return self.seconds.get(node, 0.0)
 
 
-def roofline(step: StepGraph, cluster: Cluster, *, optimizer_bytes: int = 0) -> Costs:
+def roofline(step: StepGraph, cluster: Cluster, backend: Backend, *, optimizer_bytes: int = 0) -> Costs:
     """Estimate the costs of a step.
 
     Args:
+        backend: what waits move on the device that computes.
         optimizer_bytes: bytes that the optimizer reads and writes in its step.
     """
     device = cluster.device
     seconds = {node: operator_seconds(node, device) for node in step.nodes(Role.COMPUTE)}
-    if step.world_size > 1:
+    if step.sharding.shard_ranks > 1:
         for node in step.nodes(Role.WAIT):
-            moved = gather_wait_bytes if is_gather(node) else reduce_wait_bytes
-            seconds[node] = moved(step.bucket_of(node)) / device.bytes_per_s
-    inside = cluster.inside if step.num_nodes > 1 else None
+            moved = backend.gather_wait_bytes if is_gather(node) else backend.reduce_wait_bytes
+            seconds[node] = moved(step.payload_of(node)) / device.bytes_per_s
+    inside = cluster.inside if step.sharding.num_nodes > 1 else None
     return Costs(seconds, cluster.link, optimizer_bytes / device.bytes_per_s, inside)
 
 
@@ -150,16 +151,6 @@ def operator_seconds(node: fx.Node, device: Device) -> float:
     values = [source.meta.get("val") for source in node.all_input_nodes]
     moved = sum(map(tensor_bytes, values)) + sum(map(tensor_bytes, _tensors(node.meta.get("val"))))
     return max(flops(node) / device.flops_per_s, moved / device.bytes_per_s) + device.op_s
-
-
-def gather_wait_bytes(bucket: Bucket) -> int:
-    """Bytes that the wait of a gather reads and writes: it copies the rank's own slice."""
-    return 2 * bucket.shard_nbytes
-
-
-def reduce_wait_bytes(bucket: Bucket) -> int:
-    """Bytes that the wait of a reduce-scatter reads and writes: sums over the ranks, and one division."""
-    return (3 * (bucket.world_size - 1) + 2) * bucket.shard_nbytes
 
 
 def flops(node: fx.Node) -> int:

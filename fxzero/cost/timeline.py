@@ -68,7 +68,7 @@ def events(step: StepGraph, costs: Costs) -> list[Event]:
     compute = 0.0
     for node in step.graph.nodes:
         kind = role(node)
-        if kind in (Role.ALL_GATHER, Role.REDUCE_SCATTER, Role.WAIT) and step.world_size > 1:
+        if kind in (Role.ALL_GATHER, Role.REDUCE_SCATTER, Role.WAIT) and step.sharding.shard_ranks > 1:
             if compute:
                 found.append(Event("compute", compute))
             start = started_by(node)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Any, cast
 
@@ -14,7 +15,11 @@ from fxzero.graph.nodes import Role, role
 
 def is_view(node: fx.Node) -> bool:
     """True for an operator whose only effect is another view of its first argument."""
-    target = cast(Any, node.target)
+    return _makes_a_view(node.target)
+
+
+@functools.cache
+def _makes_a_view(target: Any) -> bool:
     return torch_internals.is_overload(target) and target.is_view and not torch_internals.is_mutable(target)
 
 

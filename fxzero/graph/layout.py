@@ -1,6 +1,6 @@
 """Which rank owns which element: buckets of whole parameters, each cut into equal contiguous slices.
 
-bucket:   [ w1 ........ | b1 .. | w2 .............. | pad ]      numel = world_size * shard_numel
+bucket:   [ w1 ........ | b1 .. | w2 .............. | pad ]      numel = shard_ranks * shard_numel
 rank 0:   [ shard_numel ]
 rank 1:                  [ shard_numel ]  ...
 
@@ -8,10 +8,12 @@ An all-gather's input is the shard itself and its output is the parameters, as v
 gradient bucket and its output is the gradient shard.
 
 The interleaved layout, selectable as the reference, cuts each parameter instead. What travels is then rank-major, and
-is copied to and from the bucket (`fxzero/interleave.py`):
+is copied to and from the bucket (`runtime/interleave.py`):
 
 bucket:   [ w1 ...... | b1 .. | w2 ............. ]
-travels:  [ w1/0 b1/0 w2/0 | w1/1 b1/1 w2/1 | ... ]      w1/r: the r-th of world_size equal parts of w1
+travels:  [ w1/0 b1/0 w2/0 | w1/1 b1/1 w2/1 | ... ]      w1/r: the r-th of shard_ranks equal parts of w1
+
+A bucket has one dtype for each role that its elements play (`Dtypes`). What a collective moves of it is a `Payload`.
 """
 
 from __future__ import annotations
@@ -37,26 +39,94 @@ def align(value: int, multiple: int) -> int:
 
 
 @dataclass(frozen=True)
+class Dtypes:
+    """The dtype that the elements of a parameter have in each of their roles.
+
+    What travels may be narrower still: that is the wire format of a collective.
+    """
+
+    shard: torch.dtype
+    """In a rank's shard: of the parameter, its `.grad` and the optimizer's state. The model's own."""
+    compute: torch.dtype
+    """In a gathered bucket, which compute reads."""
+    grad: torch.dtype
+    """In a gradient bucket, which backward writes."""
+    sum: torch.dtype
+    """In which the gradients of several ranks are added; the sum is then cast to that of the shard."""
+
+    @classmethod
+    def all(cls, dtype: torch.dtype) -> Dtypes:
+        """One dtype for every role."""
+        return cls(dtype, dtype, dtype, dtype)
+
+    @property
+    def least_itemsize(self) -> int:
+        """Bytes of an element in the narrowest role."""
+        return min(self.shard.itemsize, self.compute.itemsize, self.grad.itemsize, self.sum.itemsize)
+
+
+@dataclass(frozen=True)
 class ParamSpec:
-    """What a plan must know of a parameter: its canonical name, full shape, dtype, and whether it is trained."""
+    """What a plan must know of a parameter: its canonical name, full shape, own dtype, and whether it is trained."""
 
     fqn: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     requires_grad: bool
+    roles: Dtypes | None = None
+    """The dtypes of its roles, where they are not all its own."""
+
+    @property
+    def dtypes(self) -> Dtypes:
+        return self.roles or Dtypes.all(self.dtype)
 
     @cached_property
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    @cached_property
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole parameter in its own dtype."""
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def gathered_nbytes(self) -> int:
+        """Bytes of the whole parameter where it is gathered."""
+        return self.numel * self.dtypes.compute.itemsize
+
+    @property
+    def grad_nbytes(self) -> int:
+        """Bytes of its whole gradient."""
+        return self.numel * self.dtypes.grad.itemsize
+
+    @property
+    def bucket_key(self) -> tuple[Dtypes, bool]:
+        """Parameters share a bucket only if their keys are equal."""
+        return self.dtypes, self.requires_grad
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What one collective carries: equal slices, one after another, in rank order."""
+
+    fqns: tuple[str, ...]
+    """The members of the bucket that it belongs to."""
+    num_slices: int
+    """One for each rank that takes part."""
+    slice_numel: int
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        return self.num_slices * self.slice_numel
+
+    @property
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
 
     @property
-    def bucket_key(self) -> tuple[torch.dtype, bool]:
-        """Parameters share a bucket only if their keys are equal."""
-        return self.dtype, self.requires_grad
+    def slice_nbytes(self) -> int:
+        return self.slice_numel * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -77,7 +147,8 @@ class Bucket:
     """Parameters that are gathered and reduced by one collective."""
 
     params: tuple[ParamSpec, ...]
-    world_size: int
+    shard_ranks: int
+    """The ranks that it is cut for."""
 
     @property
     def interleaved(self) -> bool:
@@ -85,8 +156,8 @@ class Bucket:
         return False
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.params[0].dtype
+    def dtypes(self) -> Dtypes:
+        return self.params[0].dtypes
 
     @property
     def requires_grad(self) -> bool:
@@ -98,7 +169,8 @@ class Bucket:
 
     @property
     def _alignment(self) -> int:
-        return max(1, ALIGNMENT_BYTES // self.dtype.itemsize)
+        """Elements between two places at which a parameter may begin: `ALIGNMENT_BYTES` in the narrowest role."""
+        return max(1, ALIGNMENT_BYTES // self.dtypes.least_itemsize)
 
     @cached_property
     def offsets(self) -> dict[str, int]:
@@ -114,20 +186,27 @@ class Bucket:
     def shard_numel(self) -> int:
         last = self.params[-1]
         used = self.offsets[last.fqn] + last.numel
-        return align(-(-used // self.world_size), self._alignment)
+        return align(-(-used // self.shard_ranks), self._alignment)
 
     @property
     def numel(self) -> int:
-        """Elements of the whole bucket, padding included: `world_size * shard_numel`."""
-        return self.world_size * self.shard_numel
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
+        """Elements of the whole bucket, padding included: `shard_ranks * shard_numel`."""
+        return self.shard_ranks * self.shard_numel
 
     @property
     def shard_nbytes(self) -> int:
-        return self.shard_numel * self.dtype.itemsize
+        """Bytes of a rank's shard; those of its gradient are as many."""
+        return self.shard_numel * self.dtypes.shard.itemsize
+
+    @cached_property
+    def gathered(self) -> Payload:
+        """The gathered parameters, in the dtype that compute reads."""
+        return Payload(self.fqns, self.shard_ranks, self.shard_numel, self.dtypes.compute)
+
+    @cached_property
+    def gradients(self) -> Payload:
+        """The gradients before they are reduced, in the dtype that backward writes."""
+        return Payload(self.fqns, self.shard_ranks, self.shard_numel, self.dtypes.grad)
 
     def slice_of(self, param: ParamSpec, rank: int) -> Slice:
         """The part of `param` that lies in the shard of `rank`; empty where they do not meet."""
@@ -140,10 +219,10 @@ class Bucket:
 
 
 class InterleavedBucket(Bucket):
-    """Parameters each of which is cut into `world_size` equal parts; a rank's shard is its part of every one.
+    """Parameters each of which is cut into `shard_ranks` equal parts; a rank's shard is its part of every one.
 
-    The bucket itself holds whole parameters one after another, as any does. In it each begins at `world_size` times the
-    place of its part in the shard, so that bucket and shards have the sizes that they have in any layout.
+    The bucket itself holds whole parameters one after another, as any does. In it each begins at `shard_ranks` times
+    the place of its part in the shard, so that bucket and shards have the sizes that they have in any layout.
     """
 
     @property
@@ -156,7 +235,7 @@ class InterleavedBucket(Bucket):
         A part begins where vectors do that start at the parameter's first element: fused kernels round the rest, which
         fills no vector, in another way.
         """
-        return align(-(-param.numel // self.world_size), self._alignment)
+        return align(-(-param.numel // self.shard_ranks), self._alignment)
 
     @cached_property
     def part_offsets(self) -> dict[str, int]:
@@ -166,7 +245,7 @@ class InterleavedBucket(Bucket):
 
     @cached_property
     def offsets(self) -> dict[str, int]:
-        return {fqn: self.world_size * offset for fqn, offset in self.part_offsets.items()}
+        return {fqn: self.shard_ranks * offset for fqn, offset in self.part_offsets.items()}
 
     @cached_property
     def shard_numel(self) -> int:
@@ -188,10 +267,10 @@ def check_layout(name: str) -> None:
         raise ValueError(f"layout is {name!r}; it must be one of {', '.join(map(repr, get_args(LayoutName)))}")
 
 
-def make_bucket(params: Iterable[ParamSpec], world_size: int, layout: LayoutName = "contiguous") -> Bucket:
+def make_bucket(params: Iterable[ParamSpec], shard_ranks: int, layout: LayoutName = "contiguous") -> Bucket:
     """A bucket of a layout. A rank that is alone has nothing to interleave: its shard is the whole bucket."""
-    is_interleaved = layout == "interleaved" and world_size > 1
-    return (InterleavedBucket if is_interleaved else Bucket)(tuple(params), world_size)
+    is_interleaved = layout == "interleaved" and shard_ranks > 1
+    return (InterleavedBucket if is_interleaved else Bucket)(tuple(params), shard_ranks)
 
 
 @dataclass(frozen=True)
@@ -199,7 +278,7 @@ class Layout:
     """The buckets of a model. Fixed once; every plan gathers and reduces exactly these."""
 
     buckets: tuple[Bucket, ...]
-    world_size: int
+    shard_ranks: int
 
     @cached_property
     def bucket_of(self) -> dict[str, Bucket]:
@@ -218,7 +297,7 @@ class Layout:
 
 def group_into_buckets(
     params: Iterable[ParamSpec],
-    world_size: int,
+    shard_ranks: int,
     bucket_bytes: int,
     layout: LayoutName = "contiguous",
     *,
@@ -226,19 +305,21 @@ def group_into_buckets(
 ) -> tuple[Bucket, ...]:
     """Cut a sequence of parameters into buckets of neighbours, each of at most `bucket_bytes` or one parameter.
 
-    One bucket is open per dtype and trainedness, so that a frozen parameter between trained ones cuts nothing.
+    One bucket is open for each set of dtypes and trainedness, so that a frozen parameter between trained ones cuts
+    nothing.
 
     Args:
-        head_bytes: the same of the first bucket; each later one may be twice as large, up to `bucket_bytes`.
+        bucket_bytes: upper bound on the bytes of a gathered bucket, without padding.
+        head_bytes: upper bound for the first bucket; each later one may be twice as large, up to `bucket_bytes`.
     """
     done: list[list[ParamSpec]] = []
-    open_: dict[tuple[torch.dtype, bool], tuple[list[ParamSpec], int]] = {}
+    open_: dict[tuple[Dtypes, bool], tuple[list[ParamSpec], int]] = {}
     for param in params:
         members, nbytes = open_.get(param.bucket_key, (None, 0))
         limit = bucket_bytes if head_bytes is None else min(bucket_bytes, head_bytes << min(max(len(done) - 1, 0), 40))
-        if members is None or nbytes + param.nbytes > limit:
+        if members is None or nbytes + param.gathered_nbytes > limit:
             members, nbytes = list[ParamSpec](), 0
             done.append(members)
         members.append(param)
-        open_[param.bucket_key] = members, nbytes + param.nbytes
-    return tuple(make_bucket(members, world_size, layout) for members in done)
+        open_[param.bucket_key] = members, nbytes + param.gathered_nbytes
+    return tuple(make_bucket(members, shard_ranks, layout) for members in done)

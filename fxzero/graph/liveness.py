@@ -44,13 +44,13 @@ def bucket_bytes_live(step: StepGraph, *roles: Role) -> dict[fx.Node, int]:
     positions = step.positions()
     change = dict.fromkeys(positions, 0)
     for start in step.nodes(*roles):
-        if step.world_size == 1 and (is_gather(start) or step.num_nodes == 1):
+        if step.sharding.is_alone or (is_gather(start) and step.sharding.shard_ranks == 1):
             continue
         begin, end = live_from(step, start, positions), live_until(step, start)
-        nbytes = step.bucket_of(start).nbytes
+        nbytes = step.payload_of(start).nbytes
         change[begin] += nbytes
         change[end] -= nbytes
-        saved = nbytes - step.wire_bucket_of(start).nbytes
+        saved = nbytes - step.travels(start).nbytes
         change[start] -= saved
         change[wait_of(start)] += saved
     return dict(zip(change, itertools.accumulate(change.values()), strict=True))

@@ -95,12 +95,12 @@ def totals(step: StepGraph) -> Totals:
         reduced_bytes=sum(sent.total for sent in reduced),
         gathered_peak_bytes=max(bucket_bytes_live(step, Role.ALL_GATHER).values(), default=0),
         copied_grad_bytes=sum(
-            step.params[grad_fqn(slot)].nbytes
+            step.params[grad_fqn(slot)].grad_nbytes
             for slot in step.nodes(Role.WRITE_GRAD)
             if grad_of(slot) is not None and not written_in_place(slot)
         ),
         interleaved_copy_bytes=sum(
-            bucket.nbytes for bucket in map(step.bucket_of, [*gathers, *reduces]) if bucket.interleaved
+            step.payload_of(start).nbytes for start in (*gathers, *reduces) if step.bucket_of(start).interleaved
         ),
         across_bytes=gathered_across + reduced_across,
         gathered_across_bytes=gathered_across,
@@ -132,22 +132,23 @@ def _line(step: StepGraph, phase: Phase, node: fx.Node, live: int) -> Row:
     """The line of a start, a wait or a release."""
     is_start = started_by(node) is node
     action = role(node).value if is_start or is_gather(node) else "wait_reduce"
-    nbytes = step.wire_bucket_of(node).nbytes if is_start else 0
+    nbytes = step.travels(node).nbytes if is_start else 0
     wire = str(wire_format(node) or "") if is_start else ""
-    reach = "across" if is_start and step.shards_across and not is_inside(node) else ""
+    reach = "across" if is_start and step.sharding.shards_across and not is_inside(node) else ""
     return Row(phase, action, bucket_label(members(node)), nbytes, live_bytes=live, wire=wire, reach=reach)
 
 
 def header(step: StepGraph) -> str:
     """The first line: the totals of the step, per rank."""
     t = totals(step)
-    ranks, received, sent = f"world_size={step.world_size}", "received", f"{format_bytes(t.reduced_bytes)} sent"
+    sharding = step.sharding
+    ranks, received, sent = f"world_size={sharding.world_size}", "received", f"{format_bytes(t.reduced_bytes)} sent"
     gathered = t.gathered_bytes - t.gathered_across_bytes
-    if step.num_nodes > 1:
-        sharing = ", sharded across" if step.shards_across else ""
-        ranks = f"world_size={step.num_ranks} ({step.num_nodes} nodes of {step.ranks_per_node}{sharing})"
+    if sharding.num_nodes > 1:
+        sharing = ", sharded across" if sharding.shards_across else ""
+        ranks += f" ({sharding.num_nodes} nodes of {sharding.node_ranks}{sharing})"
         received = "received inside"
-        if step.shards_across:
+        if sharding.shards_across:
             received += f", {format_bytes(t.gathered_across_bytes)} across"
         across = t.across_bytes - t.gathered_across_bytes
         sent = f"{format_bytes(t.reduced_bytes - across)} sent inside, {format_bytes(across)} across"
@@ -159,9 +160,11 @@ def header(step: StepGraph) -> str:
         f"gathered peak {format_bytes(t.gathered_peak_bytes)}",
     ]
     if step.kept:
-        parts.append(f"kept {format_bytes(sum(step.bucket(fqns).nbytes for fqns in step.kept))}")
+        parts.append(f"kept {format_bytes(sum(step.bucket(fqns).gathered.nbytes for fqns in step.kept))}")
     if step.resident:
-        parts.append(f"until the shards change {format_bytes(sum(step.bucket(b).nbytes for b in step.resident))}")
+        parts.append(
+            f"until the shards change {format_bytes(sum(step.bucket(b).gathered.nbytes for b in step.resident))}"
+        )
     if t.copied_grad_bytes and step.synchronize and step.nodes(Role.RELEASE, Role.GRAD_SLOT):
         parts.append(f"gradients: {format_bytes(t.copied_grad_bytes)} copied")
     if t.interleaved_copy_bytes:
@@ -171,7 +174,7 @@ def header(step: StepGraph) -> str:
     if not step.has_backward:
         del parts[2]
     elif not step.synchronize:
-        held = sum(step.bucket_of(start).nbytes for start in _trained_gathers(step))
+        held = sum(step.bucket_of(start).gradients.nbytes for start in _trained_gathers(step))
         parts[2] = f"no_sync: unsharded gradients {format_bytes(held)}"
     return "  ".join(parts)
 
@@ -181,7 +184,7 @@ def _as_types(step: StepGraph, which: Role) -> str:
     starts = step.nodes(which)
     if all(wire_format(start) is None for start in starts):
         return ""
-    types = {str(wire_format(start) or step.bucket_of(start).dtype).removeprefix("torch.") for start in starts}
+    types = {str(wire_format(start) or step.payload_of(start).dtype).removeprefix("torch.") for start in starts}
     return f" as {', '.join(sorted(types))}"
 
 

@@ -11,16 +11,18 @@ from __future__ import annotations
 import dataclasses
 import enum
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import fx
 
 from fxzero.graph import ops
-from fxzero.graph.layout import Bucket, LayoutName, ParamSpec, make_bucket
+from fxzero.graph.layout import Bucket, LayoutName, ParamSpec, Payload, make_bucket
 from fxzero.graph.nodes import TARGET_OF_ROLE, Role, info, is_gather, is_inside, members, role, wire_format
+from fxzero.graph.recipe import Recipe
+from fxzero.graph.sharding import Sharding
 from fxzero.graph.stages import stage_inside
 from fxzero.graph.wire import on_wire
 
@@ -39,7 +41,8 @@ class StepGraph:
     graph: fx.Graph
     params: dict[str, ParamSpec]
     """Every parameter of the model by canonical name, in registration order; also those the step does not use."""
-    world_size: int
+    sharding: Sharding = field(default_factory=Sharding)
+    """The ranks that the step is planned for."""
     constants: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor], repr=False)
     """Tensors that the model's code made from Python values while it was traced: the targets of get_attr nodes."""
     synchronize: bool = True
@@ -51,14 +54,23 @@ class StepGraph:
     Also those that this step does not gather."""
     layout: LayoutName = "contiguous"
     """How parameters are cut; no pass depends on it."""
+    fixed_buckets: tuple[tuple[str, ...], ...] | None = None
+    """The members of each bucket, once the layout is fixed."""
     without: tuple[str, ...] = ()
-    """Optimizations that are turned off, as of `ablation.py`."""
-    num_nodes: int = 1
-    """Of a 2-D mesh: of `world_size` ranks each, that hold the same shards, or all together if nodes share them."""
-    shards_across: bool = False
-    """Nodes share the shards: a gather crosses nodes, unless it is one from secondary shards (`is_inside`)."""
+    """Optimizations that are turned off, as of `reference/ablation.py`."""
     _buckets: dict[tuple[str, ...], Bucket] = field(default_factory=dict[tuple[str, ...], Bucket], repr=False)
     _param_nodes: dict[str, fx.Node] = field(default_factory=dict[str, fx.Node], repr=False)
+
+    def under(self, recipe: Recipe, *, synchronize: bool = True) -> StepGraph:
+        """A copy of a traced step that is to be planned by a recipe; this one stays as it is.
+
+        Args:
+            synchronize: False for the step of a micro-batch under no_sync().
+        """
+        step = copy_of(self)
+        step.synchronize, step.layout, step.without = synchronize, recipe.layout, recipe.without
+        step.fixed_buckets = recipe.buckets
+        return step
 
     # -- phases --------------------------------------------------------------------------------------------------
 
@@ -75,15 +87,6 @@ class StepGraph:
     def is_persistent(self) -> bool:
         """False if buffers are allocated at each use, in place of one arena."""
         return "persistent_buffers" not in self.without
-
-    @property
-    def ranks_per_node(self) -> int:
-        return self.world_size // self.num_nodes if self.shards_across else self.world_size
-
-    @property
-    def num_ranks(self) -> int:
-        """Ranks of all nodes."""
-        return self.ranks_per_node * self.num_nodes
 
     def phases(self) -> Iterator[tuple[Phase, list[fx.Node]]]:
         """The nodes between placeholders and output, phase by phase, without the boundary."""
@@ -151,7 +154,8 @@ class StepGraph:
     def bucket(self, fqns: tuple[str, ...]) -> Bucket:
         """The bucket of these members, in this order."""
         if fqns not in self._buckets:
-            self._buckets[fqns] = make_bucket((self.params[fqn] for fqn in fqns), self.world_size, self.layout)
+            params = (self.params[fqn] for fqn in fqns)
+            self._buckets[fqns] = make_bucket(params, self.sharding.shard_ranks, self.layout)
         return self._buckets[fqns]
 
     def bucket_of(self, collective: fx.Node) -> Bucket:
@@ -166,14 +170,19 @@ class StepGraph:
             fqns = next((members(user) for user in param.users if role(user) is Role.ALL_GATHER), fqns)
         return self.bucket(fqns)
 
-    def wire_bucket_of(self, collective: fx.Node) -> Bucket:
-        """The same as it travels, in the collective's wire format."""
-        return on_wire(self.bucket_of(collective), wire_format(collective))
+    def payload_of(self, collective: fx.Node) -> Payload:
+        """The bucket of a collective where compute reads or writes it: gathered parameters, or gradients."""
+        bucket = self.bucket_of(collective)
+        return bucket.gathered if is_gather(collective) else bucket.gradients
 
-    def secondaries(self) -> dict[tuple[str, ...], Bucket]:
+    def travels(self, collective: fx.Node) -> Payload:
+        """What travels in a collective, in its wire format."""
+        return on_wire(self.payload_of(collective), wire_format(collective))
+
+    def secondaries(self) -> dict[tuple[str, ...], Payload]:
         """The buckets of which a step keeps secondary shards, as they travel inside a node, by their members."""
         return {
-            members(start): stage_inside(self.wire_bucket_of(start), self.num_nodes)
+            members(start): stage_inside(self.travels(start), self.sharding.num_nodes)
             for start in self.nodes(Role.ALL_GATHER)
             if is_inside(start)
         }
@@ -181,6 +190,11 @@ class StepGraph:
     def is_staged(self, collective: fx.Node) -> bool:
         """True if what travels is of another layout or type than the bucket, so that both need memory."""
         return self.bucket_of(collective).interleaved or wire_format(collective) is not None
+
+
+Pass: TypeAlias = Callable[[StepGraph], None]
+"""A compiler pass: called with a step, it edits it in place. One that changes numbers has a property `tolerance`: by
+how much outputs and gradients may change, relative to the largest magnitude among them."""
 
 
 def copy_of(step: StepGraph) -> StepGraph:

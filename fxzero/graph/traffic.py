@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 from torch import fx
 
-from fxzero.graph.layout import Bucket
+from fxzero.graph.layout import Payload
 from fxzero.graph.nodes import is_gather, is_inside
+from fxzero.graph.sharding import Sharding
 from fxzero.graph.stages import sent_across_numel, stage_inside
 from fxzero.graph.step import StepGraph
 
@@ -32,21 +33,22 @@ NOTHING = Sent(0)
 
 def sent_in(step: StepGraph, start: fx.Node) -> Sent:
     """What a rank sends in a collective of a step."""
-    return sent_of(step, step.wire_bucket_of(start), is_gather=is_gather(start), stays_inside=is_inside(start))
+    return sent_of(step.sharding, step.travels(start), is_gather=is_gather(start), stays_inside=is_inside(start))
 
 
-def sent_of(step: StepGraph, travels: Bucket, *, is_gather: bool, stays_inside: bool = False) -> Sent:
+def sent_of(sharding: Sharding, travels: Payload, *, is_gather: bool, stays_inside: bool = False) -> Sent:
     """What a rank sends when a bucket is gathered, or reduced.
 
     Args:
-        travels: the bucket in the type that travels.
+        travels: the payload in the type that travels.
         stays_inside: it is gathered from secondary shards.
     """
-    if step.shards_across:
-        inside = stage_inside(travels, step.num_nodes)
-        across = 0 if stays_inside else (step.num_nodes - 1) * travels.shard_nbytes
-        return Sent(inside.shard_nbytes * (inside.world_size - 1), across)
-    inside = travels.shard_nbytes * (travels.world_size - 1)
+    num_nodes = sharding.num_nodes
+    if sharding.shards_across:
+        inside = stage_inside(travels, num_nodes)
+        across = 0 if stays_inside else (num_nodes - 1) * travels.slice_nbytes
+        return Sent(inside.slice_nbytes * (inside.num_slices - 1), across)
+    inside_bytes = travels.slice_nbytes * (travels.num_slices - 1)
     if is_gather:
-        return Sent(inside)
-    return Sent(inside, sent_across_numel(travels.shard_numel, step.num_nodes) * travels.dtype.itemsize)
+        return Sent(inside_bytes)
+    return Sent(inside_bytes, sent_across_numel(travels.slice_numel, num_nodes) * travels.dtype.itemsize)

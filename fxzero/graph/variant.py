@@ -20,8 +20,27 @@ class Stash(enum.Enum):
 
 
 class Variant(NamedTuple):
-    """The ways in which one backward can be bound; the code is the same, its globals differ."""
+    """One way in which a step of a plan runs. Forward is the same in all variants of one graph."""
 
     accumulate: bool
     """Add the reduced gradients to the shards' `.grad` instead of overwriting it."""
     stash: Stash
+
+    @property
+    def synchronizes(self) -> bool:
+        """False under no_sync(), whose graph reduces nothing."""
+        return self.stash in (Stash.NONE, Stash.FLUSH)
+
+    @property
+    def label(self) -> str:
+        """What it does with gradients, for people."""
+        if not self.synchronizes:
+            return "under no_sync()"
+        return "adding to gradients" if self.accumulate else "overwriting gradients"
+
+
+ONLY_FORWARD = Variant(False, Stash.NONE)
+"""The one variant of a step without a backward."""
+SYNCHRONIZING = tuple(Variant(accumulate, stash) for accumulate in (False, True) for stash in (Stash.NONE, Stash.FLUSH))
+HOLDING = (Variant(False, Stash.FIRST), Variant(False, Stash.MORE))
+"""Those under no_sync()."""

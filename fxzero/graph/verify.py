@@ -54,6 +54,7 @@ class _Walk:
     phase: Phase = Phase.FORWARD
     has_gathers: bool = False
     kept: frozenset[tuple[str, ...]] = frozenset()
+    params: frozenset[fx.Node] = frozenset()
     seen: set[fx.Node] = field(default_factory=set[fx.Node])
     waited: dict[fx.Node, Phase] = field(default_factory=dict[fx.Node, Phase])
     started: dict[fx.Node, Phase] = field(default_factory=dict[fx.Node, Phase])
@@ -71,7 +72,8 @@ def verify_graph(step: StepGraph) -> None:
     _check_buckets(step)
     _check_wire_formats(step)
     _check_inside_gathers(step)
-    walk = _Walk(has_gathers=bool(step.nodes(Role.ALL_GATHER)), kept=frozenset(step.kept))
+    has_gathers, params = bool(step.nodes(Role.ALL_GATHER)), frozenset(step.param_nodes().values())
+    walk = _Walk(has_gathers=has_gathers, kept=frozenset(step.kept), params=params)
     for node in step.graph.nodes:
         sources, kind = node.all_input_nodes, role(node)
         _check_order(walk, node, sources)
@@ -155,7 +157,7 @@ def _check_release(walk: _Walk, release: fx.Node) -> None:
 
 def _check_reads(walk: _Walk, node: fx.Node, sources: list[fx.Node]) -> None:
     for source in sources:
-        if walk.has_gathers and role(source) is Role.PARAM:
+        if walk.has_gathers and source in walk.params:
             raise ReadWithoutGatherError(
                 f"{info(source).fqn} is read by {describe(node)} without a gather. Read the result of its wait."
             )
@@ -259,19 +261,19 @@ def _check_wire_formats(step: StepGraph) -> None:
         format = wire_format(start)
         if format is None:
             continue
-        bucket = step.bucket_of(start)
-        if step.world_size == 1:
+        payload = step.payload_of(start)
+        if step.sharding.shard_ranks == 1:
             why = "a rank that is alone has no wire"
-        elif not bucket.dtype.is_floating_point:
-            why = f"its bucket is of {bucket.dtype}, which is not floating"
+        elif not payload.dtype.is_floating_point:
+            why = f"its bucket is of {payload.dtype}, which is not floating"
         elif format.dtype.is_floating_point != (format.block_numel is None):
             why = "floating types are cast, others quantised in blocks"
         elif format.block_numel is not None and not is_gather(start):
             why = "sums need a floating type"
-        elif format.block_numel is not None and bucket.interleaved:
+        elif format.block_numel is not None and step.bucket_of(start).interleaved:
             why = "an interleaved layout cannot be quantised: its blocks would cross parameters"
-        elif step.wire_bucket_of(start).nbytes >= bucket.nbytes:
-            why = f"that takes no fewer bytes than {bucket.dtype}"
+        elif step.travels(start).nbytes >= payload.nbytes:
+            why = f"that takes no fewer bytes than {payload.dtype}"
         else:
             continue
         raise WireFormatError(f"{describe(start)} travels as {format}, but {why}.")
@@ -284,12 +286,12 @@ def _check_inside_gathers(step: StepGraph) -> None:
         if not is_inside(start):
             left[members(start)] = wire_format(start)
             continue
-        if not step.shards_across:
+        if not step.sharding.shards_across:
             why = "all gathers do: nodes share no shards"
         elif members(start) not in left:
             why = "no gather before it has crossed nodes"
         elif left[members(start)] != wire_format(start):
-            why = f"what crossed nodes before travelled as {left[members(start)] or step.bucket_of(start).dtype}"
+            why = f"what crossed nodes before travelled as {left[members(start)] or step.payload_of(start).dtype}"
         else:
             continue
         raise InsideGatherError(f"{describe(start)} is to stay inside the node, but {why}.")

@@ -4,18 +4,17 @@
     cast        [ S elements of the narrower dtype ]
     quantised   [ S int8 values | fp32 scale of block 0, 1, ... | pad ]      block i: elements [256 i, 256 (i + 1))
 
-A collective moves `world_size` rows, in rank order. Blocks are cut from the shard, so that a rank quantises without
+A collective moves a row for each rank, in rank order. Blocks are cut from the shard, so that a rank quantises without
 knowing of others; the last may be shorter.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 
 import torch
 
-from fxzero.graph.layout import Bucket, align
+from fxzero.graph.layout import Payload, align
 
 BLOCK_NUMEL = 256
 """Elements that share a scale: 1.6 % more bytes than the values alone."""
@@ -50,32 +49,42 @@ class WireFormat:
         return align(nbytes, ROW_BYTES) // self.dtype.itemsize
 
 
-@dataclass(frozen=True)
-class WireBucket(Bucket):
-    """A bucket as it travels: `shard_numel` elements for each rank. Its members have no offsets in it."""
+def check_gather_dtype(dtype: torch.dtype) -> None:
+    """Refuse what parameters cannot travel as.
 
-    bucket: Bucket
-    """As the layout has it."""
-    format: WireFormat
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.format.dtype
-
-    @cached_property
-    def shard_numel(self) -> int:
-        return self.format.row_numel(self.bucket.shard_numel)
+    Raises:
+        ValueError: names what they can.
+    """
+    if dtype not in (torch.bfloat16, torch.int8):
+        raise ValueError(f"dtype is {dtype}; gathers travel as torch.bfloat16 or torch.int8")
 
 
-def on_wire(bucket: Bucket, format: WireFormat | None) -> Bucket:
-    """What travels of a bucket; the bucket itself without a format of its own."""
-    return bucket if format is None else WireBucket(bucket.params, bucket.world_size, bucket, format)
+def check_reduce_dtype(dtype: torch.dtype) -> None:
+    """Refuse what gradients cannot travel as.
+
+    Raises:
+        ValueError: names what they can.
+    """
+    if dtype is not torch.bfloat16:
+        raise ValueError(f"dtype is {dtype}; reduce-scatters travel as torch.bfloat16")
 
 
-def narrowed(bucket: Bucket, format: WireFormat | None) -> Bucket:
-    """What travels of a bucket that is to be narrower: the bucket itself where the format would not make it so."""
-    travels = on_wire(bucket, format)
-    return travels if travels.nbytes < bucket.nbytes else bucket
+def gather_format(dtype: torch.dtype) -> WireFormat:
+    """The format of gathers that travel in a type: integers with a scale for each block, others cast."""
+    return WireFormat(dtype, None if dtype.is_floating_point else BLOCK_NUMEL)
+
+
+def on_wire(payload: Payload, format: WireFormat | None) -> Payload:
+    """A payload as it travels; without a format, as it is."""
+    if format is None:
+        return payload
+    return replace(payload, slice_numel=format.row_numel(payload.slice_numel), dtype=format.dtype)
+
+
+def narrowed(payload: Payload, format: WireFormat | None) -> Payload:
+    """A payload as it travels where it is to be narrower: unchanged where the format would not make it so."""
+    travels = on_wire(payload, format)
+    return travels if travels.nbytes < payload.nbytes else payload
 
 
 def split_rows(rows: torch.Tensor, shard_numel: int, format: WireFormat) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ before the backward of the first.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -51,13 +51,32 @@ class PlacedTemporary:
     """The operator that writes it, and the name of its argument for where to."""
 
 
-def placed_temporaries(step: StepGraph) -> dict[fx.Node, PlacedTemporary]:
-    """The temporaries that have places in the arena, by node: large ones on the CPU, of operators with `out=`."""
-    if not step.is_persistent:
-        return {}
+@dataclass(frozen=True)
+class Activations:
+    """The memory that the compute nodes of a step allocate."""
+
+    buffers: Mapping[fx.Node, Buffer]
+    """The memory of each node that allocates some."""
+    placed: Mapping[fx.Node, PlacedTemporary]
+    """Those of them that have places in the arena instead."""
+
+    @property
+    def of_allocator(self) -> tuple[Buffer, ...]:
+        """The memory that the allocator is asked for."""
+        return tuple(buffer for node, buffer in self.buffers.items() if node not in self.placed)
+
+
+def activations_of(step: StepGraph) -> Activations:
+    """What the operators of a step allocate, and which of it has places in the arena."""
+    buffers = activation_buffers(step)
+    return Activations(buffers, _placed(step, buffers) if step.is_persistent else {})
+
+
+def _placed(step: StepGraph, buffers: Mapping[fx.Node, Buffer]) -> dict[fx.Node, PlacedTemporary]:
+    """The temporaries that have places in the arena: large ones on the CPU, of operators with `out=`."""
     returned = {memory_of(value) for value in (*step.model_outputs, *step.input_grads) if isinstance(value, fx.Node)}
     placed: dict[fx.Node, PlacedTemporary] = {}
-    for node, buffer in activation_buffers(step).items():
+    for node, buffer in buffers.items():
         value = node.meta["val"]
         if buffer.kind != "temporary" or buffer.nbytes < PLACED_FROM_BYTES or node in returned:
             continue

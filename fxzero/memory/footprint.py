@@ -13,12 +13,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
-from fxzero.comm.base import Comm
-from fxzero.graph.layout import Bucket, Layout
+from fxzero.comm.backend import Backend
+from fxzero.graph.layout import Layout, Payload
 from fxzero.graph.step import StepGraph
-from fxzero.graph.variant import Stash, Variant
-from fxzero.memory.activations import activation_buffers, placed_temporaries
-from fxzero.memory.arena_plan import plan_arena
+from fxzero.memory.activations import Activations, activations_of
+from fxzero.memory.arena_plan import plan_arenas
 from fxzero.memory.lifetimes import Buffer, MemoryPlan, live_bytes
 
 
@@ -86,27 +85,22 @@ def live_at(buffers: Iterable[Buffer], num_positions: int) -> list[int]:
     return list(accumulate(change[:num_positions]))
 
 
-def footprint(
-    step: StepGraph,
-    comm: Comm,
-    held: Held,
-    *,
-    arena: MemoryPlan | None = None,
-    arena_bytes: int = 0,
-    accumulate: bool = False,
-) -> Footprint:
-    """The memory of a complete plan.
+def footprint(step: StepGraph, arena: MemoryPlan, activations: Activations, held: Held, arena_bytes: int) -> Footprint:
+    """The memory of one variant of a complete plan.
 
     Args:
-        arena: the arena's plan if there is one already.
-        arena_bytes: of the arena that is there.
-        accumulate: else for a backward that adds to gradients, which may need more.
+        arena: its offsets in the arena.
+        arena_bytes: of the whole arena, which other variants and plans use too.
     """
-    if arena is None:
-        arena, _ = plan_arena(step, comm, Variant(accumulate, Stash.NONE))
-    placed = placed_temporaries(step)
-    activations = tuple(buffer for node, buffer in activation_buffers(step).items() if node not in placed)
-    return Footprint(held, arena, activations, len(step.graph.nodes), max(arena.peak_bytes, arena_bytes))
+    return Footprint(held, arena, activations.of_allocator, len(step.graph.nodes), max(arena.peak_bytes, arena_bytes))
+
+
+def footprint_of(step: StepGraph, backend: Backend, held: Held) -> Footprint:
+    """The memory of a complete plan that is a trial: that of a backward which adds to gradients, if there is one."""
+    activations = activations_of(step)
+    arenas = plan_arenas(step, backend, activations)
+    arena = arenas.get(True, arenas[False])
+    return footprint(step, arena.memory, activations, held, arena.nbytes)
 
 
 def held_by(
@@ -115,7 +109,7 @@ def held_by(
     state_per_element: float,
     buffers: int,
     synchronize: bool = True,
-    secondaries: Iterable[Bucket] = (),
+    secondaries: Iterable[Payload] = (),
 ) -> Held:
     """What a rank holds of a model.
 
@@ -123,7 +117,7 @@ def held_by(
         state_per_element: elements of optimizer state for each element of a trained parameter (AdamW: 2).
         buffers: bytes of the module's buffers.
         synchronize: False under no_sync(), which keeps whole gradients.
-        secondaries: buckets of which it has secondary shards, as `StepGraph.secondaries` has them.
+        secondaries: what it has secondary shards of, as `StepGraph.secondaries` has them.
     """
     trained = [bucket for bucket in layout.buckets if bucket.requires_grad]
     gradients = sum(bucket.shard_nbytes for bucket in trained)
@@ -132,6 +126,6 @@ def held_by(
         gradients=gradients,
         optimizer_state=round(gradients * state_per_element),
         buffers=buffers,
-        unsharded_gradients=0 if synchronize else sum(bucket.nbytes for bucket in trained),
-        secondaries=sum(bucket.shard_nbytes for bucket in secondaries),
+        unsharded_gradients=0 if synchronize else sum(bucket.gradients.nbytes for bucket in trained),
+        secondaries=sum(payload.slice_nbytes for payload in secondaries),
     )

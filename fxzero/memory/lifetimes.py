@@ -149,10 +149,10 @@ def gather_buffers(step: StepGraph) -> dict[fx.Node, Buffer]:
     """
     at = step.positions()
     return {
-        start: Buffer("gather", bucket_label(bucket.fqns), bucket.nbytes, at[begin], at[live_until(step, start)])
+        start: Buffer("gather", bucket_label(payload.fqns), payload.nbytes, at[begin], at[live_until(step, start)])
         for start in step.nodes(Role.ALL_GATHER)
-        for bucket in [step.bucket_of(start)]
-        if bucket.fqns not in step.resident
+        for payload in [step.payload_of(start)]
+        if payload.fqns not in step.resident
         for begin in [wait_of(start) if step.is_staged(start) else start]
     }
 
@@ -163,7 +163,7 @@ def resident_buffers(step: StepGraph) -> dict[tuple[str, ...], tuple[Buffer, int
     placed: dict[tuple[str, ...], tuple[Buffer, int]] = {}
     end = 0
     for fqns in step.resident:
-        nbytes = step.bucket(fqns).nbytes
+        nbytes = step.bucket(fqns).gathered.nbytes
         placed[fqns] = Buffer("gather", bucket_label(fqns), nbytes, 0, last), end
         end += align(nbytes, ALIGNMENT_BYTES)
     return placed
@@ -175,13 +175,13 @@ def gradient_buffers(step: StepGraph) -> dict[fx.Node, Buffer]:
     return {
         start: Buffer(
             "gradient",
-            bucket_label(bucket.fqns),
-            bucket.nbytes,
+            bucket_label(payload.fqns),
+            payload.nbytes,
             min(at[first_write(slot)] for slot in operands(start)),
             at[start if step.is_staged(start) else wait_of(start)],
         )
         for start in step.nodes(Role.REDUCE_SCATTER)
-        for bucket in [step.bucket_of(start)]
+        for payload in [step.payload_of(start)]
     }
 
 
@@ -189,9 +189,9 @@ def staging_buffers(step: StepGraph) -> dict[fx.Node, Buffer]:
     """What travels, where that is of another layout or type than the bucket, from start to wait."""
     at = step.positions()
     return {
-        start: Buffer("staging", bucket_label(bucket.fqns), bucket.nbytes, at[start], at[wait_of(start)])
+        start: Buffer("staging", bucket_label(travels.fqns), travels.nbytes, at[start], at[wait_of(start)])
         for start in step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER)
-        for bucket in [step.wire_bucket_of(start)]
+        for travels in [step.travels(start)]
         if step.is_staged(start)
     }
 
@@ -203,15 +203,15 @@ def quantize_buffers(step: StepGraph) -> dict[fx.Node, Buffer]:
     return {
         start: Buffer(
             "quantize",
-            bucket_label(bucket.fqns),
-            bucket.shard_numel * SCALE_DTYPE.itemsize,
+            bucket_label(payload.fqns),
+            payload.slice_numel * SCALE_DTYPE.itemsize,
             at[start],
-            at[start if bucket.dtype is SCALE_DTYPE else wait_of(start)],
+            at[start if payload.dtype is SCALE_DTYPE else wait_of(start)],
         )
         for start in step.nodes(Role.ALL_GATHER)
-        for bucket in [step.bucket_of(start)]
+        for payload in [step.payload_of(start)]
         if (format := wire_format(start)) is not None and format.block_numel is not None
-        if bucket.dtype is not SCALE_DTYPE or not is_inside(start)  # what comes from secondary shards is quantised
+        if payload.dtype is not SCALE_DTYPE or not is_inside(start)  # what comes from secondary shards is quantised
     }
 
 

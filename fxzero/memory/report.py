@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tabulate import tabulate
 
 from fxzero.graph.names import format_bytes
 from fxzero.graph.step import StepGraph
+from fxzero.host.extras import require
 from fxzero.memory.footprint import Footprint, live_at
 from fxzero.memory.lifetimes import live_bytes
 
@@ -27,6 +29,8 @@ class MemoryReport:
 
     footprint: Footprint
     step: StepGraph
+    variant_bytes: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Bytes of the arena that each variant of the plan needs, by what it does with gradients."""
     measured_bytes: int | None = None
     """The most that was in use since compile, over what was before it: of the allocator on CUDA, else of the whole
     process (resident set); None before a step, or where the process was larger before."""
@@ -93,6 +97,7 @@ class MemoryReport:
             ("arena" if self.step.is_persistent else "allocated at each use", self.footprint.arena_bytes),
             ("  this plan", arena.peak_bytes),
             ("  this plan, lower bound", arena.lower_bound_bytes),
+            *((f"  {variant}", nbytes) for variant, nbytes in self.variant_bytes.items()),
             ("  gathered buckets, at most", self.gather_arena_bytes),
             ("  gradient buckets, at most", self.gradient_arena_bytes),
             ("  temporary activations, at most", self.temporary_arena_bytes),
@@ -117,7 +122,12 @@ class MemoryReport:
     __repr__ = __str__
 
     def plot_memory(self, path: str | Path) -> None:
-        """Draw live bytes over the step, by kind, as a stacked area with the peak marked."""
+        """Draw live bytes over the step, by kind, as a stacked area with the peak marked.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        require("plot_memory", "train", "matplotlib")
         from matplotlib.figure import Figure  # takes a second to import
 
         held, footprint = self.footprint.held, self.footprint

@@ -1,58 +1,59 @@
-"""Fit the plans of one model into memory: what it holds, its budget in bytes, the one choice that all ranks share."""
+"""What is chosen by the inputs of the first plan with a backward: what stays gathered under a budget, recomputation."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Literal
 
-from fxzero.comm import agree
 from fxzero.graph.names import format_bytes
+from fxzero.graph.recipe import Recipe
 from fxzero.graph.step import StepGraph
-from fxzero.memory.footprint import Footprint, Held, footprint, held_by
-from fxzero.module.optimizer_classes import state_per_element
+from fxzero.memory.footprint import Held, held_by
+from fxzero.module.one_choice import exchange_recipes
+from fxzero.module.sharded_model import ShardedModel
 from fxzero.planning.fix_layout import layout_of
-from fxzero.planning.keep_within_budget import AUTO_SHARE, Choice, choose, free_bytes, least, must_choose
-from fxzero.planning.run_passes import Pass
-from fxzero.runtime.executable import Executable
-
-if TYPE_CHECKING:
-    from fxzero.module.engine import Engine
+from fxzero.planning.keep_within_budget import AUTO_SHARE, depends_on_inputs, fit_recipe, free_bytes, least
+from fxzero.planning.plan import Plan
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Fitting:
-    """What was decided at the first plan with a backward, for all plans and on all ranks."""
+class BudgetRound:
+    """One choice for all plans of a model, and on all ranks."""
 
-    choice: Choice | None = None
+    memory_budget: int | Literal["auto"] | None = None
     budget_bytes: int | None = None
-    """This rank's memory budget; None without one."""
+    """This rank's memory budget; None without one, and before the choice."""
+    _is_made: bool = False
 
-    def choose(self, engine: Engine, step: StepGraph, passes: Sequence[Pass]) -> Choice | None:
-        """What this rank would keep and recompute; None if there is nothing to choose, or not any more."""
-        needed = must_choose(passes, engine.options.memory_budget)
-        if self.choice is not None or not needed or not step.has_backward:
-            return None
-        self.budget_bytes = _budget_bytes(engine)
-        return choose(step, passes, engine.comm, lambda plan: held(engine, plan), self.budget_bytes)
+    def must_choose(self, sharded: ShardedModel, step: StepGraph) -> bool:
+        """True at the first plan with a backward, if there is something to choose."""
+        if self._is_made or sharded.passes is not None or not step.has_backward:
+            return False
+        return depends_on_inputs(sharded.recipe, self.memory_budget)
 
-    def agree(self, engine: Engine, own: Choice, topic: str) -> None:
-        """Settle on the choice of all ranks, whose shapes and free memory may differ."""
-        lines = agree.exchange(engine.group, topic, own.lines(), timeout=engine.options.timeout)
-        choices = [Choice.of_lines(each) for each in lines]
-        buckets = {fqns for each in choices for fqns in (*(each.kept or ()), *each.resident)}
-        nbytes = {fqns: sum(engine.specs[fqn].nbytes for fqn in fqns) for fqns in buckets}
-        self.choice = least(choices, nbytes)
+    def choose(self, sharded: ShardedModel, captured: StepGraph) -> Recipe:
+        """What this rank would keep and recompute."""
+        self.budget_bytes = self._free_bytes(sharded) if self.memory_budget == "auto" else self.memory_budget
+        backend = sharded.comm.backend
+        return fit_recipe(captured, sharded.recipe, backend, lambda plan: held(sharded, plan), self.budget_bytes)
 
-    def warn_if_over(self, engine: Engine, step: StepGraph) -> None:
+    def settle(self, sharded: ShardedModel, own: Recipe, topic: str) -> None:
+        """Take the one choice of all ranks, whose shapes and free memory may differ; a collective."""
+        recipes = exchange_recipes(sharded, own, topic)
+        buckets = {fqns for each in recipes for fqns in (*(each.kept or ()), *each.resident)}
+        nbytes = {fqns: sum(sharded.specs[fqn].gathered_nbytes for fqn in fqns) for fqns in buckets}
+        sharded.recipe = least(recipes, nbytes)
+        self._is_made = True
+
+    def warn_if_over(self, sharded: ShardedModel, plan: Plan) -> None:
         """Say that a plan for a later, larger shape needs more than the budget it was not chosen for."""
         if self.budget_bytes is None:
             return
-        needed = footprint(step, engine.comm, held(engine, step), accumulate=True).planned_peak_bytes
+        needed = plan.footprint(held(sharded, plan.step)).planned_peak_bytes
         if needed > self.budget_bytes:
             logger.warning(
                 "A step with these inputs needs %s on a rank; memory_budget is %s.",
@@ -60,32 +61,24 @@ class Fitting:
                 format_bytes(self.budget_bytes),
             )
 
+    def _free_bytes(self, sharded: ShardedModel) -> int:
+        """The part of what is free that a rank plans with, and what it holds already and will use again."""
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", sharded.comm.sharding.world_size))
+        free = int(AUTO_SHARE * free_bytes(sharded.devices.compute, ranks_here))
+        shards = sharded.shards
+        if shards is None:  # what full parameters take now will be given back
+            return free + sum(param.nbytes for param in sharded.param_list if not param.is_meta)
+        return free + sharded.arena.nbytes + shards.params.nbytes + shards.grads.nbytes + shards.secondaries.nbytes
 
-def held(engine: Engine, step: StepGraph) -> Held:
+
+def held(sharded: ShardedModel, step: StepGraph) -> Held:
     """What a rank of this model holds from step to step beside the arena, under a plan."""
-    layout = engine.shards.layout if engine.shards is not None else layout_of(step, engine.options.passes)
-    buffers = sum(buffer.nbytes for _, buffer in engine.named_buffers())
-    state = state_per_element(engine.optimizers)
-    secondaries = {*step.secondaries().values(), *(engine.shards.secondaries.parts if engine.shards else ())}
+    shards = sharded.shards
+    layout = shards.layout if shards is not None else layout_of(step, sharded.recipe, sharded.passes)
     return held_by(
-        layout, state_per_element=state, buffers=buffers, synchronize=step.synchronize, secondaries=secondaries
+        layout,
+        state_per_element=sharded.state_per_element,
+        buffers=sum(buffer.nbytes for _, buffer in sharded.named_buffers()),
+        synchronize=step.synchronize,
+        secondaries={*step.secondaries().values(), *(shards.secondaries.parts if shards else ())},
     )
-
-
-def footprint_of(engine: Engine, executable: Executable) -> Footprint:
-    """The memory of a plan: of the variant of its backward that needs the most of those that ran."""
-    arena = max(executable.memory.values(), key=lambda plan: plan.peak_bytes, default=None)
-    step = executable.step
-    return footprint(step, engine.comm, held(engine, step), arena=arena, arena_bytes=engine.arena.nbytes)
-
-
-def _budget_bytes(engine: Engine) -> int | None:
-    budget = engine.options.memory_budget
-    if budget != "auto":
-        return budget
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", engine.comm.world_size))
-    free = int(AUTO_SHARE * free_bytes(engine.options.device, ranks_here))
-    if engine.shards is None:  # what full parameters take now will be given back
-        return free + sum(param.nbytes for param in engine.params.values() if not param.is_meta)
-    shards = engine.shards
-    return free + engine.arena.nbytes + shards.params.nbytes + shards.grads.nbytes + shards.secondaries.nbytes

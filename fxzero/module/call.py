@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 import torch
 
 from fxzero import torch_internals
 from fxzero.errors import StaleBackwardError
+from fxzero.module.call_kind import Pattern
 from fxzero.module.initialize import rng_state, set_rng_state
+from fxzero.module.sharded_model import ShardedModel
 from fxzero.runtime.executable import Executable
 
-if TYPE_CHECKING:
-    from fxzero.module.engine import Engine
-
-Replan = Callable[[tuple[int, ...]], Executable]
+Replan: TypeAlias = Callable[[Pattern], Executable]
 """Makes the executable for another pattern of arriving gradients."""
+RunBackward: TypeAlias = Callable[[Executable, list[Any], list[torch.Tensor]], tuple[Any, ...]]
+"""Runs the backward of an executable, given what was saved and the gradients that arrive: those of the inputs."""
 
 
 class Call:
     """One call of the module, from its forward to its backward. It holds nothing any more once backward has run."""
 
-    def __init__(self, engine: Engine, executable: Executable, inputs: list[torch.Tensor], replan: Replan) -> None:
-        self._engine = engine
+    def __init__(
+        self,
+        sharded: ShardedModel,
+        run_backward: RunBackward,
+        executable: Executable,
+        inputs: list[torch.Tensor],
+        replan: Replan,
+    ) -> None:
+        self._sharded, self._run_backward = sharded, run_backward
         self._executable = executable
         self._inputs = inputs
         self.trained_inputs = [index for index, tensor in enumerate(inputs) if tensor.requires_grad]
@@ -32,7 +40,7 @@ class Call:
         self._saved: list[Any] | None = None
         self._param_version = 0
         self._generation = 0
-        """Of the arena after forward: it still has the buckets that forward keeps if that is its generation."""
+        """Of the phases after forward: the arena has the buckets that forward keeps as long as that is the last one."""
         self._versions: list[int] = []
         """Of what backward reads and the user can reach."""
         self._rng_state: torch.Tensor | None = None
@@ -45,20 +53,20 @@ class Call:
 
     def forward(self, *, keep: bool) -> tuple[Any, ...]:
         """Run forward; with `keep`, keep what backward needs."""
-        executable, engine = self._executable, self._engine
-        buffers = engine.buffers(executable)
+        executable, sharded = self._executable, self._sharded
+        buffers = self._buffers(executable)
         if not keep:
             return executable.forward(self._inputs, buffers)[0]
-        self._param_version = engine.version()
+        self._param_version = sharded.version()
         if executable.draws_random:
-            self._rng_state = rng_state(engine.options.device)
+            self._rng_state = rng_state(sharded.devices.compute)
         self._before = (
             _copy_some(self._inputs, executable.written_inputs),
             _copy_some(buffers, executable.written_buffers),
         )
         outputs, saved = executable.forward(self._inputs, buffers)
-        self._saved, self._generation = saved, executable.generation
-        self._versions = _versions(saved, executable.reachable)
+        self._saved, self._generation = saved, sharded.in_flight.generation
+        self._versions = torch_internals.changes_of_each(saved, executable.reachable)
         for index in executable.saved_outputs:  # what is saved must not lead back to this call: that would be a cycle
             outputs = (*outputs[:index], outputs[index].detach(), *outputs[index + 1 :])
         return outputs
@@ -78,7 +86,7 @@ class Call:
         self._drop()
         tangents = [grad for grad in arriving if grad is not None]
         self._executable.restore_kept(self._generation)
-        input_grads = self._engine.backward(self._executable, saved, tangents)
+        input_grads = self._run_backward(self._executable, saved, tangents)
         return [input_grads[index] for index in self.trained_inputs]
 
     def _check(self) -> None:
@@ -96,50 +104,48 @@ class Call:
                 "A second backward through one forward: its saved values are freed as they are used (retain_graph has "
                 "no effect). Call the module again before each backward."
             )
-        if self._param_version != self._engine.version():
+        if self._param_version != self._sharded.version():
             self._drop()
             raise StaleBackwardError(
                 "The parameters changed between this forward and its backward (an optimizer step or a load). Call the "
                 "module again before backward."
             )
-        if self._versions != _versions(self._saved, self._executable.reachable):
+        if self._versions != torch_internals.changes_of_each(self._saved, self._executable.reachable):
             self._drop()
             raise StaleBackwardError(
                 "An input, an output or a buffer that backward needs was changed in place after this forward. Change a "
                 "copy of it instead, and call the module again before backward."
             )
 
+    def _buffers(self, executable: Executable) -> list[torch.Tensor]:
+        return self._sharded.buffers(executable.buffers, executable.buffer_geometry)
+
     def _drop(self) -> None:
         self._saved, self._inputs, self._before, self._replan = None, [], ([], []), None
 
-    def _run_again_for(self, pattern: tuple[int, ...]) -> None:
+    def _run_again_for(self, pattern: Pattern) -> None:
         """Repeat forward under the plan for these arriving gradients: same random draws, same inputs and buffers."""
         before = self._executable
         assert self._replan is not None
         self._executable = executable = self._replan(pattern)
-        inputs, buffers = list(self._inputs), self._engine.buffers(executable)
+        inputs, buffers = list(self._inputs), self._buffers(executable)
         for index, old in zip(before.written_inputs, self._before[0], strict=True):
             inputs[index] = old
         for index, old in zip(before.written_buffers, self._before[1], strict=True):
             buffers[index] = old
-        device = self._engine.options.device
+        device = self._sharded.devices.compute
         now = rng_state(device)
         if self._rng_state is not None:
             set_rng_state(self._rng_state, device)
         try:
             _, self._saved = executable.forward(inputs, buffers)
-            self._generation = executable.generation
+            self._generation = self._sharded.in_flight.generation
         finally:
             set_rng_state(now, device)
 
 
 def _copy_some(tensors: Sequence[torch.Tensor], indices: Sequence[int]) -> list[torch.Tensor]:
     return [tensors[index].clone() for index in indices]
-
-
-def _versions(saved: Sequence[Any], indices: Sequence[int]) -> list[int]:
-    """How often these were changed in place; inference tensors do not count it."""
-    return [0 if saved[index].is_inference() else saved[index]._version for index in indices]
 
 
 class StepFunction(torch.autograd.Function):

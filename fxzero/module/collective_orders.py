@@ -1,4 +1,10 @@
-"""The order of the collectives of each kind of call, which all ranks agree on the first time."""
+"""The order of the collectives of each kind of call, which all ranks agree on the first time.
+
+Ranks may meet different shapes in one step, so no rank may wait for others because a shape is new to it. What a call
+has in common on all ranks is its mode; whatever else it has may change nothing about its collectives, with one
+exception: flags, which the same script sets on every rank (`use_head=False`, `model.eval()`), may lead to other
+collectives.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +16,8 @@ from typing import Any
 from fxzero.comm import agree
 from fxzero.comm.groups import Group
 from fxzero.errors import PlanError
+from fxzero.graph.verify import collectives
+from fxzero.planning.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -19,7 +27,6 @@ class Mode:
     has_backward: bool
     trained: tuple[bool, ...]
     """Every parameter's `requires_grad`."""
-    synchronize: bool
     differentiated: tuple[int, ...]
     """Which outputs receive a gradient."""
 
@@ -38,10 +45,9 @@ class Orders:
     def is_empty(self) -> bool:
         return not self._first
 
-    def expects_agreement(self, has_backward: bool, trained: tuple[bool, ...], synchronize: bool) -> bool:
+    def expects_agreement(self, has_backward: bool, trained: tuple[bool, ...]) -> bool:
         """True if no call of this kind was made, so that the others will be waiting for what this rank has."""
-        kind = (has_backward, trained, synchronize)
-        return all((mode.has_backward, mode.trained, mode.synchronize) != kind for mode in self._first)
+        return all((mode.has_backward, mode.trained) != (has_backward, trained) for mode in self._first)
 
     def check(self, mode: Mode, flags: Any, order: list[str], *, agreed: bool) -> None:
         """Accept the collectives of a new plan.
@@ -61,6 +67,13 @@ class Orders:
             raise PlanError(f"rank {self.rank}: {_difference(known, order)}")
         self._first.setdefault(mode, order)
         self._of_flags.setdefault((mode, flags), order)
+
+
+def order_of(plan: Plan) -> list[str]:
+    """The collectives of a plan: those of a step that reduces gradients, then those of one under no_sync()."""
+    held = plan.form(synchronize=False).step
+    order = collectives(plan.step)
+    return order if held is plan.step else [*order, *(f"{line} under no_sync" for line in collectives(held))]
 
 
 def _difference(first: Sequence[str], order: Sequence[str]) -> str:

@@ -26,6 +26,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from fxzero import torch_internals
 from fxzero.errors import CheckpointError
 from fxzero.module.registered_tensors import Entry, entries, join, plain_tensors
 
@@ -35,7 +36,6 @@ InitFn = Callable[[nn.Module], object]
 Chain = tuple[tuple[str, nn.Module], ...]
 """A module and its ancestors up to the root, each with its name."""
 
-_OWN_INITIALISERS = ("reset_parameters", "_reset_parameters")
 _NAN_BYTE = 0xFF
 """Floating tensors of these bytes are NaN in every format: what stays unfilled shows itself."""
 _ODD_BYTE = 0xA5
@@ -220,7 +220,7 @@ def _calls(chain: Chain, index: int, init_fn: InitFn | None) -> list[Callable[[]
     """The initialisers of one module of a chain, from the most general to the most specific."""
     module = chain[index][1]
     calls: list[Callable[[], object]] = []
-    own = next((call for name in _OWN_INITIALISERS if callable(call := getattr(module, name, None))), None)
+    own = torch_internals.own_initialiser(module)
     if own is not None:
         calls.append(own)
     holders = (getattr(above, "_init_weights", None) for _, above in chain[index:])

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxzero.errors import OptimizerError
 from fxzero.graph.layout import ALIGNMENT_BYTES, ParamSpec, Slice, align
+from fxzero.runtime.shards import Shards
 from fxzero.runtime.storage import storage_view
 
 
@@ -73,6 +74,15 @@ class ParamShard:
     spec: ParamSpec
     part: Slice
     device: torch.device
+
+
+def param_shards(params: Mapping[str, nn.Parameter], shards: Shards) -> dict[int, ParamShard]:
+    """What this rank holds of each parameter, by the id of the Parameter object."""
+    return {
+        id(params[spec.fqn]): ParamShard(spec, bucket.slice_of(spec, shards.rank), shards.device)
+        for bucket in shards.layout.buckets
+        for spec in bucket.params
+    }
 
 
 def cut_state(optimizer: torch.optim.Optimizer, shards: Mapping[int, ParamShard]) -> None:

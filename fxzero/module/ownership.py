@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from fxzero import torch_internals
 from fxzero.errors import FxzeroError, InputMismatchError
 
 _TAKEN = "_fxzero_taken"
@@ -76,7 +77,7 @@ def take_over(model: nn.Module) -> None:
     model.__dict__[_TAKEN] = own
     _taken.add(model)
     for module in model.modules():
-        module.__dict__["_apply"] = _refuse_conversion_of(module)
+        module.__dict__[torch_internals.CONVERSION] = _refuse_conversion_of(module)
 
 
 def give_back(model: nn.Module) -> None:
@@ -87,7 +88,7 @@ def give_back(model: nn.Module) -> None:
         del model.__dict__[name]
     model.__dict__.update(own)
     for module in model.modules():
-        del module.__dict__["_apply"]
+        del module.__dict__[torch_internals.CONVERSION]
 
 
 def refuse_copy(protocol: object = None) -> NoReturn:

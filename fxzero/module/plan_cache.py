@@ -5,26 +5,22 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
-from fxzero.module.call_kind import Signature
-from fxzero.runtime.executable import Executable
+from fxzero.module.call_kind import Pattern, Signature
+from fxzero.runtime.executable import BoundPlan
 
 MAX_PLANS = 64
 """Plans kept; the least recently used is dropped beyond."""
 MANY_SHAPES = 9
 """The number of different shapes at which a warning advises padding."""
 
-Pattern: TypeAlias = tuple[int, ...]
-"""Which of the flat outputs receive a gradient."""
-
 
 @dataclass
 class PlanCache:
     """See the module docstring."""
 
-    _plans: OrderedDict[tuple[Signature, Pattern], Executable] = field(
-        default_factory=OrderedDict[tuple[Signature, Pattern], Executable]
+    _plans: OrderedDict[tuple[Signature, Pattern], BoundPlan] = field(
+        default_factory=OrderedDict[tuple[Signature, Pattern], BoundPlan]
     )
     _patterns: dict[Signature, Pattern] = field(default_factory=dict[Signature, Pattern])
     """For which pattern a kind of call was differentiated last: its next forward runs that plan."""
@@ -33,7 +29,7 @@ class PlanCache:
     def __len__(self) -> int:
         return len(self._plans)
 
-    def get(self, signature: Signature, pattern: Pattern) -> Executable | None:
+    def get(self, signature: Signature, pattern: Pattern) -> BoundPlan | None:
         """One plan, if it is there."""
         return self._plans.get((signature, pattern))
 
@@ -41,13 +37,13 @@ class PlanCache:
         """For which pattern a kind of call was differentiated last; None for a new kind."""
         return self._patterns.get(signature)
 
-    def find(self, signature: Signature) -> Executable | None:
+    def find(self, signature: Signature) -> BoundPlan | None:
         """The plan that the next forward of a kind of call runs."""
         pattern = self._patterns.get(signature)
-        executable = None if pattern is None else self.get(signature, pattern)
-        if executable is not None and pattern is not None:
+        bound = None if pattern is None else self.get(signature, pattern)
+        if bound is not None and pattern is not None:
             self._plans.move_to_end((signature, pattern))
-        return executable
+        return bound
 
     def prefer(self, signature: Signature, pattern: Pattern) -> None:
         """Run the plan of this pattern at the next forward of a kind of call."""
@@ -57,9 +53,9 @@ class PlanCache:
         """Drop all plans; kinds of calls keep their patterns."""
         self._plans.clear()
 
-    def keep(self, signature: Signature, pattern: Pattern, executable: Executable) -> None:
+    def keep(self, signature: Signature, pattern: Pattern, bound: BoundPlan) -> None:
         """Add a plan; if there are too many then, drop the one that was not used for the longest time."""
-        self._plans[signature, pattern] = executable
+        self._plans[signature, pattern] = bound
         self._patterns.setdefault(signature, pattern)
         self._warn_of_many_shapes(signature)
         while len(self._plans) > MAX_PLANS:
@@ -69,7 +65,9 @@ class PlanCache:
 
     def _warn_of_many_shapes(self, signature: Signature) -> None:
         shapes = dict.fromkeys(
-            tuple(tuple(leaf[0]) for leaf in key.tensor_leaves) for key, _ in self._plans if key.grad == signature.grad
+            tuple(tuple(leaf.shape) for leaf in key.tensor_leaves)
+            for key, _ in self._plans
+            if key.grad == signature.grad
         )
         if len(shapes) >= MANY_SHAPES and not self._warned:
             self._warned = True

@@ -12,8 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-_PARAMETERS = "_parameters"
-_BUFFERS = "_buffers"
+from fxzero import torch_internals
 
 
 def join(path: str, name: str) -> str:
@@ -26,16 +25,21 @@ class Slot:
     """One name under which a module registers a parameter or a buffer."""
 
     module: nn.Module
-    table: str
+    is_param: bool
     name: str
     fqn: str
 
     def get(self) -> Tensor | None:
-        return _table(self.module, self.table).get(self.name)
+        return self._table.get(self.name)
 
     def put(self, tensor: Tensor | None) -> None:
         """Register another tensor under this name; a buffer stays as persistent as it was."""
-        _table(self.module, self.table)[self.name] = tensor
+        self._table[self.name] = tensor
+
+    @property
+    def _table(self) -> dict[str, Tensor | None]:
+        parameters, buffers = torch_internals.tensor_tables(self.module)
+        return parameters if self.is_param else buffers
 
 
 @dataclass
@@ -51,7 +55,7 @@ class Entry:
 
     @property
     def is_param(self) -> bool:
-        return self.slots[0].table == _PARAMETERS
+        return self.slots[0].is_param
 
     def put(self, tensor: Tensor) -> None:
         for slot in self.slots:
@@ -70,25 +74,22 @@ def entries(model: nn.Module) -> list[Entry]:
     """All parameters and buffers of the model, tied ones once, in registration order."""
     found: dict[int, Entry] = {}
     for path, module in model.named_modules():
-        for table in (_PARAMETERS, _BUFFERS):
-            for name, tensor in _table(module, table).items():
+        parameters, buffers = torch_internals.tensor_tables(module)
+        for is_param, table in ((True, parameters), (False, buffers)):
+            for name, tensor in table.items():
                 if tensor is not None:
                     entry = found.setdefault(id(tensor), Entry(tensor))
-                    entry.slots.append(Slot(module, table, name, join(path, name)))
+                    entry.slots.append(Slot(module, is_param, name, join(path, name)))
     return list(found.values())
 
 
 def plain_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The tensors among a module's attributes that are not registered, also those in lists, tuples and dicts."""
     for name, value in vars(module).items():
-        if name in (_PARAMETERS, _BUFFERS, "_modules"):
+        if name in (*torch_internals.TENSOR_TABLES, torch_internals.MODULE_TABLE):
             continue
         if isinstance(value, Tensor):
             yield name, value
         elif isinstance(value, (list, tuple, dict)):
             items = cast("dict[Any, Any]", value).values() if isinstance(value, dict) else value
             yield from ((name, item) for item in items if isinstance(item, Tensor))
-
-
-def _table(module: nn.Module, name: str) -> dict[str, Tensor | None]:
-    return vars(module)[name]

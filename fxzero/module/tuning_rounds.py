@@ -1,4 +1,4 @@
-"""Tune the plans of one model: costs are given or measured, one choice is made from them, and once made again.
+"""What is chosen from costs, for all plans of a model: first from given or calibrated ones, then from measured ones.
 
 first plan with a backward   the cluster is given, or calibrated; all is chosen from rooflines, buckets included
 some steps later             each run of compute was measured: order and what is in flight are chosen again
@@ -9,29 +9,25 @@ from __future__ import annotations
 import json
 import logging
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
 
 import torch
 
 from fxzero.comm import agree
 from fxzero.comm.without_ranks import PlanningComm
-from fxzero.cost.calibrate import calibrate, median_of_ranks
-from fxzero.cost.choose_sizes import Tuning
-from fxzero.cost.job_costs import CostModel, choose_again, choose_sizes, optimizer_bytes
+from fxzero.cost.calibrate import calibrate_once
+from fxzero.cost.job_costs import CostModel, choose_sizes, optimizer_bytes
 from fxzero.cost.measured import seconds_by_name
 from fxzero.cost.model import Cluster, roofline
+from fxzero.graph.recipe import Recipe
 from fxzero.graph.schedule_text import totals
 from fxzero.graph.step import StepGraph
-from fxzero.module.optimizer_classes import state_per_element
-from fxzero.passes import Pass
+from fxzero.module.one_choice import exchange_recipes
+from fxzero.module.sharded_model import ShardedModel
 from fxzero.planning.agreed_text import describe_options
+from fxzero.planning.plan import with_collectives
 from fxzero.runtime.executable import Executable
 from fxzero.runtime.stopwatch import Stopwatch, calm_median
-
-if TYPE_CHECKING:
-    from fxzero.module.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +38,8 @@ WARM_STEPS, MEASURED_STEPS = 4, 8
 
 
 @dataclass
-class Tuner:
-    """What is decided from costs, for all plans of a model and on all ranks alike."""
+class TuningRounds:
+    """The two rounds, on all ranks alike."""
 
     is_on: bool
     """False where the user gave the passes."""
@@ -51,10 +47,10 @@ class Tuner:
     """What costs no memory at the peak may stay gathered from forward to backward."""
     cluster: Cluster | None = None
     """None until it was calibrated, if it was not given."""
-    tuning: Tuning | None = None
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     optimizers_s: list[float] = field(default_factory=lambda: [0.0] * MEASURED_STEPS)
     """What optimizers took after each backward that is measured; 0 where gradients were accumulated further."""
+    _is_tuned: bool = False
     _num_backwards: int = 0
     _measured: Executable | None = None
     """The plan that ran last while steps were counted."""
@@ -65,55 +61,47 @@ class Tuner:
 
     # -- at the first plan ---------------------------------------------------------------------------------------
 
-    def must_choose(self, engine: Engine, step: StepGraph) -> bool:
+    def must_choose(self, sharded: ShardedModel, step: StepGraph) -> bool:
         """True at the first plan with a backward of a model for which there is something to choose."""
-        nbytes = sum(param.nbytes for param in engine.specs.values())
-        is_there = not isinstance(engine.comm, PlanningComm) or self.cluster is not None
+        is_there = not isinstance(sharded.comm, PlanningComm) or self.cluster is not None
         return (
             self.is_on
-            and self.tuning is None
+            and not self._is_tuned
             and step.has_backward
-            and engine.comm.world_size > 1
-            and nbytes >= MIN_BYTES
+            and sharded.comm.shard_ranks > 1
+            and sum(param.nbytes for param in sharded.specs.values()) >= MIN_BYTES
             and is_there
         )
 
-    def choose(self, engine: Engine, captured: StepGraph, topic: str) -> None:
+    def choose(self, sharded: ShardedModel, captured: StepGraph, topic: str) -> None:
         """Calibrate, if the cluster was not given, and settle on the choice of rank 0; a collective."""
-        timeout = engine.options.timeout
         # Before a link is measured: every rank is there, and will measure it too.
-        agree.agree(engine.group, topic, describe_options(engine.options.agreed()), timeout=timeout)
+        agree.agree(sharded.group, topic, describe_options(sharded.agreed), timeout=sharded.timeout)
         if self.cluster is None:
-            dtype = next(iter(engine.specs.values())).dtype
-            own = calibrate(engine.comm, engine.options.device, dtype)
-            self.cluster = median_of_ranks(own, engine.group, topic, timeout)
+            dtype = next(iter(sharded.specs.values())).dtypes.compute
+            self.cluster = calibrate_once(
+                sharded.comm, sharded.group, sharded.devices.compute, dtype, topic, sharded.timeout
+            )
             logger.info("calibrated: %s", self.cluster)
-        with agree.reporting_failure(engine.group, topic):
-            model = self.costs_of(engine)
-            assert model is not None
-            own = choose_sizes(captured, engine.options.passes, model, self.keeps_free, _buckets(engine))
-        self.tuning = self._settle(engine, own, topic)
+        with agree.reporting_failure(sharded.group, topic):
+            gathering = with_collectives(captured, sharded.recipe)
+            own = choose_sizes(gathering, sharded.recipe, self._model(sharded), keeps_free=self.keeps_free)
+        sharded.recipe = self._settle(sharded, own, topic)
+        self._is_tuned = True
 
-    def _settle(self, engine: Engine, own: Tuning, topic: str) -> Tuning:
+    def _settle(self, sharded: ShardedModel, own: Recipe, topic: str) -> Recipe:
         """Ranks may have other shapes, and so other choices: all take that of the first rank."""
-        lines = agree.exchange(engine.group, topic, own.lines(), timeout=engine.options.timeout)
-        return Tuning.of_lines(lines[0])
+        return exchange_recipes(sharded, own, topic)[0]
 
-    def passes(self, passes: Sequence[Pass]) -> list[Pass]:
-        """A list of passes with what was chosen."""
-        return list(passes) if self.tuning is None else self.tuning.passes(passes)
-
-    def costs_of(self, engine: Engine) -> CostModel | None:
+    def costs_of(self, sharded: ShardedModel) -> CostModel | None:
         """What gives the costs of any step of this model; None where no cluster is known."""
-        if self.cluster is None:
-            return None
-        return CostModel(
-            self.cluster,
-            optimizer_bytes(engine.specs.values(), engine.comm.world_size, state_per_element(engine.optimizers)),
-            self._by_name,
-            self._optimizer_s,
-            self._cpu_s_per_byte,
-        )
+        return None if self.cluster is None else self._model(sharded)
+
+    def _model(self, sharded: ShardedModel) -> CostModel:
+        assert self.cluster is not None
+        nbytes = optimizer_bytes(sharded.specs.values(), sharded.comm.shard_ranks, sharded.state_per_element)
+        backend, measured = sharded.comm.backend, (self._by_name, self._optimizer_s, self._cpu_s_per_byte)
+        return CostModel(self.cluster, backend, nbytes, *measured)
 
     # -- some steps later ----------------------------------------------------------------------------------------
 
@@ -126,16 +114,16 @@ class Tuner:
 
     @property
     def _is_time(self) -> bool:
-        return self.tuning is not None and WARM_STEPS <= self._num_backwards < WARM_STEPS + MEASURED_STEPS
+        return self._is_tuned and WARM_STEPS <= self._num_backwards < WARM_STEPS + MEASURED_STEPS
 
     @property
     def is_due(self) -> bool:
         """True once enough steps were measured, until the choice was made again."""
-        return self.tuning is not None and self._num_backwards == WARM_STEPS + MEASURED_STEPS
+        return self._is_tuned and self._num_backwards == WARM_STEPS + MEASURED_STEPS
 
     def after_backward(self, executable: Executable) -> None:
         """Count the steps: ranks do so alike, whatever their shapes."""
-        if self.tuning is not None and self._num_backwards <= WARM_STEPS + MEASURED_STEPS:
+        if self._is_tuned and self._num_backwards <= WARM_STEPS + MEASURED_STEPS:
             self._num_backwards += 1
             self._measured = executable
 
@@ -144,31 +132,30 @@ class Tuner:
         if self._is_time:
             self.optimizers_s[self._num_backwards - WARM_STEPS] += seconds
 
-    def choose_again(self, engine: Engine) -> bool:
+    def choose_again(self, sharded: ShardedModel) -> bool:
         """Choose once more, from what was measured; a collective. True if that changes plans."""
-        assert self.cluster is not None and self.tuning is not None and self._measured is not None
+        assert self.cluster is not None and self._measured is not None
         self._num_backwards += 1
         step, self._measured = self._measured.step, None
         optimizer_s = calm_median([seconds for seconds in self.optimizers_s if seconds])
         own = [optimizer_s, calm_median(self.stopwatch.others), *self.stopwatch.medians()]
         self.stopwatch = Stopwatch()
-        posts = agree.exchange(engine.group, "costs", [json.dumps(own)], timeout=engine.options.timeout)
+        posts = agree.exchange(sharded.group, "costs", [json.dumps(own)], timeout=sharded.timeout)
         everyone: list[list[float]] = [json.loads(line) for (line,) in posts]
         if len({len(each) for each in everyone}) > 1:
             logger.info("ranks measured different steps; the plan stays as it is")
             return False
         self._optimizer_s, others_s, *measured = [statistics.median(values) for values in zip(*everyone, strict=True)]
-        before = own_choice = self.tuning
-        with agree.reporting_failure(engine.group, "costs"):
+        before = own_choice = sharded.recipe
+        with agree.reporting_failure(sharded.group, "costs"):
             self._cpu_s_per_byte = self._cpu_of_a_byte(step, others_s)
-            self._by_name = seconds_by_name(step, roofline(step, self.cluster), measured)
-            model = self.costs_of(engine)
-            if self._by_name and model is not None:
-                own_choice = choose_again(step, engine.options.passes, model, self.keeps_free, _buckets(engine))
-        settled = self._settle(engine, own_choice, "costs")
-        self.tuning = replace(settled, bucket_bytes=before.bucket_bytes, head_bytes=before.head_bytes)
-        logger.info("chosen again from measured costs: %s", "no change" if self.tuning == before else self.tuning)
-        return self.tuning != before
+            self._by_name = seconds_by_name(step, roofline(step, self.cluster, sharded.comm.backend), measured)
+            if self._by_name:
+                own_choice = choose_sizes(step, before, self._model(sharded), keeps_free=self.keeps_free)
+        sharded.recipe = self._settle(sharded, own_choice, "costs")
+        is_changed = sharded.recipe != before
+        logger.info("chosen again from measured costs: %s", sharded.recipe if is_changed else "no change")
+        return is_changed
 
     def _cpu_of_a_byte(self, step: StepGraph, others_s: float) -> float:
         """What other threads took for each byte that was sent; with threads that compute, what was calibrated."""
@@ -176,8 +163,3 @@ class Tuner:
         moved = totals(step)
         sent = moved.gathered_bytes + moved.reduced_bytes
         return others_s / sent if torch.get_num_threads() == 1 and sent else self.cluster.link.cpu_s_per_byte
-
-
-def _buckets(engine: Engine) -> list[tuple[str, ...]] | None:
-    """The members of each bucket; None before the layout is fixed."""
-    return None if engine.shards is None else [bucket.fqns for bucket in engine.shards.layout.buckets]

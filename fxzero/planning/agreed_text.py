@@ -9,7 +9,7 @@ from fxzero.graph.layout import Layout, ParamSpec
 
 def describe_layout(layout: Layout, options: Mapping[str, object]) -> list[str]:
     """What every rank must have in common before a parameter is exchanged, one fact a line."""
-    lines = [f"world size: {layout.world_size}", *describe_options(options)]
+    lines = [f"world size: {layout.shard_ranks}", *describe_options(options)]
     for index, bucket in enumerate(layout.buckets):
         lines += [f"{line}, bucket {index}" for line in describe_params(bucket.params)]
     return lines

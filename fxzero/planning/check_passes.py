@@ -20,8 +20,7 @@ from torch import Tensor, fx, nn
 
 from fxzero.capture.call import flatten_call
 from fxzero.errors import PassChangedNumbersError
-from fxzero.graph.step import StepGraph, copy_of
-from fxzero.passes import Pass
+from fxzero.graph.step import Pass, StepGraph, copy_of
 from fxzero.planning.compare_results import difference, differences, largest_magnitude, nan_throughout
 from fxzero.planning.example_values import example_values
 from fxzero.planning.run_passes import Observer, add_note
@@ -33,13 +32,13 @@ VARIABLE = "FXZERO_CHECK"
 
 
 def pass_checks(
-    passes: Sequence[Pass], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], passes: Sequence[Pass]
 ) -> list[Observer]:
     """The observers that FXZERO_CHECK asks for, for one plan of a call of a model.
 
     Args:
-        passes: the list that will run; a memory budget may still change options of its passes.
         args, kwargs: the call that was captured.
+        passes: the list that will run.
 
     Raises:
         ValueError: FXZERO_CHECK has another value than 1, 0 or none.
@@ -81,6 +80,7 @@ class CheckPasses:
     def __call__(self, index: int, name: str, step: StepGraph) -> None:
         begin = time.perf_counter()
         if index == 0:
+            self._seconds = 0.0
             self._run_capture(step)
         else:
             self._compare(index, name, step)

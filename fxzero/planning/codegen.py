@@ -15,7 +15,7 @@ once (`Code.static`), as are the operators, the collectives and the gradient slo
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ from fxzero import torch_internals
 from fxzero.graph.names import describe
 from fxzero.graph.nodes import Role, role, started_by, written_in_place
 from fxzero.graph.step import Phase, StepGraph
-from fxzero.memory.activations import placed_temporaries, static_nodes
+from fxzero.memory.activations import PlacedTemporary, static_nodes
 
 _LITERALS = (bool, int, float, str, type(None))
 _TORCH_LITERALS = (torch.dtype, torch.layout, torch.memory_format)
@@ -51,15 +51,22 @@ class Code:
     """Nodes whose output lies at a fixed place in the arena: the global `at_<node>`."""
 
 
-def generate(step: StepGraph, recorded: Collection[fx.Node] = (), *, record_begin: bool = False) -> Code:
+def generate(
+    step: StepGraph,
+    placed: Mapping[fx.Node, PlacedTemporary],
+    recorded: Collection[fx.Node] = (),
+    *,
+    record_begin: bool = False,
+) -> Code:
     """Write the source of a complete StepGraph.
 
     Args:
+        placed: the temporaries that have a place in the arena.
         recorded: nodes after which an event is recorded, by a call of `record_<node>`; end_forward stands for the begin
             of backward.
         record_begin: call `record_begin` first of all.
     """
-    writer = _Writer(step, recorded)
+    writer = _Writer(step, placed, recorded)
     phases = dict(step.phases())
     saved = _saved(step, phases, writer.static)
     inputs, buffers = step.nodes(Role.INPUT), step.nodes(Role.BUFFER)
@@ -115,13 +122,13 @@ class _Writer:
     """Turns nodes into lines, and collects the globals that the lines name."""
 
     step: StepGraph
+    placed: Mapping[fx.Node, PlacedTemporary]
     recorded: Collection[fx.Node] = ()
     operators: dict[str, Any] = field(default_factory=dict[str, Any])
     static: dict[fx.Node, None] = field(default_factory=dict[fx.Node, None])
 
     def __post_init__(self) -> None:
         self.static = dict.fromkeys(static_nodes(self.step))
-        self.placed = placed_temporaries(self.step)
         self._taken = {*_RESERVED, *(node.name for node in self.step.graph.nodes)}
 
     def free(self, name: str) -> str:

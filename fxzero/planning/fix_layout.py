@@ -1,51 +1,73 @@
-"""Which buckets a model has: those of its first plan, or, before any trace, those of the order of registration."""
+"""Which buckets a model has: those of its first plan; before any trace, those that the passes make of its parameters.
+
+Without a trace the passes get a step that reads each parameter once, in the order of registration, which is the order
+of execution in most models.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-from fxzero.graph.layout import Bucket, Layout, LayoutName, ParamSpec, group_into_buckets
+import torch
+from torch import fx
+
+from fxzero.graph.layout import Bucket, Layout, ParamSpec
 from fxzero.graph.names import bucket_label
-from fxzero.graph.nodes import Role, members
-from fxzero.graph.step import StepGraph
-from fxzero.passes import Pass
-from fxzero.passes.bucket_all_gathers import BucketAllGathers
+from fxzero.graph.nodes import META_KEY, NodeInfo, Role, members
+from fxzero.graph.recipe import Recipe
+from fxzero.graph.sharding import Sharding
+from fxzero.graph.step import Pass, StepGraph
+from fxzero.passes import default_passes
 
 
-def in_layout(step: StepGraph, passes: Sequence[Pass], layout: Layout | None) -> list[Pass]:
-    """The passes for a step whose buckets are fixed already; None: they are not."""
-    if layout is None:
-        return list(passes)
-    step.params = {param.fqn: param for param in layout.params}
-    fixed = tuple(bucket.fqns for bucket in layout.buckets)
-    return [
-        dataclasses.replace(pass_, buckets=fixed) if isinstance(pass_, BucketAllGathers) else pass_ for pass_ in passes
-    ]
+def layout_of(step: StepGraph, recipe: Recipe, passes: Sequence[Pass] | None = None) -> Layout:
+    """The layout that the buckets of a planned step ask for; parameters it never gathers get others, behind them.
 
-
-def _bucket_bytes(passes: Sequence[Pass]) -> int:
-    """The size of buckets that a list of passes makes; 1 (each parameter alone) if none makes any."""
-    return next((pass_.bucket_bytes for pass_ in passes if isinstance(pass_, BucketAllGathers)), 1)
-
-
-def layout_of(step: StepGraph, passes: Sequence[Pass]) -> Layout:
-    """The layout that the buckets of a step ask for; parameters it never gathers get buckets of their own, last."""
+    Args:
+        passes: those that the step was planned with, if they are not the recipe's.
+    """
     gathered = dict.fromkeys(members(start) for start in step.nodes(Role.ALL_GATHER))
-    buckets = [step.bucket(fqns) for fqns in gathered]
     known = {fqn for fqns in gathered for fqn in fqns}
     rest = [param for fqn, param in step.params.items() if fqn not in known]
-    others = group_into_buckets(rest, step.world_size, _bucket_bytes(passes), step.layout)
-    return Layout((*buckets, *others), step.world_size)
+    others = layout_in_registration_order(rest, step.sharding, recipe, passes).buckets if rest else ()
+    return Layout((*(step.bucket(fqns) for fqns in gathered), *others), step.sharding.shard_ranks)
 
 
 def layout_in_registration_order(
-    params: Iterable[ParamSpec], world_size: int, passes: Sequence[Pass], layout: LayoutName = "contiguous"
+    params: Iterable[ParamSpec], sharding: Sharding, recipe: Recipe, passes: Sequence[Pass] | None = None
 ) -> Layout:
-    """The layout when shards are needed before anything was traced."""
-    return Layout(group_into_buckets(params, world_size, _bucket_bytes(passes), layout), world_size)
+    """The layout when shards are needed before anything was traced.
+
+    Args:
+        passes: those that steps will be planned with, if they are not the recipe's.
+    """
+    step = _reading(list(params), sharding).under(recipe)
+    for each in default_passes(recipe) if passes is None else passes:
+        each(step)
+    buckets = dict.fromkeys(step.bucket_of(start) for start in step.nodes(Role.ALL_GATHER))
+    known = {fqn for bucket in buckets for fqn in bucket.fqns}
+    alone = (step.bucket((fqn,)) for fqn in step.params if fqn not in known)
+    return Layout((*buckets, *alone), sharding.shard_ranks)
+
+
+def _reading(params: Sequence[ParamSpec], sharding: Sharding) -> StepGraph:
+    """A forward step that reads each parameter once."""
+    graph = fx.Graph()
+    placeholders: list[fx.Node] = []
+    for index, param in enumerate(params):
+        node = graph.placeholder(f"param_{index}")
+        value = torch.empty(param.shape, dtype=param.dtype, device="meta")
+        node.meta = {META_KEY: NodeInfo(Role.PARAM, param.fqn), "val": value}
+        placeholders.append(node)
+    for node in placeholders:
+        reader = graph.call_function(torch.ops.aten.clone.default, (node,))
+        reader.meta = {META_KEY: NodeInfo(Role.COMPUTE), "val": node.meta["val"]}
+    graph.output(())
+    step = StepGraph(graph, {param.fqn: param for param in params}, sharding)
+    step.set_output([], {}, [])
+    return step
 
 
 def warn_if_out_of_order(step: StepGraph, layout: Layout) -> None:
@@ -59,8 +81,8 @@ def warn_if_out_of_order(step: StepGraph, layout: Layout) -> None:
     for before, after in pairwise(laid_out):
         if position[after.fqns] < position[before.fqns]:
             interleaved.append(after)
-    late = sum(bucket.nbytes for bucket in interleaved)
-    total = sum(bucket.nbytes for bucket in laid_out)
+    late = sum(bucket.gathered.nbytes for bucket in interleaved)
+    total = sum(bucket.gathered.nbytes for bucket in laid_out)
     if total and late > total // 4:
         warnings.warn(
             f"The layout was fixed before the first trace, in registration order; {len(interleaved)} of "

@@ -8,23 +8,22 @@ arena bytes   |        ____                 Keeping a bucket from its last reade
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from fxzero.comm.base import Comm
+from fxzero.comm.backend import Backend
 from fxzero.errors import PlanError
 from fxzero.graph.liveness import live_until
 from fxzero.graph.names import format_bytes
 from fxzero.graph.nodes import Role, members
-from fxzero.graph.step import Phase, StepGraph, copy_of
-from fxzero.memory.footprint import Footprint, Held, footprint, live_at
-from fxzero.passes import KeepGathered, Pass, PrefetchAllGathers, RecomputeActivations, SinkWaits
+from fxzero.graph.recipe import Fqns, Recipe
+from fxzero.graph.step import Phase, StepGraph
+from fxzero.memory.footprint import Footprint, Held, footprint_of, live_at
+from fxzero.passes import RecomputeActivations, RematerializeViews, default_passes
 from fxzero.planning.run_passes import run_passes
 
 MAX_TRIED = 20_000
@@ -32,80 +31,40 @@ MAX_TRIED = 20_000
 AUTO_SHARE = 0.9
 """The part of free memory that "auto" plans with; the rest is for what is not planned, such as the libraries' own."""
 
-Fqns = tuple[str, ...]
 
-
-@dataclass(frozen=True)
-class Choice:
-    """What a memory budget decides; the same for all plans of a model."""
-
-    kept: tuple[Fqns, ...] | None = None
-    """Buckets that stay gathered from forward to backward; None without a memory budget: as the passes say."""
-    resident: tuple[Fqns, ...] = ()
-    """Those of them, and of what only forward reads, that stay gathered until the shards change."""
-    is_tight: bool = False
-    """Nothing is prefetched further than one gather ahead, and one reduction is in flight."""
-    recompute_level: int = 0
-    """See `RecomputeActivations.level_for`."""
-
-    def lines(self) -> list[str]:
-        """The choice as text, for other ranks."""
-        return [json.dumps(dataclasses.asdict(self))]
-
-    @classmethod
-    def of_lines(cls, lines: Sequence[str]) -> Choice:
-        """The inverse of `lines`."""
-        fields = json.loads(lines[0])
-        for name in ("kept", "resident"):
-            if fields[name] is not None:
-                fields[name] = tuple(tuple(fqns) for fqns in fields[name])
-        return cls(**fields)
-
-    def passes(self, passes: Sequence[Pass]) -> list[Pass]:
-        """A list of passes with this choice in it."""
-        chosen: list[Pass] = []
-        for each in passes:
-            if isinstance(each, RecomputeActivations):
-                each = dataclasses.replace(each, level=self.recompute_level)
-            elif isinstance(each, KeepGathered) and self.kept is not None:
-                each = dataclasses.replace(each, buckets=self.kept, resident=self.resident)
-            elif self.is_tight and isinstance(each, (PrefetchAllGathers, SinkWaits)):
-                each = dataclasses.replace(each, max_inflight_bytes=0)
-            chosen.append(each)
-        return chosen
-
-
-def choose(
+def fit_recipe(
     captured: StepGraph,
-    passes: Sequence[Pass],
-    comm: Comm,
+    recipe: Recipe,
+    backend: Backend,
     held_by: Callable[[StepGraph], Held],
     budget_bytes: int | None,
-) -> Choice:
-    """How far to recompute, and the buckets to keep: those with the most bytes that fit the budget.
+) -> Recipe:
+    """The recipe with what depends on the inputs: how far to recompute, and what stays gathered under a budget.
+
+    Kept are the buckets with the most bytes that fit.
 
     Args:
         captured: a traced step before any pass; it stays as it is.
         held_by: what a rank holds from step to step, given a complete plan.
-        budget_bytes: None leaves it to the passes what to keep.
+        budget_bytes: None leaves it to the recipe what to keep.
 
     Raises:
         PlanError: the budget is less than a step needs that keeps nothing.
     """
-    choice = Choice(recompute_level=_recompute_level(captured, passes))
+    recipe = replace(recipe, recompute_level=_recompute_level(captured, recipe))
     if budget_bytes is None:
-        return choice
+        return recipe
 
-    def plan(choice: Choice) -> tuple[StepGraph, Footprint]:
-        step = copy_of(captured)
-        run_passes(step, choice.passes(passes), dump=False)
-        return step, footprint(step, comm, held_by(step), accumulate=True)
+    def plan(recipe: Recipe) -> tuple[StepGraph, Footprint]:
+        step = captured.under(recipe)
+        run_passes(step, default_passes(recipe), dump=False)
+        return step, footprint_of(step, backend, held_by(step))
 
-    choice = dataclasses.replace(choice, kept=())
-    step, lean = plan(choice)
+    recipe = replace(recipe, kept=())
+    step, lean = plan(recipe)
     if lean.planned_peak_bytes > budget_bytes:
-        choice = dataclasses.replace(choice, is_tight=True)
-        step, lean = plan(choice)
+        recipe = replace(recipe, is_tight=True)
+        step, lean = plan(recipe)
     if lean.planned_peak_bytes > budget_bytes:
         raise PlanError(
             f"memory_budget is {format_bytes(budget_bytes)}; a step of this model needs "
@@ -114,62 +73,57 @@ def choose(
             f'{format_bytes(lean.activation_peak_bytes)} of activations. Pass recompute="full", smaller batches, more '
             "ranks, or a larger budget."
         )
-    if comm.gathers_in_place:
-        return choice
+    if captured.sharding.shard_ranks == 1:  # the shards are the buckets
+        return recipe
     gaps = _gaps(step)
     limit = budget_bytes - lean.held.total - lean.activation_peak_bytes
     while kept := _most_bytes(gaps, lean, limit):
-        choice = dataclasses.replace(choice, kept=kept)
-        step, needed = plan(choice)
+        recipe = replace(recipe, kept=kept)
+        step, needed = plan(recipe)
         over = needed.planned_peak_bytes - budget_bytes
         if over <= 0:
             break
         limit = min(limit - over, _filled_bytes(gaps, lean, kept) - 1)  # the same buckets do not fit again
     else:
-        choice = dataclasses.replace(choice, kept=())
-        step, _ = plan(choice)
+        recipe = replace(recipe, kept=())
+        step, _ = plan(recipe)
 
     def fits(resident: tuple[Fqns, ...]) -> bool:
         step.resident = resident
-        return footprint(step, comm, lean.held, accumulate=True).planned_peak_bytes <= budget_bytes
+        return footprint_of(step, backend, lean.held).planned_peak_bytes <= budget_bytes
 
     once = [fqns for fqns in map(members, step.nodes(Role.ALL_GATHER)) if fqns not in {gap.fqns for gap in gaps}]
     held = {gap.fqns: gap.last - gap.first for gap in gaps}
-    kept = sorted(choice.kept or (), key=lambda fqns: -held[fqns])  # what is live for most of the step first
-    return dataclasses.replace(choice, resident=_longest_that_fits([*kept, *once], fits))
+    kept = sorted(recipe.kept or (), key=lambda fqns: -held[fqns])  # what is live for most of the step first
+    return replace(recipe, resident=_longest_that_fits([*kept, *once], fits))
 
 
-def must_choose(passes: Sequence[Pass], memory_budget: object) -> bool:
-    """True if something depends on the first inputs that must then be the same for all."""
-    depends = (each for each in passes if isinstance(each, RecomputeActivations) and isinstance(each.recompute, int))
-    return memory_budget is not None or next(depends, None) is not None
+def depends_on_inputs(recipe: Recipe, memory_budget: object) -> bool:
+    """True if something is chosen by the first inputs that must then be the same for all."""
+    return memory_budget is not None or isinstance(recipe.recompute, int)
 
 
-def _recompute_level(captured: StepGraph, passes: Sequence[Pass]) -> int:
-    """How far the list of passes recomputes activations of this step."""
-    place = next((i for i, each in enumerate(passes) if isinstance(each, RecomputeActivations)), None)
-    if place is None:
-        return 0
-    step, recompute = copy_of(captured), passes[place]
-    run_passes(step, passes[:place], dump=False)
-    assert isinstance(recompute, RecomputeActivations)
-    return recompute.level_for(step)
+def _recompute_level(captured: StepGraph, recipe: Recipe) -> int:
+    """How far the passes recompute activations of this step."""
+    step = captured.under(recipe)
+    run_passes(step, [RematerializeViews()], dump=False)
+    return RecomputeActivations(recipe.recompute).level_for(step)
 
 
-def least(choices: Sequence[Choice], nbytes: Mapping[Fqns, int]) -> Choice:
+def least(recipes: Sequence[Recipe], nbytes: Mapping[Fqns, int]) -> Recipe:
     """What ranks that met different shapes do all alike: what the one does that keeps the fewest bytes.
 
     Args:
         nbytes: of each bucket.
     """
 
-    def kept_bytes(choice: Choice) -> tuple[int, int, str]:
-        sums = [sum(nbytes[fqns] for fqns in buckets or ()) for buckets in (choice.kept, choice.resident)]
-        return sums[0], sums[1], repr(choice)
+    def kept_bytes(recipe: Recipe) -> tuple[int, int, str]:
+        sums = [sum(nbytes[fqns] for fqns in buckets or ()) for buckets in (recipe.kept, recipe.resident)]
+        return sums[0], sums[1], repr(recipe)
 
-    chosen = min(choices, key=kept_bytes)
-    level = max(choice.recompute_level for choice in choices)
-    return dataclasses.replace(chosen, is_tight=any(choice.is_tight for choice in choices), recompute_level=level)
+    chosen = min(recipes, key=kept_bytes)
+    level = max(recipe.recompute_level or 0 for recipe in recipes)
+    return replace(chosen, is_tight=any(recipe.is_tight for recipe in recipes), recompute_level=level)
 
 
 def _longest_that_fits(order: Sequence[Fqns], fits: Callable[[tuple[Fqns, ...]], bool]) -> tuple[Fqns, ...]:
@@ -204,7 +158,7 @@ def _gaps(step: StepGraph) -> list[_Gap]:
         if phase_of[start] is Phase.FORWARD:
             ends[fqns] = at[live_until(step, start)]
         elif fqns in ends:
-            gaps.append(_Gap(fqns, step.bucket_of(start).nbytes, ends[fqns] + 1, at[start] - 1))
+            gaps.append(_Gap(fqns, step.payload_of(start).nbytes, ends[fqns] + 1, at[start] - 1))
     return sorted(gaps, key=lambda gap: (-gap.nbytes, gap.last - gap.first))
 
 

@@ -21,12 +21,11 @@ from typing import TypeAlias
 import torch.distributed as dist
 
 from fxzero.graph.schedule_text import format_diff, format_schedule
-from fxzero.graph.step import StepGraph
+from fxzero.graph.step import Pass, StepGraph
 from fxzero.graph.verify import verify_graph
 
 logger = logging.getLogger(__name__)
 
-Pass: TypeAlias = Callable[[StepGraph], None]
 Observer: TypeAlias = Callable[[int, str, StepGraph], None]
 """Called with the index, the name and the graph: index 0 is the capture, i the i-th pass."""
 

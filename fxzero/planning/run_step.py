@@ -190,10 +190,10 @@ class _Runner(fx.Interpreter):
 
     def _round(self, start: fx.Node, full: Tensor, format: WireFormat) -> None:
         """Write a bucket for the wire, shard by shard as its ranks would, and bring it back."""
-        bucket, travels = self._step.bucket_of(start), self._step.wire_bucket_of(start)
+        bucket, travels = self._step.bucket_of(start), self._step.travels(start)
         rows = full.new_empty(travels.numel, dtype=travels.dtype)
         work = full.new_empty(bucket.shard_numel, dtype=SCALE_DTYPE)
-        for shard, row in zip(full.split(bucket.shard_numel), rows.split(travels.shard_numel), strict=True):
+        for shard, row in zip(full.split(bucket.shard_numel), rows.split(travels.slice_numel), strict=True):
             pack(format, shard, row, work)()
         unpack(format, bucket, rows, full, work)()
 

@@ -14,40 +14,54 @@ from fxzero.graph.step import (
     StepGraph,
 )
 from fxzero.memory.report import MemoryReport
+from fxzero.planning.plan import Plan, VariantPlan
+from fxzero.planning.saved_plan import SavedPlan
 
 
 class Schedule:
     """What will happen in a step; print it.
 
     Args:
-        step: the planned step; None before anything was traced.
-        code: the source that was generated from it.
+        plan: what was decided; None before anything was traced.
         memory: makes the report of the memory that it needs.
         timing: makes the prediction of its time; None where no costs are known.
+        variant: the way in which the step is shown to run. Default: the first of the plan, which overwrites gradients.
     """
 
     def __init__(
         self,
-        step: StepGraph | None = None,
-        code: str = "",
+        plan: Plan | None = None,
         memory: Callable[[], MemoryReport] | None = None,
         timing: Callable[[], Timing] | None = None,
+        variant: VariantPlan | None = None,
     ) -> None:
-        self._step = step
-        self._code = code
+        self._plan = plan
+        self._variant = variant if variant is not None or plan is None else plan.form(synchronize=True)
         self._memory = memory
         self._timing = timing
 
     @property
-    def step(self) -> StepGraph:
-        """The step in fxzero's own terms.
+    def plan(self) -> Plan:
+        """All that was decided about this kind of call.
 
         Raises:
             FxzeroError: nothing was traced yet; it says how to. So do all other members, but `str()`.
         """
-        if self._step is None:
+        if self._plan is None:
             raise FxzeroError(str(self))
-        return self._step
+        return self._plan
+
+    @property
+    def variant(self) -> VariantPlan:
+        """The way in which the step runs that is shown here: its graph, offsets, events and code."""
+        if self._variant is None:
+            raise FxzeroError(str(self))
+        return self._variant
+
+    @property
+    def step(self) -> StepGraph:
+        """The step in fxzero's own terms."""
+        return self.variant.step
 
     @property
     def graph(self) -> fx.Graph:
@@ -57,7 +71,11 @@ class Schedule:
     @property
     def code(self) -> str:
         """The generated source that runs."""
-        return self._code if self.step else ""
+        return self.variant.code.source
+
+    def saved(self) -> SavedPlan:
+        """The whole plan as data, to keep as JSON and to compare with another (`fxzero.planner.diff`)."""
+        return SavedPlan.of(self.plan)
 
     @property
     def totals(self) -> Totals:
@@ -91,7 +109,11 @@ class Schedule:
         return self._timing()
 
     def plot_memory(self, path: str | Path) -> None:
-        """Draw live bytes over the step, by kind, as a stacked area with the peak marked."""
+        """Draw live bytes over the step, by kind, as a stacked area with the peak marked.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
         self.memory.plot_memory(path)
 
     def table(self) -> str:
@@ -107,7 +129,7 @@ class Schedule:
         return format_schedule(self.step, memory=memory)
 
     def __str__(self) -> str:
-        if self._step is None:
+        if self._plan is None:
             return (
                 "Nothing is traced yet: call the module once, or pass example= to fxzero.compile, to see the schedule."
             )

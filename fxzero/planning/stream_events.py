@@ -12,18 +12,17 @@ inputs, compute waits for exactly that collective, and nothing waits for what an
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import networkx as nx
 from torch import fx
 
 from fxzero.errors import ScheduleError
 from fxzero.graph.aliasing import is_view
-from fxzero.graph.nodes import Role, gathered_params, is_gather, operands, role, wait_of, wire_format
+from fxzero.graph.nodes import Role, gathered_params, is_gather, is_inside, operands, role, wait_of, wire_format
 from fxzero.graph.step import StepGraph
+from fxzero.memory.arena_plan import Placed
 
 COMPUTE, COMMUNICATION = "compute", "communication"
 BEGIN = -1
@@ -158,63 +157,65 @@ def _readers(value: fx.Node) -> Iterator[fx.Node]:
             yield from _readers(user)
 
 
-class CudaStreams:
-    """The events of a plan, as functions without arguments for the generated code to call.
+def occupied_before(step: StepGraph, placed: Placed, *, accumulate: bool) -> dict[fx.Node, list[fx.Node]]:
+    """For each start, the compute nodes that used the bytes which its collective overwrites.
 
-    A collective is started with the communication stream current, whose events it then waits for; `work.wait()`, with
-    the compute stream current, makes that stream wait for exactly that collective, so an edge from a collective needs
-    no event of ours. The compute stream is whatever stream is current when the step runs.
+    A gather writes its bucket and a reduce-scatter its scratch, on the communication stream; compute reads gathered
+    parameters, and reads scratch at the wait of a reduce-scatter that accumulates or travels in another type. A staged
+    gather writes its staging buffer, from which compute copies at its wait; the bucket, and the staging buffer of a
+    reduce-scatter, are written by compute, which has waited for all collectives that used their bytes. So is the rank's
+    own row in the staging buffer of what travels in another type, unless it comes from secondary shards: the start
+    waits for that, and so for all before it.
+    """
+    at = step.positions()
+    before: dict[fx.Node, list[fx.Node]] = {}
+    for (kind, start), (buffer, offset) in placed.items():
+        if not _written_by_start(step, kind, start):
+            continue
+        for (other_kind, other), (earlier, other_offset) in placed.items():
+            apart = offset + buffer.nbytes <= other_offset or other_offset + earlier.nbytes <= offset
+            if earlier.end >= buffer.start or apart:
+                continue
+            if other_kind == "gather":
+                before.setdefault(start, []).extend(readers_of(other))
+            is_read_at_wait = is_gather(other) or other_kind in ("scratch", "partial")
+            if is_read_at_wait and works_at_wait(step, other, accumulate=accumulate):
+                wait = wait_of(other)
+                if at[wait] <= earlier.end:  # else only its start used them, for whose work later starts wait too
+                    before.setdefault(start, []).append(wait)
+    return before
+
+
+def _written_by_start(step: StepGraph, kind: str, start: fx.Node) -> bool:
+    """False for memory that only compute writes."""
+    if kind == "staging":
+        return is_gather(start) and (wire_format(start) is None or is_inside(start))
+    return kind not in ("gradient", "quantize") and not (kind == "gather" and step.is_staged(start))
+
+
+@dataclass(frozen=True)
+class StreamEvents:
+    """The events that order the two streams of one variant of a step."""
+
+    queues: tuple[Queue, ...]
+    edges: tuple[EventEdge, ...]
+    recorded: tuple[fx.Node, ...]
+    """The nodes after which the compute stream records an event; end_forward stands for the begin of backward."""
+    at_begin: bool
+    """It records one before everything else too."""
+
+
+def plan_stream_events(step: StepGraph, placed: Placed, *, accumulate: bool) -> StreamEvents:
+    """Find the events that a step on two streams needs.
 
     Args:
-        cuda: `torch.cuda`, or what looks like it (Event, Stream, stream).
+        placed: where everything lies in the arena.
+        accumulate: reduce-scatters add to the gradient shards at their waits.
     """
-
-    def __init__(self, queues: Sequence[Queue], edges: Iterable[EventEdge], cuda: Any, device: Any = None) -> None:
-        self._cuda = cuda
-        self.stream = cuda.Stream(device=device)
-        """The communication stream: one for all plans would do, as its order is that of the schedule."""
-        self._started = {op for queue in queues if queue.name == COMMUNICATION for op in queue.ops}
-        self._waits: dict[int, list[int]] = {}
-        self._events: dict[int, Any] = {}
-        for edge in sorted(edges):
-            self._waits.setdefault(edge.after, []).append(edge.before)
-            if edge.before not in self._started:
-                self._events[edge.before] = self._events.get(edge.before) or cuda.Event()
-
-    def before(self, op: int, waits: Mapping[int, Callable[[], object]]) -> list[Callable[[], object]]:
-        """What to call before a compute operation: the waits of the collectives it needs, from `waits` by start.
-
-        Each wait is called at most once in a step, and not at all where the wait of a later collective implies it; so
-        the wait of an accumulating reduce-scatter, which also adds, has to be called at its own place instead.
-        """
-        return [waits[start] for start in self._waits.get(op, [])]
-
-    def after(self, op: int) -> list[Callable[[], object]]:
-        """What to call after a compute operation: record its event, if a collective waits for it.
-
-        For BEGIN and the end of forward: when the forward, and the backward, begins.
-        """
-        return [self._events[op].record] if op in self._events else []
-
-    def start(
-        self, op: int, start: Callable[[], object], copies: Callable[[], object] | None = None
-    ) -> Callable[[], object]:
-        """The start of a collective: on the communication stream, after the events of its inputs.
-
-        Args:
-            copies: what makes its input just before, on the compute stream: one more event.
-        """
-        waits: list[Callable[[], object]] = []
-        if copies is not None:
-            copied = self._cuda.Event()
-            waits = [copies, copied.record, partial(self.stream.wait_event, copied)]
-        waits += [partial(self.stream.wait_event, self._events[before]) for before in self._waits.get(op, [])]
-        on_stream, stream = self._cuda.stream, self.stream
-
-        def start_on_stream() -> None:
-            for wait in waits:
-                wait()
-            with on_stream(stream):
-                start()
-
-        return start_on_stream
+    queues = queues_of(step, accumulate=accumulate)
+    occupied = occupied_before(step, placed, accumulate=accumulate)
+    edges = plan_events(queues, requirements(step, occupied, accumulate=accumulate))
+    started = {op for queue in queues if queue.name == COMMUNICATION for op in queue.ops}
+    before = {edge.before for edge in edges} - started
+    recorded = tuple(node for op, node in enumerate(step.graph.nodes) if op in before)
+    return StreamEvents(tuple(queues), tuple(edges), recorded, BEGIN in before)

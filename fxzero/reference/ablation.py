@@ -24,18 +24,18 @@ Source: "Making DeepSpeed ZeRO run efficiently on more-affordable hardware" (Ama
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import torch
 
 from fxzero.comm.base import Comm
-from fxzero.graph.layout import LayoutName
-from fxzero.passes import BucketAllGathers, Pass, PrefetchAllGathers, SinkWaits
+from fxzero.graph.recipe import Recipe
 from fxzero.reference.grad_norm_by_parameter import clip_each_grad_norm_
 from fxzero.reference.tensor_lists import with_tensor_lists
+from fxzero.reference.transient import TransientBinder
+from fxzero.runtime.binding import Binder
 from fxzero.runtime.clip import clip_grad_norm_
 from fxzero.runtime.gradients import Gradients
 
@@ -93,22 +93,20 @@ def scheduled(without: Iterable[Optimization]) -> list[Optimization]:
     return [name for name in without if name in ("overlap", "prefetch", "buckets")]
 
 
-def passes_without(without: Sequence[Optimization], passes: Iterable[Pass]) -> tuple[Pass, ...]:
-    """A list of passes with others in the place of those that make an optimization, or none."""
-    left_out: tuple[type, ...] = ()
-    if "prefetch" in without or "overlap" in without:
-        left_out += (PrefetchAllGathers,)
-    if "overlap" in without:
-        left_out += (SinkWaits,)
-    kept = [each for each in passes if not isinstance(each, left_out)]
+def recipe_without(without: Sequence[Optimization], recipe: Recipe) -> Recipe:
+    """The recipe of plans that leave optimizations out.
+
+    A bucket of a single parameter is cut alike in both layouts, and has nothing to interleave.
+    """
+    recipe = replace(recipe, without=tuple(without))
     if "buckets" in without:
-        kept = [dataclasses.replace(e, bucket_bytes=1) if isinstance(e, BucketAllGathers) else e for e in kept]
-    return tuple(kept)
+        return replace(recipe, bucket_bytes=1)
+    return replace(recipe, layout="interleaved") if "layout" in without else recipe
 
 
-def layout_without(without: Sequence[Optimization], layout: LayoutName) -> LayoutName:
-    """How buckets are cut. One of a single parameter is cut alike in both layouts, and has nothing to interleave."""
-    return "interleaved" if "layout" in without and "buckets" not in without else layout
+def binder_without(without: Sequence[Optimization]) -> type[Binder]:
+    """What binds a plan to memory."""
+    return TransientBinder if "persistent_buffers" in without else Binder
 
 
 def comm_without(without: Sequence[Optimization], comm: Comm) -> Comm:

@@ -14,37 +14,50 @@ from collections.abc import Callable
 import torch.distributed as dist
 from torch import Tensor
 
+from fxzero.comm.backend import Backend
 from fxzero.comm.base import Bound, Comm, LocalComm
 from fxzero.comm.gloo import GlooComm
 from fxzero.comm.group import GroupComm
 from fxzero.comm.nccl import NcclComm
 from fxzero.comm.without_ranks import PlanningComm
 from fxzero.errors import CommunicationError
-from fxzero.graph.layout import Bucket
+from fxzero.graph.layout import Payload
+from fxzero.graph.sharding import Sharding
+
+
+class ListBackend(Backend):
+    """What is added to a shard needs a place; the backend has the rest."""
+
+    def reduce_scratch_numel(self, payload: Payload, sharding: Sharding, *, accumulate: bool) -> int:
+        return accumulate * payload.slice_numel if sharding.shard_ranks > 1 else 0
+
+    def gather_wait_bytes(self, payload: Payload) -> int:
+        return 0
+
+    def reduce_wait_bytes(self, payload: Payload) -> int:
+        return 0
 
 
 class _TensorLists(GroupComm):
     """What replaces the bound collectives of a backend; all else is the backend's own."""
+
+    backend = ListBackend()
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(group)
         self._under_way: list[list[dist.Work]] = []
         """Of each collective that was started in this phase: what is still waited for."""
 
-    def reduce_scratch_numel(self, bucket: Bucket, *, accumulate: bool = True) -> int:
-        return accumulate * bucket.shard_numel
-
-    def bind_gather(self, bucket: Bucket, shard: Tensor, full: Tensor) -> Bound:
-        outputs = [list(full.split(bucket.shard_numel))]
-        return self._bind(self.what("all-gather", bucket), lambda: self.group.allgather(outputs, [shard]), None)
+    def bind_gather(self, payload: Payload, shard: Tensor, full: Tensor) -> Bound:
+        outputs = [list(full.split(payload.slice_numel))]
+        return self._bind(self.what("all-gather", payload), lambda: self.group.allgather(outputs, [shard]), None)
 
     def bind_reduce(
-        self, bucket: Bucket, full: Tensor, scratch: Tensor | None, shard: Tensor, *, accumulate: bool
+        self, payload: Payload, full: Tensor, scratch: Tensor | None, shard: Tensor, *, accumulate: bool
     ) -> Bound:
-        if accumulate and (scratch is None or scratch.numel() < bucket.shard_numel):
-            raise ValueError(f"scratch must have at least {bucket.shard_numel} elements to reduce {bucket.fqns[0]}")
-        average = scratch[: bucket.shard_numel] if accumulate and scratch is not None else shard
-        inputs, options = [list(full.split(bucket.shard_numel))], dist.ReduceScatterOptions()
+        room = self.scratch_for(payload, scratch, accumulate=accumulate)
+        average = shard if room is None else room
+        inputs, options = [list(full.split(payload.slice_numel))], dist.ReduceScatterOptions()
         options.reduceOp = dist.ReduceOp(self._reduce_op)
 
         def finish() -> None:
@@ -53,7 +66,7 @@ class _TensorLists(GroupComm):
                 shard.add_(average)
 
         launch = lambda: self.group.reduce_scatter([average], inputs, options)  # noqa: E731
-        return self._bind(self.what("reduce-scatter", bucket), launch, finish)
+        return self._bind(self.what("reduce-scatter", payload), launch, finish)
 
     _reduce_op = dist.ReduceOp.AVG
 
@@ -104,18 +117,11 @@ class ListGlooComm(_TensorLists, GlooComm):
     _reduce_op = dist.ReduceOp.SUM  # as GlooComm: a sum, then one division
 
     def _finish(self, reduced: Tensor) -> None:
-        reduced.div_(self.world_size)
+        reduced.div_(self.shard_ranks)
 
 
 class ListNcclComm(_TensorLists, NcclComm):
     """CUDA tensors over NCCL, two ranks or more."""
-
-
-class ListPlanningComm(PlanningComm):
-    """A rank of a cluster that is not there, and its numbers."""
-
-    def reduce_scratch_numel(self, bucket: Bucket, *, accumulate: bool = True) -> int:
-        return accumulate * bucket.shard_numel if self.world_size > 1 else 0
 
 
 def with_tensor_lists(comm: Comm) -> Comm:
@@ -127,7 +133,7 @@ def with_tensor_lists(comm: Comm) -> Comm:
     if type(comm) is LocalComm:
         return comm
     if type(comm) is PlanningComm:
-        return ListPlanningComm(comm.rank, comm.world_size, comm.device)
+        return PlanningComm(comm.rank, comm.sharding, ListBackend())
     if type(comm) is GlooComm:
         return ListGlooComm(comm.group)
     if type(comm) is NcclComm:

@@ -48,7 +48,7 @@ class TransientMemory(Arena):
         spread: dict[tuple[str, fx.Node], tuple[Buffer, int]] = {}
         for key, (buffer, _) in placed.items():
             if key not in self._storages:
-                self._storages[key] = torch.empty(0, dtype=torch.uint8, device=self._device).untyped_storage()
+                self._storages[key] = torch.empty(0, dtype=torch.uint8, device=self.device).untyped_storage()
             self._at[self._end] = self._storages[key]
             spread[key] = buffer, self._end
             self._end += align(max(buffer.nbytes, 1), ALIGNMENT_BYTES)
@@ -60,7 +60,7 @@ class TransientMemory(Arena):
         if storage.nbytes() < numel * dtype.itemsize:
             self._opened.append(storage)
             storage.resize_(numel * dtype.itemsize)
-        return storage_view(storage, 0, numel, dtype, self._device)
+        return storage_view(storage, 0, numel, dtype, self.device)
 
     def close(self) -> None:
         """Give back what `view` took."""
@@ -91,7 +91,12 @@ class _Life(NamedTuple):
 class TransientBinder(Binder):
     """Binds one plan for one variant of its backward to memory that is there while it is used."""
 
+    @classmethod
+    def memory_for(cls, arena: Arena, nbytes: int) -> Arena:
+        return TransientMemory(arena.device)
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         memory = self.arena
         assert isinstance(memory, TransientMemory)
         self._memory = memory

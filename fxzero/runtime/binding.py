@@ -17,7 +17,7 @@ from fxzero import torch_internals
 from fxzero.comm.base import Bound, Comm, in_turn
 from fxzero.comm.wire_copies import bind_narrow_reduce, pack, unpack
 from fxzero.errors import PlanError
-from fxzero.graph.layout import Bucket, InterleavedBucket
+from fxzero.graph.layout import Bucket, InterleavedBucket, Payload
 from fxzero.graph.nodes import (
     Role,
     grad_fqn,
@@ -30,12 +30,12 @@ from fxzero.graph.nodes import (
     started_by,
     wire_format,
 )
-from fxzero.graph.step import StepGraph
 from fxzero.graph.variant import Stash, Variant
 from fxzero.graph.wire import SCALE_DTYPE
 from fxzero.memory.arena_plan import Placed, is_partial, scratch_nbytes
-from fxzero.planning.codegen import NAMES_IN_SOURCE, PLACE_PREFIX, Code, generate
-from fxzero.runtime.cuda_streams import Events, plan_cuda_events
+from fxzero.planning.codegen import NAMES_IN_SOURCE, PLACE_PREFIX, Code
+from fxzero.planning.plan import VariantPlan
+from fxzero.runtime.cuda_streams import Events, bind_events
 from fxzero.runtime.gradients import Gradients
 from fxzero.runtime.interleave import copy_in, copy_out
 from fxzero.runtime.shards import Shards, unflatten
@@ -45,16 +45,14 @@ from fxzero.runtime.storage import Arena
 
 @dataclass
 class Binder:
-    """Binds one plan for one variant of its backward."""
+    """Binds one variant of a plan."""
 
-    code: Code
-    step: StepGraph
+    planned: VariantPlan
+    variant: Variant
     shards: Shards
     gradients: Gradients
     comm: Comm
     arena: Arena
-    placed: Placed
-    variant: Variant
     names: dict[str, Any] = field(default_factory=dict[str, Any])
     """The globals of the code."""
     gathered: dict[fx.Node, dict[str, torch.Tensor]] = field(default_factory=dict[fx.Node, "dict[str, torch.Tensor]"])
@@ -63,10 +61,20 @@ class Binder:
     """The slot of each gradient, by parameter."""
     copies: dict[fx.Node, Callable[[], object]] = field(default_factory=dict[fx.Node, Callable[[], object]])
     """What comes before a start, on the compute stream: it fills the staging buffer of the start with what it sends."""
-    secondaries: dict[tuple[str, ...], Bucket] = field(default_factory=dict[tuple[str, ...], Bucket])
+    secondaries: dict[tuple[str, ...], Payload] = field(default_factory=dict[tuple[str, ...], Payload])
     """As of `StepGraph.secondaries`."""
     inside: dict[fx.Node, Bound] = field(default_factory=dict[fx.Node, Bound])
     """For each gather that leaves secondary shards: the same from those, if they are there."""
+
+    def __post_init__(self) -> None:
+        self.step, self.code = self.planned.step, self.planned.code
+        self.placed: Placed = self.planned.arena.placed
+
+    @classmethod
+    def memory_for(cls, arena: Arena, nbytes: int) -> Arena:
+        """The memory that a plan is bound to: the arena of the model, long enough."""
+        arena.reserve(nbytes)
+        return arena
 
     def bind(self) -> dict[str, Callable[..., Any]]:
         """Make the globals of the generated code and define its functions in them.
@@ -76,13 +84,9 @@ class Binder:
             the buckets that stay gathered until the shards change are there.
         """
         code, names, events = self.code, self.names, self._events()
-        names |= NAMES_IN_SOURCE
-        recorded = self.recorded(events)
-        if recorded or events is not None:
-            begin = None if events is None else events.begin
-            code = generate(self.step, recorded, record_begin=begin is not None)
-            names |= {"record_begin": begin}
-            names |= {f"record_{node.name}": record for node, record in recorded.items()}
+        names |= NAMES_IN_SOURCE | {f"record_{node.name}": call for node, call in self.recorded(events).items()}
+        if events is not None:
+            names["record_begin"] = events.begin
         names |= {name: torch_internals.direct_call(target) for name, target in code.operators.items()}
         self.secondaries = self.step.secondaries()
         self.shards.keep_secondaries(self.secondaries.values())
@@ -148,10 +152,9 @@ class Binder:
 
     def _events(self) -> Events | None:
         """The events of two CUDA streams; None where one thread does all."""
-        if self.shards.device.type != "cuda" or self.comm.world_size == 1:
+        if self.planned.events is None:
             return None
-        accumulate = self.variant.accumulate
-        return plan_cuda_events(self.step, self.placed, torch.cuda, self.shards.device, accumulate=accumulate)
+        return bind_events(self.step, self.planned.events, torch.cuda, self.shards.device)
 
     def _gather_kept(self) -> list[Callable[[], object]]:
         """What gathers again the buckets that forward keeps: in the order of the schedule, for whose memory it is."""
@@ -182,7 +185,7 @@ class Binder:
         bucket = self._layout_bucket(start)
         shard = full = self.shards.params.parts[bucket]
         if not self.comm.gathers_in_place:
-            full = self._view("gather", start, bucket)
+            full = self._view("gather", start, bucket.gathered)
         self.gathered[start] = unflatten(bucket, full)
         if self.step.is_staged(start):
             bound = self._bind_staged_gather(start, bucket, shard, full)
@@ -198,7 +201,7 @@ class Binder:
         Args:
             bring: what follows the wait.
         """
-        travels, within = self.step.wire_bucket_of(start), self.secondaries.get(members(start))
+        travels, within = self.step.travels(start), self.secondaries.get(members(start))
         if within is None:
             return self.comm.bind_gather(travels, shard, full).then(bring)
         secondary = self.shards.secondaries.parts[within]
@@ -210,7 +213,7 @@ class Binder:
 
     def _bind_staged_gather(self, start: fx.Node, bucket: Bucket, shard: torch.Tensor, full: torch.Tensor) -> Bound:
         """Gather into a staging buffer; what is sent in another type is a row of it, or of a secondary shard."""
-        travels, format = self.step.wire_bucket_of(start), wire_format(start)
+        travels, format = self.step.travels(start), wire_format(start)
         staging, work = self._view("staging", start, travels), None
         if format is not None:
             if ("quantize", start) in self.placed:
@@ -229,14 +232,14 @@ class Binder:
 
     def _own_row(self, start: fx.Node, staging: torch.Tensor) -> torch.Tensor:
         """Where this rank writes what it sends in a type of the wire: in the secondary shard, if there is one."""
-        row_numel, within = self.step.wire_bucket_of(start).shard_numel, self.secondaries.get(members(start))
+        row_numel, within = self.step.travels(start).slice_numel, self.secondaries.get(members(start))
         if within is None:
             return staging.split(row_numel)[self.comm.rank]
-        return self.shards.secondaries.parts[within].split(row_numel)[self.comm.rank % self.comm.num_nodes]
+        return self.shards.secondaries.parts[within].split(row_numel)[self.comm.rank % self.comm.sharding.num_nodes]
 
-    def _view(self, kind: str, start: fx.Node, bucket: Bucket) -> torch.Tensor:
-        """The memory of a collective in the arena, flat, `[bucket.numel]`."""
-        return self.arena.view(self.placed[kind, start][1], bucket.numel, bucket.dtype)
+    def _view(self, kind: str, start: fx.Node, payload: Payload) -> torch.Tensor:
+        """The memory of a collective in the arena, flat, `[payload.numel]`."""
+        return self.arena.view(self.placed[kind, start][1], payload.numel, payload.dtype)
 
     def _bind_collective(self, start: fx.Node, bound: Bound) -> None:
         self.names[start.name] = bound.start or _nothing
@@ -248,8 +251,8 @@ class Binder:
         shard = full = self.shards.grad_shard(bucket)
         in_arena, is_staged = ("gradient", start) in self.placed, self.step.is_staged(start)
         if in_arena:
-            full = self._view("gradient", start, bucket)
-        sent = self._view("staging", start, self.step.wire_bucket_of(start)) if is_staged else full
+            full = self._view("gradient", start, bucket.gradients)
+        sent = self._view("staging", start, self.step.travels(start)) if is_staged else full
         clear = _padding(bucket, full) if in_arena else []
         if in_arena and is_partial(self.step, start):
             bound = self._bind_partial(bucket, start, sent)
@@ -277,18 +280,18 @@ class Binder:
     ) -> Bound:
         """Average what is sent, in the collective's wire format, into a shard."""
         placed, format = self.placed.get(("scratch", start)), wire_format(start)
-        nbytes = scratch_nbytes(self.step, self.comm, start, accumulate=accumulate)
+        nbytes = scratch_nbytes(self.step, self.comm.backend, start, accumulate=accumulate)
         scratch = self.arena.view(placed[1], nbytes, torch.uint8) if placed else None
         if format is not None:
             assert scratch is not None
             return bind_narrow_reduce(self.comm, bucket, format, sent, scratch, shard, accumulate=accumulate)
         if scratch is not None:
-            scratch = scratch.view(bucket.dtype)
-        return self.comm.bind_reduce(bucket, sent, scratch, shard, accumulate=accumulate)
+            scratch = scratch.view(bucket.dtypes.grad)
+        return self.comm.bind_reduce(bucket.gradients, sent, scratch, shard, accumulate=accumulate)
 
     def _bind_partial(self, bucket: Bucket, start: fx.Node, sent: torch.Tensor) -> Bound:
         """Reduce a whole bucket aside and keep the slices of some members."""
-        room = self.arena.view(self.placed["partial", start][1], bucket.shard_numel, bucket.dtype)
+        room = self.arena.view(self.placed["partial", start][1], bucket.shard_numel, bucket.dtypes.shard)
         bound = self._reduce_into(room, bucket, start, sent, accumulate=False)
         keep: list[Callable[[], object]] = []
         for param in bucket.params:

@@ -1,61 +1,78 @@
-"""Bind a schedule to CUDA streams: which events the generated code records, and what each start waits for."""
+"""The events of a plan on two CUDA streams, as functions for the generated code to call."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import fx
 
-from fxzero.graph.nodes import Role, is_gather, is_inside, role, wait_of, wire_format
 from fxzero.graph.step import StepGraph
-from fxzero.memory.arena_plan import Placed
-from fxzero.planning.stream_events import (
-    BEGIN,
-    CudaStreams,
-    plan_events,
-    queues_of,
-    readers_of,
-    requirements,
-    works_at_wait,
-)
+from fxzero.planning.stream_events import BEGIN, COMMUNICATION, EventEdge, Queue, StreamEvents
 
 
-def occupied_before(step: StepGraph, placed: Placed, *, accumulate: bool) -> dict[fx.Node, list[fx.Node]]:
-    """For each start, the compute nodes that used the bytes which its collective overwrites.
+class CudaStreams:
+    """The events of a plan, as functions without arguments for the generated code to call.
 
-    A gather writes its bucket and a reduce-scatter its scratch, on the communication stream; compute reads gathered
-    parameters, and reads scratch at the wait of a reduce-scatter that accumulates or travels in another type. A staged
-    gather writes its staging buffer, from which compute copies at its wait; the bucket, and the staging buffer of a
-    reduce-scatter, are written by compute, which has waited for all collectives that used their bytes. So is the rank's
-    own row in the staging buffer of what travels in another type, unless it comes from secondary shards: the start
-    waits for that, and so for all before it.
+    A collective is started with the communication stream current, whose events it then waits for; `work.wait()`, with
+    the compute stream current, makes that stream wait for exactly that collective, so an edge from a collective needs
+    no event of ours. The compute stream is whatever stream is current when the step runs.
+
+    Args:
+        cuda: `torch.cuda`, or what looks like it (Event, Stream, stream).
     """
-    at = step.positions()
-    before: dict[fx.Node, list[fx.Node]] = {}
-    for (kind, start), (buffer, offset) in placed.items():
-        if not _written_by_start(step, kind, start):
-            continue
-        for (other_kind, other), (earlier, other_offset) in placed.items():
-            apart = offset + buffer.nbytes <= other_offset or other_offset + earlier.nbytes <= offset
-            if earlier.end >= buffer.start or apart:
-                continue
-            if other_kind == "gather":
-                before.setdefault(start, []).extend(readers_of(other))
-            is_read_at_wait = is_gather(other) or other_kind in ("scratch", "partial")
-            if is_read_at_wait and works_at_wait(step, other, accumulate=accumulate):
-                wait = wait_of(other)
-                if at[wait] <= earlier.end:  # else only its start used them, for whose work later starts wait too
-                    before.setdefault(start, []).append(wait)
-    return before
 
+    def __init__(self, queues: Sequence[Queue], edges: Iterable[EventEdge], cuda: Any, device: Any = None) -> None:
+        self._cuda = cuda
+        self.stream = cuda.Stream(device=device)
+        """The communication stream: one for all plans would do, as its order is that of the schedule."""
+        self._started = {op for queue in queues if queue.name == COMMUNICATION for op in queue.ops}
+        self._waits: dict[int, list[int]] = {}
+        self._events: dict[int, Any] = {}
+        for edge in sorted(edges):
+            self._waits.setdefault(edge.after, []).append(edge.before)
+            if edge.before not in self._started:
+                self._events[edge.before] = self._events.get(edge.before) or cuda.Event()
 
-def _written_by_start(step: StepGraph, kind: str, start: fx.Node) -> bool:
-    """False for memory that only compute writes."""
-    if kind == "staging":
-        return is_gather(start) and (wire_format(start) is None or is_inside(start))
-    return kind not in ("gradient", "quantize") and not (kind == "gather" and step.is_staged(start))
+    def before(self, op: int, waits: Mapping[int, Callable[[], object]]) -> list[Callable[[], object]]:
+        """What to call before a compute operation: the waits of the collectives it needs, from `waits` by start.
+
+        Each wait is called at most once in a step, and not at all where the wait of a later collective implies it; so
+        the wait of an accumulating reduce-scatter, which also adds, has to be called at its own place instead.
+        """
+        return [waits[start] for start in self._waits.get(op, [])]
+
+    def after(self, op: int) -> list[Callable[[], object]]:
+        """What to call after a compute operation: record its event, if a collective waits for it.
+
+        For BEGIN and the end of forward: when the forward, and the backward, begins.
+        """
+        return [self._events[op].record] if op in self._events else []
+
+    def start(
+        self, op: int, start: Callable[[], object], copies: Callable[[], object] | None = None
+    ) -> Callable[[], object]:
+        """The start of a collective: on the communication stream, after the events of its inputs.
+
+        Args:
+            copies: what makes its input just before, on the compute stream: one more event.
+        """
+        waits: list[Callable[[], object]] = []
+        if copies is not None:
+            copied = self._cuda.Event()
+            waits = [copies, copied.record, partial(self.stream.wait_event, copied)]
+        waits += [partial(self.stream.wait_event, self._events[before]) for before in self._waits.get(op, [])]
+        on_stream, stream = self._cuda.stream, self.stream
+
+        def start_on_stream() -> None:
+            for wait in waits:
+                wait()
+            with on_stream(stream):
+                start()
+
+        return start_on_stream
 
 
 @dataclass(frozen=True)
@@ -80,22 +97,13 @@ class Events:
         return self.streams.start(self.positions[node], start, copies)
 
 
-def plan_cuda_events(step: StepGraph, placed: Placed, cuda: Any, device: Any, *, accumulate: bool) -> Events:
-    """Find the events that a step on two streams needs.
+def bind_events(step: StepGraph, planned: StreamEvents, cuda: Any, device: Any) -> Events:
+    """Make the events of one variant of a step.
 
     Args:
         cuda: `torch.cuda`, or what looks like it.
-        accumulate: reduce-scatters add to the gradient shards at their waits.
     """
-    queues = queues_of(step, accumulate=accumulate)
-    occupied = occupied_before(step, placed, accumulate=accumulate)
-    streams = CudaStreams(
-        queues, plan_events(queues, requirements(step, occupied, accumulate=accumulate)), cuda, device
-    )
+    streams = CudaStreams(planned.queues, planned.edges, cuda, device)
     at = step.positions()
-    recorded: dict[fx.Node, Callable[[], object]] = {}
-    for node in step.graph.nodes:
-        for record in streams.after(at[node]):
-            assert role(node) is not Role.ALL_GATHER or not is_gather(node)
-            recorded[node] = record
+    recorded = {node: record for node in planned.recorded for record in streams.after(at[node])}
     return Events(streams, recorded, next(iter(streams.after(BEGIN)), None), at)

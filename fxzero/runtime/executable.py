@@ -5,64 +5,64 @@ Nothing is decided in a step but which binding runs: overwrite or add to `.grad`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import fx
 
 from fxzero.comm.base import Comm
-from fxzero.errors import CommunicationError
 from fxzero.graph.aliasing import aliases, base
 from fxzero.graph.nodes import Role, info, is_random, members
+from fxzero.graph.recipe import Fqns
 from fxzero.graph.step import StepGraph
-from fxzero.graph.variant import Stash, Variant
-from fxzero.memory.arena_plan import plan_arena
-from fxzero.memory.lifetimes import MemoryPlan
+from fxzero.graph.variant import Variant
 from fxzero.planning.plan import Plan
-from fxzero.reference.transient import TransientBinder, TransientMemory
 from fxzero.runtime.binding import Binder
 from fxzero.runtime.gradients import Gradients
-from fxzero.runtime.residency import Residency
+from fxzero.runtime.in_flight import InFlight
 from fxzero.runtime.shards import Shards
 from fxzero.runtime.stopwatch import Stopwatch
 from fxzero.runtime.storage import Arena
 
 
-def _lasting_secondaries(step: StepGraph) -> Iterable[tuple[str, ...]]:
-    """Buckets that a later forward gathers inside the node; not into buffers that are allocated at each use."""
-    return step.secondaries() if step.is_persistent else ()
+@dataclass(frozen=True)
+class Storage:
+    """What a plan is bound to on this rank; all plans of a model share it."""
+
+    shards: Shards
+    gradients: Gradients
+    comm: Comm
+    arena: Arena
+    in_flight: InFlight
 
 
 class Executable:
-    """A plan bound to the storage of this rank."""
+    """One graph of a plan, bound to the storage of this rank: that of ordinary steps, or that of steps under no_sync().
 
-    def __init__(
-        self, plan: Plan, shards: Shards, gradients: Gradients, comm: Comm, arena: Arena, residency: Residency
-    ) -> None:
-        self.plan = plan
-        self._shards, self._gradients, self._comm, self._arena = shards, gradients, comm, arena
-        self._residency = residency
-        gathered = {members(start) for start in plan.step.nodes(Role.ALL_GATHER)}
-        lasting = () if comm.gathers_in_place else (*plan.step.resident, *_lasting_secondaries(plan.step))
-        self._lasting = [fqns for fqns in lasting if fqns in gathered]
-        """Buckets that are there for the next micro-step, gathered or as secondary shards."""
-        self._binder, self._memory = Binder, arena
-        if not plan.step.is_persistent:
-            self._binder, self._memory = TransientBinder, TransientMemory(shards.device)
+    Args:
+        binder: binds a variant; a slower form of it may be put in its place.
+    """
+
+    def __init__(self, plan: Plan, *, synchronize: bool, storage: Storage, binder: type[Binder] = Binder) -> None:
+        self.plan, self.form = plan, plan.form(synchronize=synchronize)
+        self._storage, self._in_flight = storage, storage.in_flight
+        self._binder, self._memory = binder, binder.memory_for(storage.arena, plan.arena_bytes)
         self._functions: dict[Variant, dict[str, Callable[..., Any]]] = {}
-        self.memory: dict[Variant, MemoryPlan] = {}
-        """The arena's plan for each variant that was bound."""
-        step = plan.step
+        self._variants = [variant for variant, planned in plan.variants.items() if planned.step is self.form.step]
+        step = self.form.step
+        self._lasting = _lasting(step)
+        """The buckets that are there for the next micro-step, gathered or as secondary shards."""
         self.reached = list(step.grads)
         for fqn in self.reached:
-            gradients.view(fqn)
+            storage.gradients.view(fqn)
         self.reduced = {fqn for start in step.nodes(Role.REDUCE_SCATTER) for fqn in members(start)}
         """The parameters in the buckets that backward reduces."""
         self.buffers = [info(node).fqn for node in step.nodes(Role.BUFFER)]
         """The names of the buffers that forward takes, in order."""
         self.buffer_geometry = [(node.meta["val"].shape, node.meta["val"].dtype) for node in step.nodes(Role.BUFFER)]
-        self.device = shards.device
+        self.device = plan.devices.compute
         self.stopwatch: Stopwatch | None = None
         """Measures the next forward, and its backward."""
         self.example_only = False
@@ -78,7 +78,7 @@ class Executable:
         held = {alias for node in step.nodes(Role.INPUT, Role.BUFFER) for alias in aliases(node)}.union(
             *outputs.values()
         )
-        saved = plan.code.saved
+        saved = self.form.code.saved
         self.reachable = [i for i, node in enumerate(saved) if node in held]
         """Which saved values share memory with what the user holds."""
         self._tangents = [node.meta["val"].stride() for node in step.nodes(Role.TANGENT)]
@@ -87,7 +87,12 @@ class Executable:
 
     @property
     def step(self) -> StepGraph:
-        return self.plan.step
+        return self.form.step
+
+    @property
+    def has_run(self) -> bool:
+        """True once a forward of it ran."""
+        return bool(self._functions)
 
     @property
     def leaves_buckets(self) -> bool:
@@ -96,21 +101,18 @@ class Executable:
 
     def forward(self, inputs: list[torch.Tensor], buffers: list[torch.Tensor]) -> tuple[tuple[Any, ...], list[Any]]:
         """Run the forward phase: the flat outputs and what backward needs."""
-        unused = Variant(False, Stash.NONE if self.step.synchronize else Stash.FIRST)
-        functions = self._bound(next(iter(self._functions), unused))
-        are_there = self._lasting and self._residency.has(self._lasting)
+        functions = self._bound(next(iter(self._functions), self._variants[0]))
+        are_there = self._in_flight.begin_forward(self._lasting)
         watch = self.stopwatch
         try:
             if watch is not None:
                 outputs = watch.time_phase(functions["timed_forward"](watch), inputs, buffers, is_first=True)
             else:
                 outputs = functions["forward_again" if are_there else "forward"](inputs, buffers)
+            self._in_flight.end_forward(self._lasting)
         except Exception as error:
-            self._abandon(error)
+            self._in_flight.failed(error)
             raise
-        self._comm.drain()
-        self._arena.generation += 1
-        self._residency.add(self._lasting)
         return outputs
 
     def backward(self, variant: Variant, saved: list[Any], tangents: list[torch.Tensor]) -> tuple[Any, ...]:
@@ -118,39 +120,32 @@ class Executable:
         for index, (tangent, strides) in enumerate(zip(tangents, self._tangents, strict=True)):
             if tangent.stride() != strides:  # an expanded gradient, of sum() say: operators were traced for dense ones
                 tangents[index] = tangent.new_empty_strided(tangent.shape, strides).copy_(tangent)
+        functions = self._bound(variant)
         watch, self.stopwatch = self.stopwatch, None
+        self._in_flight.begin_backward()
         try:
             if watch is not None:
-                backward = self._bound(variant)["timed_backward"](watch)
+                backward = functions["timed_backward"](watch)
                 input_grads = watch.time_phase(backward, saved, tangents, is_first=False)
             else:
-                input_grads = self._bound(variant)["backward"](saved, tangents)
+                input_grads = functions["backward"](saved, tangents)
+            self._in_flight.end_backward()
         except Exception as error:
-            self._abandon(error)
+            self._in_flight.failed(error)
             raise
-        self._comm.drain()
-        self._arena.generation += 1
         return input_grads
 
-    def _abandon(self, error: Exception) -> None:
-        """Leave nothing in flight behind an error of the model's own."""
-        self._arena.generation += 1
-        self._residency.expire()
-        if not isinstance(error, CommunicationError):
-            self._comm.abandon()
-
-    @property
-    def generation(self) -> int:
-        """Of the arena; it changes with every phase of any plan."""
-        return self._arena.generation
-
     def restore_kept(self, generation: int) -> None:
-        """Gather again what a forward kept, if other phases have run since and may have used its memory."""
-        if self.step.kept and generation != self._arena.generation:
-            if self._shards.device.type == "cuda":
-                torch.cuda.synchronize(self._shards.device)  # the events of the schedule do not cover this rare gather
+        """Gather again what a forward kept, if other phases have run since and may have used its memory.
+
+        Args:
+            generation: of the phases, as it was after that forward.
+        """
+        if self.step.kept and generation != self._in_flight.generation:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # the events of the schedule do not cover this rare gather
             next(iter(self._functions.values()))["gather_kept"]()
-            self._comm.drain()
+            self._storage.comm.drain()
 
     def pattern_of(self, arriving: Sequence[torch.Tensor | None]) -> tuple[int, ...]:
         """Which outputs receive a gradient, as indices of the flat outputs."""
@@ -159,9 +154,42 @@ class Executable:
     def _bound(self, variant: Variant) -> dict[str, Callable[..., Any]]:
         if variant not in self._functions:
             with torch.inference_mode(False):  # views made in it could not be written outside
-                plan, placed = plan_arena(self.step, self._comm, variant)
-                self.memory[variant] = plan
-                self._memory.reserve(plan.peak_bytes)
-                storage = self._shards, self._gradients, self._comm, self._memory
-                self._functions[variant] = self._binder(self.plan.code, self.step, *storage, placed, variant).bind()
+                storage = self._storage
+                parts = storage.shards, storage.gradients, storage.comm, self._memory
+                self._functions[variant] = self._binder(self.plan.variants[variant], variant, *parts).bind()
         return self._functions[variant]
+
+
+class BoundPlan:
+    """A plan bound to the storage of this rank: both of its graphs, of which a step under no_sync() has one of its own.
+
+    Args:
+        binder: see `Executable`.
+    """
+
+    def __init__(self, plan: Plan, storage: Storage, binder: type[Binder] = Binder) -> None:
+        self.plan = plan
+        self.reducing = Executable(plan, synchronize=True, storage=storage, binder=binder)
+        self.holding = self.reducing
+        if plan.form(synchronize=False).step is not plan.step:
+            self.holding = Executable(plan, synchronize=False, storage=storage, binder=binder)
+
+    def executable(self, *, synchronize: bool) -> Executable:
+        """What a call runs.
+
+        Args:
+            synchronize: False under no_sync().
+        """
+        return self.reducing if synchronize else self.holding
+
+
+def _lasting(step: StepGraph) -> list[Fqns]:
+    """The buckets of a step that a later forward finds gathered, or gathers inside the node.
+
+    Secondary shards are not among them where buffers are allocated at each use.
+    """
+    if step.sharding.shard_ranks == 1:  # the shards are the buckets
+        return []
+    gathered = {members(start) for start in step.nodes(Role.ALL_GATHER)}
+    secondaries = step.secondaries() if step.is_persistent else ()
+    return [fqns for fqns in (*step.resident, *secondaries) if fqns in gathered]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
 import torch
@@ -23,7 +23,7 @@ class Gradients:
         self._params = params
         self._views: dict[str, torch.Tensor] = {}
         self._pairs: list[tuple[nn.Parameter, torch.Tensor]] = []
-        self._unsharded: FlatBuffer | None = None
+        self._unsharded: FlatBuffer[Bucket] | None = None
         self._held: dict[str, None] = {}
         """Parameters whose unsharded gradients wait for the next synchronised backward."""
         self.are_there = False
@@ -39,7 +39,7 @@ class Gradients:
     @property
     def version(self) -> int:
         """A number that changes when a `.grad` is changed in place by anything but a backward."""
-        return sum([view._version for _, view in self._pairs])  # pyright: ignore[reportPrivateUsage]
+        return torch_internals.num_changes(self._views.values())
 
     @property
     def are_added_to(self) -> bool:
@@ -78,18 +78,18 @@ class Gradients:
             fqns = [*reached, *(fqn for fqn in self._held if fqn not in reached)]
             self._held = {}
         self.are_there = True
-        for fqn in fqns:
-            param = self._params[fqn]
+        params = [self._params[fqn] for fqn in fqns]
+        for fqn, param in zip(fqns, params, strict=True):
             param.grad = views[fqn]
-            if param._backward_hooks:  # pyright: ignore[reportPrivateUsage]
+        for index, on_gradient, afterwards in torch_internals.gradient_hooks(params):
+            if on_gradient:
                 raise FxzeroError(
-                    f"{fqn} has a hook (register_hook), which would get its whole gradient; that is nowhere whole. Use "
-                    "register_post_accumulate_grad_hook, which gets the parameter with the gradient of its shard."
+                    f"{fqns[index]} has a hook (register_hook), which would get its whole gradient; that is nowhere "
+                    "whole. Use register_post_accumulate_grad_hook, which gets the parameter with the gradient of its "
+                    "shard."
                 )
-            hooks = param._post_accumulate_grad_hooks  # pyright: ignore[reportPrivateUsage]
-            if hooks:
-                for hook in hooks.values():
-                    hook(param)
+            for hook in afterwards.values():
+                hook(params[index])
 
     def settle(self) -> list[torch.Tensor]:
         """Bring the gradient buffer in line with the `.grad` attributes, which the user may have changed.
@@ -117,9 +117,9 @@ class Gradients:
         """The unsharded gradients of a bucket under no_sync(): flat, `[bucket.numel]`; made at the first use."""
         if self._unsharded is None:
             trained = [bucket for bucket in self._shards.layout.buckets if bucket.requires_grad]
-            self._unsharded = FlatBuffer(trained, self._shards.device, whole=True)
+            self._unsharded = FlatBuffer(_whole_sizes(trained), self._shards.device)
         if bucket not in self._unsharded.parts:  # frozen when the layout was fixed
-            self._unsharded.extend(FlatBuffer([bucket], self._shards.device, whole=True))
+            self._unsharded.extend(FlatBuffer(_whole_sizes([bucket]), self._shards.device))
         return self._unsharded.parts[bucket]
 
     @property
@@ -160,3 +160,7 @@ class Gradients:
     def drop_held(self) -> None:
         """Forget what no_sync() holds."""
         self._held = {}
+
+
+def _whole_sizes(buckets: Iterable[Bucket]) -> dict[Bucket, tuple[int, torch.dtype]]:
+    return {bucket: (bucket.numel, bucket.dtypes.grad) for bucket in buckets}

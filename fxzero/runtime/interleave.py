@@ -46,13 +46,13 @@ def gathered_members(bucket: Bucket, received: torch.Tensor) -> Iterator[tuple[s
 
 
 def _in_bucket(bucket: InterleavedBucket, full: torch.Tensor) -> list[torch.Tensor]:
-    """The parts of each parameter where it lies in the bucket: `[world_size, part_numel]`, contiguous."""
+    """The parts of each parameter where it lies in the bucket: `[shard_ranks, part_numel]`, contiguous."""
     sizes = [(bucket.offsets[param.fqn], bucket.part_numel(param)) for param in bucket.params]
-    return [full[begin:][: bucket.world_size * numel].view(bucket.world_size, numel) for begin, numel in sizes]
+    return [full[begin:][: bucket.shard_ranks * numel].view(bucket.shard_ranks, numel) for begin, numel in sizes]
 
 
 def _in_staging(bucket: InterleavedBucket, staging: torch.Tensor) -> list[torch.Tensor]:
-    """The parts of each parameter in the shards of all ranks: `[world_size, part_numel]`, rows a shard apart."""
-    shards = staging.view(bucket.world_size, bucket.shard_numel)
+    """The parts of each parameter in the shards of all ranks: `[shard_ranks, part_numel]`, rows a shard apart."""
+    shards = staging.view(bucket.shard_ranks, bucket.shard_numel)
     sizes = [(bucket.part_offsets[param.fqn], bucket.part_numel(param)) for param in bucket.params]
     return [shards[:, begin : begin + numel] for begin, numel in sizes]

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
 
 from fxzero.comm.base import Comm
 from fxzero.errors import InputMismatchError
-from fxzero.graph.layout import Bucket, Layout, ParamSpec
+from fxzero.graph.layout import Bucket, Layout, ParamSpec, Payload
 from fxzero.runtime.storage import storage_view
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 def spec_of(fqn: str, param: nn.Parameter) -> ParamSpec:
@@ -62,32 +65,30 @@ def check_storage(params: Mapping[str, nn.Parameter]) -> None:
             )
 
 
-class FlatBuffer:
-    """One contiguous block that holds the shards of several buckets, those of one dtype side by side.
+class FlatBuffer(Generic[Key]):
+    """One contiguous block that holds the parts of several keys, those of one dtype side by side.
 
     Args:
-        whole: hold the whole buckets instead of this rank's shards.
+        sizes: the elements and the dtype of each part.
     """
 
-    def __init__(self, buckets: Iterable[Bucket], device: torch.device, *, whole: bool = False) -> None:
-        self.parts: dict[Bucket, torch.Tensor] = {}
-        """The part of each bucket: flat, `[shard_numel]`, or `[numel]` if whole."""
+    def __init__(self, sizes: Mapping[Key, tuple[int, torch.dtype]], device: torch.device) -> None:
+        self.parts: dict[Key, torch.Tensor] = {}
+        """The part of each key, flat."""
         self.segments: list[torch.Tensor] = []
-        """The whole buffer, one flat tensor per dtype, padding included."""
-        in_order = sorted(buckets, key=lambda bucket: str(bucket.dtype))
-        numel = {bucket: bucket.numel if whole else bucket.shard_numel for bucket in in_order}
-        self.nbytes = sum(numel[bucket] * bucket.dtype.itemsize for bucket in in_order)
+        """The whole block, one flat tensor per dtype, padding included."""
+        self.nbytes = sum(numel * dtype.itemsize for numel, dtype in sizes.values())
         storage = torch.zeros(self.nbytes, dtype=torch.uint8, device=device).untyped_storage()
         offset = 0
-        for dtype in dict.fromkeys(bucket.dtype for bucket in in_order):
+        for dtype in sorted({dtype for _, dtype in sizes.values()}, key=str):
             begin = offset
-            for bucket in (b for b in in_order if b.dtype is dtype):
-                self.parts[bucket] = storage_view(storage, offset, numel[bucket], dtype, device)
-                offset += numel[bucket] * dtype.itemsize
+            for key, (numel, _) in ((key, size) for key, size in sizes.items() if size[1] is dtype):
+                self.parts[key] = storage_view(storage, offset, numel, dtype, device)
+                offset += numel * dtype.itemsize
             self.segments.append(storage_view(storage, begin, (offset - begin) // dtype.itemsize, dtype, device))
 
-    def extend(self, other: FlatBuffer) -> None:
-        """Take over the buckets of another buffer, in a block of their own."""
+    def extend(self, other: FlatBuffer[Key]) -> None:
+        """Take over the parts of another buffer, in a block of their own."""
         self.parts.update(other.parts)
         self.segments += other.segments
         self.nbytes += other.nbytes
@@ -100,21 +101,21 @@ class Shards:
         self.layout = layout
         self.rank = rank
         self.device = device
-        self.params = FlatBuffer(layout.buckets, device)
-        self.grads = FlatBuffer((b for b in layout.buckets if b.requires_grad), device)
-        self.secondaries = FlatBuffer((), device)
+        self.params = FlatBuffer(_shard_sizes(layout.buckets), device)
+        self.grads = FlatBuffer(_shard_sizes(b for b in layout.buckets if b.requires_grad), device)
+        self.secondaries: FlatBuffer[Payload] = FlatBuffer({}, device)
         """The slices of buckets that this rank gathered from other nodes, as they travel inside its own."""
 
-    def keep_secondaries(self, buckets: Iterable[Bucket]) -> None:
-        """Make memory for the secondary shards of buckets, as `StepGraph.secondaries` has them, where there is none."""
-        missing = [bucket for bucket in buckets if bucket not in self.secondaries.parts]
-        if missing:
-            self.secondaries.extend(FlatBuffer(missing, self.device))
+    def keep_secondaries(self, payloads: Iterable[Payload]) -> None:
+        """Make memory for secondary shards, as `StepGraph.secondaries` has them, where there is none."""
+        sizes = {each: (each.slice_numel, each.dtype) for each in payloads if each not in self.secondaries.parts}
+        if sizes:
+            self.secondaries.extend(FlatBuffer(sizes, self.device))
 
     def grad_shard(self, bucket: Bucket) -> torch.Tensor:
         """The gradient shard of a bucket; that of one frozen when the layout was fixed is made on demand."""
         if bucket not in self.grads.parts:
-            self.grads.extend(FlatBuffer([bucket], self.device))
+            self.grads.extend(FlatBuffer(_shard_sizes([bucket]), self.device))
         return self.grads.parts[bucket]
 
     def param_view(self, fqn: str) -> torch.Tensor:
@@ -143,6 +144,10 @@ class Shards:
     @staticmethod
     def _spec(bucket: Bucket, fqn: str) -> ParamSpec:
         return bucket.params[bucket.fqns.index(fqn)]
+
+
+def _shard_sizes(buckets: Iterable[Bucket]) -> dict[Bucket, tuple[int, torch.dtype]]:
+    return {bucket: (bucket.shard_numel, bucket.dtypes.shard) for bucket in buckets}
 
 
 def unflatten(bucket: Bucket, full: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -178,7 +183,7 @@ def shard_full_params(shards: Shards, params: Mapping[str, nn.Parameter], comm: 
 
 def _flatten(bucket: Bucket, params: Mapping[str, nn.Parameter], device: torch.device) -> torch.Tensor:
     """The shards of all ranks, one after another, from full parameters; zeros where one is on meta."""
-    full = torch.zeros(bucket.numel, dtype=bucket.dtype, device=device)
+    full = torch.zeros(bucket.numel, dtype=bucket.dtypes.shard, device=device)
     shards = full.split(bucket.shard_numel) if bucket.numel else []
     for param in (param for param in bucket.params if not params[param.fqn].is_meta):
         values = params[param.fqn].detach().view(-1)

@@ -10,9 +10,9 @@ class Arena:
 
     def __init__(self, device: torch.device) -> None:
         self._storage = torch.empty(0, dtype=torch.uint8, device=device).untyped_storage()
-        self._device = device
-        self.generation = 0
-        """Counts the phases that ran: what one of them left is there only until the next."""
+        self.device = device
+        self.num_grown = 0
+        """How often it was made longer."""
 
     @property
     def nbytes(self) -> int:
@@ -23,11 +23,12 @@ class Arena:
         if nbytes <= self.nbytes:
             return False
         self._storage.resize_(nbytes)
+        self.num_grown += 1
         return True
 
     def view(self, offset: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """`numel` elements at byte `offset`, as a flat tensor."""
-        return storage_view(self._storage, offset, numel, dtype, self._device)
+        return storage_view(self._storage, offset, numel, dtype, self.device)
 
 
 def storage_view(

@@ -1,7 +1,7 @@
 """`fxzero train`: trains a reference model on real text, from the command line.
 
 corpus -> tokenizer -> text (shared by rank 0) -> batches -> loop -> report, export
-options, world and launch say what is asked for and which ranks there are; command is the command line.
+options says what is asked for; command is the command line. The ranks are those of `fxzero.commands`.
 """
 
 from __future__ import annotations

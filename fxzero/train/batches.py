@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fxzero.train.options import TrainError
+from fxzero.commands.errors import CommandError
 from fxzero.train.tokenizer import BOS_ID, MASK_ID, SPECIAL_TOKENS
 
 MASKED_FRACTION = 0.15
@@ -43,10 +43,10 @@ class Windows:
         """Refuse a text that is too short.
 
         Raises:
-            TrainError: says how much there is and what is wanted.
+            CommandError: says how much there is and what is wanted.
         """
         if len(self) < num_sequences:
-            raise TrainError(
+            raise CommandError(
                 f"The {what} text has {len(self.tokens)} tokens, which is {len(self)} sequences of {self.seq}; "
                 f"{num_sequences} are needed. Give more text with --data, or lower --batch, --seq or --eval-batches."
             )

@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import sys
 from pathlib import Path
 from typing import Any, cast
 
+from fxzero.commands.errors import CommandError, report
+from fxzero.commands.launch import launch, under_torchrun
+from fxzero.commands.world import DEVICES, World, joined
+from fxzero.errors import MissingExtraError
 from fxzero.host.allocator import keep_freed_memory
-from fxzero.train import job
-from fxzero.train.launch import TRAIN_ERROR_STATUS, launch, under_torchrun
+from fxzero.host.extras import require
 from fxzero.train.models import config_of
-from fxzero.train.options import DEVICES, MODELS, TrainError, TrainOptions, flag_of
-from fxzero.train.world import World, joined
+from fxzero.train.options import MODELS, TrainOptions, flag_of
 
 HELP = "train a reference model on real text, sharded over the ranks"
 _DESCRIPTION = """\
@@ -87,6 +88,7 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
     """
     options = TrainOptions(**{each.name: getattr(arguments, each.name) for each in dataclasses.fields(TrainOptions)})
     try:
+        require("this command", "train")
         options.validate()
         config_of(options.model, options.preset, options.seq)
         if _starts_ranks(options):
@@ -95,22 +97,18 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
         keep_freed_memory()
         with joined(options.device) as world:
             return _run(options, world)
-    except TrainError as error:
-        return _tell(error)
+    except (CommandError, MissingExtraError) as error:
+        return report("train", error)
 
 
 def _run(options: TrainOptions, world: World) -> int:
+    from fxzero.train import job  # imports the libraries of the extra, which other commands can do without
+
     try:
         signum = job.run(options, world)
-    except TrainError as error:
-        return _tell(error)  # before the ranks part: the first one to end ends the others
+    except CommandError as error:
+        return report("train", error)  # before the ranks part: the first one to end ends the others
     return 128 + signum if signum else 0
-
-
-def _tell(error: TrainError) -> int:
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"fxzero train: {error}", file=sys.stderr, flush=True)
-    return TRAIN_ERROR_STATUS
 
 
 def _starts_ranks(options: TrainOptions) -> bool:
@@ -119,5 +117,5 @@ def _starts_ranks(options: TrainOptions) -> bool:
         return (options.nproc or 1) > 1
     started = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if started != options.nproc:
-        raise TrainError(f"--nproc {options.nproc}, but {started} ranks were started on this machine; leave it out.")
+        raise CommandError(f"--nproc {options.nproc}, but {started} ranks were started on this machine; leave it out.")
     return False

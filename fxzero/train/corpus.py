@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fxzero.train.options import TrainError
+from fxzero.commands.errors import CommandError
 
 HELD_OUT_FRACTION = 0.05
 
@@ -60,7 +60,7 @@ def read_corpus(data: Path | None) -> Corpus:
     """Read and split the text: that of `data` (a file or a folder), or the standard library's sources if None.
 
     Raises:
-        TrainError: there is no text, or none that can be read.
+        CommandError: there is no text, or none that can be read.
     """
     if data is None:
         name = f"standard library of Python {sys.version_info.major}.{sys.version_info.minor}"
@@ -71,7 +71,7 @@ def read_corpus(data: Path | None) -> Corpus:
         documents = list(_read(text_files(data)))
         where = f"--data {data} has no text: no file in it is non-empty UTF-8"
     if not documents:
-        raise TrainError(where)
+        raise CommandError(where)
     train, held_out = split(documents)
     return Corpus(name, train, held_out)
 

@@ -14,10 +14,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from fxzero.commands.errors import CommandError
+from fxzero.commands.world import World
 from fxzero.train.export import save_stream
 from fxzero.train.loop import Trainer
 from fxzero.train.models import WEIGHTS_FILE, write_config
-from fxzero.train.options import TrainError, TrainOptions
+from fxzero.train.options import TrainOptions
 from fxzero.train.report import (
     METRICS_FILE,
     PICTURE_FILE,
@@ -28,7 +30,6 @@ from fxzero.train.report import (
     peak_memory_bytes,
 )
 from fxzero.train.text import read_text
-from fxzero.train.world import World
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -47,7 +48,7 @@ def run(options: TrainOptions, world: World) -> int:
         The signal that ended the training early, or 0.
 
     Raises:
-        TrainError: on every rank alike, if the options do not fit each other, the text or the machine.
+        CommandError: on every rank alike, if the options do not fit each other, the text or the machine.
     """
     world.share(options.check_files)
     say = _say if world.is_main else lambda text: None
@@ -91,7 +92,7 @@ def _make_folder(options: TrainOptions) -> Path:
     try:
         out.mkdir(parents=True, exist_ok=options.out is not None)
     except OSError as error:
-        raise TrainError(f"--out {out} cannot be made: {error.strerror}.") from error
+        raise CommandError(f"--out {out} cannot be made: {error.strerror}.") from error
     return out
 
 

@@ -12,14 +12,15 @@ import torch
 from tqdm import tqdm
 
 import fxzero
+from fxzero.commands.errors import CommandError
+from fxzero.commands.world import World
 from fxzero.graph.names import format_bytes
 from fxzero.train.batches import IGNORED, Batches, Windows, generator_of
 from fxzero.train.export import TensorSpec, tied_names
 from fxzero.train.models import ARCHITECTURES, build, config_of, default_lr, initializer
-from fxzero.train.options import TrainError, TrainOptions, learning_rate
+from fxzero.train.options import TrainOptions, learning_rate
 from fxzero.train.report import HeldOutMetrics, Metrics, StepMetrics
 from fxzero.train.text import Text
-from fxzero.train.world import World
 
 
 class Trainer:
@@ -29,7 +30,7 @@ class Trainer:
         """Build everything; nothing is traced or allocated before the first step.
 
         Raises:
-            TrainError: the text is too short for the options.
+            CommandError: the text is too short for the options.
         """
         self.options = options
         self.world = world
@@ -95,7 +96,7 @@ class Trainer:
         """Train to the last step, or until some rank is asked to stop; evaluate at both ends and in between.
 
         Raises:
-            TrainError: on every rank, if the loss is not finite any more.
+            CommandError: on every rank, if the loss is not finite any more.
         """
         options = self.options
         self.evaluate()
@@ -114,7 +115,7 @@ class Trainer:
                 entry = self._log(loss_sum, len(losses), float(grad_norm), time.perf_counter() - started)
                 bar.set_postfix_str(describe(entry))
                 if not math.isfinite(loss_sum):
-                    raise TrainError(f"The loss is {loss_sum} at step {self.step}. Lower --lr, or raise --warmup.")
+                    raise CommandError(f"The loss is {loss_sum} at step {self.step}. Lower --lr, or raise --warmup.")
                 if num_stops:
                     break
                 if evaluates and self.step < options.steps:

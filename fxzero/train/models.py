@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_model
 from torch import nn
 
 from fxzero import models
-from fxzero.train.options import TrainError
+from fxzero.commands.errors import CommandError
+from fxzero.host.extras import require
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -65,14 +65,16 @@ def config_of(model: str, preset: str, seq: int) -> Any:
     """The configuration of a preset.
 
     Raises:
-        TrainError: no such preset, or its positions are fewer than `seq`.
+        CommandError: no such preset, or its positions are fewer than `seq`.
     """
     presets = ARCHITECTURES[model].presets
     if preset not in presets:
-        raise TrainError(f"--preset {preset} is not known for {model}; choose one of: {', '.join(presets)}.")
+        raise CommandError(f"--preset {preset} is not known for {model}; choose one of: {', '.join(presets)}.")
     config = presets[preset]
     if seq > max_tokens(config):
-        raise TrainError(f"--seq {seq} is more than {model} {preset} has positions for; at most {max_tokens(config)}.")
+        raise CommandError(
+            f"--seq {seq} is more than {model} {preset} has positions for; at most {max_tokens(config)}."
+        )
     return config
 
 
@@ -114,7 +116,13 @@ def load(out_dir: str | Path) -> nn.Module:
     """The plain model that a run of `fxzero train` wrote to `out_dir`, in eval mode on the CPU.
 
     Its tokenizer is `tokenizers.Tokenizer.from_file(out_dir + "/tokenizer.json")`.
+
+    Raises:
+        MissingExtraError: safetensors is not installed.
     """
+    require("fxzero.train.load", "train", "safetensors")
+    from safetensors.torch import load_model
+
     out = Path(out_dir)
     about = json.loads((out / CONFIG_FILE).read_text(encoding="utf-8"))
     architecture = ARCHITECTURES[about["model"]]

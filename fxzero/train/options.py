@@ -6,14 +6,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from fxzero.commands.errors import CommandError
+from fxzero.commands.world import DEVICES
+
 MODELS = ("roberta", "gpt", "llama")
 """The models that can be trained, by their modules' names in `fxzero.models`."""
-
-DEVICES = ("auto", "cpu", "cuda")
-
-
-class TrainError(Exception):
-    """The command cannot go on for a reason that is the user's to change; the message says which and how."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class TrainOptions:
         """Refuse what no run can mean.
 
         Raises:
-            TrainError: names the option and its legal range.
+            CommandError: names the option and its legal range.
         """
         _one_of("--model", self.model, MODELS)
         _one_of("--device", self.device, DEVICES)
@@ -67,18 +64,18 @@ class TrainOptions:
             _at_least("warmup", self.warmup, 0)
         for name, value in (("lr", self.lr), ("clip", self.clip)):
             if value is not None and not (math.isfinite(value) and value > 0):
-                raise TrainError(f"{flag_of(name)} {value} must be a finite number above 0.")
+                raise CommandError(f"{flag_of(name)} {value} must be a finite number above 0.")
 
     def check_files(self) -> None:
         """Refuse text that is not there and results that are; asked where rank 0 runs.
 
         Raises:
-            TrainError: names the option and the path.
+            CommandError: names the option and the path.
         """
         if self.data is not None and not self.data.exists():
-            raise TrainError(f"--data {self.data} does not exist. Give a text file, or a folder of text files.")
+            raise CommandError(f"--data {self.data} does not exist. Give a text file, or a folder of text files.")
         if self.out is not None and self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise TrainError(f"--out {self.out} exists already and is not empty. Choose another, or remove it.")
+            raise CommandError(f"--out {self.out} exists already and is not empty. Choose another, or remove it.")
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, steps: int) -> float:
@@ -96,9 +93,9 @@ def flag_of(name: str) -> str:
 
 def _one_of(flag: str, value: str, legal: tuple[str, ...]) -> None:
     if value not in legal:
-        raise TrainError(f"{flag} {value} is not known; choose one of: {', '.join(legal)}.")
+        raise CommandError(f"{flag} {value} is not known; choose one of: {', '.join(legal)}.")
 
 
 def _at_least(name: str, value: float, least: int) -> None:
     if not (math.isfinite(value) and value >= least):
-        raise TrainError(f"{flag_of(name)} {value} must be at least {least}.")
+        raise CommandError(f"{flag_of(name)} {value} must be at least {least}.")

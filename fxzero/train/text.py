@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from tokenizers import Tokenizer
 
+from fxzero.commands.world import World
 from fxzero.train.corpus import read_corpus
 from fxzero.train.options import TrainOptions
 from fxzero.train.tokenizer import encode, train_tokenizer
-from fxzero.train.world import World
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def read_text(options: TrainOptions, world: World) -> Text:
     """Rank 0 reads the text and learns the tokenizer; the others need no such files, they are given the tokens.
 
     Raises:
-        TrainError: on every rank, if there is no text.
+        CommandError: on every rank, if there is no text.
     """
     tokens: list[torch.Tensor | None] = [None, None]
 

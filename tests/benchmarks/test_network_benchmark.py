@@ -19,12 +19,14 @@ from benchmarks.network.__main__ import make_parser, turns_of
 from benchmarks.network.bound import Costs, Traffic, least_traffic, lower_bound_s
 from benchmarks.network.model import Encoder, make_batch
 from benchmarks.network.peers import deepspeed_options
+from benchmarks.network.place import Loopback, free_port
 from benchmarks.network.report import bound_of, write_report
 from benchmarks.network.results import Cell, Sample, read, wrong_losses
 from benchmarks.network.systems import GROUPS, SYSTEMS, Job, Policy, Shape
 from benchmarks.network.testbed import CannotRunHere, Network, burst_bytes, check, missing
 from benchmarks.network.turns import Turns, chosen
-from benchmarks.network.world import Loopback, RankDied, World, free_port
+from benchmarks.network.world import World
+from benchmarks.ranks import RankDied
 
 TINY = Shape(layers=2, hidden=16, heads=2, vocab=32, seq=8, batch=2)
 COSTS = Costs(compute_s=1.5, forward_s=0.5, bytes_per_s=125e6, cpu_s_per_byte=1e-9)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from fxzero.capture.call import flatten_call, is_tensor_leaf, replace_tensors
+from fxzero.capture.call import TensorLeaf, flatten_call, replace_tensors
 from fxzero.errors import InputMismatchError
 
 X = torch.ones(2, 3)
@@ -27,7 +27,7 @@ def test_tensors_come_in_order_of_arguments_then_keywords():
     assert [id(t) for t in tensors] == [id(X), id(y), id(z)]
     assert call.paths == ("args[0]", "args[1]", "mask", "flag", "z")
     assert call.tensor_paths == ("args[0]", "mask", "z")
-    assert [is_tensor_leaf(leaf) for leaf in call.leaves] == [True, False, True, False, True]
+    assert [isinstance(leaf, TensorLeaf) for leaf in call.leaves] == [True, False, True, False, True]
 
 
 def test_nested_arguments_are_named_by_their_path():

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fxzero.graph.nodes import Role, info
+from fxzero.graph.sharding import Sharding
 from fxzero.graph.step import Phase
 from tests.helpers.captured import check_against_eager, trace
 
@@ -463,15 +464,14 @@ def test_module_on_the_meta_device_is_traced_for_the_device():
 def test_parameters_may_be_shards_while_tracing():
     model, x = Tied(), torch.randn(4, 8)
     expected = trace(model, x).step
-    from capture_helpers import param_specs
-
     from fxzero.capture import capture
+    from tests.helpers.captured import param_specs
 
     specs = param_specs(model)
     for param in model.parameters():
         param.data = torch.empty(3)
     captured = capture(
-        model, model.forward, (x,), {}, specs, device=torch.device("cpu"), world_size=1, with_backward=True
+        model, model.forward, (x,), {}, specs, device=torch.device("cpu"), sharding=Sharding(), with_backward=True
     )
     assert [str(n.target) for n in captured.step.graph.nodes] == [str(n.target) for n in expected.graph.nodes]
 
@@ -485,9 +485,8 @@ def test_hooks_run_and_a_disabled_forward_is_restored():
 
     model.forward = disabled
     model.register_forward_hook(lambda module, args, output: output * 2)  # pyright: ignore
-    from capture_helpers import param_specs
-
     from fxzero.capture import capture
+    from tests.helpers.captured import param_specs
 
     captured = capture(
         model,
@@ -496,7 +495,7 @@ def test_hooks_run_and_a_disabled_forward_is_restored():
         {},
         param_specs(model),
         device=torch.device("cpu"),
-        world_size=1,
+        sharding=Sharding(),
         with_backward=True,
     )
     assert model.forward is disabled

@@ -13,67 +13,38 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fxzero.comm.base import Comm, LocalComm
+from fxzero.comm.base import LocalComm
 from fxzero.comm.gloo import GlooComm
 from fxzero.comm.group import GroupComm
 from fxzero.comm.make import make_comm
 from fxzero.comm.nccl import NcclComm
 from fxzero.errors import CommunicationError
-from fxzero.graph.layout import Bucket, ParamSpec
+from fxzero.graph.layout import Payload
 from fxzero.testing import run_ranks
+from tests.helpers.payloads import call, make_payload, poisoned, reduced, values
 
 CPU = torch.device("cpu")
 WORLD_SIZES = [1, 2, 3, 4]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-def make_bucket(world_size: int, dtype: torch.dtype = torch.float32, name: str = "w", numel: int = 1001) -> Bucket:
-    params = (ParamSpec(f"{name}.first", (numel,), dtype, True), ParamSpec(f"{name}.last", (7, 3), dtype, True))
-    return Bucket(params, world_size)
-
-
-def values(bucket: Bucket, seed: int) -> torch.Tensor:
-    """Random values that every rank can make for every rank."""
-    return torch.randn(bucket.numel, generator=torch.Generator().manual_seed(seed)).to(bucket.dtype)
-
-
-def call(function: Any) -> None:
-    if function is not None:
-        function()
-
-
-def poisoned(numel: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.full((numel,), float("nan"), dtype=dtype)
-
-
-def reduced(comm: Comm, bucket: Bucket, full: torch.Tensor, shard: torch.Tensor, *, accumulate: bool) -> torch.Tensor:
-    """Reduce with exactly the scratch that was asked for."""
-    needed = comm.reduce_scratch_numel(bucket, accumulate=accumulate)
-    scratch = poisoned(needed, bucket.dtype) if needed else None
-    start, wait = comm.bind_reduce(bucket, full, scratch, shard, accumulate=accumulate)
-    call(start)
-    call(wait)
-    comm.drain()
-    return shard
-
-
-def average_in_rank_order(bucket: Bucket, rank: int, seed: int) -> torch.Tensor:
-    shards = [values(bucket, seed + peer).split(bucket.shard_numel)[rank] for peer in range(bucket.world_size)]
+def average_in_rank_order(payload: Payload, rank: int, seed: int) -> torch.Tensor:
+    shards = [values(payload, seed + peer).split(payload.slice_numel)[rank] for peer in range(payload.num_slices)]
     total = shards[0]
     for shard in shards[1:]:
         total = total + shard
-    return total / bucket.world_size
+    return total / payload.num_slices
 
 
 def gather_and_reduce(rank: int, world_size: int) -> None:
     comm = make_comm(None, CPU)
     assert isinstance(comm, LocalComm if world_size == 1 else GlooComm)
     for dtype in DTYPES:
-        bucket = make_bucket(world_size, dtype, f"gather.{dtype}")
-        expected = values(bucket, 5)
-        shard = expected.split(bucket.shard_numel)[rank].clone()
-        full = shard if comm.gathers_in_place else poisoned(bucket.numel, dtype)
-        start, wait = comm.bind_gather(bucket, shard, full)
+        payload = make_payload(world_size, dtype, f"gather.{dtype}")
+        expected = values(payload, 5)
+        shard = expected.split(payload.slice_numel)[rank].clone()
+        full = shard if comm.gathers_in_place else poisoned(payload.numel, dtype)
+        start, wait = comm.bind_gather(payload, shard, full)
         for _ in range(2):
             call(start)
             call(wait)
@@ -81,11 +52,11 @@ def gather_and_reduce(rank: int, world_size: int) -> None:
         comm.drain()
 
         for accumulate in (False, True):
-            full = values(bucket, 10 + rank)
-            shard = torch.ones(bucket.shard_numel, dtype=dtype) if accumulate else poisoned(bucket.shard_numel, dtype)
-            average = average_in_rank_order(bucket, rank, 10)
+            full = values(payload, 10 + rank)
+            shard = torch.ones(payload.slice_numel, dtype=dtype) if accumulate else poisoned(payload.slice_numel, dtype)
+            average = average_in_rank_order(payload, rank, 10)
             assert torch.equal(
-                reduced(comm, bucket, full, shard, accumulate=accumulate), 1 + average if accumulate else average
+                reduced(comm, payload, full, shard, accumulate=accumulate), 1 + average if accumulate else average
             )
 
 
@@ -97,28 +68,28 @@ def test_gather_and_reduce_are_exact_when_ranks_are_real(world_size: int) -> Non
 def many_in_flight(rank: int, world_size: int) -> None:
     """Twelve collectives at once, waited for in reverse order, step after step, with new values each step."""
     comm = make_comm(None, CPU)
-    buckets = [make_bucket(world_size, name=f"layers.{index}", numel=40_000 * index + 5) for index in range(6)]
-    shards = [torch.empty(bucket.shard_numel) for bucket in buckets]
-    fulls = [poisoned(bucket.numel, bucket.dtype) for bucket in buckets]
-    grads = [torch.empty(bucket.numel) for bucket in buckets]
-    grad_shards = [torch.empty(bucket.shard_numel) for bucket in buckets]
+    payloads = [make_payload(world_size, name=f"layers.{index}", numel=40_000 * index + 5) for index in range(6)]
+    shards = [torch.empty(payload.slice_numel) for payload in payloads]
+    fulls = [poisoned(payload.numel, payload.dtype) for payload in payloads]
+    grads = [torch.empty(payload.numel) for payload in payloads]
+    grad_shards = [torch.empty(payload.slice_numel) for payload in payloads]
     bound: list[Any] = []
-    for index, bucket in enumerate(buckets):
-        scratch = torch.empty(comm.reduce_scratch_numel(bucket, accumulate=False))
-        bound.append(comm.bind_gather(bucket, shards[index], fulls[index]))
-        bound.append(comm.bind_reduce(bucket, grads[index], scratch, grad_shards[index], accumulate=False))
+    for index, payload in enumerate(payloads):
+        scratch = torch.empty(comm.reduce_scratch_numel(payload, accumulate=False))
+        bound.append(comm.bind_gather(payload, shards[index], fulls[index]))
+        bound.append(comm.bind_reduce(payload, grads[index], scratch, grad_shards[index], accumulate=False))
     for step in range(4):
-        for index, bucket in enumerate(buckets):
-            shards[index].copy_(values(bucket, step + index).split(bucket.shard_numel)[rank])
-            grads[index].copy_(values(bucket, 100 * step + index + rank))
+        for index, payload in enumerate(payloads):
+            shards[index].copy_(values(payload, step + index).split(payload.slice_numel)[rank])
+            grads[index].copy_(values(payload, 100 * step + index + rank))
         for start, _ in bound:
             start()
         for _, wait in reversed(bound):
             wait()
         comm.drain()
-        for index, bucket in enumerate(buckets):
-            assert torch.equal(fulls[index], values(bucket, step + index))
-            assert torch.equal(grad_shards[index], average_in_rank_order(bucket, rank, 100 * step + index))
+        for index, payload in enumerate(payloads):
+            assert torch.equal(fulls[index], values(payload, step + index))
+            assert torch.equal(grad_shards[index], average_in_rank_order(payload, rank, 100 * step + index))
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
@@ -128,15 +99,15 @@ def test_values_are_right_when_many_collectives_are_in_flight(world_size: int) -
 
 def gather_in_place(rank: int, world_size: int) -> None:
     comm = make_comm(None, CPU)
-    bucket = make_bucket(world_size)
-    full = poisoned(bucket.numel, bucket.dtype)
-    shard = full.split(bucket.shard_numel)[rank]
-    shard.copy_(values(bucket, 3).split(bucket.shard_numel)[rank])
-    start, wait = comm.bind_gather(bucket, shard, full)
+    payload = make_payload(world_size)
+    full = poisoned(payload.numel, payload.dtype)
+    shard = full.split(payload.slice_numel)[rank]
+    shard.copy_(values(payload, 3).split(payload.slice_numel)[rank])
+    start, wait = comm.bind_gather(payload, shard, full)
     call(start)
     call(wait)
     comm.drain()
-    assert torch.equal(full, values(bucket, 3))
+    assert torch.equal(full, values(payload, 3))
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
@@ -156,12 +127,12 @@ def blocking_operations(rank: int, world_size: int, over_nccl_code: bool = False
     assert largest.item() == world_size - 1
 
     for dtype in (*DTYPES, torch.float8_e4m3fn, torch.bool, torch.int64):
-        bucket = make_bucket(world_size, dtype)
-        expected = (values(make_bucket(world_size), 1)[:1] * torch.arange(bucket.numel)).to(dtype)
-        shard = torch.zeros(bucket.shard_numel, dtype=dtype)
+        payload = make_payload(world_size, dtype)
+        expected = (values(make_payload(world_size), 1)[:1] * torch.arange(payload.numel)).to(dtype)
+        shard = torch.zeros(payload.slice_numel, dtype=dtype)
         comm.scatter_from_rank0(shard, expected.clone() if rank == 0 else None)
-        assert as_ints(shard) == as_ints(expected.split(bucket.shard_numel)[rank])
-        full = torch.zeros(bucket.numel, dtype=dtype)
+        assert as_ints(shard) == as_ints(expected.split(payload.slice_numel)[rank])
+        full = torch.zeros(payload.numel, dtype=dtype)
         comm.gather_to_all(shard, full)
         assert as_ints(full) == as_ints(expected)
         full.zero_()
@@ -191,17 +162,17 @@ def nccl_code_on_gloo(rank: int, world_size: int) -> None:
     group = dist.group.WORLD
     assert group is not None
     comm = NcclComm(group)
-    bucket = make_bucket(world_size)
-    expected = values(bucket, 5)
-    full = poisoned(bucket.numel, bucket.dtype)
-    start, wait = comm.bind_gather(bucket, expected.split(bucket.shard_numel)[rank].clone(), full)
+    payload = make_payload(world_size)
+    expected = values(payload, 5)
+    full = poisoned(payload.numel, payload.dtype)
+    start, wait = comm.bind_gather(payload, expected.split(payload.slice_numel)[rank].clone(), full)
     call(start)
     call(wait)
     assert torch.equal(full, expected)
-    average = average_in_rank_order(bucket, rank, 10)
+    average = average_in_rank_order(payload, rank, 10)
     for before, accumulate in ((0.0, False), (1.0, True)):
-        shard = torch.full((bucket.shard_numel,), 1.0)
-        reduced(comm, bucket, values(bucket, 10 + rank), shard, accumulate=accumulate)
+        shard = torch.full((payload.slice_numel,), 1.0)
+        reduced(comm, payload, values(payload, 10 + rank), shard, accumulate=accumulate)
         torch.testing.assert_close(shard, before + average)
     blocking_operations(rank, world_size, over_nccl_code=True)
 
@@ -213,10 +184,10 @@ def test_nccl_code_is_right_when_run_on_gloo(world_size: int) -> None:
 
 def calls_of_a_step(rank: int, world_size: int) -> list[int]:
     comm = make_comm(None, CPU)
-    bucket = make_bucket(world_size)
-    gather = comm.bind_gather(bucket, torch.zeros(bucket.shard_numel), torch.zeros(bucket.numel))
+    payload = make_payload(world_size)
+    gather = comm.bind_gather(payload, torch.zeros(payload.slice_numel), torch.zeros(payload.numel))
     reduce = comm.bind_reduce(
-        bucket, torch.zeros(bucket.numel), None, torch.zeros(bucket.shard_numel), accumulate=False
+        payload, torch.zeros(payload.numel), None, torch.zeros(payload.slice_numel), accumulate=False
     )
     counts: list[int] = []
     for start, wait in (gather, reduce):
@@ -240,13 +211,13 @@ def test_host_work_stays_small_when_two_ranks_talk() -> None:
 def peer_dies(rank: int, world_size: int, kind: str) -> str:
     comm = make_comm(None, CPU)
     assert isinstance(comm, GroupComm)
-    bucket = make_bucket(world_size, name="layers.7", numel=1_000_000)
-    full, shard = torch.zeros(bucket.numel), torch.zeros(bucket.shard_numel)
-    scratch = torch.zeros(comm.reduce_scratch_numel(bucket))
+    payload = make_payload(world_size, name="layers.7", numel=1_000_000)
+    full, shard = torch.zeros(payload.numel), torch.zeros(payload.slice_numel)
+    scratch = torch.zeros(comm.reduce_scratch_numel(payload))
     start, wait = (
-        comm.bind_gather(bucket, shard, full)
+        comm.bind_gather(payload, shard, full)
         if kind == "all-gather"
-        else comm.bind_reduce(bucket, full, scratch, shard, accumulate=True)
+        else comm.bind_reduce(payload, full, scratch, shard, accumulate=True)
     )
     dist.barrier()
     if rank == 1:
@@ -271,8 +242,8 @@ def test_error_names_the_bucket_when_a_peer_was_killed(kind: str, world_size: in
 
 def orders_differ(rank: int, world_size: int) -> str:
     comm = make_comm(None, CPU)
-    bucket = make_bucket(world_size, name="mine" if rank == 0 else "theirs")
-    start, wait = comm.bind_gather(bucket, torch.zeros(bucket.shard_numel), torch.full((bucket.numel,), 9.0))
+    payload = make_payload(world_size, name="mine" if rank == 0 else "theirs")
+    start, wait = comm.bind_gather(payload, torch.zeros(payload.slice_numel), torch.full((payload.numel,), 9.0))
     try:
         call(start)
         call(wait)
@@ -297,11 +268,11 @@ def test_a_device_without_a_backend_is_refused() -> None:
 
 
 def memory_of_gather(rank: int, world_size: int) -> int:
-    """Peak KiB above what was there, of gathering 8 buckets of 8 MiB at once."""
+    """Peak KiB above what was there, of gathering 8 payloads of 8 MiB at once."""
     comm = make_comm(None, CPU)
-    buckets = [make_bucket(world_size, name=str(index), numel=2**21) for index in range(8)]
-    full = [torch.ones(bucket.numel) for bucket in buckets]
-    bound = [comm.bind_gather(b, torch.ones(b.shard_numel), f) for b, f in zip(buckets, full, strict=True)]
+    payloads = [make_payload(world_size, name=str(index), numel=2**21) for index in range(8)]
+    full = [torch.ones(payload.numel) for payload in payloads]
+    bound = [comm.bind_gather(b, torch.ones(b.slice_numel), f) for b, f in zip(payloads, full, strict=True)]
     dist.barrier()
     before = peak_kib(reset=True)
     for start, _ in bound:

@@ -12,13 +12,15 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import fxzero
 from fxzero.comm.base import LocalComm
+from fxzero.comm.make import backend_for
 from fxzero.comm.nccl import NcclComm
 from fxzero.comm.nodes_replicate import NcclHierarchy
 from fxzero.comm.without_ranks import PlanningComm
-from fxzero.graph.layout import Bucket, ParamSpec
+from fxzero.graph.sharding import Sharding
 from fxzero.graph.stages import sent_across_numel
 from fxzero.planner import plan
 from fxzero.testing import engine_of
+from tests.helpers.payloads import one_payload
 
 
 class WithLoss(nn.Module):
@@ -74,9 +76,9 @@ def test_fake_ranks_of_a_mesh_plan_and_show_their_schedule() -> None:
     try:
         mesh = init_device_mesh("cpu", (2, 4), mesh_dim_names=("replicate", "shard"))
         zero = fxzero.compile(WithLoss(), mesh=mesh, example=torch.zeros(4, 64))
-        comm = engine_of(zero).comm
+        comm = engine_of(zero).sharded.comm
         assert isinstance(comm, PlanningComm)
-        assert (comm.rank, comm.world_size, comm.num_nodes) == (1, 4, 2)
+        assert (comm.rank, comm.shard_ranks, comm.sharding.num_nodes) == (1, 4, 2)
         expected = plan(WithLoss(), torch.zeros(4, 64), world_size=8, num_nodes=2)
         assert str(zero.schedule) == str(expected)
     finally:
@@ -125,12 +127,12 @@ def recorded_nccl(ranks_inside: int, accumulate: bool) -> tuple[list[str], list[
     log: list[str] = []
     groups: list[Any] = [RecordedGroup("inside", ranks_inside, log), RecordedGroup("across", 2, log)]
     comm = NcclHierarchy(LocalComm() if ranks_inside == 1 else NcclComm(groups[0]), NcclComm(groups[1]))
-    bucket = Bucket((ParamSpec("w", (256,), torch.float32, True),), ranks_inside)
-    scratch = torch.zeros(comm.reduce_scratch_numel(bucket, accumulate=accumulate))
-    planned = PlanningComm(0, ranks_inside, "cuda", num_nodes=2)
-    assert planned.reduce_scratch_numel(bucket, accumulate=accumulate) == scratch.numel()
-    full, shard = torch.ones(bucket.numel), torch.full((bucket.shard_numel,), 5.0)
-    start, wait = comm.bind_reduce(bucket, full, scratch, shard, accumulate=accumulate)
+    payload = one_payload(ranks_inside, 256)
+    scratch = torch.zeros(comm.reduce_scratch_numel(payload, accumulate=accumulate))
+    planned = PlanningComm(0, Sharding.over(2 * ranks_inside, 2), backend_for(torch.device("cuda")))
+    assert planned.reduce_scratch_numel(payload, accumulate=accumulate) == scratch.numel()
+    full, shard = torch.ones(payload.numel), torch.full((payload.slice_numel,), 5.0)
+    start, wait = comm.bind_reduce(payload, full, scratch, shard, accumulate=accumulate)
     assert start is not None and wait is not None
     start()
     started = list(log)

@@ -10,15 +10,18 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 import fxzero
+from fxzero.comm.make import backend_for
 from fxzero.comm.nccl import NcclComm
 from fxzero.comm.nodes_share import NcclShardedHierarchy
-from fxzero.comm.without_ranks import ShardedPlanningComm
-from fxzero.graph.layout import Bucket, ParamSpec
+from fxzero.comm.without_ranks import PlanningComm
+from fxzero.graph.layout import Payload
+from fxzero.graph.sharding import Sharding
 from fxzero.graph.stages import stage_across, stage_inside
 from fxzero.passes import default_passes
 from fxzero.planner import plan
 from fxzero.testing import engine_of
 from tests.comm.test_nodes_replicate import RecordedGroup, WithLoss
+from tests.helpers.payloads import one_payload
 
 EACH_ALONE = default_passes(bucket_bytes=1)
 
@@ -30,18 +33,18 @@ def planned(world_size: int, num_nodes: int = 1, across: Any = "replicate", **op
 
 @pytest.mark.parametrize(("num_nodes", "ranks_inside"), [(2, 2), (2, 4), (3, 2)])
 def test_stages_cut_a_bucket_into_slices_and_slices_into_shards(num_nodes: int, ranks_inside: int) -> None:
-    bucket = Bucket((ParamSpec("w", (1000, 3), torch.float32, True),), num_nodes * ranks_inside)
-    inside, across = stage_inside(bucket, num_nodes), stage_across(bucket, num_nodes)
-    assert (inside.world_size, inside.shard_numel) == (ranks_inside, num_nodes * bucket.shard_numel)
-    assert (across.world_size, across.shard_numel) == (num_nodes, bucket.shard_numel)
-    assert inside.numel == bucket.numel and across.numel == inside.shard_numel
-    assert inside.fqns == across.fqns == bucket.fqns
+    payload = one_payload(num_nodes * ranks_inside, 1000, 3)
+    inside, across = stage_inside(payload, num_nodes), stage_across(payload, num_nodes)
+    assert (inside.num_slices, inside.slice_numel) == (ranks_inside, num_nodes * payload.slice_numel)
+    assert (across.num_slices, across.slice_numel) == (num_nodes, payload.slice_numel)
+    assert inside.numel == payload.numel and across.numel == inside.slice_numel
+    assert inside.fqns == across.fqns == payload.fqns
 
 
 def test_bytes_across_are_a_part_of_each_slice() -> None:
     nodes, one_group = planned(8, 2, "shard"), planned(8)
     t, flat = nodes.totals, one_group.totals
-    parameters = sum(start.bucket_of(node).nbytes for start, node in forward_gathers(nodes))
+    parameters = sum(start.payload_of(node).nbytes for start, node in forward_gathers(nodes))
     assert t.gathered_across_bytes == parameters // 8
     assert t.across_bytes - t.gathered_across_bytes == parameters // 8
     assert t.gathered_bytes == flat.gathered_bytes - (parameters_again(nodes) // 8)
@@ -135,9 +138,9 @@ def test_fake_ranks_of_a_mesh_plan_and_refuse_lists_of_tensors() -> None:
     try:
         mesh = init_device_mesh("cpu", (2, 4), mesh_dim_names=("replicate", "shard"))
         zero = fxzero.compile(WithLoss(), mesh=mesh, across="shard", example=torch.zeros(4, 64))
-        comm = engine_of(zero).comm
-        assert isinstance(comm, ShardedPlanningComm)
-        assert (comm.rank, comm.world_size, comm.num_nodes) == (1 * 2 + 1, 8, 2)
+        comm = engine_of(zero).sharded.comm
+        assert isinstance(comm, PlanningComm)
+        assert (comm.rank, comm.shard_ranks, comm.sharding.num_nodes) == (1 * 2 + 1, 8, 2)
         assert str(zero.schedule) == str(planned(8, 2, "shard", passes=None))
         with pytest.raises(ValueError, match="no collectives of lists of tensors"):
             fxzero.compile(WithLoss(), mesh=mesh, across="shard", without="all")
@@ -152,24 +155,24 @@ class RecordedGroupOfNodes(RecordedGroup):
         raise AssertionError("a reduction over nodes needs no all-reduce")
 
 
-def recorded(ranks_inside: int, num_nodes: int) -> tuple[NcclShardedHierarchy, Bucket, list[str]]:
+def recorded(ranks_inside: int, num_nodes: int) -> tuple[NcclShardedHierarchy, Payload, list[str]]:
     log: list[str] = []
     groups: list[Any] = [
         RecordedGroupOfNodes("inside", ranks_inside, log),
         RecordedGroupOfNodes("across", num_nodes, log),
     ]
     comm = NcclShardedHierarchy(*map(NcclComm, groups))
-    return comm, Bucket((ParamSpec("w", (3000,), torch.float32, True),), ranks_inside * num_nodes), log
+    return comm, one_payload(ranks_inside * num_nodes, 3000), log
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_nccl_reduces_inside_and_then_across_on_one_stream(accumulate: bool) -> None:
-    comm, bucket, log = recorded(2, 3)
-    needed = comm.reduce_scratch_numel(bucket, accumulate=accumulate)
-    planned_comm = ShardedPlanningComm(0, 6, "cuda", num_nodes=3)
-    assert planned_comm.reduce_scratch_numel(bucket, accumulate=accumulate) == needed
-    full, shard, scratch = torch.ones(bucket.numel), torch.ones(bucket.shard_numel), torch.zeros(needed)
-    start, wait = comm.bind_reduce(bucket, full, scratch, shard, accumulate=accumulate)
+    comm, payload, log = recorded(2, 3)
+    needed = comm.reduce_scratch_numel(payload, accumulate=accumulate)
+    planned_comm = PlanningComm(0, Sharding.over(6, 3, "shard"), backend_for(torch.device("cuda")))
+    assert planned_comm.reduce_scratch_numel(payload, accumulate=accumulate) == needed
+    full, shard, scratch = torch.ones(payload.numel), torch.ones(payload.slice_numel), torch.zeros(needed)
+    start, wait = comm.bind_reduce(payload, full, scratch, shard, accumulate=accumulate)
     assert start is not None and wait is not None
     start()
     assert log == [
@@ -181,14 +184,14 @@ def test_nccl_reduces_inside_and_then_across_on_one_stream(accumulate: bool) -> 
     wait()
     assert log[4:] == ["wait for reduce_scatter across"]
     with pytest.raises(ValueError, match=f"at least {needed} elements"):
-        comm.bind_reduce(bucket, full, scratch[1:], shard, accumulate=accumulate)
+        comm.bind_reduce(payload, full, scratch[1:], shard, accumulate=accumulate)
 
 
 def test_nccl_gathers_across_and_then_inside_and_again_inside_alone() -> None:
-    comm, bucket, log = recorded(2, 3)
-    shard, full = torch.ones(bucket.shard_numel), torch.zeros(bucket.numel)
-    secondary = torch.zeros(stage_inside(bucket, 3).shard_numel)
-    for bound in (comm.bind_gather(bucket, shard, full), comm.bind_gather_keeping(bucket, shard, full, secondary)):
+    comm, payload, log = recorded(2, 3)
+    shard, full = torch.ones(payload.slice_numel), torch.zeros(payload.numel)
+    secondary = torch.zeros(stage_inside(payload, 3).slice_numel)
+    for bound in (comm.bind_gather(payload, shard, full), comm.bind_gather_keeping(payload, shard, full, secondary)):
         log.clear()
         assert bound.start is not None and bound.wait is not None
         bound.start()
@@ -196,7 +199,7 @@ def test_nccl_gathers_across_and_then_inside_and_again_inside_alone() -> None:
         bound.wait()
         assert log[3:] == ["wait for all_gather inside"]
     log.clear()
-    again = comm.bind_gather_inside(bucket, secondary, full)
+    again = comm.bind_gather_inside(payload, secondary, full)
     assert again.start is not None and again.wait is not None
     again.start()
     again.wait()

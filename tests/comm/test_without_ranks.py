@@ -7,41 +7,43 @@ import torch
 import torch.distributed as dist
 
 from fxzero.comm.base import Comm, LocalComm
-from fxzero.comm.make import make_comm
+from fxzero.comm.make import backend_for, make_comm
 from fxzero.comm.without_ranks import PlanningComm
 from fxzero.errors import PlanError
-from fxzero.graph.layout import Bucket, ParamSpec
+from fxzero.graph.layout import Payload
+from fxzero.graph.sharding import Sharding
+from tests.helpers.payloads import one_payload
 
 CPU = torch.device("cpu")
 
 
-def make_bucket(world_size: int) -> Bucket:
-    return Bucket((ParamSpec("w", (10, 10), torch.float32, True),), world_size)
+def make_payload(num_ranks: int) -> Payload:
+    return one_payload(num_ranks, 10, 10)
 
 
 def test_nothing_is_to_be_done_when_one_rank_shares_the_memory() -> None:
     comm = make_comm(None, CPU)
     assert isinstance(comm, LocalComm)
     assert comm.gathers_in_place
-    bucket = make_bucket(1)
-    shard = torch.arange(float(bucket.numel))
-    assert comm.reduce_scratch_numel(bucket) == 0
-    assert comm.bind_gather(bucket, shard, shard) == (None, None)
-    assert comm.bind_reduce(bucket, shard, None, shard, accumulate=False) == (None, None)
+    payload = make_payload(1)
+    shard = torch.arange(float(payload.numel))
+    assert comm.reduce_scratch_numel(payload) == 0
+    assert comm.bind_gather(payload, shard, shard) == (None, None)
+    assert comm.bind_reduce(payload, shard, None, shard, accumulate=False) == (None, None)
 
 
 def test_one_rank_adds_or_copies_when_gradients_lie_apart() -> None:
-    comm, bucket = LocalComm(), make_bucket(1)
-    shard, full = torch.ones(bucket.numel), torch.full((bucket.numel,), 2.0)
-    start, wait = comm.bind_reduce(bucket, full, None, shard, accumulate=True)
+    comm, payload = LocalComm(), make_payload(1)
+    shard, full = torch.ones(payload.numel), torch.full((payload.numel,), 2.0)
+    start, wait = comm.bind_reduce(payload, full, None, shard, accumulate=True)
     assert start is None and wait is not None
     wait()
     assert shard.eq(3.0).all()
-    start, wait = comm.bind_reduce(bucket, full, None, shard, accumulate=False)
+    start, wait = comm.bind_reduce(payload, full, None, shard, accumulate=False)
     assert start is None and wait is not None
     wait()
     assert shard.eq(2.0).all()
-    start, wait = comm.bind_gather(bucket, shard, full.zero_())
+    start, wait = comm.bind_gather(payload, shard, full.zero_())
     assert start is None and wait is not None
     wait()
     assert full.eq(2.0).all()
@@ -63,21 +65,21 @@ def test_one_rank_keeps_its_values_in_every_blocking_operation() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_planned_scratch_is_that_of_the_backend(world_size: int) -> None:
     """gloo receives from all others, one of them into the shard if that is overwritten; NCCL reduces by itself."""
-    bucket = make_bucket(world_size)
+    payload = make_payload(world_size)
     alone = world_size == 1
     for device, overwrite, accumulate in (("cpu", world_size - 2, world_size - 1), ("cuda", 0, 1)):
-        comm = PlanningComm(0, world_size, device)
-        shards = [comm.reduce_scratch_numel(bucket, accumulate=each) / bucket.shard_numel for each in (False, True)]
+        comm = PlanningComm(0, Sharding.over(world_size), backend_for(torch.device(device)))
+        shards = [comm.reduce_scratch_numel(payload, accumulate=each) / payload.slice_numel for each in (False, True)]
         assert shards == ([0, 0] if alone else [overwrite, accumulate])
         assert comm.gathers_in_place == alone
 
 
 def refused(comm: Comm) -> None:
-    bucket = make_bucket(8)
-    tensor = torch.empty(bucket.numel)
+    payload = make_payload(8)
+    tensor = torch.empty(payload.numel)
     for call in (
-        lambda: comm.bind_gather(bucket, tensor, tensor),
-        lambda: comm.bind_reduce(bucket, tensor, None, tensor, accumulate=False),
+        lambda: comm.bind_gather(payload, tensor, tensor),
+        lambda: comm.bind_reduce(payload, tensor, None, tensor, accumulate=False),
         lambda: comm.all_reduce(tensor),
         lambda: comm.scatter_from_rank0(tensor, None),
         lambda: comm.broadcast_from_rank0(tensor),
@@ -89,7 +91,7 @@ def refused(comm: Comm) -> None:
 
 
 def test_planning_rank_refuses_to_run() -> None:
-    refused(PlanningComm(3, 8))
+    refused(PlanningComm(3, Sharding.over(8), backend_for(CPU)))
 
 
 def test_fake_process_group_gives_a_planning_rank() -> None:

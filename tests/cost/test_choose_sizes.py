@@ -5,28 +5,27 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
-from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import fx, nn
 
 from fxzero.capture import capture
-from fxzero.cost.choose_sizes import Tuning, _events, needs_of
+from fxzero.comm.gloo import GLOO
+from fxzero.cost.choose_sizes import _events, needs_of
 from fxzero.cost.job_costs import CostModel, choose_sizes
 from fxzero.cost.measured import seconds_by_name, with_measured
 from fxzero.cost.model import GBIT, Cluster, Costs, Device, Link, roofline
 from fxzero.cost.timeline import Event, events, play, simulate
 from fxzero.graph.nodes import Role, members, role
-from fxzero.graph.step import StepGraph, copy_of
+from fxzero.graph.recipe import Recipe
+from fxzero.graph.sharding import Axis, Placement, Sharding
+from fxzero.graph.step import StepGraph
+from fxzero.graph.wire import WireFormat, gather_format
 from fxzero.passes import (
-    BucketAllGathers,
-    GathersFirst,
-    NarrowAllGathers,
-    NarrowReduceScatters,
-    Pass,
     default_passes,
 )
+from fxzero.planning.plan import with_collectives
 from fxzero.planning.run_passes import run_passes
 from fxzero.runtime.shards import spec_of
 from fxzero.runtime.stopwatch import Stopwatch, calm_median
@@ -39,7 +38,14 @@ NODES = dataclasses.replace(SLOW, inside=Link(8 * GBIT, 1e-4, 5e-10))
 def captured_step(model: nn.Module, *inputs: torch.Tensor, world_size: int = 2) -> StepGraph:
     params = {fqn: spec_of(fqn, param) for fqn, param in model.named_parameters()}
     return capture(
-        model, model.forward, inputs, {}, params, device=torch.device("cpu"), world_size=world_size, with_backward=True
+        model,
+        model.forward,
+        inputs,
+        {},
+        params,
+        device=torch.device("cpu"),
+        sharding=Sharding.over(world_size),
+        with_backward=True,
     ).step
 
 
@@ -49,10 +55,14 @@ def layers(*widths: int, batch: int = 256, world_size: int = 2) -> StepGraph:
         return captured_step(model, torch.empty(batch, widths[0]), world_size=world_size)
 
 
-def planned(step: StepGraph, passes: Sequence[Pass]) -> StepGraph:
-    copy = copy_of(step)
-    run_passes(copy, passes, dump=False)
+def planned(step: StepGraph, recipe: Recipe) -> StepGraph:
+    copy = step.under(recipe)
+    run_passes(copy, default_passes(recipe), dump=False)
     return copy
+
+
+def chosen(step: StepGraph, recipe: Recipe, model: CostModel, *, keeps_free: bool) -> Recipe:
+    return choose_sizes(with_collectives(step, recipe), recipe, model, keeps_free=keeps_free)
 
 
 MODELS = {"wide": (1024, 2048, 2048, 2048, 512), "head": (4096, 1024, 1024, 256), "tail": (256, 512, 1024, 8192)}
@@ -62,40 +72,37 @@ MODELS = {"wide": (1024, 2048, 2048, 2048, 512), "head": (4096, 1024, 1024, 256)
 @pytest.mark.parametrize("rate", [0.1, 1.0, 8.0])
 @pytest.mark.parametrize("name", MODELS)
 def test_choice_is_never_slower_than_the_default_sizes(name: str, rate: float, kept: int | None) -> None:
-    step, passes = layers(*MODELS[name]), default_passes(max_kept_bytes=kept)
-    model = CostModel(dataclasses.replace(SLOW, link=Link(rate * GBIT, 2e-4, 1e-9)))
-    tuning = choose_sizes(step, passes, model, keeps_free=False)
-    plans = [planned(step, each) for each in (passes, tuning.passes(passes))]
+    step, recipe = layers(*MODELS[name]), Recipe(max_kept_bytes=kept)
+    model = CostModel(dataclasses.replace(SLOW, link=Link(rate * GBIT, 2e-4, 1e-9)), GLOO)
+    plans = [planned(step, each) for each in (recipe, chosen(step, recipe, model, keeps_free=False))]
     before, after = (simulate(each, model(each)).step_s for each in plans)
     assert after <= 1.005 * before
 
 
 @pytest.mark.parametrize("across", ["replicate", "shard"])
 def test_choice_for_nodes_knows_both_links(across: str) -> None:
-    step, passes = on_nodes(layers(512, *[512] * 24, world_size=4), across), default_passes()
+    step, recipe = on_nodes(layers(512, *[512] * 24, world_size=4), across), Recipe()
     plans: list[StepGraph] = []
     for cluster in (NODES, SLOW):
-        tuning = choose_sizes(step, passes, CostModel(cluster), keeps_free=True)
-        plans.append(planned(step, tuning.passes(passes)))
+        plans.append(planned(step, chosen(step, recipe, CostModel(cluster, GLOO), keeps_free=True)))
     informed, misled, default = (
-        simulate(plan, CostModel(NODES)(plan)).step_s for plan in (*plans, planned(step, passes))
+        simulate(plan, CostModel(NODES, GLOO)(plan)).step_s for plan in (*plans, planned(step, recipe))
     )
     assert informed <= 1.003 * misled
     assert informed < default
 
 
 def test_choice_is_the_same_every_time() -> None:
-    step, passes, model = layers(*MODELS["wide"]), default_passes(), CostModel(SLOW)
-    first, second = (choose_sizes(step, passes, model, keeps_free=True) for _ in range(2))
+    step, model = layers(*MODELS["wide"]), CostModel(SLOW, GLOO)
+    first, second = (chosen(step, Recipe(), model, keeps_free=True) for _ in range(2))
     assert first == second
-    assert Tuning.of_lines(first.lines()) == first
+    assert Recipe.from_json(first.to_json()) == first
 
 
 def test_first_bucket_is_smaller_where_nothing_hides_it() -> None:
-    step, passes = layers(512, *[512] * 24), default_passes()
-    tuning = choose_sizes(step, passes, CostModel(SLOW), keeps_free=False)
-    plan = planned(step, tuning.passes(passes))
-    sizes = [plan.bucket_of(start).nbytes for start in plan.nodes(Role.ALL_GATHER)]
+    step = layers(512, *[512] * 24)
+    plan = planned(step, chosen(step, Recipe(), CostModel(SLOW, GLOO), keeps_free=False))
+    sizes = [plan.payload_of(start).nbytes for start in plan.nodes(Role.ALL_GATHER)]
     assert sizes[0] < max(sizes)
 
 
@@ -108,9 +115,10 @@ WIRES: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {
 }
 
 
-def on_nodes(step: StepGraph, across: str) -> StepGraph:
+def on_nodes(step: StepGraph, across: Placement) -> StepGraph:
     """The same step on a mesh of two nodes."""
-    step.num_nodes, step.shards_across = 2, across == "shard"
+    shard_ranks = step.sharding.shard_ranks
+    step.sharding = Sharding(Axis(shard_ranks if across == "replicate" else shard_ranks // 2), Axis(2, across))
     return step
 
 
@@ -136,7 +144,7 @@ def check_candidate(
     step: StepGraph, cluster: Cluster, kept: int | None, gathered: torch.dtype | None, reduced: torch.dtype | None
 ) -> None:
     inflight = 2**22
-    passes = default_passes(
+    recipe = Recipe(
         bucket_bytes=2**20,
         prefetch_bytes=inflight,
         reduce_bytes=inflight,
@@ -144,19 +152,13 @@ def check_candidate(
         gather_dtype=gathered,
         reduce_dtype=reduced,
     )
-    prefix = copy_of(step)
-    for each in passes[:4]:
-        each(prefix)
-    formats = [
-        next((each.format for each in passes if isinstance(each, kind)), None)
-        for kind in (NarrowAllGathers, NarrowReduceScatters)
-    ]
-    needs = needs_of(prefix, roofline(prefix, cluster), cluster.device, *formats)
-    plan = planned(step, passes)
+    prefix = with_collectives(step, recipe)
+    formats = None if gathered is None else gather_format(gathered), None if reduced is None else WireFormat(reduced)
+    needs = needs_of(prefix, roofline(prefix, cluster, GLOO), cluster.device, GLOO, *formats)
+    plan = planned(step, recipe)
     groups = [plan.bucket(fqns) for fqns in dict.fromkeys(members(start) for start in plan.nodes(Role.ALL_GATHER))]
-    kept_bytes = sum(group.nbytes for group in groups) if kept is None else 0
-    candidate = list(_events(needs, groups, inflight, kept_bytes))
-    costs = roofline(plan, cluster)
+    candidate = list(_events(needs, groups, recipe))
+    costs = roofline(plan, cluster, GLOO)
     told, real = play(candidate, costs.link, costs.inside), simulate(plan, costs)
     assert [_message(event) for event in candidate if event.key] == [
         _message(event) for event in events(plan, costs) if event.key
@@ -173,41 +175,39 @@ def _message(event: Event) -> tuple[str, Role, tuple[str, ...], int, int]:
 
 
 def test_choice_for_narrow_buckets_is_no_slower_than_that_for_full_ones() -> None:
-    step, model = layers(512, *[512] * 24), CostModel(SLOW)
-    narrow = default_passes(gather_dtype=torch.int8, reduce_dtype=torch.bfloat16)
-    choices = [choose_sizes(step, passes, model, keeps_free=False) for passes in (narrow, default_passes())]
-    plans = [planned(step, choice.passes(narrow)) for choice in choices]
+    step, model = layers(512, *[512] * 24), CostModel(SLOW, GLOO)
+    narrow = {"gather_dtype": torch.int8, "reduce_dtype": torch.bfloat16}
+    choices = [chosen(step, recipe, model, keeps_free=False) for recipe in (Recipe(**narrow), Recipe())]
+    plans = [planned(step, dataclasses.replace(choice, **narrow)) for choice in choices]
     informed, misled = (simulate(plan, model(plan)).step_s for plan in plans)
-    assert choices[0] != choices[1]
+    assert choices[0] != dataclasses.replace(choices[1], **narrow)
     assert informed <= 1.003 * misled
 
 
 def test_what_is_kept_for_free_is_gathered_once() -> None:
-    step, passes = layers(1024, *[1024] * 8), default_passes()
-    tuning = choose_sizes(step, passes, CostModel(SLOW), keeps_free=True)
-    plan = planned(step, tuning.passes(passes))
+    step = layers(1024, *[1024] * 8)
+    recipe = chosen(step, Recipe(), CostModel(SLOW, GLOO), keeps_free=True)
+    plan = planned(step, recipe)
     assert plan.kept
-    assert sum(plan.bucket(fqns).nbytes for fqns in plan.kept) <= tuning.kept_bytes
+    assert sum(plan.bucket(fqns).gathered.nbytes for fqns in plan.kept) <= (recipe.max_kept_bytes or 0)
 
 
 def test_buckets_that_are_there_stay() -> None:
-    step, passes = layers(*MODELS["wide"]), default_passes(bucket_bytes=2**20)
-    plan = planned(step, passes)
-    buckets = list(dict.fromkeys(members(start) for start in plan.nodes(Role.ALL_GATHER)))
-    tuning = choose_sizes(step, passes, CostModel(SLOW), keeps_free=False, buckets=buckets)
-    fixed = [dataclasses.replace(p, buckets=tuple(buckets)) if isinstance(p, BucketAllGathers) else p for p in passes]
-    again = planned(step, tuning.passes(fixed))
-    assert list(dict.fromkeys(members(start) for start in again.nodes(Role.ALL_GATHER))) == buckets
+    step, recipe = layers(*MODELS["wide"]), Recipe(bucket_bytes=2**20)
+    plan = planned(step, recipe)
+    buckets = tuple(dict.fromkeys(members(start) for start in plan.nodes(Role.ALL_GATHER)))
+    fixed = dataclasses.replace(recipe, buckets=buckets)
+    again = planned(step, chosen(step, fixed, CostModel(SLOW, GLOO), keeps_free=False))
+    assert tuple(dict.fromkeys(members(start) for start in again.nodes(Role.ALL_GATHER))) == buckets
 
 
 def test_reduction_starts_behind_the_gather_it_is_told() -> None:
     step = layers(256, *[256] * 6)
-    passes = default_passes(bucket_bytes=1, prefetch_bytes=0)
-    plan = planned(step, passes)
+    recipe = Recipe(bucket_bytes=1, prefetch_bytes=0)
+    plan = planned(step, recipe)
     (first, *_), gathers = plan.nodes(Role.REDUCE_SCATTER), plan.nodes(Role.ALL_GATHER)
     gather = next(node for node in gathers if node > first)
-    told = GathersFirst(((members(first), members(gather)),))
-    moved = planned(step, [told if isinstance(each, GathersFirst) else each for each in passes])
+    moved = planned(step, dataclasses.replace(recipe, later=((members(first), members(gather)),)))
     starts = moved.nodes(Role.REDUCE_SCATTER, Role.ALL_GATHER)
     place = next(
         i for i, n in enumerate(starts) if n in moved.nodes(Role.REDUCE_SCATTER) and members(n) == members(first)
@@ -217,8 +217,8 @@ def test_reduction_starts_behind_the_gather_it_is_told() -> None:
 
 def test_measured_seconds_reach_the_nodes_of_another_plan() -> None:
     step = layers(*MODELS["wide"])
-    first = planned(step, default_passes(bucket_bytes=2**20))
-    estimated = roofline(first, SLOW)
+    first = planned(step, Recipe(bucket_bytes=2**20))
+    estimated = roofline(first, SLOW, GLOO)
     runs = 1 + sum(2 for _ in first.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER, Role.WAIT)) + 1
     by_name = seconds_by_name(first, estimated, [2.0] * runs)
     costs = with_measured(first, estimated, by_name, 0.5, 1e-9)
@@ -226,8 +226,8 @@ def test_measured_seconds_reach_the_nodes_of_another_plan() -> None:
     measured = [seconds for seconds in costs.seconds.values() if seconds]
     counted = len(_runs_with_cost(first, estimated))
     assert sum(measured) == pytest.approx(2.0 * counted)
-    other = planned(step, default_passes(bucket_bytes=2**20, prefetch_bytes=2**24))
-    again = with_measured(other, roofline(other, SLOW), by_name, 0.5, 1e-9)
+    other = planned(step, Recipe(bucket_bytes=2**20, prefetch_bytes=2**24))
+    again = with_measured(other, roofline(other, SLOW, GLOO), by_name, 0.5, 1e-9)
     assert sum(again.seconds.values()) == pytest.approx(sum(costs.seconds.values()), rel=1e-6)
 
 
@@ -248,8 +248,8 @@ def _runs_with_cost(step: StepGraph, estimated: Costs) -> list[float]:
 
 
 def test_measurement_of_another_step_is_not_used() -> None:
-    step = planned(layers(64, 64), default_passes())
-    assert seconds_by_name(step, roofline(step, SLOW), [1.0]) == {}
+    step = planned(layers(64, 64), Recipe())
+    assert seconds_by_name(step, roofline(step, SLOW, GLOO), [1.0]) == {}
 
 
 def test_stopwatch_has_medians_of_like_steps_only() -> None:
@@ -268,11 +268,11 @@ def test_stopwatch_leaves_out_a_burst_of_noise_in_up_to_half_of_the_steps() -> N
 
 
 def test_choosing_leaves_the_garbage_collector_as_it_was() -> None:
-    step, passes, model = layers(64, 64), default_passes(), CostModel(SLOW)
+    step, model = with_collectives(layers(64, 64), Recipe()), CostModel(SLOW, GLOO)
     for enabled in (True, False):
         (gc.enable if enabled else gc.disable)()
         try:
-            choose_sizes(step, passes, model, keeps_free=True)
+            choose_sizes(step, Recipe(), model, keeps_free=True)
             assert gc.isenabled() == enabled
         finally:
             gc.enable()

@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 
+from fxzero.comm.gloo import GLOO
 from fxzero.cost.choose_sizes import best_order
 from fxzero.cost.lower_bound import lower_bound
 from fxzero.cost.model import GBIT, Cluster, Costs, Device, Link, roofline
 from fxzero.cost.timeline import Event, events, play, simulate
 from fxzero.graph.nodes import Role, members
-from fxzero.graph.stages import Across
+from fxzero.graph.sharding import Placement
 from fxzero.graph.step import StepGraph
 from fxzero.passes import default_passes
 from fxzero.planner import plan
@@ -33,7 +34,7 @@ def planned(
     keep: bool = False,
     batch: int = 64,
     cpu: float = 0.0,
-    across: Across | None = None,
+    across: Placement | None = None,
     inside: Link | None = None,
 ) -> tuple[StepGraph, Costs]:
     """A plan of linear layers without bias, and its costs: on two ranks, or on two nodes of two ranks."""
@@ -43,7 +44,7 @@ def planned(
     passes = default_passes(bucket_bytes=1, prefetch_bytes=0, max_kept_bytes=None if keep else 0)
     nodes = {} if across is None else {"num_nodes": 2, "across": across}
     step = plan(model, (x,), world_size=2 if across is None else 4, passes=passes, **nodes).step
-    return step, roofline(step, Cluster(Device(1e10, 1e12), Link(rate, 0.0, cpu), inside))
+    return step, roofline(step, Cluster(Device(1e10, 1e12), Link(rate, 0.0, cpu), inside), GLOO)
 
 
 def schedules(step: StepGraph, costs: Costs) -> Iterator[list[Event]]:
@@ -103,7 +104,7 @@ def test_schedule_is_close_to_the_best_there_is(widths: tuple[int, ...], rate: f
 @pytest.mark.parametrize("rates", [(1e7, 1e8), (1e8, 1e8), (1e8, 1e7)])
 @pytest.mark.parametrize("widths", [(64, 256, 32), (256, 16, 256)])
 def test_no_schedule_of_nodes_is_faster_than_the_bound(
-    widths: tuple[int, ...], rates: tuple[float, float], across: Across
+    widths: tuple[int, ...], rates: tuple[float, float], across: Placement
 ) -> None:
     step, costs = planned(widths, rates[0], keep=True, across=across, inside=Link(rates[1], 0.0, 1e-10))
     assert len(step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER)) == 4
@@ -122,7 +123,7 @@ def test_no_schedule_of_nodes_is_faster_than_the_bound(
     across=st.sampled_from(["replicate", "shard"]),
 )
 def test_bound_of_nodes_is_never_above_the_prediction(
-    widths: list[int], rates: tuple[float, float], loads: tuple[float, float], keep: bool, across: Across
+    widths: list[int], rates: tuple[float, float], loads: tuple[float, float], keep: bool, across: Placement
 ) -> None:
     inside = Link(rates[1], 0.0, loads[1] / rates[1])
     step, costs = planned(widths, rates[0], keep=keep, cpu=loads[0] / rates[0], across=across, inside=inside)
@@ -172,7 +173,7 @@ def test_bound_does_not_depend_on_buckets() -> None:
     bounds = []
     for bucket_bytes in (1, 300_000, 64 * MIB):
         step = plan(model, (x,), world_size=2, passes=default_passes(bucket_bytes=bucket_bytes)).step
-        bounds.append(lower_bound(step, replace_waits(step, roofline(step, cluster))))
+        bounds.append(lower_bound(step, replace_waits(step, roofline(step, cluster, GLOO))))
     assert bounds[0].step_s == pytest.approx(bounds[1].step_s) == pytest.approx(bounds[2].step_s, rel=0.02)
 
 

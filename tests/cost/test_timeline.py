@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from fxzero.comm.gloo import GLOO
 from fxzero.cost.model import Cluster, Device, Link, flops, roofline, rounded
 from fxzero.cost.timeline import Event, Key, play, simulate
 from fxzero.errors import FxzeroError, PlanError
@@ -109,19 +110,21 @@ def test_flops_of_a_step_are_those_of_its_matrix_products() -> None:
 
 def test_step_is_all_compute_when_the_link_is_free() -> None:
     step = step_of()
-    costs = roofline(step, Cluster(Device(1e9, 1e12), Link(1e15)))
+    costs = roofline(step, Cluster(Device(1e9, 1e12), Link(1e15)), GLOO)
     assert simulate(step, costs).step_s == pytest.approx(sum(costs.seconds.values()), rel=1e-6)
 
 
 def test_slower_link_is_never_faster() -> None:
     step = step_of()
-    times = [simulate(step, roofline(step, Cluster(Device(1e9, 1e12), Link(rate)))).step_s for rate in (1e9, 1e7, 1e5)]
+    times = [
+        simulate(step, roofline(step, Cluster(Device(1e9, 1e12), Link(rate)), GLOO)).step_s for rate in (1e9, 1e7, 1e5)
+    ]
     assert times[0] < times[1] < times[2]
 
 
 def test_one_rank_has_no_traffic() -> None:
     step = step_of(1)
-    assert simulate(step, roofline(step, Cluster(Device(1e9, 1e12), Link(1.0)))).wire_s == 0.0
+    assert simulate(step, roofline(step, Cluster(Device(1e9, 1e12), Link(1.0)), GLOO)).wire_s == 0.0
 
 
 def test_cluster_has_a_name_or_numbers() -> None:

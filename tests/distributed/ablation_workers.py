@@ -14,7 +14,6 @@ from torch.profiler import ProfilerActivity, profile
 
 import fxzero
 from fxzero.comm.base import Comm
-from fxzero.graph.layout import Bucket, ParamSpec
 from fxzero.reference.ablation import Without
 from fxzero.reference.tensor_lists import with_tensor_lists
 from fxzero.reference.transient import TransientMemory
@@ -22,6 +21,7 @@ from fxzero.testing import engine_of
 from tests.distributed import replicated
 from tests.distributed.api_workers import Failing, Pair
 from tests.distributed.interleaved_workers import MIXED, full_gradients
+from tests.helpers.payloads import one_payload
 from tests.module.test_optimizer_state import LARGE_BYTES, Large
 
 Record = list[dict[str, Tensor | None]]
@@ -139,7 +139,7 @@ def _observe(without: Without) -> dict[str, Any]:
         "text": str(zero.schedule),
         "calls": Counter(event.name() for event in events),
         "allocations": sum(event.nbytes() >= LARGE_BYTES for event in events),
-        "arena": engine.arena.nbytes,
+        "arena": engine.sharded.arena.nbytes,
         "left": _left(last._memory),
         "norm": norm.item(),
         "gradients": full_gradients(zero),
@@ -155,25 +155,25 @@ def _left(memory: Any) -> int | None:
 
 
 def reduce_lists(rank: int, world_size: int, comm: Comm | None = None) -> list[float]:
-    """Gather and reduce one bucket as lists; the padding of the shard is left alone."""
+    """Gather and reduce one payload as lists; the padding of the shard is left alone."""
     import torch.distributed as dist
 
     from fxzero.comm.make import make_comm
 
     assert dist.is_initialized()
     lists = with_tensor_lists(make_comm(None, torch.device("cpu")))
-    bucket = Bucket((ParamSpec("w", (100,), torch.float32, True),), world_size)
-    full = torch.arange(bucket.numel, dtype=torch.float32) + rank
-    shard = torch.full((bucket.shard_numel,), 1.0)
+    payload = one_payload(world_size, 100)
+    full = torch.arange(payload.numel, dtype=torch.float32) + rank
+    shard = torch.full((payload.slice_numel,), 1.0)
     for accumulate in (False, True):
-        scratch = torch.empty(lists.reduce_scratch_numel(bucket, accumulate=accumulate))
-        bound = lists.bind_reduce(bucket, full, scratch, shard, accumulate=accumulate)
+        scratch = torch.empty(lists.reduce_scratch_numel(payload, accumulate=accumulate))
+        bound = lists.bind_reduce(payload, full, scratch, shard, accumulate=accumulate)
         assert bound.start is not None and bound.wait is not None
         bound.start()
         bound.wait()
     lists.drain()
-    gathered = torch.empty(bucket.numel)
-    bound = lists.bind_gather(bucket, shard, gathered)
+    gathered = torch.empty(payload.numel)
+    bound = lists.bind_gather(payload, shard, gathered)
     assert bound.start is not None and bound.wait is not None
     bound.start()
     bound.wait()

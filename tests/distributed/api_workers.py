@@ -76,7 +76,7 @@ class Pair:
 
     def check(self) -> None:
         """Shards and their gradients are slices of the plain model's, and buffers are this rank's replica's."""
-        shards = engine_of(self.zero).shards
+        shards = engine_of(self.zero).sharded.shards
         assert shards is not None
         full = dict(self.plain.named_parameters())
         for name, param in self.zero.named_parameters():
@@ -173,7 +173,7 @@ def clip(rank: int, world_size: int, norm_type: float) -> tuple[float, float, in
     both.backward(lambda m, r: m(data(r, 0)).loss)
     norm = both.zero.clip_grad_norm_(0.01, norm_type)
     expected = nn.utils.clip_grad_norm_(both.plain.parameters(), 0.01, norm_type)
-    shards = engine_of(both.zero).shards
+    shards = engine_of(both.zero).sharded.shards
     assert shards is not None
     for name, param in both.plain.named_parameters():
         own = both.zero.get_parameter(name).grad
@@ -288,7 +288,7 @@ def accumulate_without_sync(rank: int, world_size: int) -> None:
             with both.zero.no_sync():
                 both.backward(lambda m, r, s=micro, use=use_extra: m(data(r, s), use).loss, 10 * step + micro)
         both.backward(lambda m, r: m(data(r, 2)).loss, 10 * step + 2)
-        shards = engine_of(both.zero).shards
+        shards = engine_of(both.zero).sharded.shards
         assert shards is not None
         for name, param in both.plain.named_parameters():
             assert param.grad is not None

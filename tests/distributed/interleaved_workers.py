@@ -56,14 +56,14 @@ def train(rank: int, world_size: int, name: str, optimizer: str = "adamw", **opt
 def full_gradients(zero: fxzero.ZeroModule) -> dict[str, Tensor | None]:
     """The gradients of all ranks, put together."""
     engine = engine_of(zero)
-    assert engine.shards is not None
+    assert engine.sharded.shards is not None
     gradients: dict[str, Tensor | None] = dict.fromkeys(dict(zero.named_parameters()))
-    for bucket in engine.shards.layout.buckets:
+    for bucket in engine.sharded.shards.layout.buckets:
         if any(zero.get_parameter(fqn).grad is not None for fqn in bucket.fqns):
-            full = torch.full((bucket.numel,), torch.nan, dtype=bucket.dtype)
-            engine.comm.gather_to_all(engine.shards.grad_shard(bucket), full)
+            full = torch.full((bucket.numel,), torch.nan, dtype=bucket.dtypes.shard)
+            engine.sharded.comm.gather_to_all(engine.sharded.shards.grad_shard(bucket), full)
             gradients |= {fqn: value.clone() for fqn, value in gathered_members(bucket, full)}
-            for each, param in itertools.product(range(bucket.world_size), bucket.params):
+            for each, param in itertools.product(range(bucket.shard_ranks), bucket.params):
                 part = bucket.slice_of(param, each)
                 full[each * bucket.shard_numel + part.offset :][: part.numel] = 0
             assert not full.any(), "the padding of a gradient shard would enter the norm"

@@ -27,7 +27,7 @@ class Counted:
     def __init__(self, zero: fxzero.ZeroModule) -> None:
         self.num = 0
         engine = engine_of(zero)
-        bind = engine.comm.bind_gather
+        bind = engine.sharded.comm.bind_gather
 
         def bind_gather(*args: torch.Tensor) -> object:
             bound = bind(*args)
@@ -40,7 +40,7 @@ class Counted:
 
             return bound._replace(start=counting)
 
-        engine.comm.bind_gather = bind_gather
+        engine.sharded.comm.bind_gather = bind_gather
 
     def during(self, call: Callable[[], object]) -> int:
         """The gathers that a call starts."""
@@ -199,8 +199,8 @@ def gradient_copies(rank: int, world_size: int, name: str) -> tuple[int, int]:
     zero.zero_grad()
     loss = zero(**batch).loss
     engine = engine_of(zero)
-    assert engine.shards is not None
-    arena, params = engine.arena.view(0, 1, torch.uint8), engine.shards.params.segments
+    assert engine.sharded.shards is not None
+    arena, params = engine.sharded.arena.view(0, 1, torch.uint8), engine.sharded.shards.params.segments
     measured, operators = copied_bytes(
         loss.backward, {arena.untyped_storage().data_ptr()}, {flat.untyped_storage().data_ptr() for flat in params}
     )
@@ -253,7 +253,7 @@ def planned_and_measured(
                 _storage_bytes(param.data for param in zero.parameters()),
                 _storage_bytes(gradients),
                 _storage_bytes(state),
-                engine_of(zero).arena.nbytes,
+                engine_of(zero).sharded.arena.nbytes,
             ],
             strict=True,
         )

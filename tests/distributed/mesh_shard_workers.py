@@ -18,15 +18,15 @@ from fxzero.comm.make import make_comm
 from fxzero.comm.nccl import NcclComm
 from fxzero.comm.nodes_replicate import HierarchicalComm
 from fxzero.comm.nodes_share import GlooShardedHierarchy, NcclShardedHierarchy
-from fxzero.graph.layout import Bucket
+from fxzero.graph.layout import Payload
 from fxzero.graph.stages import stage_inside
 from fxzero.passes import default_passes
 from fxzero.testing import engine_of
-from tests.comm.test_collectives import make_bucket, poisoned, reduced, values
 from tests.distributed import replicated
 from tests.distributed.error_workers import error_of
 from tests.distributed.mesh_workers import CPU, CountedGroup
 from tests.helpers.pairs import Net, points
+from tests.helpers.payloads import make_payload, poisoned, reduced, values
 
 Shape = tuple[int, int]
 
@@ -37,13 +37,13 @@ def make_hierarchy(shape: Shape) -> Hierarchy:
     return group
 
 
-def average(bucket: Bucket, shape: Shape, shard: int, seed: int) -> Tensor:
+def average(payload: Payload, shape: Shape, shard: int, seed: int) -> Tensor:
     """A shard of the mean of all ranks' values: summed in a node, then over nodes, then divided."""
     nodes: list[Tensor] = []
     for node in range(shape[0]):
-        each = [values(bucket, seed + shape[1] * node + rank) for rank in range(shape[1])]
+        each = [values(payload, seed + shape[1] * node + rank) for rank in range(shape[1])]
         nodes.append(functools.reduce(torch.add, each))
-    return (functools.reduce(torch.add, nodes) / (shape[0] * shape[1])).split(bucket.shard_numel)[shard]
+    return (functools.reduce(torch.add, nodes) / (shape[0] * shape[1])).split(payload.slice_numel)[shard]
 
 
 def start_all(bound: list[Bound]) -> None:
@@ -62,24 +62,24 @@ def reduce_over_nodes(rank: int, world_size: int, shape: Shape) -> None:
     """Reductions alone, then several in flight, waited for in both orders, then after some were abandoned."""
     comm = make_comm(make_hierarchy(shape), CPU)
     assert isinstance(comm, GlooShardedHierarchy)
-    assert (comm.rank, comm.world_size) == (rank % shape[1] * shape[0] + rank // shape[1], world_size)
+    assert (comm.rank, comm.shard_ranks) == (rank % shape[1] * shape[0] + rank // shape[1], world_size)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        bucket = make_bucket(world_size, dtype, f"alone.{dtype}")
+        payload = make_payload(world_size, dtype, f"alone.{dtype}")
         for accumulate in (False, True):
-            shard = torch.ones(bucket.shard_numel, dtype=dtype) if accumulate else poisoned(bucket.shard_numel, dtype)
-            mean = average(bucket, shape, comm.rank, 10)
-            reduced(comm, bucket, values(bucket, 10 + rank), shard, accumulate=accumulate)
+            shard = torch.ones(payload.slice_numel, dtype=dtype) if accumulate else poisoned(payload.slice_numel, dtype)
+            mean = average(payload, shape, comm.rank, 10)
+            reduced(comm, payload, values(payload, 10 + rank), shard, accumulate=accumulate)
             assert torch.equal(shard, 1 + mean if accumulate else mean)
-    buckets = [make_bucket(world_size, name=f"layers.{index}", numel=9_000 * index + 5) for index in range(5)]
-    fulls = [torch.empty(bucket.numel) for bucket in buckets]
-    shards = [torch.empty(bucket.shard_numel) for bucket in buckets]
+    payloads = [make_payload(world_size, name=f"layers.{index}", numel=9_000 * index + 5) for index in range(5)]
+    fulls = [torch.empty(payload.numel) for payload in payloads]
+    shards = [torch.empty(payload.slice_numel) for payload in payloads]
     bound: list[Any] = []
-    for bucket, full, shard in zip(buckets, fulls, shards, strict=True):
-        scratch = torch.empty(comm.reduce_scratch_numel(bucket, accumulate=False))
-        bound.append(comm.bind_reduce(bucket, full, scratch, shard, accumulate=False))
+    for payload, full, shard in zip(payloads, fulls, shards, strict=True):
+        scratch = torch.empty(comm.reduce_scratch_numel(payload, accumulate=False))
+        bound.append(comm.bind_reduce(payload, full, scratch, shard, accumulate=False))
     for step, order in enumerate([1, -1, 0, 1]):
-        for index, (bucket, full) in enumerate(zip(buckets, fulls, strict=True)):
-            full.copy_(values(bucket, 100 * step + index + rank))
+        for index, (payload, full) in enumerate(zip(payloads, fulls, strict=True)):
+            full.copy_(values(payload, 100 * step + index + rank))
         start_all(bound)
         if order == 0:
             bound[0].wait()
@@ -87,22 +87,22 @@ def reduce_over_nodes(rank: int, world_size: int, shape: Shape) -> None:
             continue
         wait_for_all(bound[::order])
         comm.drain()
-        for index, (bucket, shard) in enumerate(zip(buckets, shards, strict=True)):
-            assert torch.equal(shard, average(bucket, shape, comm.rank, 100 * step + index)), (step, index)
+        for index, (payload, shard) in enumerate(zip(payloads, shards, strict=True)):
+            assert torch.equal(shard, average(payload, shape, comm.rank, 100 * step + index)), (step, index)
 
 
 def gather_over_nodes(rank: int, world_size: int, shape: Shape) -> None:
     """Gathers in place, leaving secondary shards, and from those; waits stand elsewhere on every rank."""
     comm = make_comm(make_hierarchy(shape), CPU)
-    buckets = [make_bucket(world_size, name=f"layers.{index}", numel=20_000 * index + 7) for index in range(4)]
-    expected = [values(bucket, index) for index, bucket in enumerate(buckets)]
-    shards = [full.split(b.shard_numel)[comm.rank].clone() for full, b in zip(expected, buckets, strict=True)]
-    fulls = [poisoned(bucket.numel, bucket.dtype) for bucket in buckets]
-    secondaries = [poisoned(stage_inside(b, shape[0]).shard_numel, b.dtype) for b in buckets]
-    arguments = list(zip(buckets, shards, fulls, secondaries, strict=True))
-    in_place = [comm.bind_gather(bucket, shard, full) for bucket, shard, full, _ in arguments]
+    payloads = [make_payload(world_size, name=f"layers.{index}", numel=20_000 * index + 7) for index in range(4)]
+    expected = [values(payload, index) for index, payload in enumerate(payloads)]
+    shards = [full.split(b.slice_numel)[comm.rank].clone() for full, b in zip(expected, payloads, strict=True)]
+    fulls = [poisoned(payload.numel, payload.dtype) for payload in payloads]
+    secondaries = [poisoned(stage_inside(b, shape[0]).slice_numel, b.dtype) for b in payloads]
+    arguments = list(zip(payloads, shards, fulls, secondaries, strict=True))
+    in_place = [comm.bind_gather(payload, shard, full) for payload, shard, full, _ in arguments]
     keeping = [comm.bind_gather_keeping(*each) for each in arguments]
-    inside = [comm.bind_gather_inside(bucket, secondary, full) for bucket, _, full, secondary in arguments]
+    inside = [comm.bind_gather_inside(payload, secondary, full) for payload, _, full, secondary in arguments]
     for bound in (in_place, keeping, inside, keeping[::-1]):
         if rank % 3 == 0:
             start_all(bound)
@@ -128,12 +128,12 @@ def gather_over_nodes(rank: int, world_size: int, shape: Shape) -> None:
 def move_from_rank_0(rank: int, world_size: int, shape: Shape) -> None:
     comm = make_comm(make_hierarchy(shape), CPU)
     assert comm.is_rank0 == (rank == 0)
-    bucket = make_bucket(world_size)
-    expected = values(bucket, 3)
-    shard = poisoned(bucket.shard_numel, bucket.dtype)
+    payload = make_payload(world_size)
+    expected = values(payload, 3)
+    shard = poisoned(payload.slice_numel, payload.dtype)
     comm.scatter_from_rank0(shard, expected.clone() if rank == 0 else None)
-    assert torch.equal(shard, expected.split(bucket.shard_numel)[comm.rank])
-    full = poisoned(bucket.numel, bucket.dtype)
+    assert torch.equal(shard, expected.split(payload.slice_numel)[comm.rank])
+    full = poisoned(payload.numel, payload.dtype)
     comm.gather_to_all(shard, full)
     assert torch.equal(full, expected)
     comm.gather_to_rank0(shard, full.zero_() if rank == 0 else None)
@@ -152,17 +152,17 @@ def nccl_code_on_gloo(rank: int, world_size: int, shape: Shape) -> None:
     """The calls that NcclShardedHierarchy makes exist in gloo too."""
     hierarchy = make_hierarchy(shape)
     comm = NcclShardedHierarchy(NcclComm(hierarchy.inside), NcclComm(hierarchy.across))
-    bucket = make_bucket(world_size, name="over")
+    payload = make_payload(world_size, name="over")
     for accumulate in (False, True):
-        shard = torch.full((bucket.shard_numel,), 1.0)
-        reduced(comm, bucket, values(bucket, 10 + rank), shard, accumulate=accumulate)
-        torch.testing.assert_close(shard, accumulate + average(bucket, shape, comm.rank, 10))
-    expected = values(bucket, 3)
-    shard, full = expected.split(bucket.shard_numel)[comm.rank].clone(), poisoned(bucket.numel, bucket.dtype)
-    secondary = poisoned(stage_inside(bucket, shape[0]).shard_numel, bucket.dtype)
+        shard = torch.full((payload.slice_numel,), 1.0)
+        reduced(comm, payload, values(payload, 10 + rank), shard, accumulate=accumulate)
+        torch.testing.assert_close(shard, accumulate + average(payload, shape, comm.rank, 10))
+    expected = values(payload, 3)
+    shard, full = expected.split(payload.slice_numel)[comm.rank].clone(), poisoned(payload.numel, payload.dtype)
+    secondary = poisoned(stage_inside(payload, shape[0]).slice_numel, payload.dtype)
     for bound in (
-        comm.bind_gather_keeping(bucket, shard, full, secondary),
-        comm.bind_gather_inside(bucket, secondary, full),
+        comm.bind_gather_keeping(payload, shard, full, secondary),
+        comm.bind_gather_inside(payload, secondary, full),
     ):
         start_all([bound])
         wait_for_all([bound])
@@ -243,7 +243,7 @@ def count_bytes(rank: int, world_size: int, shape: Shape, options: dict[str, Any
             next(zero.parameters()).mul_(1.0)
 
     sent = sent_by_phase(
-        engine_of(zero).comm,
+        engine_of(zero).sharded.comm,
         [forward, backward, forward, backward, step, forward, backward, evaluate, change, forward],
     )
     totals = zero.schedule.totals
@@ -327,13 +327,13 @@ def report_memory(rank: int, world_size: int, shape: Shape) -> tuple[dict[str, A
         case.build(), mesh=init_device_mesh("cpu", shape), across="shard", passes=default_passes(bucket_bytes=8192)
     )
     zero(**case.batch(rank, 12)).loss.backward()
-    shards = engine_of(zero).shards
+    shards = engine_of(zero).sharded.shards
     assert shards is not None
-    twice = sum(zero.schedule.step.bucket(fqns).nbytes for fqns in zero.schedule.step.secondaries())
+    twice = sum(zero.schedule.step.bucket(fqns).gathered.nbytes for fqns in zero.schedule.step.secondaries())
     with torch.no_grad():
         zero(**case.batch(rank, 12))  # a plan that needs none of them
     rows = dict(zero.schedule.memory.rows())
-    return rows, shards.secondaries.nbytes, sum(bucket.nbytes for bucket in shards.layout.buckets), twice
+    return rows, shards.secondaries.nbytes, sum(bucket.gathered.nbytes for bucket in shards.layout.buckets), twice
 
 
 def train_nodes_of_one(rank: int, world_size: int, shape: Shape) -> str:

@@ -16,14 +16,14 @@ from fxzero.comm.groups import Hierarchy, group_of_mesh
 from fxzero.comm.make import make_comm
 from fxzero.comm.nccl import NcclComm
 from fxzero.comm.nodes_replicate import GlooAcross, GlooHierarchy, HierarchicalComm, NcclHierarchy
-from fxzero.graph.layout import Bucket
-from fxzero.graph.stages import Across
+from fxzero.graph.layout import Payload
+from fxzero.graph.sharding import Placement
 from fxzero.passes import default_passes
 from fxzero.testing import engine_of
-from tests.comm.test_collectives import make_bucket, poisoned, reduced, values
 from tests.distributed import api_workers, replicated
 from tests.distributed.error_workers import error_of
 from tests.helpers.pairs import Net, points, sgd
+from tests.helpers.payloads import make_payload, poisoned, reduced, values
 
 CPU = torch.device("cpu")
 
@@ -34,11 +34,11 @@ def make_hierarchy(shape: tuple[int, int]) -> Hierarchy:
     return group
 
 
-def average(bucket: Bucket, shape: tuple[int, int], shard: int, seed: int) -> Tensor:
+def average(payload: Payload, shape: tuple[int, int], shard: int, seed: int) -> Tensor:
     """The shard of the mean of all ranks' values: summed in a node, then over nodes, then divided."""
     nodes: list[Tensor] = []
     for node in range(shape[0]):
-        parts = [values(bucket, seed + shape[1] * node + rank).split(bucket.shard_numel) for rank in range(shape[1])]
+        parts = [values(payload, seed + shape[1] * node + rank).split(payload.slice_numel) for rank in range(shape[1])]
         nodes.append(functools.reduce(torch.add, [part[shard] for part in parts]))
     return functools.reduce(torch.add, nodes) / (shape[0] * shape[1])
 
@@ -47,24 +47,24 @@ def reduce_over_nodes(rank: int, world_size: int, shape: tuple[int, int]) -> Non
     """Reductions alone, then several in flight, waited for in both orders, then after some were abandoned."""
     comm = make_comm(make_hierarchy(shape), CPU)
     assert isinstance(comm, GlooHierarchy)
-    assert (comm.rank, comm.world_size, comm.num_nodes) == (rank % shape[1], shape[1], shape[0])
+    assert (comm.rank, comm.shard_ranks, comm.num_nodes) == (rank % shape[1], shape[1], shape[0])
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        bucket = make_bucket(shape[1], dtype, f"alone.{dtype}")
+        payload = make_payload(shape[1], dtype, f"alone.{dtype}")
         for accumulate in (False, True):
-            shard = torch.ones(bucket.shard_numel, dtype=dtype) if accumulate else poisoned(bucket.shard_numel, dtype)
-            mean = average(bucket, shape, comm.rank, 10)
-            reduced(comm, bucket, values(bucket, 10 + rank), shard, accumulate=accumulate)
+            shard = torch.ones(payload.slice_numel, dtype=dtype) if accumulate else poisoned(payload.slice_numel, dtype)
+            mean = average(payload, shape, comm.rank, 10)
+            reduced(comm, payload, values(payload, 10 + rank), shard, accumulate=accumulate)
             assert torch.equal(shard, 1 + mean if accumulate else mean)
-    buckets = [make_bucket(shape[1], name=f"layers.{index}", numel=9_000 * index + 5) for index in range(5)]
-    fulls = [torch.empty(bucket.numel) for bucket in buckets]
-    shards = [torch.empty(bucket.shard_numel) for bucket in buckets]
+    payloads = [make_payload(shape[1], name=f"layers.{index}", numel=9_000 * index + 5) for index in range(5)]
+    fulls = [torch.empty(payload.numel) for payload in payloads]
+    shards = [torch.empty(payload.slice_numel) for payload in payloads]
     bound: list[Any] = []
-    for bucket, full, shard in zip(buckets, fulls, shards, strict=True):
-        scratch = torch.empty(comm.reduce_scratch_numel(bucket, accumulate=False))
-        bound.append(comm.bind_reduce(bucket, full, scratch, shard, accumulate=False))
+    for payload, full, shard in zip(payloads, fulls, shards, strict=True):
+        scratch = torch.empty(comm.reduce_scratch_numel(payload, accumulate=False))
+        bound.append(comm.bind_reduce(payload, full, scratch, shard, accumulate=False))
     for step, order in enumerate([1, -1, 0, 1]):
-        for index, (bucket, full) in enumerate(zip(buckets, fulls, strict=True)):
-            full.copy_(values(bucket, 100 * step + index + rank))
+        for index, (payload, full) in enumerate(zip(payloads, fulls, strict=True)):
+            full.copy_(values(payload, 100 * step + index + rank))
         for start, _ in bound:
             start()
         if order == 0:
@@ -74,8 +74,8 @@ def reduce_over_nodes(rank: int, world_size: int, shape: tuple[int, int]) -> Non
         for _, wait in bound[::order]:
             wait()
         comm.drain()
-        for index, (bucket, shard) in enumerate(zip(buckets, shards, strict=True)):
-            assert torch.equal(shard, average(bucket, shape, comm.rank, 100 * step + index)), (step, index)
+        for index, (payload, shard) in enumerate(zip(payloads, shards, strict=True)):
+            assert torch.equal(shard, average(payload, shape, comm.rank, 100 * step + index)), (step, index)
 
 
 def reduce_in_parts(rank: int, world_size: int) -> None:
@@ -84,13 +84,13 @@ def reduce_in_parts(rank: int, world_size: int) -> None:
     assert group is not None
     comm = GlooAcross(group)
     for numel in (1, 2, world_size, 10, 64, 1000):
-        bucket = make_bucket(1, name=f"size.{numel}")
+        payload = make_payload(1, name=f"size.{numel}")
         terms = [torch.randn(numel, generator=torch.Generator().manual_seed(peer)) for peer in range(world_size)]
         expected = functools.reduce(torch.add, terms) / 5
         for in_place in (True, False):
             source, landing = terms[rank].clone(), poisoned(numel, torch.float32)
             result = source if in_place else landing
-            for start, end in comm.bind_all_reduce(bucket, source, landing, result, 5):
+            for start, end in comm.bind_all_reduce(payload, source, landing, result, 5):
                 start()
                 end()
             assert torch.equal(result, expected), (numel, in_place)
@@ -100,12 +100,12 @@ def reduce_in_parts(rank: int, world_size: int) -> None:
 def move_from_rank_0(rank: int, world_size: int, shape: tuple[int, int]) -> None:
     comm = make_comm(make_hierarchy(shape), CPU)
     assert comm.is_rank0 == (rank == 0)
-    bucket = make_bucket(shape[1])
-    expected = values(bucket, 3)
-    shard = poisoned(bucket.shard_numel, bucket.dtype)
+    payload = make_payload(shape[1])
+    expected = values(payload, 3)
+    shard = poisoned(payload.slice_numel, payload.dtype)
     comm.scatter_from_rank0(shard, expected.clone() if rank == 0 else None)
-    assert torch.equal(shard, expected.split(bucket.shard_numel)[comm.rank])
-    full = poisoned(bucket.numel, bucket.dtype)
+    assert torch.equal(shard, expected.split(payload.slice_numel)[comm.rank])
+    full = poisoned(payload.numel, payload.dtype)
     comm.gather_to_all(shard, full)
     assert torch.equal(full, expected)
     comm.gather_to_rank0(shard, full.zero_() if rank == 0 else None)
@@ -124,14 +124,14 @@ def nccl_code_on_gloo(rank: int, world_size: int, shape: tuple[int, int]) -> Non
     within: Any = NcclComm(hierarchy.inside) if shape[1] > 1 else make_comm(hierarchy.inside, CPU)
     comm = NcclHierarchy(within, NcclComm(hierarchy.across))
     for accumulate in (False, True):
-        bucket = make_bucket(shape[1], name=f"over.{accumulate}")
-        shard = torch.full((bucket.shard_numel,), 1.0)
-        reduced(comm, bucket, values(bucket, 10 + rank), shard, accumulate=accumulate)
-        torch.testing.assert_close(shard, accumulate + average(bucket, shape, comm.rank, 10))
+        payload = make_payload(shape[1], name=f"over.{accumulate}")
+        shard = torch.full((payload.slice_numel,), 1.0)
+        reduced(comm, payload, values(payload, 10 + rank), shard, accumulate=accumulate)
+        torch.testing.assert_close(shard, accumulate + average(payload, shape, comm.rank, 10))
 
 
 def on_mesh(
-    rank: int, world_size: int, shape: tuple[int, int], name: str, *args: Any, across: Across = "replicate"
+    rank: int, world_size: int, shape: tuple[int, int], name: str, *args: Any, across: Placement = "replicate"
 ) -> Any:
     """A worker of api_workers whose modules are compiled on a mesh."""
     compile_, before = fxzero.compile, api_workers.Pair.ranks_per_node
@@ -183,7 +183,7 @@ class CountedGroup:
 def count_bytes(rank: int, world_size: int, shape: tuple[int, int]) -> tuple[list[int], list[int], str]:
     """Bytes of a step, sent inside and across, and what the schedule says of them."""
     zero = fxzero.compile(Net(), mesh=init_device_mesh("cpu", shape))
-    comm: Any = engine_of(zero).comm
+    comm: Any = engine_of(zero).sharded.comm
     assert isinstance(comm, HierarchicalComm)
     zero.state_dict()  # values are there
     inside, across = CountedGroup(getattr(comm.inside, "group", None)), CountedGroup(comm.across.group)

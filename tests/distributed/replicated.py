@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import fxzero
 from fxzero.graph.layout import LayoutName
-from fxzero.graph.stages import Across
+from fxzero.graph.sharding import Placement
 from fxzero.memory import activations
 from fxzero.models import GPT, GPT_PRESETS, MLP, MLP_PRESETS, ROBERTA_PRESETS, RobertaForMaskedLM
 from fxzero.passes import default_passes
@@ -129,7 +129,7 @@ class Replicated:
 
 def own_slice(zero: fxzero.ZeroModule, fqn: str, full: Tensor) -> Tensor:
     """This rank's part of a tensor of the parameter's full shape."""
-    return engine_of(zero).shards.cut(fqn, full)
+    return engine_of(zero).sharded.shards.cut(fqn, full)
 
 
 def assert_same(
@@ -159,7 +159,7 @@ def train(
     sizes: dict[str, Any] | None = None,
     layout: LayoutName = "contiguous",
     mesh_shape: tuple[int, int] | None = None,
-    across: Across = "replicate",
+    across: Placement = "replicate",
     memory_budget: int | None = None,
 ) -> str:
     """Train both ways and compare losses, gradients, parameters and buffers after every step; the last schedule.

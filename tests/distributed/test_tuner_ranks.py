@@ -38,11 +38,11 @@ def test_training_is_the_same_when_tuned(uneven: bool, disturb: bool) -> None:
         assert one["cluster"] is not None and other["cluster"] is None
     first, second = ranks
     assert first["cluster"] == second["cluster"]
-    assert first["tuning"] == second["tuning"]
+    assert first["recipe"] == second["recipe"]
     assert first["buckets"] == second["buckets"]
     assert first["measured"]
     if disturb:
-        assert first["tuning"].inflight_bytes > 1
+        assert first["recipe"].prefetch_bytes > 1
 
 
 @pytest.mark.parametrize("across", ["replicate", "shard"])
@@ -50,12 +50,12 @@ def test_training_on_nodes_is_the_same_when_tuned(across: str) -> None:
     ranks = run_ranks(4, on_nodes, across, True)
     for one, other in zip(ranks, run_ranks(4, on_nodes, across, False), strict=True):
         assert_same_training(one, other)
-        assert one["tuning"] == ranks[0]["tuning"]
+        assert one["recipe"] == ranks[0]["recipe"]
         assert one["buckets"] == ranks[0]["buckets"]
         assert one["cluster"] == ranks[0]["cluster"]
     assert ranks[0]["cluster"].inside is not None
     assert ranks[0]["measured"]
-    assert ranks[0]["tuning"].inflight_bytes > 1
+    assert ranks[0]["recipe"].prefetch_bytes > 1
 
 
 def test_given_cluster_decides_without_a_measurement() -> None:

@@ -34,7 +34,7 @@ def train(rank: int, num_steps: int, *, uneven: bool = False, disturb: bool = Fa
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     zero = fxzero.compile(model, optimizer=optimizer, **options)
-    tuner = engine_of(zero).tuner
+    tuner, sharded = engine_of(zero).maker.tuning, engine_of(zero).sharded
     losses, schedules = list[float](), list[str]()
     for step in range(num_steps):
         loss = zero(make_batch(step, rank, uneven=uneven)).pow(2).mean()
@@ -43,15 +43,15 @@ def train(rank: int, num_steps: int, *, uneven: bool = False, disturb: bool = Fa
         optimizer.zero_grad()
         losses.append(loss.item())
         schedules.append(zero.schedule.text())
-        if disturb and step == 5 and tuner.tuning is not None:
-            tuner.tuning = dataclasses.replace(tuner.tuning, inflight_bytes=1)
-    layout = engine_of(zero).shards.layout  # type: ignore[union-attr]
+        if disturb and step == 5 and tuner.cluster is not None:
+            sharded.recipe = dataclasses.replace(sharded.recipe, prefetch_bytes=1, reduce_bytes=1)
+    layout = sharded.shards.layout  # type: ignore[union-attr]
     return {
         "losses": losses,
         "params": {name: value.clone() for name, value in zero.state_dict().items()},
         "schedules": schedules,
         "cluster": tuner.cluster,
-        "tuning": tuner.tuning,
+        "recipe": sharded.recipe,
         "measured": dict(tuner._by_name),
         "buckets": [bucket.fqns for bucket in layout.buckets],
         "timing": None
@@ -89,13 +89,13 @@ def optimizer_seconds(rank: int, world_size: int) -> float:
         if step % 3 == 2:
             optimizer.step()
             optimizer.zero_grad()
-    return engine_of(zero).tuner._optimizer_s
+    return engine_of(zero).maker.tuning._optimizer_s
 
 
 def small(rank: int, world_size: int) -> bool:
     zero = fxzero.compile(nn.Linear(8, 8))
     zero(torch.ones(2, 8)).sum().backward()
-    return engine_of(zero).tuner.cluster is None
+    return engine_of(zero).maker.tuning.cluster is None
 
 
 def fails_in_capture(rank: int, world_size: int) -> str:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import fxzero
-from fxzero.comm.gloo import GlooComm
+from fxzero.comm.gloo import GlooBackend
 from fxzero.graph.layout import Layout, LayoutName
-from fxzero.graph.stages import Across
+from fxzero.graph.sharding import Placement
 from fxzero.passes import default_passes
 from fxzero.testing import engine_of
 from tests.distributed import replicated
@@ -34,7 +34,7 @@ def dequantized(layout: Layout, values: Mapping[str, Tensor]) -> dict[str, Tenso
     """Parameters through int8 by the definition, block by block of every shard."""
     found: dict[str, Tensor] = {}
     for bucket in layout.buckets:
-        full = torch.zeros(bucket.numel, dtype=bucket.dtype)
+        full = torch.zeros(bucket.numel, dtype=bucket.dtypes.shard)
         for param in bucket.params:
             full[bucket.offsets[param.fqn] :][: param.numel] = values[param.fqn].flatten()
         for shard in full.split(bucket.shard_numel) if bucket.numel else []:
@@ -113,7 +113,7 @@ def train(
     layout: LayoutName = "contiguous",
     sizes: dict[str, Any] | None = None,
     mesh_shape: tuple[int, int] | None = None,
-    across: Across = "replicate",
+    across: Placement = "replicate",
 ) -> str:
     """Train both ways; losses, gradients, parameters are the same bit for bit, in train and eval. The last schedule."""
     case = MIXED if name == "mixed" else replicated.CASES[name]
@@ -136,8 +136,8 @@ def train(
             loss = replicated._loss(zero(**batches[rank]))
             loss.backward()
             engine.synchronize = True
-            assert engine.shards is not None
-            losses = reference.step(engine.shards.layout, batches, seeds, synchronize=synchronize)
+            assert engine.sharded.shards is not None
+            losses = reference.step(engine.sharded.shards.layout, batches, seeds, synchronize=synchronize)
             assert torch.equal(loss, losses[rank]), f"step {step}: loss {loss} instead of {losses[rank]}"
         replicated.assert_same(zero, reference.model, f"step {step}: gradient", lambda p: p.grad)
         for optimizer in optimizers:
@@ -157,7 +157,7 @@ def train(
 
 
 def layout_of(zero: fxzero.ZeroModule) -> Layout:
-    shards = engine_of(zero).shards
+    shards = engine_of(zero).sharded.shards
     assert shards is not None
     return shards.layout
 
@@ -206,8 +206,8 @@ def sums_in_bfloat16(rank: int, world_size: int, micro_batches: int) -> None:
     model = case.build()
     reference = replicated.Replicated(copy.deepcopy(model), world_size)
     expected = [torch.zeros_like(param) for param in model.parameters()]
-    sums_locally = GlooComm.sums_locally
-    GlooComm.sums_locally = property(lambda self: False)  # type: ignore[method-assign]
+    sums_locally = GlooBackend.sums_locally
+    GlooBackend.sums_locally = lambda self, sharding: False  # type: ignore[method-assign]
     try:
         zero = fxzero.compile(model, reduce_dtype=BF16)
         for micro in range(micro_batches):
@@ -225,7 +225,7 @@ def sums_in_bfloat16(rank: int, world_size: int, micro_batches: int) -> None:
         for (fqn, param), full in zip(zero.named_parameters(), expected, strict=True):
             assert torch.equal(param.grad, replicated.own_slice(zero, fqn, full)), fqn
     finally:
-        GlooComm.sums_locally = sums_locally  # type: ignore[method-assign]
+        GlooBackend.sums_locally = sums_locally  # type: ignore[method-assign]
 
 
 class CountingGroup:
@@ -254,7 +254,7 @@ def count_bytes(
     case = replicated.CASES["net"]
     zero = fxzero.compile(case.build(), gather_dtype=gather_dtype, reduce_dtype=reduce_dtype)
     engine = engine_of(zero)
-    group = engine.comm.group = CountingGroup(engine.comm.group)  # type: ignore[attr-defined]
+    group = engine.sharded.comm.group = CountingGroup(engine.sharded.comm.group)  # type: ignore[attr-defined]
     zero(**case.batch(0, 16)).backward()
     zero.zero_grad()
     group.sent = group.received = 0
@@ -280,7 +280,7 @@ def losses(rank: int, world_size: int, options: list[dict[str, Any]]) -> list[li
             optimizer.step()
             optimizer.zero_grad()
             mean = loss.detach().clone()
-            engine_of(zero).comm.all_reduce(mean)
+            engine_of(zero).sharded.comm.all_reduce(mean)
             found[-1].append(mean.item() / world_size)
     return found
 

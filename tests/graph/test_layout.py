@@ -65,10 +65,15 @@ def test_parts_of_an_interleaved_bucket_are_equal_and_partition_each_param(
             assert owned == list(range(param.numel))
             sizes = [part.numel for part in slices if part.numel]
             assert all(size == bucket.part_numel(param) for size in sizes[:-1])
-            assert bucket.part_numel(param) < -(-param.numel // world_size) + ALIGNMENT_BYTES // bucket.dtype.itemsize
+            assert (
+                bucket.part_numel(param)
+                < -(-param.numel // world_size) + ALIGNMENT_BYTES // bucket.dtypes.shard.itemsize
+            )
             for rank, part in enumerate(slices):
                 if part.numel:
-                    assert ends[rank] <= part.offset and part.offset * bucket.dtype.itemsize % ALIGNMENT_BYTES == 0
+                    assert (
+                        ends[rank] <= part.offset and part.offset * bucket.dtypes.shard.itemsize % ALIGNMENT_BYTES == 0
+                    )
                     ends[rank] = part.offset + part.numel
         assert max(ends) <= bucket.shard_numel
 
@@ -85,7 +90,7 @@ def test_buckets_are_uniform_bounded_and_aligned(
         assert len(bucket.params) == 1 or sum(param.nbytes for param in bucket.params) <= bucket_bytes
         assert bucket.numel == world_size * bucket.shard_numel
         assert bucket.shard_nbytes % ALIGNMENT_BYTES == 0
-        assert all(offset * bucket.dtype.itemsize % ALIGNMENT_BYTES == 0 for offset in bucket.offsets.values())
+        assert all(offset * bucket.dtypes.shard.itemsize % ALIGNMENT_BYTES == 0 for offset in bucket.offsets.values())
         ends = [bucket.offsets[param.fqn] + param.numel for param in bucket.params]
         begins = [*list(bucket.offsets.values())[1:], bucket.numel]
         assert all(end <= begin for end, begin in zip(ends, begins, strict=True))
@@ -106,8 +111,8 @@ def test_gathered_shards_are_the_parameters(
 ) -> None:
     """Cut each parameter by its slices and put the shards of all ranks one after another: that holds the parameters."""
     for bucket in group_into_buckets(specs, world_size, bucket_bytes, layout):
-        full = {param.fqn: torch.randn(param.shape).to(bucket.dtype) for param in bucket.params}
-        shards = torch.full((world_size, bucket.shard_numel), torch.nan, dtype=bucket.dtype)
+        full = {param.fqn: torch.randn(param.shape).to(bucket.dtypes.shard) for param in bucket.params}
+        shards = torch.full((world_size, bucket.shard_numel), torch.nan, dtype=bucket.dtypes.shard)
         for rank, param in itertools.product(range(world_size), bucket.params):
             part = bucket.slice_of(param, rank)
             piece = full[param.fqn].reshape(-1)[part.start : part.stop]
@@ -139,10 +144,10 @@ def test_buckets_keep_the_order_and_are_no_more_than_needed(
 @settings(max_examples=100, deadline=None)
 def test_padding_is_less_than_one_alignment_for_each_member_and_rank(specs: list[ParamSpec], world_size: int) -> None:
     for bucket in group_into_buckets(specs, world_size, 1 << 20):
-        padding = bucket.nbytes - sum(param.nbytes for param in bucket.params)
+        padding = bucket.gathered.nbytes - sum(param.nbytes for param in bucket.params)
         assert 0 <= padding < ALIGNMENT_BYTES * (len(bucket.params) + world_size)
     for bucket in group_into_buckets(specs, world_size, 1 << 20, "interleaved"):
-        padding = bucket.nbytes - sum(param.nbytes for param in bucket.params)
+        padding = bucket.gathered.nbytes - sum(param.nbytes for param in bucket.params)
         assert 0 <= padding <= ALIGNMENT_BYTES * len(bucket.params) * world_size
 
 

@@ -15,10 +15,11 @@ from torch.profiler import ProfilerActivity, profile
 
 import fxzero
 from fxzero.comm.base import Bound
-from fxzero.comm.gloo import GlooComm
+from fxzero.comm.gloo import GLOO, GlooComm
 from fxzero.comm.wire_copies import bind_narrow_reduce, pack, reduce_scratch_nbytes, unpack
 from fxzero.comm.without_ranks import PlanningComm
-from fxzero.graph.layout import Bucket, ParamSpec
+from fxzero.graph.layout import Bucket, ParamSpec, Payload
+from fxzero.graph.sharding import Sharding
 from fxzero.graph.wire import WireFormat, on_wire, split_rows
 from fxzero.passes import NarrowAllGathers, NarrowReduceScatters, default_passes
 from fxzero.planner import plan
@@ -34,10 +35,10 @@ def bucket_of(numel: int, world_size: int, dtype: torch.dtype = torch.float32) -
 
 def gathered(bucket: Bucket, format: WireFormat, full: Tensor) -> tuple[Tensor, Tensor]:
     """What all ranks have of `full` after a gather, and the rows that travelled."""
-    travels = on_wire(bucket, format)
+    travels = on_wire(bucket.gathered, format)
     staging = torch.full((travels.numel,), 77, dtype=travels.dtype)
     work = torch.full((bucket.shard_numel,), torch.nan) if format.block_numel else None
-    for shard, row in zip(full.split(bucket.shard_numel), staging.split(travels.shard_numel), strict=True):
+    for shard, row in zip(full.split(bucket.shard_numel), staging.split(travels.slice_numel), strict=True):
         pack(format, shard, row, work)()
     result = torch.full_like(full, torch.nan)
     unpack(format, bucket, staging, result, work)()
@@ -46,11 +47,11 @@ def gathered(bucket: Bucket, format: WireFormat, full: Tensor) -> tuple[Tensor, 
 
 @pytest.mark.parametrize("dtype, numel", [(torch.float32, 1000), (torch.bfloat16, 1000), (torch.float64, 64)])
 def test_rows_have_no_more_bytes_than_values_scales_and_pad(dtype: torch.dtype, numel: int) -> None:
-    bucket = bucket_of(numel, 3, dtype)
-    assert on_wire(bucket, None) is bucket
-    assert on_wire(bucket, BF16).nbytes == 2 * bucket.numel
-    row = on_wire(bucket, INT8).shard_nbytes
-    needed = bucket.shard_numel + 4 * -(-bucket.shard_numel // 256)
+    payload = bucket_of(numel, 3, dtype).gathered
+    assert on_wire(payload, None) is payload
+    assert on_wire(payload, BF16).nbytes == 2 * payload.numel
+    row = on_wire(payload, INT8).slice_nbytes
+    needed = payload.slice_numel + 4 * -(-payload.slice_numel // 256)
     assert needed <= row < needed + 16 and row % 16 == 0
 
 
@@ -109,10 +110,10 @@ def large_allocations(call: Callable[[], object]) -> list[tuple[str, int]]:
 @pytest.mark.parametrize("format", [BF16, INT8], ids=str)
 def test_conversions_allocate_nothing(format: WireFormat, dtype: torch.dtype) -> None:
     bucket = bucket_of(2**16 + 5, 2, dtype)
-    travels = on_wire(bucket, format)
+    travels = on_wire(bucket.gathered, format)
     full, staging = torch.ones(bucket.numel, dtype=dtype), torch.ones(travels.numel, dtype=travels.dtype)
     work = torch.ones(bucket.shard_numel)
-    calls = [pack(format, full[: bucket.shard_numel], staging[: travels.shard_numel], work)]
+    calls = [pack(format, full[: bucket.shard_numel], staging[: travels.slice_numel], work)]
     calls.append(unpack(format, bucket, staging, full, work))
     assert [large_allocations(call) for call in calls] == [[], []]
     assert large_allocations(lambda: full.add_(full.float() + full.double())) != []
@@ -121,17 +122,18 @@ def test_conversions_allocate_nothing(format: WireFormat, dtype: torch.dtype) ->
 class Exchanged(PlanningComm):
     """A rank of a cluster whose messages were there from the beginning."""
 
-    def bind_exchange(self, bucket: Bucket, sent: Tensor, received: Any) -> Any:
+    def bind_exchange(self, payload: Payload, sent: Tensor, received: Any) -> Any:
         return Bound(None, None)
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_sums_are_of_rounded_terms_in_order_and_allocate_nothing(accumulate: bool) -> None:
     bucket = bucket_of(2**16, 3)
-    comm, travels = Exchanged(1, 3), on_wire(bucket, BF16)
-    scratch = torch.zeros(reduce_scratch_nbytes(comm, bucket, BF16, accumulate=accumulate), dtype=torch.uint8)
+    comm, travels = Exchanged(1, Sharding.over(3), GLOO), on_wire(bucket.gradients, BF16)
+    nbytes = reduce_scratch_nbytes(GLOO, comm.sharding, bucket, BF16, accumulate=accumulate)
+    scratch = torch.zeros(nbytes, dtype=torch.uint8)
     terms = torch.randn(3, bucket.shard_numel, generator=torch.Generator().manual_seed(0)).bfloat16()
-    others = scratch[: 2 * travels.shard_nbytes].view(torch.bfloat16)
+    others = scratch[: 2 * travels.slice_nbytes].view(torch.bfloat16)
     sent, shard = torch.zeros(travels.numel, dtype=torch.bfloat16), torch.full((bucket.shard_numel,), 0.5)
     sent.view(3, -1)[1], others.view(2, -1)[:] = terms[1], terms[[0, 2]]
     bound = bind_narrow_reduce(comm, bucket, BF16, sent, scratch, shard, accumulate=accumulate)
@@ -173,11 +175,11 @@ class Message:
 
 @pytest.mark.parametrize("in_place", [False, True])
 def test_row_is_sent_when_its_staging_bytes_are_free_again(in_place: bool) -> None:
-    group, bucket = Messages(), bucket_of(1000, 3)
+    group, payload = Messages(), bucket_of(1000, 3).gathered
     comm = GlooComm(group)  # type: ignore[arg-type]
-    full = torch.zeros(bucket.numel)
-    shard = full.split(bucket.shard_numel)[1] if in_place else torch.zeros(bucket.shard_numel)
-    start, wait = comm.bind_gather(bucket, shard, full)
+    full = torch.zeros(payload.numel)
+    shard = full.split(payload.slice_numel)[1] if in_place else torch.zeros(payload.slice_numel)
+    start, wait = comm.bind_gather(payload, shard, full)
     assert start is not None and wait is not None
     start()
     assert len(group.unsent) == 2

@@ -13,6 +13,7 @@ from fxzero.capture import Captured, capture
 from fxzero.capture.call import flatten_call
 from fxzero.graph.layout import ParamSpec
 from fxzero.graph.nodes import Role, info
+from fxzero.graph.sharding import Sharding
 
 
 def param_specs(module: nn.Module) -> dict[str, ParamSpec]:
@@ -30,7 +31,7 @@ def trace(module, *args, with_backward=None, differentiated=None, device="cpu", 
         kwargs,
         param_specs(module),
         device=torch.device(device),
-        world_size=2,
+        sharding=Sharding.over(2),
         with_backward=torch.is_grad_enabled() if with_backward is None else with_backward,
         differentiated=differentiated,
     )

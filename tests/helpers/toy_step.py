@@ -10,6 +10,7 @@ from torch import fx
 from fxzero.graph import ops
 from fxzero.graph.layout import ParamSpec
 from fxzero.graph.nodes import META_KEY, NodeInfo, Role
+from fxzero.graph.sharding import Sharding
 from fxzero.graph.step import StepGraph
 
 aten = torch.ops.aten
@@ -56,6 +57,6 @@ def toy_step(
         f"{name}.w": ParamSpec(f"{name}.w", (width, width), torch.float32, index != frozen)
         for index, name in enumerate(names)
     }
-    step = StepGraph(graph, params, world_size)
+    step = StepGraph(graph, params, Sharding.over(world_size))
     step.set_output([hidden], grads, [None])
     return step

@@ -13,7 +13,7 @@ from torch import nn
 
 import fxzero
 from fxzero.graph.aliasing import memory_of
-from fxzero.memory.activations import activation_buffers, placed_temporaries
+from fxzero.memory.activations import activation_buffers, activations_of
 from fxzero.memory.lifetimes import live_bytes
 from fxzero.models import GPT, GPT_PRESETS, ROBERTA_PRESETS, RobertaForMaskedLM
 from fxzero.passes import default_passes
@@ -73,8 +73,7 @@ def test_planned_activations_are_what_the_allocator_gives_out(name: str, recompu
     step()
     measured = allocated_peak(step)
     step_graph = zero.schedule.step
-    placed = placed_temporaries(step_graph)
-    others = [buffer for node, buffer in activation_buffers(step_graph).items() if node not in placed]
-    assert len(placed) > 10
-    planned = max(live_bytes(others))
+    activations = activations_of(step_graph)
+    assert len(activations.placed) > 10
+    planned = max(live_bytes(activations.of_allocator))
     assert planned * 0.98 <= measured <= planned * 1.02

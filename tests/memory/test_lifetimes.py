@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxzero.comm.without_ranks import PlanningComm
+from fxzero.comm.gloo import GLOO
 from fxzero.errors import MemoryOverlapError
 from fxzero.graph.layout import ALIGNMENT_BYTES, LayoutName
 from fxzero.graph.nodes import Role, is_gather, wait_of
-from fxzero.graph.variant import Stash, Variant
-from fxzero.memory.arena_plan import plan_arena
+from fxzero.memory.activations import activations_of
+from fxzero.memory.arena_plan import plan_arenas
 from fxzero.memory.lifetimes import Buffer, MemoryPlan, gather_buffers, gradient_buffers, plan_around, plan_memory
 from fxzero.passes import default_passes
 from fxzero.planning.run_passes import run_passes
@@ -121,8 +121,10 @@ def test_arena_of_a_model_meets_the_lower_bound(
     name: str, world_size: int, accumulate: bool, layout: LayoutName
 ) -> None:
     step = schedule_of(name, world_size, layout).step
-    plan, placed = plan_arena(step, PlanningComm(0, world_size), Variant(accumulate, Stash.NONE))
-    assert {start for kind, start in placed if kind == "gather"} == (
+    arenas = plan_arenas(step, GLOO, activations_of(step))
+    arena = arenas[accumulate and accumulate in arenas]
+    plan = arena.memory
+    assert {start for kind, start in arena.placed if kind == "gather"} == (
         {*gather_buffers(step)} if world_size > 1 else set()
     )
     assert plan.peak_bytes == plan.lower_bound_bytes
@@ -132,14 +134,14 @@ def test_what_travels_interleaved_is_planned_beside_its_bucket_at_the_copy_only(
     step = toy_step(num_layers=6)
     step.layout = "interleaved"
     run_passes(step, default_passes(bucket_bytes=2**14, prefetch_bytes=2**15, reduce_bytes=2**15))
-    _, placed = plan_arena(step, PlanningComm(0, 8), Variant(False, Stash.NONE))
+    placed = plan_arenas(step, GLOO, activations_of(step))[False].placed
     at = step.positions()
     for start in step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER):
         staging = placed["staging", start][0]
         assert (staging.start, staging.end) == (at[start], at[wait_of(start)])
         bucket = placed["gather" if is_gather(start) else "gradient", start][0]
         assert (bucket.start if is_gather(start) else bucket.end) == at[wait_of(start) if is_gather(start) else start]
-        assert staging.nbytes == bucket.nbytes == step.bucket_of(start).nbytes
+        assert staging.nbytes == bucket.nbytes == step.payload_of(start).nbytes
 
 
 def test_schedule_of_equal_layers_meets_the_lower_bound() -> None:

@@ -181,8 +181,8 @@ def test_a_deleted_module_frees_its_shards() -> None:
     with torch.no_grad(), zero.no_sync():
         zero(points())
     engine = weakref.ref(engine_of(zero))
-    shards = weakref.ref(engine_of(zero).shards)
-    arena = weakref.ref(engine_of(zero).arena)
+    shards = weakref.ref(engine_of(zero).sharded.shards)
+    arena = weakref.ref(engine_of(zero).sharded.arena)
     optimizer.step()
     del zero, optimizer
     assert (engine(), shards(), arena()) == (None, None, None)
@@ -337,7 +337,7 @@ def test_many_shapes_warn_once_and_name_them() -> None:
 
 
 def test_the_cache_is_bounded_and_a_backward_may_come_after_its_plan_went(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxzero.plan_cache.MAX_PLANS", 2)
+    monkeypatch.setattr("fxzero.module.plan_cache.MAX_PLANS", 2)
     torch.manual_seed(0)
     zero, plain = pair(nn.Linear(2, 2))
     cache = engine_of(zero).plans

@@ -138,7 +138,7 @@ def test_class_is_refused_by_name_when_it_is_not_elementwise(cls: Any):
 def test_other_class_is_refused_unless_the_user_vouches():
     optimizer = Squared([nn.Parameter(torch.ones(2))])
     with pytest.raises(
-        OptimizerError, match=r"test_optim\.Squared is not known to be element-wise.*elementwise_optimizer="
+        OptimizerError, match=r"test_optimizer_guard\.Squared is not known to be element-wise.*elementwise_optimizer="
     ):
         check_optimizer(optimizer, elementwise_optimizer=False)
     check_optimizer(optimizer, elementwise_optimizer=True)

@@ -57,8 +57,8 @@ def test_frozen_and_trained_params_are_kept_apart() -> None:
 
 def test_given_buckets_are_kept() -> None:
     step = toy_step()
-    given = (("layers.2.w", "layers.0.w"), ("layers.1.w",))
-    run_passes(step, [RematerializeViews(), InsertAllGathers(), BucketAllGathers(buckets=given)])
+    given = step.fixed_buckets = (("layers.2.w", "layers.0.w"), ("layers.1.w",))
+    run_passes(step, [RematerializeViews(), InsertAllGathers(), BucketAllGathers()])
     assert {members(start) for start in step.nodes(Role.ALL_GATHER)} == set(given)
 
 

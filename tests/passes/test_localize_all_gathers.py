@@ -7,6 +7,7 @@ from expecttest import assert_expected_inline
 from fxzero.errors import InsideGatherError, PassOrderError
 from fxzero.graph.nodes import Role, is_inside, set_inside, set_wire_format, wire_format
 from fxzero.graph.schedule_text import format_schedule, format_table, totals
+from fxzero.graph.sharding import Sharding
 from fxzero.graph.step import StepGraph
 from fxzero.graph.verify import collectives, verify_graph
 from fxzero.graph.wire import WireFormat
@@ -27,7 +28,7 @@ BEFORE = (RematerializeViews(), InsertAllGathers())
 def shared_step(num_layers: int = 2) -> StepGraph:
     """Eight ranks in two nodes that share the shards."""
     step = toy_step(num_layers)
-    step.num_nodes, step.shards_across = 2, True
+    step.sharding = Sharding.over(8, 2, "shard")
     return step
 
 
@@ -53,7 +54,7 @@ compute     layers.0        2 ops""",  # noqa: E501
     )
     assert "16 KiB across" in format_table(step)
     assert collectives(step)[-2:] == ["all_gather layers.1.w", "all_gather layers.1.w inside"]
-    assert [bucket.shard_nbytes for bucket in step.secondaries().values()] == [16 * 1024 // 4]
+    assert [payload.slice_nbytes for payload in step.secondaries().values()] == [16 * 1024 // 4]
     assert totals(step).across_bytes == totals(step).gathered_across_bytes == 2 * 16 * 1024 // 8
 
 
@@ -65,7 +66,7 @@ def test_a_bucket_that_is_kept_has_no_secondary_shard() -> None:
 
 def test_one_group_and_replicas_are_left_alone() -> None:
     replicas = shared_step()
-    replicas.shards_across = False
+    replicas.sharding = Sharding.over(8, 2)
     for step in (toy_step(), replicas):
         run_passes(step, BEFORE)
         before = str(step.graph)
@@ -78,7 +79,7 @@ def test_a_type_for_the_wire_leaves_a_gather_inside() -> None:
     run_passes(step, default_passes(gather_dtype=torch.bfloat16))
     again = [start for start in step.nodes(Role.ALL_GATHER) if is_inside(start)]
     assert [wire_format(start) for start in again] == [WireFormat(torch.bfloat16)]
-    assert [bucket.dtype for bucket in step.secondaries().values()] == [torch.bfloat16]
+    assert [payload.dtype for payload in step.secondaries().values()] == [torch.bfloat16]
 
 
 def test_order_mistakes_are_refused() -> None:
@@ -107,6 +108,6 @@ def test_a_gather_of_secondary_shards_that_are_not_there_is_refused() -> None:
         verify_graph(step)
     again.kwargs = {}
     set_inside(again)
-    step.shards_across = False
+    step.sharding = Sharding.over(8)
     with pytest.raises(InsideGatherError, match="nodes share no shards"):
         verify_graph(step)

@@ -20,14 +20,14 @@ import fxzero
 from fxzero.errors import PassChangedNumbersError
 from fxzero.graph import ops
 from fxzero.graph.nodes import Role, gathered_params, grad_fqn, grad_of, is_gather, operands, release_of
-from fxzero.graph.step import StepGraph
+from fxzero.graph.sharding import Sharding
+from fxzero.graph.step import Pass, StepGraph
 from fxzero.graph.verify import verify_plan
 from fxzero.passes import (
     InsertAllGathers,
     InsertReduceScatters,
     NarrowAllGathers,
     NarrowReduceScatters,
-    Pass,
     default_passes,
 )
 from fxzero.planner import plan
@@ -53,7 +53,7 @@ def run_checked(
 ) -> StepGraph:
     """The step after all passes, each of which was checked."""
     step = trace(model, **batch).step
-    step.world_size, step.synchronize = world_size, synchronize
+    step.sharding, step.synchronize = Sharding.over(world_size), synchronize
     run_passes(step, passes, observers=[CheckPasses(passes, model, list(batch.values()))])
     verify_plan(step)
     return step
@@ -137,8 +137,9 @@ def test_a_model_without_values_is_checked_with_values_that_are_made_up(
         model, batch = CASES["roberta"].build(), dict.fromkeys(("input_ids", "labels"), torch.zeros(2, 16).long())
     with caplog.at_level(logging.INFO, "fxzero.planning.check_passes"):
         plan(model, batch, world_size=64)
-    (line,) = (record.message for record in caplog.records if record.name == "fxzero.planning.check_passes")
-    assert re.fullmatch(r"FXZERO_CHECK: 13 passes checked in \d+\.\d\d s", line)
+    lines = [record.message for record in caplog.records if record.name == "fxzero.planning.check_passes"]
+    assert len(lines) == 2  # gradients reduced, and kept unsharded under no_sync()
+    assert all(re.fullmatch(r"FXZERO_CHECK: 13 passes checked in \d+\.\d\d s", line) for line in lines)
 
 
 def test_values_that_are_nan_throughout_are_named(caplog: pytest.LogCaptureFixture) -> None:

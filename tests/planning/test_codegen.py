@@ -93,7 +93,7 @@ def _only_deletes(function: ast.FunctionDef, index: int) -> bool:
 def test_parameters_and_views_of_them_are_no_statements(name: str) -> None:
     zero, batch = compiled(name)
     zero(**batch)
-    code = generate(zero.schedule.step)
+    code = zero.schedule.variant.code
     assigned = {
         node.id
         for node in ast.walk(ast.parse(code.source))
@@ -113,7 +113,7 @@ def test_static_values_are_the_same_objects_in_every_step() -> None:
         loss_of(zero(**batch)).backward()
         executable = engine_of(zero).last
         bound = next(iter(executable._functions.values()))["forward"].__globals__
-        tensors = {node.name: bound[node.name] for node in executable.plan.code.static}
+        tensors = {node.name: bound[node.name] for node in executable.form.code.static}
         seen.append(
             {name: (id(value), value.data_ptr()) for name, value in tensors.items() if isinstance(value, Tensor)}
         )
@@ -190,9 +190,9 @@ def through_source(*args: Any, **kwargs: Any) -> Any:
     node = graph.call_function(echo, args, kwargs)
     node.meta[META_KEY] = NodeInfo(Role.COMPUTE)
     graph.output(())
-    step = StepGraph(graph, {}, 1)
+    step = StepGraph(graph, {})
     step.set_output([node], {}, [])
-    code = generate(step)
+    code = generate(step, {})
     names = {**NAMES_IN_SOURCE, **code.operators}
     exec(code.source, names)
     (result,), saved = names["forward"]([], [])

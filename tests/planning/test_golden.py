@@ -130,7 +130,7 @@ def test_interleaved_schedule_has_the_same_collectives_and_says_what_it_copies(n
     assert str(interleaved).splitlines()[0].endswith(f"  interleaved: {format_bytes(copied)} copied")
     step = interleaved.step
     collectives = [step.bucket_of(start) for start in step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER)]
-    assert copied == sum(bucket.nbytes for bucket in collectives)
+    assert copied == sum(bucket.gathered.nbytes for bucket in collectives)
     assert contiguous.totals.interleaved_copy_bytes == 0
     assert str(schedule_of(name, 1, "interleaved")) == str(schedule_of(name, 1))
 

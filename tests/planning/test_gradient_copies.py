@@ -60,7 +60,7 @@ def test_copied_gradient_bytes_are_those_that_the_profiler_sees(name: str) -> No
 
     loss().backward()  # binds what a backward writes to, and clears the padding
     zero.zero_grad()
-    shards = engine_of(zero).shards
+    shards = engine_of(zero).sharded.shards
     assert shards is not None
     storages = {segment.untyped_storage().data_ptr() for segment in shards.grads.segments}
     measured, operators = copied_bytes(loss().backward, storages)

@@ -12,17 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fxzero
-from fxzero.comm.without_ranks import PlanningComm
+from fxzero.comm.gloo import GLOO
 from fxzero.errors import PlanError
 from fxzero.graph.nodes import Role, members
-from fxzero.graph.step import copy_of
-from fxzero.memory.footprint import Footprint, Held, footprint, live_at
+from fxzero.graph.recipe import Recipe
+from fxzero.graph.step import StepGraph
+from fxzero.memory.footprint import Footprint, Held, footprint_of, live_at
 from fxzero.memory.lifetimes import Buffer, MemoryPlan
 from fxzero.models import GPT, GPT_PRESETS
-from fxzero.passes import PrefetchAllGathers, default_passes
-from fxzero.planning.keep_within_budget import Choice, choose, free_bytes, least
+from fxzero.passes import default_passes
 from fxzero.planning.keep_within_budget import _Gap as Gap
 from fxzero.planning.keep_within_budget import _most_bytes as most_bytes
+from fxzero.planning.keep_within_budget import fit_recipe, free_bytes, least
 from fxzero.planning.run_passes import run_passes
 from fxzero.planning.schedule import Schedule
 from tests.helpers.toy_step import toy_step
@@ -70,13 +71,13 @@ def gpt_schedule(budget: int | None, **sizes: Any) -> Schedule:
     with torch.device("meta"):
         model = GPT(dataclasses.replace(GPT_PRESETS["tiny"], num_layers=6))
     ids = torch.zeros(2, 16, dtype=torch.int64)
-    passes = default_passes(**{"bucket_bytes": 50_000, "prefetch_bytes": 60_000, "reduce_bytes": 60_000, **sizes})
+    recipe = Recipe(**{"bucket_bytes": 50_000, "prefetch_bytes": 60_000, "reduce_bytes": 60_000, **sizes})
     batch = {"input_ids": ids, "labels": ids}
-    return fxzero.planner.plan(model, batch, world_size=2, passes=passes, memory_budget=budget)
+    return fxzero.planner.plan(model, batch, world_size=2, recipe=recipe, memory_budget=budget)
 
 
 def kept_bytes(schedule: Schedule) -> int:
-    return sum(schedule.step.bucket(fqns).nbytes for fqns in schedule.step.kept)
+    return sum(schedule.step.bucket(fqns).gathered.nbytes for fqns in schedule.step.kept)
 
 
 def test_more_budget_keeps_more_and_never_needs_more_than_it() -> None:
@@ -95,17 +96,20 @@ def test_more_budget_keeps_more_and_never_needs_more_than_it() -> None:
     assert len(buckets) == len({*buckets}) == resident[-1] > resident[0]
 
 
+def planned(captured: StepGraph, recipe: Recipe) -> StepGraph:
+    step = captured.under(recipe)
+    run_passes(step, default_passes(recipe))
+    return step
+
+
 def test_a_budget_just_below_the_default_plan_prefetches_less() -> None:
-    captured, comm = toy_step(num_layers=6, world_size=2), PlanningComm(0, 2)
-    passes = default_passes(bucket_bytes=2**14, prefetch_bytes=2**17, reduce_bytes=2**17)
-    lean = copy_of(captured)
-    run_passes(lean, passes)
-    needed = footprint(lean, comm, Held(), accumulate=True).planned_peak_bytes
-    assert not choose(captured, passes, comm, lambda step: Held(), needed).is_tight
-    choice = choose(captured, passes, comm, lambda step: Held(), needed - 1)
-    assert choice.is_tight
-    run_passes(captured, choice.passes(passes))
-    assert footprint(captured, comm, Held(), accumulate=True).planned_peak_bytes < needed
+    captured = toy_step(num_layers=6, world_size=2)
+    recipe = Recipe(bucket_bytes=2**14, prefetch_bytes=2**17, reduce_bytes=2**17)
+    needed = footprint_of(planned(captured, recipe), GLOO, Held()).planned_peak_bytes
+    assert not fit_recipe(captured, recipe, GLOO, lambda step: Held(), needed).is_tight
+    chosen = fit_recipe(captured, recipe, GLOO, lambda step: Held(), needed - 1)
+    assert chosen.is_tight
+    assert footprint_of(planned(captured, chosen), GLOO, Held()).planned_peak_bytes < needed
 
 
 def test_a_budget_that_nothing_fits_is_refused_with_what_is_needed() -> None:
@@ -116,31 +120,28 @@ def test_a_budget_that_nothing_fits_is_refused_with_what_is_needed() -> None:
 
 
 def test_nothing_is_kept_where_the_shard_is_the_bucket() -> None:
-    choice = choose(toy_step(world_size=1), default_passes(), PlanningComm(0, 1), lambda step: Held(), 2**30)
-    assert choice == Choice(kept=())
+    chosen = fit_recipe(toy_step(world_size=1), Recipe(), GLOO, lambda step: Held(), 2**30)
+    assert chosen == Recipe(kept=(), recompute_level=0)
 
 
 def test_a_bucket_with_a_gap_below_the_peak_costs_nothing() -> None:
-    captured, comm = toy_step(num_layers=6, world_size=2), PlanningComm(0, 2)
-    passes = [p for p in default_passes(bucket_bytes=2**14, reduce_bytes=0) if not isinstance(p, PrefetchAllGathers)]
-    lean, free = copy_of(captured), copy_of(captured)
-    run_passes(lean, passes)
-    needed = footprint(lean, comm, Held(), accumulate=True)
-    choice = choose(captured, passes, comm, lambda step: Held(), needed.planned_peak_bytes)
-    assert choice.kept
-    assert not choice.is_tight
-    run_passes(free, choice.passes(passes))
-    after = footprint(free, comm, Held(), accumulate=True)
+    captured = toy_step(num_layers=6, world_size=2)
+    recipe = Recipe(bucket_bytes=2**14, reduce_bytes=0, without=("prefetch",))
+    needed = footprint_of(planned(captured, recipe), GLOO, Held())
+    chosen = fit_recipe(captured, recipe, GLOO, lambda step: Held(), needed.planned_peak_bytes)
+    assert chosen.kept
+    assert not chosen.is_tight
+    after = footprint_of(planned(captured, chosen), GLOO, Held())
     assert after.planned_peak_bytes == needed.planned_peak_bytes
 
 
 def test_ranks_do_what_the_one_does_that_keeps_the_fewest_bytes() -> None:
     a, b = ("a",), ("b", "c")
-    choices = [Choice((a, b), (a,)), Choice((b,), (b,)), Choice((b,), (), True)]
-    choices.append(Choice((a, b), (), recompute_level=3))
-    assert least(choices, {a: 10, b: 5}) == Choice((b,), (), True, 3)
-    choices.append(Choice())
-    assert [Choice.of_lines(each.lines()) for each in choices] == choices
+    recipes = [Recipe(kept=(a, b), resident=(a,)), Recipe(kept=(b,), resident=(b,)), Recipe(kept=(b,), is_tight=True)]
+    recipes.append(Recipe(kept=(a, b), recompute_level=3))
+    assert least(recipes, {a: 10, b: 5}) == Recipe(kept=(b,), is_tight=True, recompute_level=3)
+    recipes.append(Recipe())
+    assert [Recipe.from_json(each.to_json()) for each in recipes] == recipes
 
 
 def test_free_memory_is_shared_by_the_ranks_of_a_machine() -> None:

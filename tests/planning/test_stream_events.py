@@ -17,12 +17,13 @@ from torch import fx
 from fxzero.comm.nccl import NcclComm
 from fxzero.errors import ScheduleError
 from fxzero.graph.aliasing import is_view
-from fxzero.graph.layout import Bucket, ParamSpec
 from fxzero.graph.nodes import Role, is_gather, members, role, started_by
 from fxzero.graph.step import StepGraph
 from fxzero.passes import default_passes
 from fxzero.planning.run_passes import run_passes
-from fxzero.planning.stream_events import BEGIN, CudaStreams, EventEdge, Queue, plan_events, queues_of, requirements
+from fxzero.planning.stream_events import BEGIN, EventEdge, Queue, plan_events, queues_of, requirements
+from fxzero.runtime.cuda_streams import CudaStreams
+from tests.helpers.payloads import one_payload
 from tests.helpers.toy_step import toy_step
 
 
@@ -247,9 +248,9 @@ def test_real_streams_order_compute_and_collectives() -> None:
         group = dist.group.WORLD
         assert group is not None
         comm = NcclComm(group)
-        bucket = Bucket((ParamSpec("w", (1 << 20,), torch.float32, True),), 1)
-        shard, full, copy = (torch.zeros(bucket.numel, device=device) for _ in range(3))
-        start, wait = comm.bind_gather(bucket, shard, full)
+        payload = one_payload(1, 1 << 20)
+        shard, full, copy = (torch.zeros(payload.numel, device=device) for _ in range(3))
+        start, wait = comm.bind_gather(payload, shard, full)
         assert start is not None and wait is not None
         queues = [Queue("compute", (0, 2)), Queue("communication", (1,))]
         streams = CudaStreams(queues, plan_events(queues, [(0, 1), (1, 2)]), torch.cuda, device)

@@ -11,9 +11,12 @@ from torch import nn
 
 import fxzero
 from fxzero.comm.base import Comm, LocalComm
+from fxzero.comm.gloo import GLOO
 from fxzero.comm.without_ranks import PlanningComm
-from fxzero.graph.layout import Bucket, ParamSpec, make_bucket
+from fxzero.graph.layout import ParamSpec, make_bucket
+from fxzero.graph.recipe import Recipe
 from fxzero.graph.schedule_text import format_schedule
+from fxzero.graph.sharding import Sharding
 from fxzero.graph.step import StepGraph
 from fxzero.memory.lifetimes import Buffer
 from fxzero.passes import default_passes
@@ -24,6 +27,7 @@ from fxzero.reference.tensor_lists import with_tensor_lists
 from fxzero.reference.transient import TransientMemory
 from fxzero.testing import engine_of
 from tests.helpers.pairs import Net, assert_same, both, pair, points, sgd
+from tests.helpers.payloads import one_payload
 from tests.helpers.toy_step import toy_step
 
 
@@ -61,8 +65,8 @@ def test_what_contradicts_other_options_is_refused(options: dict[str, Any], mess
 def test_what_is_no_pass_goes_with_a_list_of_passes() -> None:
     passes = default_passes(bucket_bytes=1)
     zero, _ = pair(without=["layout", "flat_collectives", "persistent_buffers", "fused_norm"], passes=passes)
-    assert engine_of(zero).options.passes == passes
-    assert engine_of(zero).options.layout == "interleaved"
+    assert engine_of(zero).sharded.passes == passes
+    assert engine_of(zero).sharded.recipe.layout == "interleaved"
 
 
 @pytest.mark.parametrize("memory_budget", [None, 2**30])
@@ -82,9 +86,9 @@ def test_training_alone_is_that_of_the_plain_model(memory_budget: int | None) ->
 
 
 def _scheduled(*without: Optimization) -> StepGraph:
-    step = toy_step(num_layers=2)
-    step.without = without
-    run_passes(step, ablation.passes_without(without, default_passes(bucket_bytes=1)))
+    recipe = ablation.recipe_without(without, Recipe(bucket_bytes=1))
+    step = toy_step(num_layers=2).under(recipe)
+    run_passes(step, default_passes(recipe))
     return step
 
 
@@ -145,8 +149,8 @@ wait_reduce     layers.0.w""",
 def test_nothing_else_is_taken_out_of_the_passes() -> None:
     passes = default_passes()
     unscheduled: tuple[Optimization, ...] = ("layout", "flat_collectives", "persistent_buffers", "fused_norm")
-    assert ablation.passes_without(unscheduled, passes) == passes
-    assert len(ablation.passes_without(("overlap",), passes)) == len(passes) - 2
+    assert default_passes(ablation.recipe_without(unscheduled, Recipe())) == passes
+    assert len(default_passes(ablation.recipe_without(("overlap",), Recipe()))) == len(passes) - 2
 
 
 # -- collectives of lists ----------------------------------------------------------------------------------------
@@ -155,10 +159,10 @@ def test_nothing_else_is_taken_out_of_the_passes() -> None:
 def test_lists_are_for_ranks_that_communicate() -> None:
     alone = LocalComm()
     assert with_tensor_lists(alone) is alone
-    lists = with_tensor_lists(PlanningComm(1, 4))
-    bucket = Bucket((ParamSpec("w", (1000,), torch.float32, True),), 4)
-    assert lists.reduce_scratch_numel(bucket) == bucket.shard_numel
-    assert lists.reduce_scratch_numel(bucket, accumulate=False) == 0
+    lists = with_tensor_lists(PlanningComm(1, Sharding.over(4), GLOO))
+    payload = one_payload(4, 1000)
+    assert lists.reduce_scratch_numel(payload) == payload.slice_numel
+    assert lists.reduce_scratch_numel(payload, accumulate=False) == 0
 
     class Other(LocalComm):
         pass
@@ -168,7 +172,7 @@ def test_lists_are_for_ranks_that_communicate() -> None:
 
 
 def test_comm_is_another_one_only_without_flat_collectives() -> None:
-    comm: Comm = PlanningComm(0, 2)
+    comm: Comm = PlanningComm(0, Sharding.over(2), GLOO)
     assert ablation.comm_without(("overlap", "persistent_buffers"), comm) is comm
     assert ablation.comm_without(("flat_collectives",), comm) is not comm
 
@@ -220,9 +224,9 @@ def test_temporaries_have_no_places_without_persistent_buffers() -> None:
 
 
 def test_buckets_of_one_parameter_have_nothing_to_interleave() -> None:
-    assert ablation.layout_without(("layout",), "contiguous") == "interleaved"
-    assert ablation.layout_without(("buckets", "layout"), "contiguous") == "contiguous"
-    assert ablation.layout_without(("buckets",), "interleaved") == "interleaved"
+    assert ablation.recipe_without(("layout",), Recipe()).layout == "interleaved"
+    assert ablation.recipe_without(("buckets", "layout"), Recipe()).layout == "contiguous"
+    assert ablation.recipe_without(("buckets",), Recipe(layout="interleaved")).layout == "interleaved"
     for shape in (1000,), (7, 3), (1,), (64, 64):
         params = [ParamSpec("w", shape, torch.float32, True)]
         one, other = (make_bucket(params, 4, layout) for layout in ("contiguous", "interleaved"))

@@ -15,17 +15,18 @@ import pytest
 import torch
 from torch import fx
 
-from fxzero.comm.without_ranks import PlanningComm, ShardedPlanningComm
+from fxzero.comm.nccl import NCCL
 from fxzero.graph.layout import LayoutName
 from fxzero.graph.nodes import Role, first_write, is_gather, is_inside, operands, role, started_by, wire_format
+from fxzero.graph.sharding import Sharding
 from fxzero.graph.step import StepGraph
-from fxzero.graph.variant import Stash, Variant
-from fxzero.memory.arena_plan import Placed, plan_arena
+from fxzero.memory.activations import activations_of
+from fxzero.memory.arena_plan import Placed, plan_arenas
 from fxzero.passes import default_passes
 from fxzero.planning.codegen import generate
 from fxzero.planning.run_passes import run_passes
-from fxzero.planning.stream_events import readers_of
-from fxzero.runtime.cuda_streams import Events, plan_cuda_events
+from fxzero.planning.stream_events import plan_stream_events, readers_of
+from fxzero.runtime.cuda_streams import Events, bind_events
 from tests.helpers.toy_step import toy_step
 
 COMPUTE, COMMUNICATION = "compute", "communication"
@@ -124,7 +125,7 @@ class Simulation:
                     operation = self.clocks.tick(COMPUTE)
                     self.touch(operation, "staging", started_by(node), writes=False, node=node)
                     self.touch(operation, "gather", started_by(node), writes=True, node=node)
-                    if self.step.bucket_of(node).dtype is not torch.float32:
+                    if self.step.payload_of(node).dtype is not torch.float32:
                         self.touch(operation, "quantize", started_by(node), writes=True, node=node)
                 if not is_gather(node) and (self.accumulate or wire_format(node) is not None):
                     operation = self.clocks.tick(COMPUTE)
@@ -192,17 +193,17 @@ def simulate(
         num_nodes: that share the shards, if there are several.
     """
     step = toy_step(num_layers=6, world_size=4, frozen=frozen)
-    step.num_nodes, step.shards_across = num_nodes, num_nodes > 1
+    step.sharding = Sharding.over(4, num_nodes, "shard")
     step.layout = layout
     step.params = {fqn: replace(param, dtype=param_dtype) for fqn, param in step.params.items()}
     run_passes(step, default_passes(bucket_bytes=2**14, prefetch_bytes=2**15, reduce_bytes=2**15, **(dtypes or {})))
     for index, start in enumerate(step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER)):
         if index % narrowed:
             start.kwargs = {}
-    comm = ShardedPlanningComm(0, 4, "cuda", num_nodes=num_nodes) if num_nodes > 1 else PlanningComm(0, 4, "cuda")
-    _, placed = plan_arena(step, comm, Variant(accumulate, Stash.NONE))
+    placed = plan_arenas(step, NCCL, activations_of(step))[accumulate].placed
     clocks = Clocks()
-    events = plan_cuda_events(step, placed, clocks.cuda(), None, accumulate=accumulate)
+    planned = plan_stream_events(step, placed, accumulate=accumulate)
+    events = bind_events(step, planned, clocks.cuda(), None)
     if drop is not None:
         drop(events)
     simulation = Simulation(step, placed, events, clocks, accumulate)
@@ -276,7 +277,7 @@ def test_collective_that_does_not_wait_for_its_copies_is_noticed(options: dict[s
 
 def test_code_records_each_event_after_its_node() -> None:
     simulation = simulate(False)
-    code = generate(simulation.step, simulation.events.recorded, record_begin=True)
+    code = generate(simulation.step, {}, simulation.events.recorded, record_begin=True)
     calls = [
         node.value.func.id
         for function in ast.parse(code.source).body

@@ -23,11 +23,11 @@ def buckets(draw: st.DrawFn) -> InterleavedBucket:
 
 def values(bucket: InterleavedBucket) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
     """Parameters; the bucket that holds them, zeros between; the shards of all ranks, cut one by one, zeros between."""
-    params = {param.fqn: torch.randn(param.shape).to(bucket.dtype) for param in bucket.params}
-    full = torch.zeros(bucket.numel, dtype=bucket.dtype)
+    params = {param.fqn: torch.randn(param.shape).to(bucket.dtypes.shard) for param in bucket.params}
+    full = torch.zeros(bucket.numel, dtype=bucket.dtypes.shard)
     for fqn, view in unflatten(bucket, full).items():
         view.copy_(params[fqn])
-    shards = torch.zeros(bucket.world_size, bucket.shard_numel, dtype=bucket.dtype)
+    shards = torch.zeros(bucket.shard_ranks, bucket.shard_numel, dtype=bucket.dtypes.shard)
     for rank, shard in enumerate(shards):
         for param in bucket.params:
             part = bucket.slice_of(param, rank)
@@ -39,7 +39,7 @@ def values(bucket: InterleavedBucket) -> tuple[dict[str, torch.Tensor], torch.Te
 @settings(max_examples=200, deadline=None)
 def test_gathered_shards_are_copied_out_to_the_parameters(bucket: InterleavedBucket) -> None:
     params, _, staging = values(bucket)
-    full = torch.full((bucket.numel,), torch.nan, dtype=bucket.dtype)
+    full = torch.full((bucket.numel,), torch.nan, dtype=bucket.dtypes.shard)
     copy_out(bucket, staging, full)()
     for fqn, view in unflatten(bucket, full).items():
         assert torch.equal(view, params[fqn])
@@ -49,6 +49,6 @@ def test_gathered_shards_are_copied_out_to_the_parameters(bucket: InterleavedBuc
 @settings(max_examples=200, deadline=None)
 def test_gradients_are_copied_in_between_zeros_whatever_was_there(bucket: InterleavedBucket) -> None:
     _, full, expected = values(bucket)
-    staging = torch.full((bucket.numel,), torch.nan, dtype=bucket.dtype)
+    staging = torch.full((bucket.numel,), torch.nan, dtype=bucket.dtypes.shard)
     copy_in(bucket, full, staging)()
     assert torch.equal(staging, expected)

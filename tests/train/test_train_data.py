@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from fxzero.commands.errors import CommandError
+from fxzero.commands.world import World
 from fxzero.train.batches import IGNORED, Batches, Windows, generator_of, mask_tokens
 from fxzero.train.corpus import Document, num_chars, read_corpus, split, stdlib_files
-from fxzero.train.options import TrainError, TrainOptions
+from fxzero.train.options import TrainOptions
 from fxzero.train.text import read_text
 from fxzero.train.tokenizer import BOS_ID, EOS_ID, MASK_ID, SPECIAL_TOKENS, encode, train_tokenizer
-from fxzero.train.world import World
 
 ALONE = World(rank=0, size=1, local_size=1, device=torch.device("cpu"))
 
@@ -55,7 +56,7 @@ def test_a_folder_is_read_without_hidden_and_binary_files(tmp_path: Path) -> Non
 
 def test_data_without_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\x00\xff\xfe")
-    with pytest.raises(TrainError, match="has no text: no file in it is non-empty UTF-8"):
+    with pytest.raises(CommandError, match="has no text: no file in it is non-empty UTF-8"):
         read_corpus(tmp_path)
 
 
@@ -135,7 +136,7 @@ def test_causal_labels_are_the_inputs() -> None:
 
 def test_a_text_that_is_too_short_is_refused_with_numbers() -> None:
     windows = Windows(torch.arange(100), seq=33, seed=0)
-    with pytest.raises(TrainError, match="held-out text has 100 tokens, which is 2 sequences of 33; 4 are needed"):
+    with pytest.raises(CommandError, match="held-out text has 100 tokens, which is 2 sequences of 33; 4 are needed"):
         windows.require(4, "held-out")
 
 

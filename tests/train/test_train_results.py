@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fxzero import models
+from fxzero.commands.errors import CommandError
 from fxzero.train.export import TensorSpec, save_stream, tied_names
 from fxzero.train.models import config_of
-from fxzero.train.options import TrainError, TrainOptions, learning_rate
+from fxzero.train.options import TrainOptions, learning_rate
 from fxzero.train.report import HeldOutMetrics, Metrics, StepMetrics, draw_loss, format_summary, shorten, smoothed
 
 TENSORS = {
@@ -126,22 +127,24 @@ def test_a_long_schedule_is_shortened_in_the_middle() -> None:
     ],
 )
 def test_options_without_meaning_are_refused(options: TrainOptions, message: str) -> None:
-    with pytest.raises(TrainError) as error:
+    with pytest.raises(CommandError) as error:
         options.validate()
     assert str(error.value) == message
 
 
 def test_presets_and_lengths_that_a_model_has_not_are_refused() -> None:
-    with pytest.raises(TrainError, match="--preset nano is not known for gpt; choose one of: micro, tiny, mini, small"):
+    with pytest.raises(
+        CommandError, match="--preset nano is not known for gpt; choose one of: micro, tiny, mini, small"
+    ):
         config_of("gpt", "nano", 16)
-    with pytest.raises(TrainError, match="--seq 129 is more than roberta mini has positions for; at most 128"):
+    with pytest.raises(CommandError, match="--seq 129 is more than roberta mini has positions for; at most 128"):
         config_of("roberta", "mini", 129)
 
 
 def test_files_that_are_not_there_or_there_already_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(TrainError, match=r"--data .*nothing does not exist"):
+    with pytest.raises(CommandError, match=r"--data .*nothing does not exist"):
         TrainOptions(data=tmp_path / "nothing").check_files()
     (tmp_path / "results").write_text("")
-    with pytest.raises(TrainError, match=r"--out .* exists already and is not empty"):
+    with pytest.raises(CommandError, match=r"--out .* exists already and is not empty"):
         TrainOptions(out=tmp_path).check_files()
     TrainOptions(data=tmp_path / "results", out=tmp_path / "new").check_files()

@@ -15,9 +15,12 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from fxzero.train.options import TrainError
+from fxzero.commands.errors import CommandError
 
 T = TypeVar("T")
+
+DEVICES = ("auto", "cpu", "cuda")
+"""What `joined` can be asked for."""
 
 TIMEOUT_SECONDS = 600
 """How long a rank waits for the others."""
@@ -39,7 +42,7 @@ class World:
         return self.rank == 0
 
     def share(self, make: Callable[[], T]) -> T:
-        """What rank 0 makes, on every rank; where that raises a TrainError, every rank raises it.
+        """What rank 0 makes, on every rank; where that raises a CommandError, every rank raises it.
 
         Numbers and strings only: what is large goes through `share_tensor`.
         """
@@ -47,12 +50,12 @@ class World:
         if self.is_main:
             try:
                 box[0] = make()
-            except TrainError as error:
+            except CommandError as error:
                 box[1] = str(error)
         if self.size > 1:
             dist.broadcast_object_list(box, src=0, device=self.device)
         if box[1] is not None:
-            raise TrainError(box[1])
+            raise CommandError(box[1])
         return box[0]  # pyright: ignore[reportReturnType]
 
     def share_tensor(self, tensor: torch.Tensor | None, length: int) -> torch.Tensor:
@@ -109,5 +112,5 @@ def _choose_device(device: str, local_rank: int, local_size: int) -> torch.devic
     if device == "cpu":
         return torch.device("cpu")
     if torch.cuda.device_count() < local_size:
-        raise TrainError(f"--device cuda: {local_size} ranks on a machine with {torch.cuda.device_count()} GPUs.")
+        raise CommandError(f"--device cuda: {local_size} ranks on a machine with {torch.cuda.device_count()} GPUs.")
     return torch.device("cuda", local_rank)

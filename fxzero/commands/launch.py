@@ -8,8 +8,7 @@ import sys
 import tempfile
 import uuid
 
-TRAIN_ERROR_STATUS = 2
-"""How a rank ends after a TrainError, which it has printed."""
+from fxzero.commands.errors import ERROR_STATUS
 
 GRACE_SECONDS = 600
 """How long ranks that are asked to stop may take to evaluate and to write what they have."""
@@ -43,7 +42,7 @@ def launch(nproc: int, arguments: list[str]) -> int:
             elastic_launch(config, sys.executable)("-m", "fxzero", *arguments)
         except ChildFailedError as error:
             rank, first = error.get_first_failure()
-            if first.exitcode != TRAIN_ERROR_STATUS:
+            if first.exitcode != ERROR_STATUS:
                 how = f"was killed by signal {-first.exitcode}" if first.exitcode < 0 else "failed"
                 print(f"fxzero {arguments[0]}: rank {rank} {how}; the others were stopped.", file=sys.stderr)
             return max(1, first.exitcode)

@@ -1,0 +1,26 @@
+"""How a command ends when the user has to change something."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from fxzero.errors import MissingExtraError
+
+ERROR_STATUS = 2
+"""The exit status after `report`."""
+
+
+class CommandError(Exception):
+    """The command cannot go on for a reason that is the user's to change; the message says which and how."""
+
+
+def report(command: str, error: CommandError | MissingExtraError) -> int:
+    """Print an error on the first rank of each machine.
+
+    Returns:
+        The exit status of the command.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"fxzero {command}: {error}", file=sys.stderr, flush=True)
+    return ERROR_STATUS

@@ -1,0 +1,106 @@
+"""The recipe of a model's plans: all that is chosen about them, in one value.
+
+options -> sizes and order from costs -> what stays gathered under a memory budget -> the buckets of the layout
+           (each step maps a Recipe to a Recipe, the same on all ranks)        -> default_passes(recipe) -> passes
+
+Nothing else carries a decision from one place to another: no list of passes is searched or patched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from fxzero.graph.layout import LayoutName, check_layout
+from fxzero.graph.wire import check_gather_dtype, check_reduce_dtype
+
+MIB = 2**20
+Fqns: TypeAlias = tuple[str, ...]
+"""The members of a bucket."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that is chosen about the plans of one model."""
+
+    layout: LayoutName = "contiguous"
+    """How a bucket is cut into shards."""
+    bucket_bytes: int = 16 * MIB
+    """Upper bound on the parameter bytes of one bucket; a larger parameter is a bucket of its own."""
+    head_bytes: int | None = None
+    """Upper bound for the first bucket, if it is to be smaller; each later one may be twice as large."""
+    buckets: tuple[Fqns, ...] | None = None
+    """The members of each bucket, once the layout is fixed."""
+    max_kept_bytes: int | None = 0
+    """Upper bound on the bytes that stay gathered from forward to backward: 0 gathers all again (ZeRO stage 3), None
+    keeps all (the residency of stage 2)."""
+    kept: tuple[Fqns, ...] | None = None
+    """The buckets that stay gathered from forward to backward, if they are chosen one by one."""
+    resident: tuple[Fqns, ...] = ()
+    """The buckets that stay gathered even longer, until the shards change."""
+    prefetch_bytes: int = 48 * MIB
+    """Upper bound on gathered bytes in flight."""
+    reduce_bytes: int = 48 * MIB
+    """Upper bound on the bytes of gradient buckets in flight."""
+    is_tight: bool = False
+    """No gather starts further than one ahead, and one reduction is in flight, whatever the two bounds above say."""
+    later: tuple[tuple[Fqns, Fqns], ...] = ()
+    """Pairs of buckets: the reduction of the first starts right behind the gather of the second (`GathersFirst`)."""
+    recompute: Literal["none", "full"] | int = "none"
+    """What backward computes again: nothing, whole repeated blocks, or what an upper bound on saved bytes asks for."""
+    recompute_level: int | None = None
+    """How far that goes, if it is chosen already (`RecomputeActivations.level_for`)."""
+    gather_dtype: torch.dtype | None = None
+    """The type in which parameters travel, if it is to be narrower than they are."""
+    reduce_dtype: torch.dtype | None = None
+    """The type in which gradients travel, if it is to be narrower than they are."""
+    without: tuple[str, ...] = ()
+    """Optimizations that are left out, to measure what they are worth (`reference/ablation.py`)."""
+
+    def __post_init__(self) -> None:
+        check_layout(self.layout)
+        check_recompute(self.recompute)
+        if self.gather_dtype is not None:
+            check_gather_dtype(self.gather_dtype)
+        if self.reduce_dtype is not None:
+            check_reduce_dtype(self.reduce_dtype)
+
+    @property
+    def is_persistent(self) -> bool:
+        """False if buffers are allocated at each use, in place of one arena."""
+        return "persistent_buffers" not in self.without
+
+    def to_json(self) -> str:
+        """The recipe as one line of JSON; equal recipes give equal lines."""
+        fields = dataclasses.asdict(self)
+        for name in ("gather_dtype", "reduce_dtype"):
+            fields[name] = None if fields[name] is None else str(fields[name]).removeprefix("torch.")
+        return json.dumps(fields, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, line: str) -> Recipe:
+        """The inverse of `to_json`."""
+        fields: dict[str, Any] = {name: _tuples(value) for name, value in json.loads(line).items()}
+        for name in ("gather_dtype", "reduce_dtype"):
+            fields[name] = None if fields[name] is None else getattr(torch, fields[name])
+        return cls(**fields)
+
+
+def check_recompute(recompute: object) -> None:
+    """Refuse what says nothing about recomputation.
+
+    Raises:
+        ValueError: names what does.
+    """
+    is_bytes = isinstance(recompute, int) and not isinstance(recompute, bool) and recompute >= 0
+    if not is_bytes and recompute not in ("none", "full"):
+        raise ValueError(f'recompute is {recompute!r}; it must be "none", "full" or a number of bytes')
+
+
+def _tuples(value: Any) -> Any:
+    """Lists of JSON as the tuples that they were."""
+    return tuple(_tuples(each) for each in value) if isinstance(value, list) else value

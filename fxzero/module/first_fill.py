@@ -1,0 +1,110 @@
+"""Fix the layout of a model: decide which rank owns what, on all ranks alike, and move its parameters into shards."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from fxzero import torch_internals
+from fxzero.comm import agree
+from fxzero.comm.groups import Hierarchy
+from fxzero.comm.without_ranks import PlanningComm
+from fxzero.errors import FxzeroError
+from fxzero.graph.layout import Layout
+from fxzero.module.initialize import check_meta_model, initialize, rng_state
+from fxzero.module.optimizer_state import cut_state, param_shards
+from fxzero.module.sharded_model import ShardedModel
+from fxzero.planning.agreed_text import describe_layout
+from fxzero.planning.fix_layout import layout_in_registration_order
+from fxzero.runtime.shards import Shards, install, shard_full_params
+
+
+def fix_layout(
+    sharded: ShardedModel, layout: Layout, order: Sequence[str] = (), loaded: AbstractSet[str] = frozenset()
+) -> None:
+    """Let a model have these buckets: make the storage for its shards, and fill it; a collective.
+
+    Args:
+        order: the collectives of the first plan, which ranks compare as well.
+        loaded: names of parameters and buffers that a checkpoint is about to fill.
+
+    Raises:
+        RankMismatchError: ranks have different layouts or options.
+    """
+    if sharded.group is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise FxzeroError(
+            "torch.distributed was initialised after fxzero.compile, which took this rank for the only one. Call "
+            "init_process_group() first."
+        )
+    lines = describe_layout(layout, sharded.agreed) + [f"collective {line}" for line in order]
+    lines += [f"mesh: {sharded.group}"] if isinstance(sharded.group, Hierarchy) else []
+    agree.agree(sharded.group, "layout", lines, timeout=sharded.timeout)
+    with torch.inference_mode(False):  # shards made in it could not be trained
+        shards = Shards(layout, sharded.comm.rank, sharded.devices.shards)
+        _fill(sharded, shards, loaded)
+        sharded.hold(shards)
+
+
+def fix_layout_without_trace(sharded: ShardedModel, loaded: AbstractSet[str] = frozenset()) -> None:
+    """Fix the layout in registration order, if it is not fixed yet."""
+    sharded.adopt_replaced_data()
+    if sharded.shards is None:
+        params = sharded.params
+        now = [replace(spec, requires_grad=params[spec.fqn].requires_grad) for spec in sharded.specs.values()]
+        layout = layout_in_registration_order(now, sharded.comm.sharding, sharded.recipe, sharded.passes)
+        fix_layout(sharded, layout, loaded=loaded)
+
+
+def _fill(sharded: ShardedModel, shards: Shards, loaded: AbstractSet[str]) -> None:
+    """Move the model's parameters into their shards, initialising those on meta; rank 0's values win.
+
+    Args:
+        loaded: names that a checkpoint is about to fill: they get shards and buffers, but no values.
+    """
+    with_grad = [fqn for fqn, param in sharded.params.items() if param.grad is not None]
+    if with_grad:
+        warnings.warn(
+            f"{with_grad[0]} and {len(with_grad) - 1} more parameters have gradients from before they were sharded, "
+            "which are dropped. Step or zero them before the first call.",
+            stacklevel=2,
+        )
+    if any(tensor.is_meta for tensor in [*sharded.params.values(), *sharded.model.buffers()]):
+        check_meta_model(sharded.model, sharded.init_fn, loaded)
+        initialize(
+            sharded.model,
+            device=shards.device,
+            init_fn=sharded.init_fn,
+            store=shards.store,
+            skip=loaded,
+            generator_state=_rng_state_of_rank0(sharded),
+        )
+    for optimizer in sharded.optimizers:
+        cut_state(optimizer, param_shards(sharded.params, shards))
+    shard_full_params(shards, sharded.params, sharded.comm, sync_init=sharded.sync_init)
+    for module in sharded.model.modules():
+        torch_internals.forget_flat_weights(module)
+    for fqn, param in sharded.params.items():
+        if param.is_meta:
+            install(fqn, param, shards.param_view(fqn))
+    for fqn, buffer in sharded.named_buffers():
+        if buffer.is_meta:
+            assert fqn in loaded, fqn
+            sharded.set_buffer(fqn, torch.empty_like(buffer, device=shards.device))
+        elif buffer.device != shards.device:
+            sharded.set_buffer(fqn, buffer.to(shards.device))
+    if sharded.sync_init:
+        for _, buffer in sharded.named_buffers():
+            sharded.comm.broadcast_from_rank0(buffer)
+
+
+def _rng_state_of_rank0(sharded: ShardedModel) -> torch.Tensor:
+    state = rng_state(sharded.devices.compute).to(sharded.devices.compute)
+    if isinstance(sharded.comm, PlanningComm):
+        return state.cpu()
+    sharded.comm.broadcast_from_rank0(state)
+    return state.cpu()

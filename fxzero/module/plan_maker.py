@@ -1,0 +1,162 @@
+"""From a call of a new kind to a plan bound to this rank: trace, choose, plan, fix the layout, agree, bind."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from fxzero import torch_internals
+from fxzero.capture import Captured, capture
+from fxzero.comm import agree
+from fxzero.errors import CaptureError
+from fxzero.host.allocator import give_back_freed_memory
+from fxzero.module.budget_round import BudgetRound
+from fxzero.module.call_kind import Pattern, Signature
+from fxzero.module.collective_orders import Mode, Orders, order_of
+from fxzero.module.first_fill import fix_layout
+from fxzero.module.sharded_model import ShardedModel
+from fxzero.module.tuning_rounds import TuningRounds
+from fxzero.planning.check_passes import pass_checks
+from fxzero.planning.fix_layout import layout_of, warn_if_out_of_order
+from fxzero.planning.plan import make_plan
+from fxzero.runtime.binding import Binder
+from fxzero.runtime.executable import BoundPlan
+
+
+@dataclass
+class PlanMaker:
+    """Makes the plans of one model. Ranks make the first ones of each mode together."""
+
+    sharded: ShardedModel
+    tuning: TuningRounds
+    budget: BudgetRound
+    binder: type[Binder] = Binder
+    """Binds the variants of a plan."""
+    num_made: int = 0
+
+    def __post_init__(self) -> None:
+        self._forget_orders()
+
+    def _forget_orders(self) -> None:
+        sharded = self.sharded
+        self._orders = Orders(sharded.group, sharded.comm.rank, sharded.timeout)
+
+    def tune_again(self) -> bool:
+        """Choose order and prefetching from measured costs; a collective. True if plans are to be made again."""
+        is_changed = self.tuning.choose_again(self.sharded)
+        if is_changed:
+            self._forget_orders()
+        return is_changed
+
+    def make(
+        self, signature: Signature, pattern: Pattern | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[BoundPlan, Pattern, bool]:
+        """The plan for a kind of call.
+
+        Args:
+            pattern: which outputs receive a gradient; None: that is to be guessed.
+
+        Returns:
+            The plan, its pattern, and whether plans that were made before it must be dropped.
+        """
+        self.sharded.look_at_modules()
+        if torch_internals.in_function_transform():
+            raise CaptureError("A compiled module cannot be called inside torch.func transforms. Use loss.backward().")
+        with torch.inference_mode(False), torch_internals.outside_of_autograd_modes():
+            made = self._make(signature, pattern, args, kwargs)
+        give_back_freed_memory()
+        self.num_made += 1
+        return made
+
+    def _make(
+        self, signature: Signature, pattern: Pattern | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[BoundPlan, Pattern, bool]:
+        sharded = self.sharded
+        needs_grad = any(signature.trained) or any(leaf.requires_grad for leaf in signature.tensor_leaves)
+        kind = (signature.grad and needs_grad, signature.trained)
+        fixes_layout = sharded.shards is None
+        others_wait = fixes_layout or self._orders.expects_agreement(*kind)
+        topic = "layout" if fixes_layout else "mode"
+        reporting = partial(agree.reporting_failure, sharded.group, topic) if others_wait else nullcontext
+        with reporting():
+            captured = self._capture(signature, pattern, args, kwargs, with_backward=kind[0])
+        drops_others = self._choose(captured, topic, reporting)
+        with reporting():
+            backend, devices = sharded.comm.backend, sharded.devices
+            checks = partial(pass_checks, sharded.model, args, kwargs)
+            plan = make_plan(captured, sharded.recipe, backend, devices, sharded.passes, checks)
+            order = order_of(plan)
+        if fixes_layout:
+            fix_layout(sharded, layout_of(plan.step, sharded.recipe, sharded.passes), order)
+        assert sharded.shards is not None
+        if self._orders.is_empty and not fixes_layout:
+            warn_if_out_of_order(plan.step, sharded.shards.layout)
+        mode = Mode(plan.step.has_backward, signature.trained, captured.differentiated)
+        self._orders.check(mode, signature.flags, order, agreed=fixes_layout)
+        bound = BoundPlan(plan, sharded.storage, self.binder)
+        self.budget.warn_if_over(sharded, plan)
+        example_only = any(leaf.device.type == "meta" for leaf in signature.tensor_leaves)
+        bound.reducing.example_only = bound.holding.example_only = example_only
+        return bound, captured.differentiated, drops_others
+
+    def _choose(self, captured: Captured, topic: str, reporting: Any) -> bool:
+        """Let the deciders map the model's recipe; True if plans that were made before know less than it does now."""
+        sharded, step = self.sharded, captured.step
+        if self.tuning.must_choose(sharded, step):
+            self.tuning.choose(sharded, step, topic)
+        if not self.budget.must_choose(sharded, step):
+            return False
+        with reporting():
+            own = self.budget.choose(sharded, step)
+        self.budget.settle(sharded, own, topic)
+        return True  # evaluations that were planned before know of no bucket that has a place of its own
+
+    def _capture(
+        self,
+        signature: Signature,
+        pattern: Pattern | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        with_backward: bool,
+    ) -> Captured:
+        sharded = self.sharded
+        specs = {
+            fqn: dataclasses.replace(spec, requires_grad=trained)
+            for (fqn, spec), trained in zip(sharded.specs.items(), signature.trained, strict=True)
+        }
+        captured = capture(
+            sharded.model,
+            sharded.forward,
+            args,
+            kwargs,
+            specs,
+            device=sharded.devices.compute,
+            sharding=sharded.comm.sharding,
+            with_backward=with_backward,
+            differentiated=pattern,
+        )
+        if sharded.shards is not None:  # whose buckets count a parameter as trained that was so when it was fixed
+            captured.step.params = {param.fqn: param for param in sharded.shards.layout.params}
+        return captured
+
+    @contextmanager
+    def as_in(self, signature: Signature) -> Generator[None]:
+        """Autocast and training flags as they were at a call, for a trace that comes later."""
+        modules = self.sharded.modules
+        flags = [module.training for module in modules]
+        enabled, dtype = signature.autocast
+        try:
+            for module, training in zip(modules, signature.training, strict=True):
+                module.training = training
+            with torch.autocast(self.sharded.devices.compute.type, dtype=dtype, enabled=enabled):
+                yield
+        finally:
+            for module, training in zip(modules, flags, strict=True):
+                module.training = training

@@ -1,0 +1,177 @@
+"""The user's model taken over: its parameters, buffers and optimizers, and its shards once the layout is fixed."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxzero import torch_internals
+from fxzero.comm.base import Comm
+from fxzero.comm.groups import Group
+from fxzero.errors import FxzeroError, InputMismatchError
+from fxzero.graph.devices import Devices
+from fxzero.graph.layout import ParamSpec
+from fxzero.graph.recipe import Recipe
+from fxzero.graph.step import Pass
+from fxzero.module.initialize import InitFn, check_meta_model
+from fxzero.module.optimizer_classes import state_per_element
+from fxzero.module.optimizer_state import ParamShard, param_shards
+from fxzero.runtime.executable import Storage
+from fxzero.runtime.gradients import Gradients
+from fxzero.runtime.in_flight import InFlight
+from fxzero.runtime.shards import Shards, check_storage, spec_of
+from fxzero.runtime.storage import Arena
+
+
+@dataclass
+class ShardedModel:
+    """A model, what is known of it, and what this rank holds of it. The user's Parameter objects become the shards."""
+
+    model: nn.Module
+    forward: Callable[..., Any]
+    """The model's own forward, which it cannot be called by any more."""
+    group: Group | None
+    comm: Comm
+    devices: Devices
+    recipe: Recipe
+    """What has been chosen for its plans so far."""
+    passes: tuple[Pass, ...] | None = None
+    """The user's own list of passes, in place of what the recipe stands for."""
+    agreed: Mapping[str, object] = field(default_factory=dict[str, object])
+    """The options that must be the same on all ranks."""
+    optimizers: tuple[torch.optim.Optimizer, ...] = ()
+    sync_init: bool = True
+    """Rank 0's parameters and buffers win when the layout is fixed."""
+    init_fn: InitFn | None = None
+    timeout: timedelta = timedelta(minutes=5)
+
+    def __post_init__(self) -> None:
+        self.params: dict[str, nn.Parameter] = dict(self.model.named_parameters())
+        self.param_list = list(self.params.values())
+        self.specs: dict[str, ParamSpec] = {fqn: spec_of(fqn, param) for fqn, param in self.params.items()}
+        check_storage(self.params)
+        self.shards: Shards | None = None
+        """None before the layout is fixed."""
+        self.gradients: Gradients | None = None
+        self.arena = Arena(self.devices.compute)
+        this = weakref.proxy(self)  # no cycle: shards are freed with the last name of the module
+        self.in_flight = InFlight(
+            self.comm,
+            lambda: this.gradients is not None and this.gradients.are_added_to,
+            lambda: (this.version(), 0 if this.gradients is None else this.gradients.version),
+        )
+        self._addresses: list[int] = []
+        """Where the shard of each parameter lies; empty before the layout is fixed."""
+        self.look_at_modules()
+        check_meta_model(self.model, self.init_fn, set(self.model.state_dict()))
+
+    # -- modules, parameters, buffers ----------------------------------------------------------------------------
+
+    def look_at_modules(self) -> None:
+        """Note the modules and who owns which buffer.
+
+        Raises:
+            FxzeroError: the parameters are not those that were there at compile.
+        """
+        now = dict(self.model.named_parameters())
+        changed = sorted(fqn for fqn in {*now, *self.params} if now.get(fqn) is not self.params.get(fqn))
+        if changed:
+            raise FxzeroError(
+                f"{changed[0]} was added, removed or replaced after fxzero.compile, which fixes the parameters of a "
+                "model. Change the model before compile."
+            )
+        self.modules = list(self.model.modules())
+        self._buffer_owners = {
+            f"{prefix}.{name}" if prefix else name: (module, name)
+            for prefix, module in self.model.named_modules()
+            for name in torch_internals.buffers_of(module)
+        }
+
+    def buffers(self, names: Sequence[str], geometry: Sequence[Any]) -> list[torch.Tensor]:
+        """The module's buffers of now, as a generated forward takes them.
+
+        Args:
+            geometry: the shape and the dtype that each had when the forward was traced.
+
+        Raises:
+            InputMismatchError: one has others.
+        """
+        owners = self._buffer_owners
+        buffers = [torch_internals.buffers_of(module)[name] for fqn in names for module, name in [owners[fqn]]]
+        if [(buffer.shape, buffer.dtype) for buffer in buffers] != geometry:  # type: ignore[union-attr]
+            raise InputMismatchError(
+                f"A buffer among {', '.join(names)} has another shape or dtype than when this kind of call was traced. "
+                "Keep them, and write into the buffer."
+            )
+        return buffers  # type: ignore[return-value]
+
+    def named_buffers(self) -> list[tuple[str, torch.Tensor]]:
+        """The model's buffers of now by canonical name, each once."""
+        return list(self.model.named_buffers())
+
+    def set_buffer(self, fqn: str, buffer: torch.Tensor) -> None:
+        """Put another tensor in the place of a buffer, wherever the model registers it."""
+        old = dict(self.named_buffers())[fqn]
+        for module in self.modules:
+            for name, value in torch_internals.buffers_of(module).items():
+                if value is old:
+                    torch_internals.buffers_of(module)[name] = buffer
+
+    def has_meta_params(self) -> bool:
+        """True if some parameter has no values yet."""
+        return any(param.is_meta for param in self.param_list)
+
+    def version(self) -> int:
+        """A number that changes when a parameter is changed in place."""
+        return torch_internals.num_changes(self.param_list)
+
+    @property
+    def state_per_element(self) -> int:
+        """Elements of optimizer state that each element of a trained parameter has, or will have."""
+        return state_per_element(self.optimizers)
+
+    # -- the layout ----------------------------------------------------------------------------------------------
+
+    @property
+    def storage(self) -> Storage:
+        """What plans are bound to; once the layout is fixed."""
+        assert self.shards is not None and self.gradients is not None
+        return Storage(self.shards, self.gradients, self.comm, self.arena, self.in_flight)
+
+    def held_shards(self) -> dict[int, ParamShard]:
+        """What this rank holds of each parameter, by the id of the Parameter object; empty before that."""
+        return {} if self.shards is None else param_shards(self.params, self.shards)
+
+    def hold(self, shards: Shards) -> None:
+        """The parameters have become these shards."""
+        self.recipe = replace(self.recipe, buckets=tuple(bucket.fqns for bucket in shards.layout.buckets))
+        self.shards, self.gradients = shards, Gradients(shards, self.params)
+        self._addresses = [param.data_ptr() for param in self.param_list]
+
+    def adopt_replaced_data(self) -> None:
+        """Copy what the user put in the place of a shard (`param.data = ...`) into it.
+
+        Raises:
+            FxzeroError: it is no shard.
+        """
+        if [param.data_ptr() for param in self.param_list] == self._addresses or not self._addresses:
+            return
+        for fqn, param, address in zip(self.params, self.param_list, self._addresses, strict=True):
+            if param.data_ptr() == address:
+                continue
+            assert self.shards is not None
+            data, shard = param.data, self.shards.param_view(fqn)
+            if (data.shape, data.dtype, data.device) != (shard.shape, shard.dtype, shard.device):
+                raise FxzeroError(
+                    f"The data of {fqn} was replaced by {data.dtype} {tuple(data.shape)} on {data.device}; its shard "
+                    f"here is {shard.dtype} {tuple(shard.shape)}. Load full weights with load_state_dict()."
+                )
+            param.data = shard
+            with torch.no_grad():
+                param.copy_(data)
