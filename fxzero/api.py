@@ -28,17 +28,9 @@ from fxzero.module.engine import Engine
 from fxzero.module.first_fill import fix_layout_without_trace
 from fxzero.module.optimizer_classes import check_optimizer
 from fxzero.module.optimizer_guard import OptimizerGuard
-from fxzero.options import (
-    Options,
-    check_across_options,
-    check_wire,
-    choose_device,
-    choose_group,
-    choose_recipe,
-)
+from fxzero.options import Options, Without, check_mesh, choose_device, choose_group, choose_recipe
 from fxzero.planner import as_arguments
 from fxzero.planning.schedule import Schedule
-from fxzero.reference import ablation
 from fxzero.runtime.executable import Executable
 
 _REFUSED_METHODS = ("generate",)
@@ -64,7 +56,7 @@ def compile(
     gather_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
     cluster: Cluster | str | None = None,
-    without: ablation.Without = (),
+    without: Without = (),
     mesh: DeviceMesh | None = None,
     across: Placement = "replicate",
     short_gloo_slices: bool = True,
@@ -132,13 +124,11 @@ def compile(
             mesh has more than two dimensions.
         CaptureError, RankMismatchError, PlanError: with `example`; else the first call raises them.
     """
-    left_out = ablation.names(without)
     wire_dtypes = gather_dtype, reduce_dtype
-    check_wire(wire_dtypes, layout, left_out, mesh)
-    check_across_options(across, left_out, mesh)
-    recipe = choose_recipe(
-        passes, layout, memory_budget, reshard_after_forward, stage, recompute, wire_dtypes, left_out
+    recipe, own_list = choose_recipe(
+        passes, layout, memory_budget, reshard_after_forward, stage, recompute, wire_dtypes, without
     )
+    check_mesh(mesh, across, recipe)
     group = choose_group(process_group, mesh, across)
     with agree.reporting_failure(group, "layout"):  # the other ranks wait for this one with what they compiled
         ownership.check_model(model)
@@ -148,12 +138,12 @@ def compile(
             _check_holds_parameters(each, model)
         options = Options(
             recipe=recipe,
-            passes=None if passes is None else tuple(passes),
+            passes=own_list,
             device=choose_device(model, device, mesh),
             memory_budget=memory_budget,
             cluster=None if cluster is None else Cluster.of(cluster),
+            has_default_passes=passes is None,
             keeps_free=(memory_budget, reshard_after_forward, stage) == (None, None, None),
-            without=left_out,
             across=across,
             sync_init=sync_init,
             init_fn=init_fn,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,12 @@ from fxzero.module.engine import Engine
 from fxzero.module.plan_maker import PlanMaker
 from fxzero.module.sharded_model import ShardedModel
 from fxzero.module.tuning_rounds import TuningRounds
+from fxzero.planning.agreed_text import describe_passes
+from fxzero.planning.plan import recipe_of
 from fxzero.reference import ablation
+
+Without: TypeAlias = ablation.Without
+"""What `compile(without=)` takes."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +48,10 @@ class Options:
     memory_budget: int | Literal["auto"] | None
     cluster: Cluster | None
     """What to plan for; None: it is calibrated."""
+    has_default_passes: bool
+    """The user left sizes and order to the costs."""
     keeps_free: bool
     """What costs no memory at the peak may stay gathered until backward."""
-    without: tuple[ablation.Optimization, ...]
     across: Placement
     sync_init: bool
     init_fn: Callable[[nn.Module], object] | None
@@ -55,15 +61,15 @@ class Options:
 
     @property
     def is_tuned(self) -> bool:
-        """The user left sizes and order to the costs."""
-        return self.passes is None and not ablation.scheduled(self.without)
+        """Sizes and order are chosen from costs."""
+        return self.has_default_passes and not ablation.scheduled(self.recipe.without)
 
     def agreed(self) -> dict[str, object]:
         """The options that must be the same on all ranks."""
         return {
-            "passes": "those of the recipe" if self.passes is None else ", ".join(map(repr, self.passes)),
-            **vars(self.recipe),
-            "without": ", ".join(self.without) or "nothing",
+            "passes": describe_passes(self.recipe, self.passes),
+            "layout": self.recipe.layout,
+            "without": ", ".join(self.recipe.without) or "nothing",
             "device": self.device.type,
             "across": self.across,
             "sync_init": self.sync_init,
@@ -77,8 +83,9 @@ class Options:
         self, model: nn.Module, group: Group | None, optimizers: tuple[torch.optim.Optimizer, ...]
     ) -> Engine:
         """What stands behind a trained module, with slower forms where optimizations are left out."""
+        without = self.recipe.without
         comm = make_comm(group, self.device, short_gloo_slices=self.short_gloo_slices)
-        comm = ablation.comm_without(self.without, comm)
+        comm = ablation.comm_without(without, comm)
         sharded = ShardedModel(
             model,
             model.forward,
@@ -94,42 +101,24 @@ class Options:
             timeout=self.timeout,
         )
         tuning = TuningRounds(self.is_tuned, self.keeps_free, self.cluster)
-        maker = PlanMaker(sharded, tuning, BudgetRound(self.memory_budget), ablation.binder_without(self.without))
-        return Engine(sharded, maker, ablation.clip_without(self.without))
+        maker = PlanMaker(sharded, tuning, BudgetRound(self.memory_budget), ablation.binder_without(without))
+        return Engine(sharded, maker, ablation.clip_without(without))
 
 
-def check_wire(
-    wire_dtypes: tuple[torch.dtype | None, torch.dtype | None],
-    layout: LayoutName,
-    without: tuple[ablation.Optimization, ...],
-    mesh: DeviceMesh | None,
-) -> None:
-    """Refuse narrow types on the wire where something else decides about what travels.
-
-    Raises:
-        ValueError: names the two options.
-    """
-    if wire_dtypes[0] is torch.int8 and layout == "interleaved":
-        raise ValueError("gather_dtype=torch.int8 quantises whole shards; pass layout='contiguous', or torch.bfloat16.")
-    if wire_dtypes != (None, None) and without:
-        raise ValueError("without= measures optimizations with types as they are; drop gather_dtype and reduce_dtype.")
-    if wire_dtypes[1] is not None and mesh is not None and mesh.ndim > 1:
-        raise ValueError("On a 2-D mesh gradients travel as they are; drop reduce_dtype.")
-
-
-def check_across_options(
-    across: Placement, without: tuple[ablation.Optimization, ...], mesh: DeviceMesh | None
-) -> None:
+def check_mesh(mesh: DeviceMesh | None, across: Placement, recipe: Recipe) -> None:
     """Refuse what nodes cannot do.
 
     Raises:
         ValueError: names what it needs, or the two options.
     """
     check_placement(across)
+    has_nodes = mesh is not None and mesh.ndim > 1
     if across == "shard" and (mesh is None or mesh.ndim != 2):
         raise ValueError('across="shard" is about the nodes of a 2-D mesh of (across, inside); pass one as mesh=.')
-    if "flat_collectives" in without and mesh is not None and mesh.ndim > 1:
+    if has_nodes and "flat_collectives" in recipe.without:
         raise ValueError("On a 2-D mesh there are no collectives of lists of tensors; drop without='flat_collectives'.")
+    if has_nodes and recipe.reduce_dtype is not None:
+        raise ValueError("On a 2-D mesh gradients travel as they are; drop reduce_dtype.")
 
 
 def choose_recipe(
@@ -140,13 +129,18 @@ def choose_recipe(
     stage: int | None,
     recompute: Literal["none", "full"] | int,
     wire_dtypes: tuple[torch.dtype | None, torch.dtype | None],
-    without: tuple[ablation.Optimization, ...],
-) -> Recipe:
-    """The recipe that the options ask for.
+    without: Without,
+) -> tuple[Recipe, tuple[Pass, ...] | None]:
+    """The recipe that the options ask for, and the list of passes if none of ours made it.
 
     Raises:
         ValueError: two options contradict each other, or one has no such value.
     """
+    left_out = ablation.names(without)
+    if wire_dtypes[0] is torch.int8 and layout == "interleaved":
+        raise ValueError("gather_dtype=torch.int8 quantises whole shards; pass layout='contiguous', or torch.bfloat16.")
+    if wire_dtypes != (None, None) and left_out:
+        raise ValueError("without= measures optimizations with types as they are; drop gather_dtype and reduce_dtype.")
     if stage not in (None, 2, 3):
         raise ValueError(f"stage is {stage!r}; fxzero shards everything: 3, or 2 to keep parameters until backward.")
     if stage is not None and reshard_after_forward not in (None, stage == 3):
@@ -156,30 +150,31 @@ def choose_recipe(
         is_bytes = isinstance(memory_budget, int) and not isinstance(memory_budget, bool) and memory_budget > 0
         if not is_bytes and memory_budget != "auto":
             raise ValueError(f'memory_budget is {memory_budget!r}; it must be a number of bytes, or "auto".')
-        if "persistent_buffers" in without:
+        if "persistent_buffers" in left_out:
             raise ValueError("memory_budget plans persistent buffers; pass it without without='persistent_buffers'.")
         if reshard is not None:
             raise ValueError("memory_budget chooses what is kept; pass it without reshard_after_forward and stage.")
     if passes is not None:
-        if reshard is not None or recompute != "none" or memory_budget is not None:
-            raise ValueError(
-                "passes= is the whole list: drop stage, reshard_after_forward, recompute and memory_budget, or passes."
-            )
+        if reshard is not None or recompute != "none":
+            raise ValueError("passes= is the whole list: drop stage, reshard_after_forward and recompute, or passes.")
         if wire_dtypes != (None, None):
             raise ValueError(
                 "passes= is the whole list: give default_passes() gather_dtype and reduce_dtype, or drop passes."
             )
-        if left_out := ablation.scheduled(without):
-            raise ValueError(f"passes= is the whole list: take what schedules {', '.join(left_out)} out of it instead.")
-    gather_dtype, reduce_dtype = wire_dtypes
-    recipe = Recipe(
-        layout=layout,
-        max_kept_bytes=None if reshard is False else 0,
-        recompute=recompute,
-        gather_dtype=gather_dtype,
-        reduce_dtype=reduce_dtype,
-    )
-    return ablation.recipe_without(without, recipe)
+        if scheduled := ablation.scheduled(left_out):
+            raise ValueError(
+                f"passes= is the whole list: take what schedules {', '.join(scheduled)} out of it instead."
+            )
+    start, own_list = recipe_of(passes)
+    if own_list is not None and memory_budget is not None:
+        raise ValueError("memory_budget chooses for a list that default_passes() made; passes= has another.")
+    if passes is None:
+        gather_dtype, reduce_dtype = wire_dtypes
+        max_kept_bytes = None if reshard is False else 0
+        start = Recipe(
+            max_kept_bytes=max_kept_bytes, recompute=recompute, gather_dtype=gather_dtype, reduce_dtype=reduce_dtype
+        )
+    return ablation.recipe_without(left_out, replace(start, layout=layout)), own_list
 
 
 def choose_group(group: dist.ProcessGroup | None, mesh: DeviceMesh | None, across: Placement) -> Group | None:

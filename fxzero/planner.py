@@ -27,7 +27,7 @@ from fxzero.module.optimizer_classes import state_per_element
 from fxzero.planning.check_passes import pass_checks
 from fxzero.planning.fix_layout import layout_of
 from fxzero.planning.keep_within_budget import depends_on_inputs, fit_recipe
-from fxzero.planning.plan import make_plan, with_collectives
+from fxzero.planning.plan import make_plan, recipe_of, with_collectives
 from fxzero.planning.saved_plan import SavedPlan, diff
 from fxzero.planning.schedule import Schedule
 from fxzero.runtime.shards import spec_of
@@ -41,7 +41,6 @@ def plan(
     *,
     world_size: int,
     passes: Sequence[Pass] | None = None,
-    recipe: Recipe | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     memory_budget: int | None = None,
     layout: LayoutName = "contiguous",
@@ -57,8 +56,7 @@ def plan(
         model: on any device, also meta.
         example: one batch, as `fxzero.compile` takes it; its tensors may be on meta.
         world_size: the number of ranks.
-        passes: the compiler passes, in order, instead of those that the recipe stands for.
-        recipe: what is chosen about the plan (`Recipe(recompute="full")`); default: `Recipe()`.
+        passes: the compiler passes, in order; default: `default_passes()`.
         optimizer: what would train the model, for the bytes of its state. Default: one like AdamW.
         memory_budget: bytes that a rank may use; what fits stays gathered.
         layout: "contiguous" or "interleaved", as of `fxzero.compile`.
@@ -71,14 +69,15 @@ def plan(
         CaptureError: the model cannot be traced.
         ScheduleError: a pass left the schedule unsafe.
         PlanError: the step needs more than memory_budget.
-        ValueError: another layout or relation of nodes, num_nodes does not divide world_size, or passes are given
-            together with what would choose them.
+        ValueError: another layout or relation of nodes, num_nodes does not divide world_size, or there is a
+            memory_budget for a list of passes that `default_passes()` did not make.
     """
-    if passes is not None and (memory_budget is not None or recipe is not None):
-        raise ValueError("passes= is the whole list: drop memory_budget and recipe, or passes.")
+    start, own_list = recipe_of(passes)
+    if own_list is not None and memory_budget is not None:
+        raise ValueError("memory_budget chooses for a list that default_passes() made; passes= has another.")
     sharding, devices = Sharding.over(world_size, num_nodes, across), Devices.all(torch.device("cpu"))
     backend = backend_for(devices.compute)
-    chosen = replace(recipe or Recipe(), layout=layout)
+    chosen = replace(start, layout=layout)
     args, kwargs = as_arguments(example)
     params = {fqn: spec_of(fqn, param) for fqn, param in model.named_parameters()}
     captured = capture(
@@ -95,20 +94,20 @@ def plan(
     state = state_per_element([] if optimizer is None else [optimizer])
 
     def held(step: StepGraph) -> Held:
-        layout, secondaries = layout_of(step, chosen, passes), step.secondaries().values()
+        layout, secondaries = layout_of(step, chosen, own_list), step.secondaries().values()
         return held_by(layout, state_per_element=state, buffers=buffers, secondaries=secondaries)
 
     costs = None
-    is_trained = captured.step.has_backward and passes is None
+    is_trained = captured.step.has_backward and own_list is None
     if cluster is not None:
         nbytes = optimizer_bytes(params.values(), sharding.shard_ranks, state)
         costs = CostModel(Cluster.of(cluster), backend, nbytes)
-        if is_trained and sharding.shard_ranks > 1:
+        if is_trained and passes is None and sharding.shard_ranks > 1:
             gathering = with_collectives(captured.step, chosen)
             chosen = choose_sizes(gathering, chosen, costs, keeps_free=memory_budget is None)
     if is_trained and depends_on_inputs(chosen, memory_budget):
         chosen = fit_recipe(captured.step, chosen, backend, held, memory_budget)
-    made = make_plan(captured, chosen, backend, devices, passes, partial(pass_checks, model, args, kwargs))
+    made = make_plan(captured, chosen, backend, devices, own_list, partial(pass_checks, model, args, kwargs))
     timing = None if costs is None else partial(costs.timing, made.step)
     return Schedule(made, lambda: made.report(held(made.step)), timing)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from fxzero.graph.recipe import Recipe
@@ -30,7 +31,26 @@ def inserting_passes(recipe: Recipe) -> tuple[Pass, ...]:
     return RematerializeViews(), recompute, InsertAllGathers(), InsertReduceScatters()
 
 
-def default_passes(recipe: Recipe | None = None, /, **changes: Any) -> tuple[Pass, ...]:
+class DefaultPasses(tuple[Pass, ...]):
+    """The passes that a recipe stands for, as an ordinary tuple that knows its recipe."""
+
+    recipe: Recipe
+
+    def __new__(cls, recipe: Recipe, passes: Iterable[Pass]) -> DefaultPasses:
+        made = super().__new__(cls, passes)
+        made.recipe = recipe
+        return made
+
+    def __getitem__(self, index: Any) -> Any:
+        """As of any tuple: a slice that leaves nothing out is the tuple itself."""
+        part = super().__getitem__(index)
+        return self if isinstance(index, slice) and part == tuple(self) else part
+
+    def __getnewargs__(self) -> tuple[Recipe, tuple[Pass, ...]]:
+        return self.recipe, tuple(self)
+
+
+def default_passes(recipe: Recipe | None = None, /, **changes: Any) -> DefaultPasses:
     """The passes that a recipe stands for, in order; the only place that makes passes of one.
 
     All keep numerics bit for bit, but for those of `gather_dtype` and `reduce_dtype`.
@@ -43,7 +63,7 @@ def default_passes(recipe: Recipe | None = None, /, **changes: Any) -> tuple[Pas
     has_overlap = "overlap" not in recipe.without
     has_prefetch = has_overlap and "prefetch" not in recipe.without
     prefetch_bytes, reduce_bytes = (0, 0) if recipe.is_tight else (recipe.prefetch_bytes, recipe.reduce_bytes)
-    return (
+    passes = (
         *inserting_passes(recipe),
         BucketAllGathers(recipe.bucket_bytes, recipe.head_bytes),
         BucketReduceScatters(),
@@ -57,11 +77,13 @@ def default_passes(recipe: Recipe | None = None, /, **changes: Any) -> tuple[Pas
         *([] if recipe.gather_dtype is None else [NarrowAllGathers(recipe.gather_dtype)]),
         *([] if recipe.reduce_dtype is None else [NarrowReduceScatters(recipe.reduce_dtype)]),
     )
+    return DefaultPasses(recipe, passes)
 
 
 __all__ = [
     "BucketAllGathers",
     "BucketReduceScatters",
+    "DefaultPasses",
     "GathersFirst",
     "InsertAllGathers",
     "InsertReduceScatters",

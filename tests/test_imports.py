@@ -68,8 +68,7 @@ def _imports(name: str) -> set[str]:
 def _graph() -> nx.DiGraph[str]:
     """An edge for each import; the package itself, which only names what users call, is left out."""
     graph: nx.DiGraph[str] = nx.DiGraph()
-    places = {child for line in ORDER for child in line}
-    graph.add_nodes_from(name for name in MODULES if name != "fxzero" and name.split(".")[1] in places)
+    graph.add_nodes_from(name for name in MODULES if name != "fxzero")
     for name in graph:
         graph.add_edges_from((name, other) for other in _imports(name) if other in graph and other != name)
     return graph
@@ -89,6 +88,12 @@ def _rank(child: str) -> int:
 
 def test_sources_are_found_when_the_tests_run() -> None:
     assert {"fxzero.api", "fxzero.capture.joint", "fxzero.passes.sink_waits", "fxzero.models.gpt"} <= MODULES.keys()
+    assert "fxzero.graph.step" in _imports("fxzero.passes.sink_waits")
+
+
+def test_every_file_and_folder_has_a_place_in_the_order() -> None:
+    listed = {child for line in ORDER for child in line}
+    assert {_child(name) for name in GRAPH} == listed
 
 
 @pytest.mark.parametrize("child", [child for line in ORDER for child in line])
@@ -114,6 +119,22 @@ def test_pass_imports_the_graph_and_errors_alone() -> None:
 def test_models_import_nothing_of_fxzero() -> None:
     for name in (name for name in GRAPH if _child(name) == "models"):
         assert {_child(other) for other in GRAPH[name]} <= {"models"}, name
+
+
+def test_list_of_passes_is_imported_by_planning_alone() -> None:
+    knowing = {_child(name) for name in GRAPH for other in GRAPH[name] if _child(other) == "passes"}
+    assert knowing - {"passes"} == {"planning"}
+
+
+def test_references_to_measure_against_are_imported_by_the_options_alone() -> None:
+    knowing = {_child(name) for name in GRAPH for other in GRAPH[name] if _child(other) == "reference"}
+    assert knowing - {"reference"} == {"options"}
+
+
+def test_no_folder_has_more_files_than_a_reader_takes_in() -> None:
+    for folder in {path.parent for path in MODULES.values()}:
+        children = [path for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
+        assert len([path for path in children if path.name != "__init__.py"]) <= MOST_CHILDREN, folder
 
 
 @pytest.mark.parametrize("folder", ["fxzero", "passes", "models", "tests", "benchmarks"])

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from fxzero.graph.layout import Layout, ParamSpec
+from fxzero.graph.recipe import Recipe
+from fxzero.graph.step import Pass
+from fxzero.passes import default_passes
+
+
+def describe_passes(recipe: Recipe, passes: Sequence[Pass] | None) -> str:
+    """The passes that a plan starts from: a list of the user's, or those that the recipe stands for."""
+    return ", ".join(map(repr, default_passes(recipe) if passes is None else passes))
 
 
 def describe_layout(layout: Layout, options: Mapping[str, object]) -> list[str]:

@@ -29,7 +29,7 @@ from fxzero.memory.activations import Activations, activations_of
 from fxzero.memory.arena_plan import ArenaPlan, Placed, plan_arenas
 from fxzero.memory.footprint import Footprint, Held, footprint
 from fxzero.memory.report import MemoryReport
-from fxzero.passes import default_passes, inserting_passes
+from fxzero.passes import DefaultPasses, default_passes, inserting_passes
 from fxzero.planning.codegen import Code, generate
 from fxzero.planning.run_passes import Observer, run_passes
 from fxzero.planning.stream_events import StreamEvents, plan_stream_events
@@ -155,6 +155,13 @@ def _holding(captured: Captured, recipe: Recipe, passes: Sequence[Pass], observe
     run_passes(step, passes, observers=observers, dump=False)
     verify_plan(step)
     return step
+
+
+def recipe_of(passes: Sequence[Pass] | None) -> tuple[Recipe, tuple[Pass, ...] | None]:
+    """The recipe that a list of passes stands for, and the list itself if none of ours made it."""
+    if isinstance(passes, DefaultPasses):
+        return passes.recipe, None
+    return Recipe(), None if passes is None else tuple(passes)
 
 
 def with_collectives(captured: StepGraph, recipe: Recipe) -> StepGraph:

@@ -88,12 +88,12 @@ def names(without: Without) -> tuple[Optimization, ...]:
     return tuple(name for name in OPTIMIZATIONS if name in given)
 
 
-def scheduled(without: Iterable[Optimization]) -> list[Optimization]:
+def scheduled(without: Iterable[str]) -> list[str]:
     """Those that are passes, or options of one."""
     return [name for name in without if name in ("overlap", "prefetch", "buckets")]
 
 
-def recipe_without(without: Sequence[Optimization], recipe: Recipe) -> Recipe:
+def recipe_without(without: Sequence[str], recipe: Recipe) -> Recipe:
     """The recipe of plans that leave optimizations out.
 
     A bucket of a single parameter is cut alike in both layouts, and has nothing to interleave.
@@ -104,12 +104,12 @@ def recipe_without(without: Sequence[Optimization], recipe: Recipe) -> Recipe:
     return replace(recipe, layout="interleaved") if "layout" in without else recipe
 
 
-def binder_without(without: Sequence[Optimization]) -> type[Binder]:
+def binder_without(without: Sequence[str]) -> type[Binder]:
     """What binds a plan to memory."""
     return TransientBinder if "persistent_buffers" in without else Binder
 
 
-def comm_without(without: Sequence[Optimization], comm: Comm) -> Comm:
+def comm_without(without: Sequence[str], comm: Comm) -> Comm:
     """The collectives of a group of ranks.
 
     Raises:
@@ -118,7 +118,7 @@ def comm_without(without: Sequence[Optimization], comm: Comm) -> Comm:
     return with_tensor_lists(comm) if "flat_collectives" in without else comm
 
 
-def clip_without(without: Sequence[Optimization]) -> Clip:
+def clip_without(without: Sequence[str]) -> Clip:
     """What clips gradients by their norm."""
     return clip_each_grad_norm_ if "fused_norm" in without else clip_grad_norm_
 

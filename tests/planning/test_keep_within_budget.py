@@ -73,7 +73,7 @@ def gpt_schedule(budget: int | None, **sizes: Any) -> Schedule:
     ids = torch.zeros(2, 16, dtype=torch.int64)
     recipe = Recipe(**{"bucket_bytes": 50_000, "prefetch_bytes": 60_000, "reduce_bytes": 60_000, **sizes})
     batch = {"input_ids": ids, "labels": ids}
-    return fxzero.planner.plan(model, batch, world_size=2, recipe=recipe, memory_budget=budget)
+    return fxzero.planner.plan(model, batch, world_size=2, passes=default_passes(recipe), memory_budget=budget)
 
 
 def kept_bytes(schedule: Schedule) -> int:
