@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fxzero.errors import PassOrderError
 from fxzero.graph import ops
 from fxzero.graph.aliasing import in_memory_of
-from fxzero.graph.nodes import Role, gathered_params, is_gather, members, release_of, started_by
+from fxzero.graph.nodes import Role, gathered_params, is_gather, members, read_until, release_of, started_by
 from fxzero.graph.step import StepGraph
 
 
@@ -34,6 +34,7 @@ class ReleaseParams:
             last = wait
             for param in gathered_params(wait).values():
                 for value in in_memory_of(param):
-                    last = max((last, value, *value.users), key=lambda node: positions[node])
+                    readers = [until for user in value.users for until in read_until(user)]
+                    last = max((last, value, *readers), key=lambda node: positions[node])
             with step.graph.inserting_after(last):
                 step.graph.call_function(ops.release, (wait,))

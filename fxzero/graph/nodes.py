@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,10 @@ from fxzero.graph import ops
 from fxzero.graph.wire import WireFormat
 
 META_KEY = "fxzero"
+_COLLECTIVE_NAMESPACES = ("_c10d_functional", "_c10d_functional_autograd", "_dtensor")
+"""Where torch registers the collectives that `torch.distributed` offers to models that are traced."""
+WAIT_OF_MODEL = "wait_tensor"
+"""The operator among them that waits for one that was started."""
 
 
 class Role(enum.Enum):
@@ -192,10 +197,39 @@ def is_pointwise(node: fx.Node) -> bool:
     return torch_internals.is_overload(target) and torch.Tag.pointwise in target.tags
 
 
+def model_collective(node: fx.Node) -> str:
+    """The name of a functional collective that the model itself runs, or of a wait for one; empty for all else."""
+    return _collective_name(node.target)
+
+
+@functools.cache
+def _collective_name(target: Any) -> str:
+    if not torch_internals.is_overload(target):
+        return ""
+    namespace, name = target.name().split(".")[0].split("::")
+    return name if namespace in _COLLECTIVE_NAMESPACES else ""
+
+
+def read_until(node: fx.Node) -> list[fx.Node]:
+    """The nodes up to which a node reads its inputs: itself, and for a collective of the model the waits for it."""
+    until = [node]
+    if model_collective(node) not in ("", WAIT_OF_MODEL):
+        for started in until:
+            if started is node or started.target is operator.getitem:
+                until += started.users
+    return until
+
+
+def sent_until(wait: fx.Node) -> list[fx.Node]:
+    """The inputs of the collective that a `wait_tensor` of the model waits for."""
+    started = cast(fx.Node, wait.args[0])
+    return (cast(fx.Node, started.args[0]) if started.target is operator.getitem else started).all_input_nodes
+
+
 def is_pure(node: fx.Node) -> bool:
-    """True for compute that gives the same value when it is run again, and changes nothing."""
+    """True for compute that gives the same value when this rank runs it again by itself, and changes nothing."""
     mutates = torch_internals.is_overload(node.target) and torch_internals.is_mutable(node.target)
-    return role(node) is Role.COMPUTE and not mutates and not is_random(node)
+    return role(node) is Role.COMPUTE and not mutates and not is_random(node) and not model_collective(node)
 
 
 def tensor_bytes(value: Any) -> int:

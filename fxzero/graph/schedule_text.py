@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import difflib
 import operator
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 from tabulate import tabulate
 from torch import fx
@@ -16,6 +17,7 @@ from torch import fx
 from fxzero.graph.liveness import bucket_bytes_live
 from fxzero.graph.names import block_depth, block_of, bucket_label, format_bytes, format_ops
 from fxzero.graph.nodes import (
+    WAIT_OF_MODEL,
     Role,
     grad_fqn,
     grad_of,
@@ -23,8 +25,10 @@ from fxzero.graph.nodes import (
     is_gather,
     is_inside,
     members,
+    model_collective,
     role,
     started_by,
+    tensor_bytes,
     wire_format,
     written_in_place,
 )
@@ -44,7 +48,7 @@ class Row:
 
     phase: Phase
     action: str
-    """all_gather, wait, release, reduce_scatter or compute."""
+    """all_gather, wait, release, reduce_scatter or compute; or the name of a collective of the model's own."""
     name: str
     """The bucket, or the block that computes."""
     nbytes: int = 0
@@ -57,6 +61,8 @@ class Row:
     """The type that travels, at a start where it is not that of the bucket."""
     reach: str = ""
     """"across" at a start of what crosses nodes, where nodes share the shards."""
+    nodes: tuple[fx.Node, ...] = field(default=(), repr=False, compare=False)
+    """The nodes that run in this line, in order."""
 
 
 @dataclass(frozen=True)
@@ -112,30 +118,46 @@ def rows(step: StepGraph) -> Iterator[Row]:
     live = bucket_bytes_live(step, Role.ALL_GATHER, Role.REDUCE_SCATTER)
     depth = block_depth(step.params)
     for phase, nodes in step.phases():
-        block, num_ops, last = "", 0, nodes[0] if nodes else step.output
+        block, num_ops = "", 0
+        run: list[fx.Node] = []
         for node in nodes:
-            is_line = role(node) in _LINES
-            computes = role(node) is Role.COMPUTE and node.target is not operator.getitem
+            is_line = role(node) in _LINES or bool(model_collective(node))
+            computes = role(node) is Role.COMPUTE and node.target is not operator.getitem and not is_line
             # Gradient sums and the like belong to no module: they continue the run they stand in.
             name = (block_of(info(node).fqn, depth) or block) if computes else block
             if num_ops and (is_line or name != block):
-                yield Row(phase, "compute", block or ROOT, num_ops=num_ops, live_bytes=live[last])
-                num_ops = 0
+                yield _run(phase, block, num_ops, live, run)
+                num_ops, run = 0, []
+            run.append(node)
             if is_line:
-                yield _line(step, phase, node, live[node])
-            block, num_ops, last = "" if is_line else name, num_ops + computes, node
+                yield _line(step, phase, live, run)
+                run = []
+            block, num_ops = "" if is_line else name, num_ops + computes
         if num_ops:
-            yield Row(phase, "compute", block or ROOT, num_ops=num_ops, live_bytes=live[last])
+            yield _run(phase, block, num_ops, live, run)
 
 
-def _line(step: StepGraph, phase: Phase, node: fx.Node, live: int) -> Row:
-    """The line of a start, a wait or a release."""
+def _run(phase: Phase, block: str, num_ops: int, live: Mapping[fx.Node, int], nodes: Sequence[fx.Node]) -> Row:
+    """The line of operators of one block."""
+    return Row(phase, "compute", block or ROOT, num_ops=num_ops, live_bytes=live[nodes[-1]], nodes=tuple(nodes))
+
+
+def _line(step: StepGraph, phase: Phase, live: Mapping[fx.Node, int], nodes: Sequence[fx.Node]) -> Row:
+    """The line of a start, a wait or a release, or of a collective of the model: the last of some nodes."""
+    node, every = nodes[-1], tuple(nodes)
+    if action := model_collective(node):
+        sent = cast(Any, node.args[0])
+        tensors = [] if action == WAIT_OF_MODEL else [sent] if isinstance(sent, fx.Node) else sent
+        nbytes = sum(tensor_bytes(each.meta["val"]) for each in tensors)
+        name = block_of(info(node).fqn, block_depth(step.params)) or ROOT
+        return Row(phase, action, name, nbytes, live_bytes=live[node], nodes=every)
     is_start = started_by(node) is node
     action = role(node).value if is_start or is_gather(node) else "wait_reduce"
     nbytes = step.travels(node).nbytes if is_start else 0
     wire = str(wire_format(node) or "") if is_start else ""
     reach = "across" if is_start and step.sharding.shards_across and not is_inside(node) else ""
-    return Row(phase, action, bucket_label(members(node)), nbytes, live_bytes=live, wire=wire, reach=reach)
+    label = bucket_label(members(node))
+    return Row(phase, action, label, nbytes, live_bytes=live[node], wire=wire, reach=reach, nodes=every)
 
 
 def header(step: StepGraph) -> str:

@@ -28,6 +28,7 @@ from fxzero.errors import (
 from fxzero.graph.aliasing import in_memory_of, memory_of, written_by
 from fxzero.graph.names import bucket_label, describe
 from fxzero.graph.nodes import (
+    WAIT_OF_MODEL,
     Role,
     gathered_params,
     grad_fqn,
@@ -36,8 +37,10 @@ from fxzero.graph.nodes import (
     is_gather,
     is_inside,
     members,
+    model_collective,
     operands,
     role,
+    sent_until,
     slot_fqn,
     started_by,
     wire_format,
@@ -156,7 +159,8 @@ def _check_release(walk: _Walk, release: fx.Node) -> None:
 
 
 def _check_reads(walk: _Walk, node: fx.Node, sources: list[fx.Node]) -> None:
-    for source in sources:
+    in_flight = sent_until(node) if model_collective(node) == WAIT_OF_MODEL else []
+    for source in (*sources, *in_flight):
         if walk.has_gathers and source in walk.params:
             raise ReadWithoutGatherError(
                 f"{info(source).fqn} is read by {describe(node)} without a gather. Read the result of its wait."
@@ -298,10 +302,17 @@ def _check_inside_gathers(step: StepGraph) -> None:
 
 
 def collectives(step: StepGraph) -> list[str]:
-    """The order of collectives, as text equal on two ranks exactly if the order, the buckets and the formats are."""
+    """The order of collectives, as text equal on two ranks exactly if the order, the buckets and the formats are.
+
+    A collective of the model's own is named with its module: its group and its shape may differ between ranks.
+    """
     return [
-        f"{role(start).value} {','.join(members(start))}"
-        + (f" as {format}" if (format := wire_format(start)) is not None else "")
-        + " inside" * is_inside(start)
-        for start in step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER)
+        f"{name} of {info(node).fqn or 'the model'}" if (name := model_collective(node)) else _collective(node)
+        for node in step.graph.nodes
+        if role(node) in (Role.ALL_GATHER, Role.REDUCE_SCATTER) or model_collective(node) not in ("", WAIT_OF_MODEL)
     ]
+
+
+def _collective(start: fx.Node) -> str:
+    format = "" if wire_format(start) is None else f" as {wire_format(start)}"
+    return f"{role(start).value} {','.join(members(start))}{format}" + " inside" * is_inside(start)

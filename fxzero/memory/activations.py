@@ -22,7 +22,7 @@ from torch import fx
 
 from fxzero import torch_internals
 from fxzero.graph.aliasing import is_view, memory_of
-from fxzero.graph.nodes import Role, info, is_gathered_param, role, tensor_bytes
+from fxzero.graph.nodes import Role, info, is_gathered_param, read_until, role, tensor_bytes
 from fxzero.graph.step import Phase, StepGraph
 from fxzero.memory.lifetimes import Buffer
 
@@ -126,7 +126,7 @@ def _ends(step: StepGraph, at: dict[fx.Node, int]) -> dict[fx.Node, int]:
             continue
         for source in node.all_input_nodes:
             held = source if node.target is operator.getitem and not is_view(source) else memory_of(source)
-            ends[held] = max(ends.get(held, 0), at[node])
+            ends[held] = max(ends.get(held, 0), *(at[until] for until in read_until(node)))
     for values, end in ((step.model_outputs, step.end_forward or step.output), (step.input_grads, step.output)):
         for value in values:
             if isinstance(value, fx.Node):

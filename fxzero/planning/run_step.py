@@ -7,13 +7,15 @@
     reduce_scatter, wait   the mean over ranks that all have this gradient, so the gradient itself, rounded as it would
                            travel; its memory is NaN from here on
     end_forward            nothing
+    a collective of the    what this rank sends, repeated to the size of the result
+    model's own
 
 The world size of the graph does not matter: for the shard of a parameter the full parameter is fed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
@@ -25,11 +27,13 @@ from fxzero.capture.joint import no_autocast
 from fxzero.comm.wire_copies import pack, unpack
 from fxzero.graph.names import describe
 from fxzero.graph.nodes import (
+    WAIT_OF_MODEL,
     Role,
     grad_fqn,
     info,
     is_gather,
     members,
+    model_collective,
     role,
     slot_fqn,
     started_by,
@@ -162,6 +166,9 @@ class _Runner(fx.Interpreter):
         if kind in (Role.ALL_GATHER, Role.REDUCE_SCATTER, Role.WAIT, Role.RELEASE, Role.WRITE_GRAD):
             args, _ = self.fetch_args_kwargs_from_env(node)
             return self._communicate(kind, node, args)
+        if name := model_collective(node):
+            args, _ = self.fetch_args_kwargs_from_env(node)
+            return args[0] if name == WAIT_OF_MODEL else _alone(args[0], node.meta["val"])
         value = super().run_node(node)
         return _with_nothing_in_it(value) if node.target in _UNINITIALIZED else value
 
@@ -216,6 +223,14 @@ class _Runner(fx.Interpreter):
         self._means |= dict(zip(members(start), means, strict=True))
         _forget(slots)
         return tuple(means)
+
+
+def _alone(sent: Any, like: Any) -> Any:
+    """What a collective of the model gives here, where no other rank takes part: what is sent, as often as it takes."""
+    if isinstance(like, (list, tuple)):
+        return [_alone(each, one) for each, one in zip(sent, cast("Sequence[Any]", like), strict=True)]
+    flat = sent.reshape(-1)
+    return flat.repeat(-(-like.numel() // max(flat.numel(), 1)))[: like.numel()].reshape(like.shape).clone()
 
 
 def _forget(tensors: Iterable[Tensor]) -> None:

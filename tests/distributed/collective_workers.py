@@ -1,0 +1,107 @@
+"""Ranks whose model runs collectives of its own."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
+from torch import Tensor, nn
+
+import fxzero
+from fxzero.graph.nodes import model_collective
+from fxzero.graph.verify import collectives
+from fxzero.testing import engine_of
+
+
+class Block(nn.Module):
+    """Exchanges rows with the other ranks, and divides by a sum over all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.exchanges = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x))
+        if self.exchanges:
+            hidden = functional.all_to_all_single_autograd(hidden, None, None, dist.group.WORLD)
+        total = functional.all_reduce(hidden.detach().square().sum(), "sum", dist.group.WORLD)
+        return x + self.second(torch.sigmoid(hidden) / total.sqrt())
+
+
+class Net(nn.Module):
+    """Three of them in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns a scalar."""
+        for block in self.blocks:
+            x = block(x)
+        return x.square().mean()
+
+
+class GathersWeight(nn.Module):
+    """Sends a parameter itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns a scalar."""
+        rows = functional.all_gather_tensor(self.first.weight.detach(), 0, dist.group.WORLD)
+        return self.second(x @ rows.t()[:, :8]).square().mean()
+
+
+def train(rank: int, world_size: int, recompute: Any) -> tuple[str, list[str], int]:
+    """Train beside eager ranks whose gradients are averaged; the schedule, its order, and the number of operators."""
+    torch.manual_seed(0)
+    model = Net()
+    reference = copy.deepcopy(model)
+    zero = fxzero.compile(model, recompute=recompute)
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (zero, reference)]
+    for step in range(3):
+        x = torch.randn(4 * world_size, 8, generator=torch.Generator().manual_seed(world_size * step + rank))
+        loss, expected = zero(x), reference(x)
+        assert torch.equal(loss, expected)
+        loss.backward()
+        expected.backward()
+        for param in reference.parameters():
+            assert param.grad is not None
+            dist.all_reduce(param.grad)
+            param.grad /= world_size
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for (name, full), param in zip(zero.state_dict().items(), reference.parameters(), strict=True):
+        assert torch.equal(full, param), name
+    step_graph = engine_of(zero).last.step
+    count = sum(bool(model_collective(node)) for node in step_graph.graph.nodes)
+    return str(zero.schedule), collectives(step_graph), count
+
+
+def disagree(rank: int, world_size: int) -> str:
+    """One rank's model runs fewer collectives: the error that each rank gets."""
+    model = Net()
+    model.blocks[2].exchanges = rank == 0  # type: ignore[assignment]
+    try:
+        fxzero.compile(model)(torch.randn(4, 8))
+    except fxzero.RankMismatchError as error:
+        return str(error)
+    return ""
+
+
+def send_a_parameter(rank: int, world_size: int) -> str:
+    """The schedule of a model that sends a parameter; its loss is that of eager PyTorch."""
+    torch.manual_seed(0)
+    model = GathersWeight()
+    reference, x = copy.deepcopy(model), torch.randn(4, 8)
+    zero = fxzero.compile(model, passes=fxzero.passes.default_passes(bucket_bytes=1))
+    assert torch.equal(zero(x), reference(x))
+    return str(zero.schedule)
