@@ -348,7 +348,7 @@ class ZeroModule(nn.Module):
             return Schedule()
         costs = engine.maker.tuning.costs_of(engine.sharded)
         timing = None if costs is None else partial(costs.timing, last.step)
-        return Schedule(last.plan, partial(self._memory, last), timing, last.form)
+        return Schedule(last.plan, partial(self._memory, last), timing, last.form, last.measure_lines)
 
     def _memory(self, executable: Executable) -> MemoryReport:
         engine, synchronize = self._fxzero_engine, executable.step.synchronize

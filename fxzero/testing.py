@@ -5,7 +5,7 @@
 The rank processes are started once and serve every later call, each call with a new process group and the seed 0: so
 a call costs some 20 ms instead of the seconds that importing torch takes. Functions must be importable (module level).
 
-    engine_of(zero).comm                          # what is behind a compiled module, for tests that look inside
+    engine_of(zero).sharded.comm                  # what is behind a compiled module, for tests that look inside
 """
 
 from __future__ import annotations

@@ -57,6 +57,10 @@ def default_store() -> Store:
     return dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
 
 
+COLLECTIVE_NAMESPACES = ("_c10d_functional", "_c10d_functional_autograd", "_dtensor")
+"""Where torch registers the collectives that models which are traced may call: 2.11 to 2.13."""
+
+
 # -- tracing: capture/ ---------------------------------------------------------------------------------------------
 
 

@@ -2,14 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import fx
 
 from fxzero.cost.model import Costs
 from fxzero.graph.nodes import Role, members, role, started_by
+from fxzero.graph.schedule_text import rows
 from fxzero.graph.step import StepGraph
+
+MEASURED_STEPS = 8
+"""Steps over which seconds are measured."""
+_COLLECTIVES = (Role.ALL_GATHER, Role.REDUCE_SCATTER, Role.WAIT)
+
+
+@dataclass(frozen=True)
+class MeasuredLines:
+    """The seconds of each line of a schedule, as medians over some steps; empty before the first step."""
+
+    num_steps: int
+    wall_s: Sequence[float]
+    """Seconds of wall time of each line; on a GPU, of its stream."""
+    busy_s: Sequence[float]
+    """Seconds of processor time of the training thread in each line; on a GPU, seconds of its stream."""
+
+
+def seconds_by_run(step: StepGraph, seconds: Sequence[float]) -> list[float]:
+    """Seconds of each run of lines between collectives and of each collective, in order; a run may be empty.
+
+    Args:
+        seconds: of each line of the schedule.
+
+    Returns:
+        Empty if `seconds` is of another step.
+    """
+    lines = list(rows(step))
+    if len(lines) != len(seconds):
+        return []
+    found: list[float] = []
+    for phase, _ in step.phases():
+        run = 0.0
+        for line, each in zip(lines, seconds, strict=True):
+            if line.phase is phase and role(line.nodes[-1]) in _COLLECTIVES:
+                found += [run, each]
+                run = 0.0
+            elif line.phase is phase:
+                run += each
+        found.append(run)
+    return found
 
 
 def seconds_by_name(step: StepGraph, estimated: Costs, measured: list[float]) -> dict[str, float]:
@@ -24,7 +65,7 @@ def seconds_by_name(step: StepGraph, estimated: Costs, measured: list[float]) ->
     for _, nodes in step.phases():
         runs.append([])
         for node in nodes:
-            if role(node) in (Role.ALL_GATHER, Role.REDUCE_SCATTER, Role.WAIT):
+            if role(node) in _COLLECTIVES:
                 runs += [[node], []]
             else:
                 runs[-1].append(node)

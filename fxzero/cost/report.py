@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tabulate import tabulate
 from torch import fx
 
 from fxzero.cost.lower_bound import Bound, lower_bound
+from fxzero.cost.measured import MEASURED_STEPS, MeasuredLines
 from fxzero.cost.model import Costs
-from fxzero.cost.timeline import Timeline, simulate
+from fxzero.cost.timeline import Predicted, Timeline, simulate, simulate_lines
 from fxzero.graph.names import bucket_label
-from fxzero.graph.nodes import members
+from fxzero.graph.nodes import Role, members, role
+from fxzero.graph.schedule_text import format_schedule, rows
 from fxzero.graph.step import StepGraph
 
 
@@ -49,6 +52,10 @@ class Timing:
         """Predicted over lower bound: how far from optimal the schedule can be at most."""
         return self.predicted_step_s / self.lower_bound_s if self.lower_bound_s else 1.0
 
+    def lines(self) -> list[Predicted]:
+        """The prediction for each line of the schedule."""
+        return simulate_lines(self.step, self.costs)
+
     def line(self) -> str:
         """The three numbers, in one line."""
         return (
@@ -75,6 +82,39 @@ class Timing:
         cells = [(name, _seconds(seconds)) for name, seconds in rows]
         cells.append(("predicted / lower bound", f"{self.ratio:.3f}"))
         return tabulate(cells, headers=("a step of a rank", "time"), colalign=("left", "right"))
+
+
+def format_measured(step: StepGraph, predicted: Sequence[Predicted], measured: MeasuredLines, *, memory: bool) -> str:
+    """A schedule with the milliseconds of each line: predicted, measured, and how many of those each wait blocked.
+
+    Args:
+        predicted: empty where no costs are known.
+        measured: empty before the first step.
+        memory: as of `format_schedule`.
+    """
+    waits = [role(line.nodes[-1]) is Role.WAIT for line in rows(step)]
+    walls, busy = measured.wall_s or [0.0] * len(waits), measured.busy_s or [0.0] * len(waits)
+    # A GPU's stream does nothing else while it waits.
+    blocked = [max(0.0, wall - own) if own != wall else wall for wall, own in zip(walls, busy, strict=True)]
+    blocked = [seconds if is_wait else 0.0 for seconds, is_wait in zip(blocked, waits, strict=True)]
+    columns = {"measured ms": _cells(walls), "blocked ms": _cells(blocked)}
+    if predicted:
+        expected = {"predicted ms": _cells([each.seconds for each in predicted])}
+        columns = expected | columns
+    lines = [format_schedule(step, memory=memory, columns=columns)]
+    if measured.num_steps < MEASURED_STEPS:
+        left = MEASURED_STEPS - measured.num_steps
+        lines.append(f"measured: {measured.num_steps} steps; print this again after {left} more")
+    totals = [f"predicted {_seconds(sum(each.seconds for each in predicted))}"] if predicted else []
+    if measured.num_steps:
+        totals.append(f"measured {_seconds(sum(walls))}, of which waits blocked {_seconds(sum(blocked))}")
+    if totals:
+        lines.append(f"forward and backward: {'; '.join(totals)}")
+    return "\n".join(lines)
+
+
+def _cells(seconds: Sequence[float]) -> list[str]:
+    return [f"{1e3 * each:.2f}" if each >= 5e-6 else "" for each in seconds]
 
 
 def _longest(played: Timeline) -> list[tuple[fx.Node, float]]:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal, NamedTuple, TypeAlias
 
 from torch import fx
 
 from fxzero.cost.model import Costs, Link
 from fxzero.graph.nodes import Role, is_gather, role, started_by
+from fxzero.graph.schedule_text import rows
 from fxzero.graph.step import Phase, StepGraph
 from fxzero.graph.traffic import Sent, sent_in
 
@@ -62,11 +64,15 @@ class Timeline:
         return sum(self.stalls.values())
 
 
-def events(step: StepGraph, costs: Costs) -> list[Event]:
-    """What a rank does in a step, in order; compute between collectives is one event. The optimizer's step is last."""
+def events(step: StepGraph, costs: Costs, nodes: Iterable[fx.Node] | None = None) -> list[Event]:
+    """What a rank does in a step, in order; compute between collectives is one event. The optimizer's step is last.
+
+    Args:
+        nodes: some nodes of the step; default: all, and the optimizer.
+    """
     found: list[Event] = []
     compute = 0.0
-    for node in step.graph.nodes:
+    for node in step.graph.nodes if nodes is None else nodes:
         kind = role(node)
         if kind in (Role.ALL_GATHER, Role.REDUCE_SCATTER, Role.WAIT) and step.sharding.shard_ranks > 1:
             if compute:
@@ -75,8 +81,9 @@ def events(step: StepGraph, costs: Costs) -> list[Event]:
             found.append(Event.start(start, sent_in(step, start)) if node is start else Event("wait", 0.0, start))
             compute = 0.0
         compute += costs.of(node)
-    if compute + costs.optimizer_s:
-        found.append(Event("compute", compute + costs.optimizer_s))
+    compute += costs.optimizer_s if nodes is None else 0.0
+    if compute:
+        found.append(Event("compute", compute))
     return found
 
 
@@ -114,12 +121,15 @@ def _slowed(now: float, seconds: float, wires: Iterable[_Wire]) -> float:
     return at + left - now - seconds
 
 
-def play(happening: Iterable[Event], link: Link, inside: Link | None = None) -> Timeline:
+def play(
+    happening: Iterable[Event], link: Link, inside: Link | None = None, begins: list[float] | None = None
+) -> Timeline:
     """Let everything happen in order.
 
     Args:
         link: that of all bytes, or of those that cross nodes.
         inside: that of bytes that stay inside a node, if it is another one.
+        begins: receives the time at which each event begins.
     """
     across = _Wire(link)
     within = across if inside is None else _Wire(inside)
@@ -127,6 +137,8 @@ def play(happening: Iterable[Event], link: Link, inside: Link | None = None) -> 
     arrives: dict[Key, float] = {}
     stalls: dict[Key, float] = {}
     for kind, seconds, key, nbytes, across_bytes in happening:
+        if begins is not None:
+            begins.append(now)
         if kind == "compute":
             compute_s += seconds
             if within is across or within.busy_until <= now:
@@ -155,3 +167,27 @@ def play(happening: Iterable[Event], link: Link, inside: Link | None = None) -> 
 def simulate(step: StepGraph, costs: Costs) -> Timeline:
     """How long a step takes for these costs."""
     return play(events(step, costs), costs.link, costs.inside)
+
+
+class Predicted(NamedTuple):
+    """Seconds of one line of a schedule."""
+
+    seconds: float
+    blocked: float
+    """Seconds of them in which a wait has nothing to do."""
+
+
+def simulate_lines(step: StepGraph, costs: Costs) -> list[Predicted]:
+    """How long each line of a schedule takes for these costs."""
+    lines = list(rows(step))
+    happening = [events(step, costs, line.nodes) for line in lines]
+    begins: list[float] = []
+    played = play(chain.from_iterable(happening), costs.link, costs.inside, begins)
+    ends, found, end = iter([*begins[1:], played.step_s]), list[Predicted](), 0.0
+    for line, own in zip(lines, happening, strict=True):
+        begin = end
+        for _ in own:
+            end = next(ends)
+        waits = line.nodes and role(line.nodes[-1]) is Role.WAIT
+        found.append(Predicted(end - begin, played.stalls.get(started_by(line.nodes[-1]), 0.0) if waits else 0.0))
+    return found

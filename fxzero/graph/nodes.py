@@ -17,8 +17,6 @@ from fxzero.graph import ops
 from fxzero.graph.wire import WireFormat
 
 META_KEY = "fxzero"
-_COLLECTIVE_NAMESPACES = ("_c10d_functional", "_c10d_functional_autograd", "_dtensor")
-"""Where torch registers the collectives that `torch.distributed` offers to models that are traced."""
 WAIT_OF_MODEL = "wait_tensor"
 """The operator among them that waits for one that was started."""
 
@@ -207,7 +205,7 @@ def _collective_name(target: Any) -> str:
     if not torch_internals.is_overload(target):
         return ""
     namespace, name = target.name().split(".")[0].split("::")
-    return name if namespace in _COLLECTIVE_NAMESPACES else ""
+    return name if namespace in torch_internals.COLLECTIVE_NAMESPACES else ""
 
 
 def read_until(node: fx.Node) -> list[fx.Node]:

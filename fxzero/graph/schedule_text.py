@@ -219,16 +219,23 @@ def _trained_gathers(step: StepGraph) -> list[fx.Node]:
     return [start for bucket, start in by_bucket.items() if bucket.requires_grad]
 
 
-def format_schedule(step: StepGraph, *, memory: bool = False) -> str:
+def format_schedule(
+    step: StepGraph, *, memory: bool = False, columns: Mapping[str, Sequence[str]] | None = None
+) -> str:
     """A schedule as text.
 
     Args:
         memory: add a column with the bytes of gathered and gradient buckets that are live after each line.
+        columns: further columns by title, with a cell for each line.
     """
     all_rows = list(rows(step))
     actions = max((len(row.action) for row in all_rows), default=0)
     width = max((len(row.name) for row in all_rows), default=0)
     lines = [header(step)]
+    widths = {title: max(map(len, (title, *cells))) for title, cells in (columns or {}).items()}
+    if columns:
+        indent = actions + width + 13 + 11 * memory
+        lines.append(" " * indent + "".join(f"  {title:>{widths[title]}}" for title in columns))
     for index, row in enumerate(all_rows):
         if row.phase is Phase.BACKWARD and (index == 0 or all_rows[index - 1].phase is Phase.FORWARD):
             lines.append("--- end of forward ---")
@@ -236,6 +243,7 @@ def format_schedule(step: StepGraph, *, memory: bool = False) -> str:
         line = f"{row.action:<{actions}}  {row.name:<{width}}  {amount:>9}"
         if memory:
             line += f"  {format_bytes(row.live_bytes):>9}"
+        line += "".join(f"  {cells[index]:>{widths[title]}}" for title, cells in (columns or {}).items())
         lines.append("  ".join(filter(None, (line, row.wire, row.reach))).rstrip())
     return "\n".join(lines)
 

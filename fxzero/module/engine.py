@@ -66,7 +66,7 @@ class Engine:
             raise InputMismatchError("An input is on the meta device: it can be an example, not a batch to run on.")
         replan = lambda pattern: self._replan(signature, pattern, executable, args, kwargs)  # noqa: E731
         call = Call(sharded, self.backward, executable, inputs, replan)
-        executable.stopwatch = tuning.stopwatch if tuning.measures(executable) else None
+        executable.stopwatch = tuning.stopwatch if tuning.measures(executable) else executable.lines_to_measure
         device_type = sharded.devices.compute.type
         if torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):

@@ -17,7 +17,7 @@ from fxzero.comm import agree
 from fxzero.comm.without_ranks import PlanningComm
 from fxzero.cost.calibrate import calibrate_once
 from fxzero.cost.job_costs import CostModel, choose_sizes, optimizer_bytes
-from fxzero.cost.measured import seconds_by_name
+from fxzero.cost.measured import MEASURED_STEPS, seconds_by_name, seconds_by_run
 from fxzero.cost.model import Cluster, roofline
 from fxzero.graph.recipe import Recipe
 from fxzero.graph.schedule_text import totals
@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 
 MIN_BYTES = 2**20
 """Models with fewer bytes of parameters are left to the default sizes: one bucket has them all."""
-WARM_STEPS, MEASURED_STEPS = 4, 8
-"""Steps before compute is measured, and in which it is."""
+WARM_STEPS = 4
+"""Steps before compute is measured."""
 
 
 @dataclass
@@ -138,7 +138,7 @@ class TuningRounds:
         self._num_backwards += 1
         step, self._measured = self._measured.step, None
         optimizer_s = calm_median([seconds for seconds in self.optimizers_s if seconds])
-        own = [optimizer_s, calm_median(self.stopwatch.others), *self.stopwatch.medians()]
+        own = [optimizer_s, calm_median(self.stopwatch.others), *seconds_by_run(step, self.stopwatch.medians())]
         self.stopwatch = Stopwatch()
         posts = agree.exchange(sharded.group, "costs", [json.dumps(own)], timeout=sharded.timeout)
         everyone: list[list[float]] = [json.loads(line) for (line,) in posts]

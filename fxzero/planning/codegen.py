@@ -30,7 +30,7 @@ from fxzero.memory.activations import PlacedTemporary, static_nodes
 
 _LITERALS = (bool, int, float, str, type(None))
 _TORCH_LITERALS = (torch.dtype, torch.layout, torch.memory_format)
-_RESERVED = ("forward", "backward", "record_begin", "torch", "device", "inf", "nan", "complex", "slice")
+_RESERVED = ("forward", "backward", "record_begin", "mark", "torch", "device", "inf", "nan", "complex", "slice")
 PLACE_PREFIX = "at_"
 """Before the name of a node: the global of the place in the arena that it writes to."""
 NAMES_IN_SOURCE: dict[str, Any] = {"torch": torch, "device": torch.device, "inf": float("inf"), "nan": float("nan")}
@@ -57,6 +57,7 @@ def generate(
     recorded: Collection[fx.Node] = (),
     *,
     record_begin: bool = False,
+    marked: Collection[fx.Node] = (),
 ) -> Code:
     """Write the source of a complete StepGraph.
 
@@ -65,8 +66,9 @@ def generate(
         recorded: nodes after which an event is recorded, by a call of `record_<node>`; end_forward stands for the begin
             of backward.
         record_begin: call `record_begin` first of all.
+        marked: nodes after which `mark` is called, to measure what runs between.
     """
-    writer = _Writer(step, placed, recorded)
+    writer = _Writer(step, placed, recorded, marked)
     phases = dict(step.phases())
     saved = _saved(step, phases, writer.static)
     inputs, buffers = step.nodes(Role.INPUT), step.nodes(Role.BUFFER)
@@ -124,6 +126,7 @@ class _Writer:
     step: StepGraph
     placed: Mapping[fx.Node, PlacedTemporary]
     recorded: Collection[fx.Node] = ()
+    marked: Collection[fx.Node] = ()
     operators: dict[str, Any] = field(default_factory=dict[str, Any])
     static: dict[fx.Node, None] = field(default_factory=dict[fx.Node, None])
 
@@ -156,6 +159,8 @@ class _Writer:
             lines += [f"    {line}" for line in [*self.statement(node), *self.record(node)]]
             if node in dies_at:
                 lines.append(f"    del {', '.join(dies_at[node])}")
+            if node in self.marked:
+                lines.append("    mark()")
         return lines
 
     def record(self, node: fx.Node | None) -> list[str]:

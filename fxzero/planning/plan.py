@@ -11,7 +11,7 @@ A plan serves every call of its kind, whatever its backward meets. Binding it (`
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -21,6 +21,7 @@ from fxzero.comm.backend import Backend
 from fxzero.graph.devices import Devices
 from fxzero.graph.nodes import Role, role
 from fxzero.graph.recipe import Recipe
+from fxzero.graph.schedule_text import rows
 from fxzero.graph.step import Pass, StepGraph
 from fxzero.graph.variant import HOLDING, ONLY_FORWARD, SYNCHRONIZING, Variant
 from fxzero.graph.verify import verify_plan
@@ -47,6 +48,12 @@ class VariantPlan:
     events: StreamEvents | None
     """What orders the two streams of a GPU; None where one thread does all."""
     code: Code
+
+    def timed_code(self) -> Code:
+        """The same code with a call of `mark` after each line of the schedule."""
+        return _code(
+            self.step, self.activations, self.arena.placed, self.events, [row.nodes[-1] for row in rows(self.step)]
+        )
 
 
 @dataclass(frozen=True)
@@ -187,11 +194,17 @@ def _variants(step: StepGraph, backend: Backend, devices: Devices, enough_bytes:
     return planned
 
 
-def _code(step: StepGraph, activations: Activations, placed: Placed, events: StreamEvents | None) -> Code:
+def _code(
+    step: StepGraph,
+    activations: Activations,
+    placed: Placed,
+    events: StreamEvents | None,
+    marked: Collection[fx.Node] = (),
+) -> Code:
     """The source of a variant, with a call after each node that events or buffers of a moment ask for."""
     recorded = {*(events.recorded if events is not None else ()), *_ends_without_statement(step, placed)}
     at_begin = events is not None and events.at_begin
-    return generate(step, activations.placed, recorded, record_begin=at_begin)
+    return generate(step, activations.placed, recorded, record_begin=at_begin, marked=marked)
 
 
 def _ends_without_statement(step: StepGraph, placed: Placed) -> Iterable[fx.Node]:

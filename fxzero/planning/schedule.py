@@ -7,7 +7,8 @@ from pathlib import Path
 
 from torch import fx
 
-from fxzero.cost.report import Timing
+from fxzero.cost.measured import MeasuredLines
+from fxzero.cost.report import Timing, format_measured
 from fxzero.errors import FxzeroError
 from fxzero.graph.schedule_text import Totals, format_schedule, format_table, totals
 from fxzero.graph.step import (
@@ -26,6 +27,7 @@ class Schedule:
         memory: makes the report of the memory that it needs.
         timing: makes the prediction of its time; None where no costs are known.
         variant: the way in which the step is shown to run. Default: the first of the plan, which overwrites gradients.
+        measure: gives what was measured of each line, and begins to measure; None where nothing runs.
     """
 
     def __init__(
@@ -34,11 +36,13 @@ class Schedule:
         memory: Callable[[], MemoryReport] | None = None,
         timing: Callable[[], Timing] | None = None,
         variant: VariantPlan | None = None,
+        measure: Callable[[], MeasuredLines] | None = None,
     ) -> None:
         self._plan = plan
         self._variant = variant if variant is not None or plan is None else plan.form(synchronize=True)
         self._memory = memory
         self._timing = timing
+        self._measure = measure
 
     @property
     def plan(self) -> Plan:
@@ -120,13 +124,26 @@ class Schedule:
         """The schedule as a table, with phases, bytes and live bytes."""
         return format_table(self.step)
 
-    def text(self, *, memory: bool = False) -> str:
+    def text(self, *, memory: bool = False, measured: bool = False) -> str:
         """The schedule line by line.
 
         Args:
             memory: add the bytes of gathered and gradient buckets that are live after each line.
+            measured: add the milliseconds of each line, as predicted (where costs are known) and as measured, and for
+                how many of them each wait blocked. Asked for the first time, it begins to measure: the next 8 steps of
+                this kind of call, of which the medians are shown from then on.
+
+        Raises:
+            FxzeroError: with `measured`, for a schedule that nothing runs.
         """
-        return format_schedule(self.step, memory=memory)
+        if not measured:
+            return format_schedule(self.step, memory=memory)
+        if self._measure is None:
+            raise FxzeroError(
+                "Nothing runs this schedule: measure that of a compiled module, as zero.schedule.text(measured=True)."
+            )
+        predicted = [] if self._timing is None else self.timing.lines()
+        return format_measured(self.step, predicted, self._measure(), memory=memory)
 
     def __str__(self) -> str:
         if self._plan is None:

@@ -5,6 +5,7 @@ Parameters and views of them at their places in the arena, gradient slots, colle
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -110,16 +111,15 @@ class Binder:
         if self.step.resident or self.inside:
             again = names | self._gather_inside(events) | self._skip_resident(events)
             functions["forward_again"] = _define(code, again)["forward"]
-        functions |= {f"timed_{phase}": partial(self._timed, code, phase) for phase in ("forward", "backward")}
+        else:
+            again = names
+        functions["timed"] = functools.lru_cache(maxsize=1)(partial(self._timed, again))
         return functions
 
-    def _timed(self, code: Code, phase: str, watch: Stopwatch) -> Callable[..., Any]:
-        """A phase with a stopwatch at each collective; made where it is needed, in a few steps."""
-        timed: dict[str, Callable[[], object]] = {}
-        for start in self.step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER):
-            for name in (start.name, f"wait_{start.name}"):
-                timed[name] = watch.timed(self.names[name])
-        return _define(code, self.names | timed)[phase]
+    def _timed(self, again: dict[str, Any], watch: Stopwatch) -> dict[str, Callable[..., Any]]:
+        """The functions with a call of a stopwatch after each line of the schedule; made for a few steps."""
+        code, mark = self.planned.timed_code(), {"mark": watch.mark}
+        return _define(code, self.names | mark) | {"forward_again": _define(code, again | mark)["forward"]}
 
     def recorded(self, events: Events | None) -> dict[fx.Node, Callable[[], object]]:
         """What the generated code calls after nodes."""

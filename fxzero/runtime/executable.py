@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import fx
 
 from fxzero.comm.base import Comm
+from fxzero.cost.measured import MEASURED_STEPS, MeasuredLines
 from fxzero.graph.aliasing import aliases, base
 from fxzero.graph.nodes import Role, info, is_random, members
 from fxzero.graph.recipe import Fqns
@@ -65,6 +67,8 @@ class Executable:
         self.device = plan.devices.compute
         self.stopwatch: Stopwatch | None = None
         """Measures the next forward, and its backward."""
+        self._lines: Stopwatch | None = None
+        """Measures the lines of the schedule for somebody who asked for that."""
         self.example_only = False
         """True for a plan that was made from tensors without values."""
         written = {node.args[0] for node in step.graph.nodes if node.target is torch.ops.aten.copy_.default}
@@ -105,10 +109,11 @@ class Executable:
         are_there = self._in_flight.begin_forward(self._lasting)
         watch = self.stopwatch
         try:
+            functions = functions if watch is None else functions["timed"](watch)
+            run = functions["forward_again" if are_there else "forward"]
             if watch is not None:
-                outputs = watch.time_phase(functions["timed_forward"](watch), inputs, buffers, is_first=True)
-            else:
-                outputs = functions["forward_again" if are_there else "forward"](inputs, buffers)
+                run = partial(watch.time_phase, run, is_first=True, is_last=not self.step.has_backward)
+            outputs = run(inputs, buffers)
             self._in_flight.end_forward(self._lasting)
         except Exception as error:
             self._in_flight.failed(error)
@@ -124,16 +129,28 @@ class Executable:
         watch, self.stopwatch = self.stopwatch, None
         self._in_flight.begin_backward()
         try:
+            run = functions["backward"]
             if watch is not None:
-                backward = functions["timed_backward"](watch)
-                input_grads = watch.time_phase(backward, saved, tangents, is_first=False)
-            else:
-                input_grads = functions["backward"](saved, tangents)
+                run = partial(watch.time_phase, functions["timed"](watch)["backward"], is_first=False, is_last=True)
+            input_grads = run(saved, tangents)
             self._in_flight.end_backward()
         except Exception as error:
             self._in_flight.failed(error)
             raise
         return input_grads
+
+    def measure_lines(self) -> MeasuredLines:
+        """The seconds of each line of the schedule over up to 8 steps; the first call begins to measure them."""
+        if self._lines is None:
+            self._lines = Stopwatch(cuda=torch.cuda if self.device.type == "cuda" else None)
+        self._lines.read()
+        return MeasuredLines(len(self._lines.walls), self._lines.wall_medians(), self._lines.medians())
+
+    @property
+    def lines_to_measure(self) -> Stopwatch | None:
+        """What measures the next step because somebody asked for the seconds of its lines."""
+        lines = self._lines
+        return lines if lines is not None and len(lines.others) < MEASURED_STEPS else None
 
     def restore_kept(self, generation: int) -> None:
         """Gather again what a forward kept, if other phases have run since and may have used its memory.

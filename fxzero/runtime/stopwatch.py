@@ -1,9 +1,10 @@
-"""Measure each run of compute in a step: the processor time of the training thread between collectives.
+"""Measure each line of a schedule in some steps: the generated code calls `mark` after each.
 
-    forward    |--run 0--| start |--run 1--| wait |--run 2--|        one number per run, and one per collective
+    forward    |--line 0--|--line 1--|  ...  |        backward    |--line k--|  ...  |
 
-Processor time leaves out what the thread waits for, and gloo's own threads where they take the core in between. Theirs
-is measured too: runs that were measured under traffic have the rest of a byte's cost in them already.
+On a processor two clocks are read: wall time, and the processor time of the training thread. In what a line takes
+beyond its processor time the thread was blocked, or another thread had its core. On a GPU an event is recorded on the
+compute stream, so a wait lasts as long as that stream waits.
 """
 
 from __future__ import annotations
@@ -12,59 +13,84 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, TypeVar
 
 Sample = TypeVar("Sample")
 
 
-@dataclass
+@dataclass(eq=False)
 class Stopwatch:
-    """Collects what some steps took."""
+    """Collects the seconds of each line of a schedule over some steps."""
 
     steps: list[list[float]] = field(default_factory=list[list[float]])
-    """Of each step, seconds of its runs and collectives, in order."""
+    """For each step, seconds of processor time of the training thread by line; on a GPU, seconds of its stream."""
+    walls: list[list[float]] = field(default_factory=list[list[float]])
+    """For each step, seconds of wall time by line; on a GPU, seconds of its stream."""
     others: list[float] = field(default_factory=list[float])
-    """Of each step, seconds of all other threads."""
-    _seconds: list[float] = field(default_factory=list[float])
+    """For each step, seconds of processor time of all other threads."""
+    cuda: Any = None
+    """`torch.cuda`, or what looks like it, where a GPU computes."""
+    _phases: list[list[Any]] = field(default_factory=list["list[Any]"])
+    """The marks of the phases of the step that runs."""
+    _unread: list[list[list[Any]]] = field(default_factory=list["list[list[Any]]"])
+    """The marks of steps whose events are not read yet: that waits for the GPU."""
     _others: float = 0.0
-    _last: float = 0.0
 
-    def time_phase(self, phase: Callable[..., Any], *arguments: Any, is_first: bool) -> Any:
-        """Run a phase whose collectives are timed; a step is complete with the second."""
+    def time_phase(self, phase: Callable[..., Any], *arguments: Any, is_first: bool, is_last: bool) -> Any:
+        """Run a phase whose code calls `mark`; a step is complete with its last one."""
         if is_first:
-            self._seconds.clear()
-            self._others = 0.0
+            self._phases, self._others = [], 0.0
         began = time.process_time() - time.thread_time()
-        self._last = time.thread_time()
+        self._phases.append([])
+        self.mark()
         returned = phase(*arguments)
-        self.split()
         self._others += time.process_time() - time.thread_time() - began
-        if not is_first:
-            self.steps.append(list(self._seconds))
+        if is_last:
+            self._unread.append(self._phases)
             self.others.append(self._others)
+            if self.cuda is None:
+                self.read()
         return returned
 
-    def split(self) -> None:
-        """The end of a run or of a collective."""
-        now = time.thread_time()
-        self._seconds.append(now - self._last)
-        self._last = now
+    def mark(self) -> None:
+        """The end of a line."""
+        if self.cuda is None:
+            self._phases[-1].append((time.perf_counter(), time.thread_time()))
+        else:
+            event = self.cuda.Event(enable_timing=True)
+            event.record()
+            self._phases[-1].append(event)
 
-    def timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """A start or a wait, with the time it takes."""
+    def read(self) -> None:
+        """Turn marks into seconds."""
+        for phases in self._unread:
+            lines = [self._between(*marks) for phase in phases for marks in pairwise(phase)]
+            self.walls.append([wall for wall, _ in lines])
+            self.steps.append([busy for _, busy in lines])
+        self._unread.clear()
 
-        def timed_call() -> None:
-            self.split()
-            call()
-            self.split()
-
-        return timed_call
+    def _between(self, begin: Any, end: Any) -> tuple[float, float]:
+        """Seconds of wall time and of processor time between two marks."""
+        if self.cuda is None:
+            return end[0] - begin[0], end[1] - begin[1]
+        end.synchronize()
+        seconds = begin.elapsed_time(end) / 1e3
+        return seconds, seconds
 
     def medians(self) -> list[float]:
-        """Of each run and collective over the calm steps; empty if steps had different ones."""
-        if not self.steps or len({len(step) for step in self.steps}) > 1:
-            return []
-        return [statistics.median(values) for values in zip(*_calm(self.steps, sum), strict=True)]
+        """Seconds of processor time of each line over the calm steps; empty if steps had different ones."""
+        return _medians(self.steps)
+
+    def wall_medians(self) -> list[float]:
+        """Seconds of wall time of each line over the calm steps; empty if steps had different ones."""
+        return _medians(self.walls)
+
+
+def _medians(steps: Sequence[Sequence[float]]) -> list[float]:
+    if not steps or len({len(step) for step in steps}) > 1:
+        return []
+    return [statistics.median(values) for values in zip(*_calm(steps, sum), strict=True)]
 
 
 def calm_median(samples: Sequence[float]) -> float:
