@@ -160,9 +160,8 @@ def compile(
 def _prepare(zero: ZeroModule, example: Any) -> None:
     """Trace, plan and shard now; give the model back if that fails."""
     engine = zero._fxzero_engine
-    args, kwargs = as_arguments(example)
     try:
-        engine.prepare(args, kwargs)
+        engine.prepare(as_arguments(example))
     except BaseException:
         if engine.sharded.shards is None:  # the parameters are what they were
             ownership.give_back(engine.sharded.model)
@@ -207,7 +206,7 @@ class ZeroModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model. The first call of each kind (shapes, train or eval, ...) traces and plans it."""
-        return self._fxzero_engine(args, kwargs)
+        return self._fxzero_engine((args, kwargs))
 
     # -- what belongs to the model -------------------------------------------------------------------------------
 
