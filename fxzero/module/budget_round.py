@@ -1,9 +1,9 @@
 """Choose once what stays gathered under a memory budget, and what is recomputed, for the inputs of one plan.
 
-state   from                              `must_choose`                                     event
-open    compile                           true at a plan with a backward, if the options    `choose`: this rank's recipe
-                                          leave something to its inputs                     `settle`: one for all ranks
-made    `settle`                          false                                             `warn_if_over`, of any plan
+state   from       `choose`                                                                    `warn_if_over`
+open    compile    at a plan with a backward, if the options leave something to its inputs:    does nothing
+                   chooses, and the state is made
+made    `choose`   does nothing                                                                compares each plan
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
+from fxzero.comm import agree
 from fxzero.graph.names import format_bytes
-from fxzero.graph.recipe import Recipe
 from fxzero.graph.step import StepGraph
 from fxzero.memory.footprint import Held, held_by
 from fxzero.module.sharded_model import ShardedModel
@@ -35,25 +36,28 @@ class BudgetRound:
     """Bytes that this rank may use; None without a limit, and before the choice."""
     _is_made: bool = False
 
-    def must_choose(self, sharded: ShardedModel, step: StepGraph) -> bool:
-        """True at the first plan with a backward, if there is something to choose."""
-        if self._is_made or sharded.passes is not None or not step.has_backward:
+    def choose(self, sharded: ShardedModel, captured: StepGraph, topic: str) -> bool:
+        """Choose what stays gathered and how far to recompute, at the first plan with a backward; a collective then.
+
+        Ranks may differ in shapes and free memory: all take the recipe that keeps least.
+
+        Returns:
+            True if this was the choice.
+        """
+        if self._is_made or sharded.passes is not None or not captured.has_backward:
             return False
-        return depends_on_inputs(sharded.recipe, self.memory_budget)
-
-    def choose(self, sharded: ShardedModel, captured: StepGraph) -> Recipe:
-        """The recipe with the buckets that this rank would keep, and the bytes of activations that it would save."""
-        self.budget_bytes = self._free_bytes(sharded) if self.memory_budget == "auto" else self.memory_budget
-        backend = sharded.comm.backend
-        return fit_recipe(captured, sharded.recipe, backend, lambda plan: held(sharded, plan), self.budget_bytes)
-
-    def settle(self, sharded: ShardedModel, own: Recipe, topic: str) -> None:
-        """Take the recipe that keeps least among those of all ranks, which may differ in shapes and free memory."""
+        if not depends_on_inputs(sharded.recipe, self.memory_budget):
+            return False
+        with agree.reporting_failure(sharded.group, topic):
+            self.budget_bytes = self._free_bytes(sharded) if self.memory_budget == "auto" else self.memory_budget
+            backend, held_by_plan = sharded.comm.backend, partial(held, sharded)
+            own = fit_recipe(captured, sharded.recipe, backend, held_by_plan, self.budget_bytes)
         recipes = sharded.exchange_recipes(own, topic)
         buckets = {fqns for each in recipes for fqns in (*(each.kept or ()), *each.resident)}
         nbytes = {fqns: sum(sharded.specs[fqn].gathered_nbytes for fqn in fqns) for fqns in buckets}
         sharded.recipe = least(recipes, nbytes)
         self._is_made = True
+        return True
 
     def warn_if_over(self, sharded: ShardedModel, plan: Plan) -> None:
         """Warn if a plan for a later, larger shape needs more than the budget."""

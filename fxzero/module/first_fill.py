@@ -105,7 +105,6 @@ def _fill(sharded: ShardedModel, shards: Shards, loaded: AbstractSet[str]) -> No
 
 def _rng_state_of_rank0(sharded: ShardedModel) -> torch.Tensor:
     state = rng_state(sharded.devices.compute).to(sharded.devices.compute)
-    if isinstance(sharded.comm, PlanningComm):
-        return state.cpu()
-    sharded.comm.broadcast_from_rank0(state)
+    if not isinstance(sharded.comm, PlanningComm):
+        sharded.comm.broadcast_from_rank0(state)
     return state.cpu()

@@ -7,7 +7,6 @@ from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -80,7 +79,9 @@ class PlanMaker:
         reporting = partial(agree.reporting_failure, sharded.group, topic) if others_wait else nullcontext
         with reporting():
             captured = self._capture(signature, pattern, arguments, with_backward=with_backward)
-        drops_others = self._choose(captured, topic, reporting)
+        self.tuning.choose(sharded, captured.step, topic)
+        # Plans of evaluations made before a choice do not leave kept and resident buckets their places.
+        drops_others = self.budget.choose(sharded, captured.step, topic)
         with reporting():
             backend, devices = sharded.comm.backend, sharded.devices
             checks = partial(pass_checks, sharded.model, *arguments)
@@ -98,18 +99,6 @@ class PlanMaker:
         example_only = any(leaf.device.type == "meta" for leaf in signature.tensor_leaves)
         bound.reducing.example_only = bound.holding.example_only = example_only
         return bound, captured.differentiated, drops_others
-
-    def _choose(self, captured: Captured, topic: str, reporting: Any) -> bool:
-        """Let costs and the memory budget change the recipe; True if plans that were made before must be dropped."""
-        sharded, step = self.sharded, captured.step
-        if self.tuning.must_choose(sharded, step):
-            self.tuning.choose(sharded, step, topic)
-        if not self.budget.must_choose(sharded, step):
-            return False
-        with reporting():
-            own = self.budget.choose(sharded, step)
-        self.budget.settle(sharded, own, topic)
-        return True  # plans of evaluations made before do not leave kept and resident buckets their places
 
     def _capture(
         self, signature: Signature, pattern: Pattern | None, arguments: Arguments, *, with_backward: bool

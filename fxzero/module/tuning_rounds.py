@@ -65,15 +65,19 @@ class TuningRounds:
 
     # -- at the first plan ---------------------------------------------------------------------------------------
 
-    def must_choose(self, sharded: ShardedModel, step: StepGraph) -> bool:
-        """True at the first plan with a backward of a model for which there is something to choose."""
+    def _must_choose(self, sharded: ShardedModel, step: StepGraph) -> bool:
         if not self.is_on or self._is_tuned or not step.has_backward or sharded.comm.shard_ranks == 1:
             return False
         is_large = sum(param.nbytes for param in sharded.specs.values()) >= MIN_BYTES
         return is_large and (self.cluster is not None or not isinstance(sharded.comm, PlanningComm))
 
     def choose(self, sharded: ShardedModel, captured: StepGraph, topic: str) -> None:
-        """Calibrate if no cluster was given, and take the choice of rank 0 on all ranks; a collective."""
+        """Take the choice of rank 0 on all ranks, at the first plan with a backward; a collective then.
+
+        Does nothing where there is nothing to choose: on one rank, for a small model, or with passes of the user.
+        """
+        if not self._must_choose(sharded, captured):
+            return
         # A link is measured only once every rank has come to measure it.
         agree.agree(sharded.group, topic, describe_options(sharded.agreed), timeout=sharded.timeout)
         if self.cluster is None:
