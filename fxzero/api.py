@@ -1,4 +1,4 @@
-"""What a user sees: `compile()`, and the module it returns."""
+"""`compile()`, and ZeroModule, the module that it returns."""
 
 from __future__ import annotations
 
@@ -63,66 +63,67 @@ def compile(
 ) -> ZeroModule:
     """Take a model over and train it by ZeRO stage 3 on a schedule that is written before it runs.
 
-    The model's parameters become this rank's shards (1-D, a slice of each) and the full storages are freed; the
-    Parameter objects stay the same, so an optimizer built before or afterwards from `zero.parameters()` steps the
-    shards.
+    Each parameter becomes this rank's shard, a 1-D slice of it, and the full storages are freed. The Parameter objects
+    stay the same, so that an optimizer built before, or afterwards from `zero.parameters()`, steps the shards.
 
     Args:
         model: any nn.Module that torch.fx can trace with fake tensors, on the meta device or a real one.
-        optimizer: the optimizer(s) that hold the model's parameters already; state they have is cut into shards.
-        example: one batch: a mapping is passed as keyword arguments, a tuple or list as positional ones, anything else
-            as the only argument. With it, tracing, planning and sharding happen now; else at the first call.
-        device: where a meta model goes. Default: the device of a real model; the rank's accelerator, else the CPU.
+        optimizer: the optimizer or optimizers that hold the model's parameters already; their state is cut into shards.
+        example: one batch. A mapping is passed as keyword arguments, a tuple or list as positional ones, anything else
+            as the only argument. With an example tracing, planning and sharding happen now, else at the first call.
+        device: the device of a meta model. Default: that of a real model; else the rank's accelerator, else the CPU.
         process_group: the ranks to shard over. Default: the default group if torch.distributed is initialised, else
-            none (world size 1).
+            this rank alone.
         init_fn: initialises the modules of a meta model, as `model.apply(init_fn)` would.
-        sync_init: start from rank 0's parameters and buffers; False trusts that all ranks have equal ones.
-        elementwise_optimizer: vouch that an optimizer class that fxzero does not know updates each element by itself.
-        memory_budget: bytes that a rank may use for everything that fxzero plans (`zero.schedule.memory`); "auto" is
-            what is free. What fits stays gathered from forward to backward, and under gradient accumulation until the
-            shards change. Decided at the first call with a backward, for its shapes. Default: all is gathered again but
-            what costs no memory at the peak to keep: a few buckets that forward reads last and backward first.
+        sync_init: send rank 0's parameters and buffers to all ranks; False trusts that all ranks have equal ones.
+        elementwise_optimizer: vouch that an optimizer of a class unknown to fxzero updates each element by itself.
+        memory_budget: bytes that a rank may use for everything in `zero.schedule.memory`; "auto" takes the free memory.
+            Buckets that fit into the budget stay gathered from forward to backward, and under gradient accumulation
+            until the shards change. They are chosen at the first call with a backward, for its shapes. Default: only
+            buckets that cost no memory at the peak stay gathered, the few that forward reads last and backward first.
         reshard_after_forward: True gathers every parameter again in backward; False keeps all from forward to backward.
-        stage: the same in the terms of ZeRO: 3 is True, and 2, at whose residency parameters stay, is False.
-        recompute: "none", "full" (whole repeated blocks run again in backward), or an upper bound on the bytes of
+        stage: `reshard_after_forward` in the terms of ZeRO: 3 stands for True, 2 for False.
+        recompute: "none"; "full", which runs whole repeated blocks again in backward; or an upper bound on the bytes of
             activations saved for backward, for which cheap operators are recomputed first. Numerics do not change.
-        passes: the compiler passes, in order, instead of those that these options make. Default:
+        passes: the compiler passes, in order, in place of those that these options make. Default:
             `fxzero.passes.default_passes()`.
-        timeout: how long ranks wait for each other when they compare what they compiled.
-        layout: how a bucket of parameters is cut. "contiguous": as one flat buffer, so that collectives move parameters
-            and gradients straight into place. "interleaved": each parameter by itself, as DeepSpeed does, so that each
-            gather and each reduce copies its bucket; the same training bit for bit, as a reference to measure against.
-        gather_dtype: in which parameters travel: torch.bfloat16, or torch.int8 with a scale for every 256 elements. The
-            step then computes with parameters rounded so, in their own dtype; the optimizer updates exact shards, which
-            state dicts hold. Default: their own, as for one rank alone and for parameters that are as narrow already.
-        reduce_dtype: in which gradients travel: torch.bfloat16. Sums over micro-batches, and on gloo also those over
-            ranks, are made in their own dtype. Default: their own.
-        cluster: what the schedule is made for: numbers, or a name of `fxzero.cost.CLUSTERS`. Default: measured, in a
-            fraction of a second before the first plan, by all ranks together; not for less than 1 MiB of parameters,
-            nor for replicas of one rank each.
-        without: optimizations to turn off, by the names of `fxzero.ablation`, or "all", to measure what they are worth.
-            Training stays the same, but for roundings that it lists.
-        mesh: instead of process_group, as FSDP2 takes it: 1-D, the ranks to shard over; 2-D of (across, inside), say
-            `init_device_mesh("cuda", (num_nodes, ranks_per_node), mesh_dim_names=("replicate", "shard"))`: every node
-            shards over its own ranks and is a replica of the others (HSDP, MiCS). All gathers stay inside a node; of
-            each gradient, its shard crosses nodes, after a reduce-scatter inside. A step is that of all ranks.
-        across: "replicate", or "shard": the nodes of the mesh share the shards, as if all ranks were one group, and
-            each keeps what it gathered from others in secondary shards, so that gathers in backward, and in further
-            micro-steps, stay inside it (ZeRO++'s hpZ). Gradients cross nodes once, at half the bytes or less.
-        short_gloo_slices: let the threads of this process that carry gloo's messages ask the scheduler for slices of
-            0.1 ms, so that a message does not wait for the end of a slice of compute. It needs Linux 6.12 and no
-            privilege, and has no effect elsewhere. False leaves the threads as they are.
+        timeout: the longest time that ranks wait for each other when they compare what they compiled.
+        layout: the way a bucket of parameters is cut into shards. "contiguous" cuts the bucket as one flat buffer, so
+            that collectives move parameters and gradients straight into place. "interleaved" cuts each parameter by
+            itself, as DeepSpeed does, so that each gather and each reduction copies its bucket. Both train alike bit
+            for bit; the second is a reference to measure against.
+        gather_dtype: the dtype in which parameters travel: torch.bfloat16, or torch.int8 with a scale for every 256
+            elements. A step computes with parameters rounded so, in their own dtype. The optimizer and state dicts have
+            the exact shards. Default: the dtype of the parameters, which a single rank and narrower parameters keep.
+        reduce_dtype: the dtype in which gradients travel: torch.bfloat16. Gradients are summed in their own dtype over
+            micro-batches, and on gloo also over ranks. Default: the dtype of the gradients.
+        cluster: speeds of the devices and links that the schedule is made for: numbers, or a name of
+            `fxzero.cost.model.CLUSTERS`. Default: all ranks measure them together before the first plan, in less than a
+            second, unless the model has less than 1 MiB of parameters, or each rank is a replica.
+        without: names of optimizations to turn off, or "all", to measure their worth; `fxzero.reference.ablation` lists
+            them. Training stays the same, except for the roundings that it lists.
+        mesh: in place of process_group, as in FSDP2. A 1-D mesh has the ranks to shard over. A 2-D mesh of (across,
+            inside), say `init_device_mesh("cuda", (num_nodes, ranks_per_node), mesh_dim_names=("replicate", "shard"))`,
+            lets every node shard over its own ranks, as a replica of the other nodes (HSDP, MiCS). All gathers stay
+            inside a node; gradient shards cross nodes after a reduce-scatter inside. The batch is that of all ranks.
+        across: the relation of the nodes of a 2-D mesh. "replicate" makes them replicas. "shard" shares the shards
+            among all ranks, as in one group; each node keeps parameters that it gathered from other nodes in secondary
+            shards, so that gathers in backward and in further micro-steps stay inside it (hpZ of ZeRO++). Gradients
+            cross nodes once, at half the bytes or less.
+        short_gloo_slices: let gloo's threads in this process ask the scheduler for slices of 0.1 ms, so that a message
+            does not wait for the end of a slice of compute. It needs Linux 6.12 and no privilege, and has no effect
+            elsewhere. False leaves the threads as they are.
 
     Returns:
         The module to call and train.
 
     Raises:
-        InputMismatchError: a parameter is not contiguous, not floating, or the model is compiled already; this rank is
-            not in the mesh, or the mesh is one of other devices.
+        InputMismatchError: a parameter is not contiguous or not floating, the model is compiled already, this rank is
+            not in the mesh, or the mesh has devices of another type.
         OptimizerError: the optimizer cannot step shards.
-        ValueError: options contradict each other, there is no such layout, optimization or relation of nodes, or the
-            mesh has more than two dimensions.
-        CaptureError, RankMismatchError, PlanError: with `example`; else the first call raises them.
+        ValueError: options contradict each other, an option has no such value, or the mesh has more than two
+            dimensions.
+        CaptureError, RankMismatchError, PlanError: as from a first call; only with `example`.
     """
     wire_dtypes = gather_dtype, reduce_dtype
     recipe, own_list = choose_recipe(
@@ -130,7 +131,7 @@ def compile(
     )
     check_mesh(mesh, across, recipe)
     group = choose_group(process_group, mesh, across)
-    with agree.reporting_failure(group, "layout"):  # the other ranks wait for this one with what they compiled
+    with agree.reporting_failure(group, "layout"):  # the other ranks will wait for this one to compare options
         ownership.check_model(model)
         optimizers = _as_tuple(optimizer)
         for each in optimizers:
@@ -158,11 +159,10 @@ def compile(
 
 
 def _prepare(zero: ZeroModule, example: Any) -> None:
-    """Trace, plan and shard now; give the model back if that fails."""
+    """Trace, plan and shard now; give the model back to the user if that fails."""
     engine = zero._fxzero_engine
-    args, kwargs = as_arguments(example)
     try:
-        engine.prepare(args, kwargs)
+        engine.prepare(as_arguments(example))
     except BaseException:
         if engine.sharded.shards is None:  # the parameters are what they were
             ownership.give_back(engine.sharded.model)
@@ -185,9 +185,9 @@ def _check_holds_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) 
 
 
 class ZeroModule(nn.Module):
-    """A model whose parameters are this rank's shards and whose forward and backward run from a schedule.
+    """A model whose parameters are this rank's shards, and whose forward and backward follow a schedule.
 
-    It has the model's own names and Parameter objects; other attributes and methods are the model's.
+    Names and Parameter objects are those of the model; other attributes and methods are looked up in the model.
     """
 
     def __init__(self, model: nn.Module, engine: Engine, *, elementwise_optimizer: bool = False) -> None:
@@ -195,7 +195,7 @@ class ZeroModule(nn.Module):
         self.__dict__["_fxzero_engine"] = engine
         mode = model.training
         super().__init__()
-        model.training = mode  # which nn.Module's constructor sets
+        model.training = mode  # nn.Module's constructor has set it
         torch_internals.share_tables(self, model)
         self._fxzero_guard = OptimizerGuard(
             self,
@@ -206,14 +206,24 @@ class ZeroModule(nn.Module):
         ownership.take_over(model)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model. The first call of each kind (shapes, train or eval, ...) traces and plans it."""
-        return self._fxzero_engine(args, kwargs)
+        """Call the model; the first call of each kind (shapes, train or eval, ...) traces and plans it.
+
+        Returns:
+            The outputs of the model, in the same structure.
+
+        Raises:
+            CaptureError: the model cannot be traced.
+            InputMismatchError: an argument or a buffer does not fit.
+            PlanError: a plan needs more than memory_budget, or other collectives than the calls before.
+            RankMismatchError: ranks have compiled different models, options or orders of collectives.
+        """
+        return self._fxzero_engine((args, kwargs))
 
     # -- what belongs to the model -------------------------------------------------------------------------------
 
     @property
     def training(self) -> bool:
-        """The model's own flag."""
+        """`training` of the model itself."""
         return self._fxzero_model.training
 
     @training.setter
@@ -245,17 +255,16 @@ class ZeroModule(nn.Module):
     def __repr__(self) -> str:
         return f"ZeroModule({self._fxzero_model!r})"
 
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        ownership.refuse_copy()
+    __reduce_ex__ = ownership.refuse_copy
 
     # -- training ------------------------------------------------------------------------------------------------
 
     @contextmanager
     def no_sync(self) -> Generator[None]:
-        """Keep gradients unsharded inside, and reduce them at the first backward outside.
+        """Keep gradients unsharded inside of the context, and reduce them in the first backward after it.
 
-        Fewer bytes on the wire for gradient accumulation, for the memory of one full copy of the gradients. Without it,
-        each backward reduces and adds to the shards, which is the default.
+        Gradient accumulation then sends fewer bytes, and needs the memory of one full copy of the gradients. Outside of
+        the context each backward reduces gradients and adds them to the shards.
         """
         engine = self._fxzero_engine
         before, engine.synchronize = engine.synchronize, False
@@ -265,7 +274,7 @@ class ZeroModule(nn.Module):
             engine.synchronize = before
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients, also those that no_sync() holds (which an optimizer's zero_grad does not know of)."""
+        """Reset all gradients, also the unsharded ones of `no_sync()`, of which an optimizer knows nothing."""
         super().zero_grad(set_to_none)
         if (gradients := self._fxzero_engine.sharded.gradients) is not None:
             gradients.drop_held()
@@ -275,16 +284,17 @@ class ZeroModule(nn.Module):
     ) -> torch.Tensor:
         """Clip the gradients of all ranks by their global norm, without a host synchronisation.
 
-        `torch.nn.utils.clip_grad_norm_` would take this rank's shards for the whole, and `torch.amp.GradScaler` looks
-        for infinities in them only: on several ranks use `torch.distributed.fsdp.sharded_grad_scaler`.
+        `torch.nn.utils.clip_grad_norm_` would take this rank's shards for whole gradients. `torch.amp.GradScaler` would
+        look for infinities in this rank's shards only: on several ranks use
+        `torch.distributed.fsdp.sharded_grad_scaler`.
 
         Args:
             max_norm: upper bound on the norm.
             norm_type: 2.0 or infinity.
-            error_if_nonfinite: raise if the norm is not finite; this one does synchronise with the host.
+            error_if_nonfinite: raise if the norm is not finite, which synchronises with the host.
 
         Returns:
-            The norm before clipping: a scalar tensor on the device, equal on all ranks.
+            The norm before clipping: a tensor `[]` on the device, equal on all ranks.
 
         Raises:
             ValueError: another norm_type.
@@ -304,35 +314,53 @@ class ZeroModule(nn.Module):
         *,
         rank0_only: bool = False,
     ) -> dict[str, Any]:
-        """The full state dict with the model's own names: a collective, to be called on every rank.
+        """The full state dict with the model's own names; a collective, to be called on every rank.
 
-        Holds no more than the result and one bucket. Buffers are rank 0's.
+        At its peak a rank holds the result and one bucket. Buffers are those of rank 0.
 
         Args:
-            destination, prefix: as of nn.Module: where to put it, and what is prepended to each name.
-            keep_vars: has no effect: the tensors are copies.
-            rank0_only: only rank 0 gets it; the others get an empty dict.
+            destination: the mapping to fill, as in nn.Module; default: a new one.
+            prefix: prepended to each name, as in nn.Module.
+            keep_vars: has no effect, since the tensors are copies.
+            rank0_only: give the state to rank 0 alone; other ranks get an empty dict.
+
+        Returns:
+            Copies of parameters and buffers at their full shapes by name; tied parameters share one tensor.
         """
         return weights.state_dict(
             self._fxzero_engine.sharded, rank0_only=rank0_only, prefix=prefix, destination=destination
         )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load a full state dict with the model's own names; every rank passes it and keeps its slices.
+        """Load a full state dict with the model's own names; every rank passes it, and keeps its slices.
+
+        Args:
+            state_dict: tensors at their full shapes by name.
+            strict: raise if a name is missing or unexpected; False loads the names that fit.
+            assign: must be False.
+
+        Returns:
+            The missing and the unexpected names, as `nn.Module.load_state_dict` returns them.
 
         Raises:
             CheckpointError: names or shapes do not fit.
+            ValueError: assign is set.
         """
         if assign:
             raise ValueError("assign=True would replace the shards. Load with assign=False.")
         return weights.load_state_dict(self._fxzero_engine.sharded, state_dict, strict=strict)
 
     def iter_full_params(self, *, rank0_only: bool = False) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """Gather the parameters bucket by bucket, each once under its canonical name: a collective.
+        """Gather the parameters bucket by bucket, each once under its canonical name; a collective.
+
+        Every rank must iterate to the end.
+
+        Args:
+            rank0_only: give the tensors to rank 0 alone.
 
         Yields:
-            `(name, full tensor)`; the tensor is None on other ranks if `rank0_only`. It is a view of memory that the
-            next bucket overwrites: copy what you keep. Every rank must iterate to the end.
+            `(name, tensor)`; the tensor has the full shape, and is None on other ranks if `rank0_only`. It is a view of
+            memory that the next bucket overwrites: copy a tensor that you keep.
         """
         fix_layout_without_trace(self._fxzero_engine.sharded)
         return weights.full_params(self._fxzero_engine.sharded, rank0_only=rank0_only)
@@ -341,7 +369,7 @@ class ZeroModule(nn.Module):
 
     @property
     def schedule(self) -> Schedule:
-        """The schedule of the plan that ran last, or that `example` made."""
+        """The schedule of the plan that ran last, or of the plan that was made for `example`."""
         engine = self._fxzero_engine
         last = engine.last
         if last is None:
@@ -360,13 +388,10 @@ class ZeroModule(nn.Module):
 
 
 def _refuse_new_shapes(name: str) -> Callable[..., NoReturn]:
-    def refused(*args: Any, **kwargs: Any) -> NoReturn:
-        raise FxzeroError(
-            f"{name}() calls the model with ever new shapes, each of which would be traced. Gather the weights into "
-            f"the plain model instead: plain.load_state_dict(zero.state_dict()); plain.{name}(...)."
-        )
-
-    return refused
+    return ownership.refuse(
+        f"{name}() calls the model with ever new shapes, each of which would be traced. Gather the weights into the "
+        f"plain model instead: plain.load_state_dict(zero.state_dict()); plain.{name}(...)."
+    )
 
 
 __all__ = ["Schedule", "ZeroModule", "compile"]

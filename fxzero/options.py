@@ -1,4 +1,4 @@
-"""What the user asks of `compile()`: checked, and made into what the engine takes."""
+"""The options of `compile()`: checked, and made into an engine."""
 
 from __future__ import annotations
 
@@ -34,34 +34,34 @@ from fxzero.planning.plan import recipe_of
 from fxzero.reference import ablation
 
 Without: TypeAlias = ablation.Without
-"""What `compile(without=)` takes."""
+"""The type of `compile(without=)`."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for, as what stands behind a trained module takes it."""
+    """The options of one compiled model, after `choose_recipe`, `choose_device` and the checks."""
 
     recipe: Recipe
     passes: tuple[Pass, ...] | None
-    """The user's own list, in place of what the recipe stands for."""
+    """The user's own list of passes, which replaces those of the recipe."""
     device: torch.device
     memory_budget: int | Literal["auto"] | None
     cluster: Cluster | None
-    """What to plan for; None: it is calibrated."""
+    """Speeds of devices and links; None: they are measured."""
     has_default_passes: bool
-    """The user left sizes and order to the costs."""
+    """The user gave no list of passes, so that sizes and order can be chosen from costs."""
     keeps_free: bool
-    """What costs no memory at the peak may stay gathered until backward."""
+    """Buckets may stay gathered from forward to backward where that costs no memory at the peak."""
     across: Placement
     sync_init: bool
     init_fn: Callable[[nn.Module], object] | None
     timeout: timedelta
     short_gloo_slices: bool
-    """The scheduler is asked for short slices of gloo's threads."""
+    """Gloo's threads ask the scheduler for short slices."""
 
     @property
     def is_tuned(self) -> bool:
-        """Sizes and order are chosen from costs."""
+        """True if sizes and order are chosen from costs."""
         return self.has_default_passes and not ablation.scheduled(self.recipe.without)
 
     def agreed(self) -> dict[str, object]:
@@ -82,7 +82,7 @@ class Options:
     def make_engine(
         self, model: nn.Module, group: Group | None, optimizers: tuple[torch.optim.Optimizer, ...]
     ) -> Engine:
-        """What stands behind a trained module, with slower forms where optimizations are left out."""
+        """The engine of a model, with slower forms of its parts where optimizations are turned off."""
         without = self.recipe.without
         comm = make_comm(group, self.device, short_gloo_slices=self.short_gloo_slices)
         comm = ablation.comm_without(without, comm)
@@ -106,11 +106,7 @@ class Options:
 
 
 def check_mesh(mesh: DeviceMesh | None, across: Placement, recipe: Recipe) -> None:
-    """Refuse what nodes cannot do.
-
-    Raises:
-        ValueError: names what it needs, or the two options.
-    """
+    """Raise ValueError if options contradict the mesh, or there is no such relation of nodes."""
     check_placement(across)
     has_nodes = mesh is not None and mesh.ndim > 1
     if across == "shard" and (mesh is None or mesh.ndim != 2):
@@ -131,10 +127,10 @@ def choose_recipe(
     wire_dtypes: tuple[torch.dtype | None, torch.dtype | None],
     without: Without,
 ) -> tuple[Recipe, tuple[Pass, ...] | None]:
-    """The recipe that the options ask for, and the list of passes if none of ours made it.
+    """The recipe that the options ask for, and the user's list of passes unless `default_passes()` made it.
 
     Raises:
-        ValueError: two options contradict each other, or one has no such value.
+        ValueError: two options contradict each other, or an option has no such value.
     """
     left_out = ablation.names(without)
     if wire_dtypes[0] is torch.int8 and layout == "interleaved":

@@ -1,17 +1,23 @@
-"""What is chosen by the inputs of the first plan with a backward: what stays gathered under a budget, recomputation."""
+"""Choose once what stays gathered under a memory budget, and what is recomputed, for the inputs of one plan.
+
+state   from       `choose`                                                                    `warn_if_over`
+open    compile    at a plan with a backward, if the options leave something to its inputs:    does nothing
+                   chooses, and the state is made
+made    `choose`   does nothing                                                                compares each plan
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
+from fxzero.comm import agree
 from fxzero.graph.names import format_bytes
-from fxzero.graph.recipe import Recipe
 from fxzero.graph.step import StepGraph
 from fxzero.memory.footprint import Held, held_by
-from fxzero.module.one_choice import exchange_recipes
 from fxzero.module.sharded_model import ShardedModel
 from fxzero.planning.fix_layout import layout_of
 from fxzero.planning.keep_within_budget import AUTO_SHARE, depends_on_inputs, fit_recipe, free_bytes, least
@@ -22,35 +28,39 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class BudgetRound:
-    """One choice for all plans of a model, and on all ranks."""
+    """The choice for all plans of a model, on all ranks alike."""
 
     memory_budget: int | Literal["auto"] | None = None
+    """Bytes that a rank may use; "auto" stands for the free memory, and None for no limit."""
     budget_bytes: int | None = None
-    """This rank's memory budget; None without one, and before the choice."""
+    """Bytes that this rank may use; None without a limit, and before the choice."""
     _is_made: bool = False
 
-    def must_choose(self, sharded: ShardedModel, step: StepGraph) -> bool:
-        """True at the first plan with a backward, if there is something to choose."""
-        if self._is_made or sharded.passes is not None or not step.has_backward:
+    def choose(self, sharded: ShardedModel, captured: StepGraph, topic: str) -> bool:
+        """Choose what stays gathered and how far to recompute, at the first plan with a backward; a collective then.
+
+        Ranks may differ in shapes and free memory: all take the recipe that keeps least.
+
+        Returns:
+            True if this was the choice.
+        """
+        if self._is_made or sharded.passes is not None or not captured.has_backward:
             return False
-        return depends_on_inputs(sharded.recipe, self.memory_budget)
-
-    def choose(self, sharded: ShardedModel, captured: StepGraph) -> Recipe:
-        """What this rank would keep and recompute."""
-        self.budget_bytes = self._free_bytes(sharded) if self.memory_budget == "auto" else self.memory_budget
-        backend = sharded.comm.backend
-        return fit_recipe(captured, sharded.recipe, backend, lambda plan: held(sharded, plan), self.budget_bytes)
-
-    def settle(self, sharded: ShardedModel, own: Recipe, topic: str) -> None:
-        """Take the one choice of all ranks, whose shapes and free memory may differ; a collective."""
-        recipes = exchange_recipes(sharded, own, topic)
+        if not depends_on_inputs(sharded.recipe, self.memory_budget):
+            return False
+        with agree.reporting_failure(sharded.group, topic):
+            self.budget_bytes = self._free_bytes(sharded) if self.memory_budget == "auto" else self.memory_budget
+            backend, held_by_plan = sharded.comm.backend, partial(held, sharded)
+            own = fit_recipe(captured, sharded.recipe, backend, held_by_plan, self.budget_bytes)
+        recipes = sharded.exchange_recipes(own, topic)
         buckets = {fqns for each in recipes for fqns in (*(each.kept or ()), *each.resident)}
         nbytes = {fqns: sum(sharded.specs[fqn].gathered_nbytes for fqn in fqns) for fqns in buckets}
         sharded.recipe = least(recipes, nbytes)
         self._is_made = True
+        return True
 
     def warn_if_over(self, sharded: ShardedModel, plan: Plan) -> None:
-        """Say that a plan for a later, larger shape needs more than the budget it was not chosen for."""
+        """Warn if a plan for a later, larger shape needs more than the budget."""
         if self.budget_bytes is None:
             return
         needed = plan.footprint(held(sharded, plan.step)).planned_peak_bytes
@@ -62,23 +72,23 @@ class BudgetRound:
             )
 
     def _free_bytes(self, sharded: ShardedModel) -> int:
-        """The part of what is free that a rank plans with, and what it holds already and will use again."""
+        """The bytes that a rank can plan with: a share of the free memory, and memory that it holds already."""
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", sharded.comm.sharding.world_size))
         free = int(AUTO_SHARE * free_bytes(sharded.devices.compute, ranks_here))
         shards = sharded.shards
-        if shards is None:  # what full parameters take now will be given back
+        if shards is None:  # full parameters will be freed
             return free + sum(param.nbytes for param in sharded.param_list if not param.is_meta)
         return free + sharded.arena.nbytes + shards.params.nbytes + shards.grads.nbytes + shards.secondaries.nbytes
 
 
 def held(sharded: ShardedModel, step: StepGraph) -> Held:
-    """What a rank of this model holds from step to step beside the arena, under a plan."""
+    """Bytes by kind that a rank of this model holds from step to step under a plan, beside the arena."""
     shards = sharded.shards
     layout = shards.layout if shards is not None else layout_of(step, sharded.recipe, sharded.passes)
     return held_by(
         layout,
         state_per_element=sharded.state_per_element,
-        buffers=sum(buffer.nbytes for _, buffer in sharded.named_buffers()),
+        buffers=sum(buffer.nbytes for buffer in sharded.model.buffers()),
         synchronize=step.synchronize,
         secondaries={*step.secondaries().values(), *(shards.secondaries.parts if shards else ())},
     )

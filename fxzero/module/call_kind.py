@@ -1,4 +1,9 @@
-"""Kinds of calls: what chooses a plan."""
+"""Kinds of calls, each of which has a plan of its own for each pattern of arriving gradients.
+
+key of a plan    known when            contents
+Signature        a call begins         geometry and plain values of the arguments, modes of torch and of the modules
+Pattern          its backward begins   outputs that receive a gradient; a forward assumes those of the call before
+"""
 
 from __future__ import annotations
 
@@ -7,30 +12,36 @@ from typing import Any, TypeAlias
 
 from fxzero.capture.call import CallSpec, TensorLeaf
 
+Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+"""The positional and the keyword arguments of a call."""
 Pattern: TypeAlias = tuple[int, ...]
-"""Which of the flat outputs receive a gradient."""
+"""Indices of the flat outputs that receive a gradient."""
 
 
 @dataclass(frozen=True)
 class Signature:
-    """What chooses a plan."""
+    """Everything that chooses the plan of a call when it begins."""
 
     call: CallSpec
     training: tuple[bool, ...]
+    """`training` of each module."""
     trained: tuple[bool, ...]
+    """`requires_grad` of each parameter."""
     grad: bool
+    """`torch.is_grad_enabled()`."""
     autocast: tuple[bool, Any]
+    """Whether autocast is on for the device that computes, and its dtype then."""
 
     @property
     def tensor_leaves(self) -> list[TensorLeaf]:
-        """Geometry of the tensors among the arguments."""
+        """The geometry of each tensor among the arguments."""
         return [leaf for leaf in self.call.leaves if isinstance(leaf, TensorLeaf)]
 
     @property
     def flags(self) -> tuple[Any, ...]:
-        """What the same script sets on all ranks alike.
+        """The part that one script sets alike on all ranks: it leaves out the geometry of tensors.
 
-        Which inputs require grad, the arguments that are no tensors, autocast, and train or eval.
+        Plain arguments, `requires_grad` of each tensor, autocast, and the training flags.
         """
         plain = tuple(leaf.requires_grad if isinstance(leaf, TensorLeaf) else leaf for leaf in self.call.leaves)
         return self.call.structure, plain, self.autocast, self.training

@@ -1,9 +1,11 @@
-"""The order of the collectives of each kind of call, which all ranks agree on the first time.
+"""The order of the collectives of each kind of call, on which all ranks agree the first time.
 
-Ranks may meet different shapes in one step, so no rank may wait for others because a shape is new to it. What a call
-has in common on all ranks is its mode; whatever else it has may change nothing about its collectives, with one
-exception: flags, which the same script sets on every rank (`use_head=False`, `model.eval()`), may lead to other
-collectives.
+Ranks may meet different shapes in one step, so no rank may wait for others because a shape is new to it.
+
+part of a call    on all ranks   may it change the collectives?        when ranks agree
+mode              equal          yes                                   at the first call of the mode
+flags             equal          yes: `use_head=False`, `eval()`       at the first call with these flags, if it does
+shapes, the rest  may differ     no: a PlanError on the rank           never
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 from fxzero.comm import agree
 from fxzero.comm.groups import Group
@@ -20,45 +23,51 @@ from fxzero.graph.verify import collectives
 from fxzero.planning.plan import Plan
 
 
-@dataclass(frozen=True)
-class Mode:
-    """What decides about collectives."""
+class Mode(NamedTuple):
+    """The part of a call that its collectives follow from."""
 
     has_backward: bool
     trained: tuple[bool, ...]
     """Every parameter's `requires_grad`."""
     differentiated: tuple[int, ...]
-    """Which outputs receive a gradient."""
+    """Indices of the outputs that receive a gradient."""
 
 
 @dataclass
 class Orders:
-    """The collectives that ranks agreed on."""
+    """The collectives that ranks have agreed on."""
 
     group: Group | None
     rank: int
     timeout: timedelta
     _first: dict[Mode, list[str]] = field(default_factory=dict[Mode, "list[str]"])
+    """The collectives of the first call of each mode."""
     _of_flags: dict[tuple[Mode, Any], list[str]] = field(default_factory=dict[Any, "list[str]"])
+    """The collectives of calls with each mode and flags."""
 
     @property
     def is_empty(self) -> bool:
         return not self._first
 
     def expects_agreement(self, has_backward: bool, trained: tuple[bool, ...]) -> bool:
-        """True if no call of this kind was made, so that the others will be waiting for what this rank has."""
+        """True if no call like this one was made yet, so that the other ranks will wait for this one's collectives."""
         return all((mode.has_backward, mode.trained) != (has_backward, trained) for mode in self._first)
+
+    def forget(self) -> None:
+        """Start anew, as all ranks do whose plans are made again."""
+        self._first.clear()
+        self._of_flags.clear()
 
     def check(self, mode: Mode, flags: Any, order: list[str], *, agreed: bool) -> None:
         """Accept the collectives of a new plan.
 
         Args:
-            flags: whatever of the call is the same on all ranks; hashable.
+            flags: the part of the call that is equal on all ranks; hashable.
             agreed: ranks have compared this order already.
 
         Raises:
-            PlanError: calls with these flags had others: a new shape changed them.
-            RankMismatchError: other ranks have others.
+            PlanError: calls with these flags had other collectives: a new shape changed them.
+            RankMismatchError: other ranks have other collectives.
         """
         known = self._of_flags.get((mode, flags))
         if known is None and not agreed and order != self._first.get(mode):
@@ -77,10 +86,8 @@ def order_of(plan: Plan) -> list[str]:
 
 
 def _difference(first: Sequence[str], order: Sequence[str]) -> str:
-    common = min(len(first), len(order))
-    place = next((i for i in range(common) if first[i] != order[i]), common)
-    there = first[place] if place < len(first) else "nothing more"
-    here = order[place] if place < len(order) else "nothing more"
+    pairs = zip_longest(first, order, fillvalue="nothing more")
+    place, (there, here) = next((place, pair) for place, pair in enumerate(pairs) if pair[0] != pair[1])
     return (
         f"this call needs other collectives than the first one of its mode: number {place} is '{here}' instead of "
         f"'{there}'. Ranks that do not meet this shape would wait for other bytes. Make the model use the same "

@@ -1,93 +1,96 @@
-"""A call of a trained module: the plan for its kind, its forward, and its backward when that comes."""
+"""Each call of a compiled module: find or make the plan for its kind, run forward, and run backward when that comes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from functools import partial
+from typing import Any
 
 import torch
 
 from fxzero.capture.call import CallSpec, flatten_call
-from fxzero.comm.base import Comm
 from fxzero.errors import InputMismatchError
 from fxzero.graph.variant import Stash
 from fxzero.host.memory_in_use import MemoryInUse
 from fxzero.module.call import Call, StepFunction
-from fxzero.module.call_kind import Pattern, Signature
+from fxzero.module.call_kind import Arguments, Pattern, Signature
 from fxzero.module.plan_cache import PlanCache
 from fxzero.module.plan_maker import PlanMaker
 from fxzero.module.sharded_model import ShardedModel
 from fxzero.runtime.clip import clip_grad_norm_
 from fxzero.runtime.executable import BoundPlan, Executable
-from fxzero.runtime.gradients import Gradients
-
-Clip: TypeAlias = Callable[[Gradients | None, Comm, float, float, bool], torch.Tensor]
 
 
 class Engine:
-    """What stands behind a trained module.
+    """Runs the calls of one compiled module.
 
     Args:
         sharded: the model and this rank's shards.
-        maker: makes its plans.
-        clip_grad_norm: clips gradients by their norm.
+        maker: makes the plans of the model.
+        clip_grad_norm: a function like `clip_grad_norm_` of `fxzero.runtime.clip`.
     """
 
-    def __init__(self, sharded: ShardedModel, maker: PlanMaker, clip_grad_norm: Clip = clip_grad_norm_) -> None:
+    def __init__(
+        self, sharded: ShardedModel, maker: PlanMaker, clip_grad_norm: Callable[..., torch.Tensor] = clip_grad_norm_
+    ) -> None:
         self.sharded, self.maker, self.clip_grad_norm = sharded, maker, clip_grad_norm
         self.plans = PlanCache()
         self.synchronize = True
         """False inside no_sync()."""
         self.last: Executable | None = None
-        """What ran last: `zero.schedule` shows it."""
+        """The executable that ran last, which `zero.schedule` shows."""
         self.memory_in_use = MemoryInUse(sharded.devices.compute)
         self._anchor = torch.empty(0, requires_grad=True)
 
-    def prepare(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[list[torch.Tensor], Signature, Executable]:
-        """The tensors of a call, what chooses its plan, and what it runs, planned if it is new."""
-        inputs, spec = flatten_call(args, kwargs)
+    def prepare(self, arguments: Arguments) -> tuple[list[torch.Tensor], Signature, Executable]:
+        """The tensors, the signature and the executable of a call, which is planned if its kind is new."""
+        inputs, spec = flatten_call(*arguments)
         signature = self._signature(spec)
-        bound = self.plans.find(signature)
+        pattern = self.plans.pattern_of(signature)
+        bound = self.plans.find(signature, pattern)
         if bound is None:
-            bound = self._make(signature, self.plans.pattern_of(signature), args, kwargs)
+            bound = self._make(signature, pattern, arguments)
         executable = bound.executable(synchronize=self.synchronize or not signature.grad)
         self.last = executable
         return inputs, signature, executable
 
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, arguments: Arguments) -> Any:
         sharded, tuning = self.sharded, self.maker.tuning
         sharded.adopt_replaced_data()
         if tuning.is_due and torch.is_grad_enabled() and self.synchronize and self.maker.tune_again():
             self.plans.clear()
-        inputs, signature, executable = self.prepare(args, kwargs)
+        inputs, signature, executable = self.prepare(arguments)
         if executable.example_only:
             raise InputMismatchError("An input is on the meta device: it can be an example, not a batch to run on.")
-        replan = lambda pattern: self._replan(signature, pattern, executable, args, kwargs)  # noqa: E731
-        call = Call(sharded, self.backward, executable, inputs, replan)
         executable.stopwatch = tuning.stopwatch if tuning.measures(executable) else executable.lines_to_measure
         device_type = sharded.devices.compute.type
         if torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
-                tensors = self._run(call, executable, inputs)
+                tensors = self._run(executable, inputs, signature, arguments)
         else:
-            tensors = self._run(call, executable, inputs)
+            tensors = self._run(executable, inputs, signature, arguments)
         return executable.plan.captured.output.rebuild(tensors)
 
-    def _run(self, call: Call, executable: Executable, inputs: list[torch.Tensor]) -> Sequence[Any]:
+    def _run(
+        self, executable: Executable, inputs: list[torch.Tensor], signature: Signature, arguments: Arguments
+    ) -> Sequence[Any]:
         if executable.step.has_backward:
+            replan = partial(self._replan, signature, arguments, executable.step.synchronize)
+            call = Call(self.sharded, self.backward, executable, inputs, replan)
             return StepFunction.apply(call, self._anchor, *[x for x in inputs if x.requires_grad])  # type: ignore[no-any-return]
         with torch.no_grad():
-            outputs = call.forward(keep=False)
+            outputs, _ = executable.forward(inputs, self.sharded.buffers(executable))
         return [outputs[index] for index in executable.tensor_outputs]
 
     def backward(self, executable: Executable, saved: list[Any], tangents: list[torch.Tensor]) -> tuple[Any, ...]:
-        """Run a backward and bring `.grad` of every parameter it reached up to date: the gradients of the inputs."""
+        """Run a backward, and update `.grad` of each parameter that it reaches.
+
+        Returns:
+            The gradients of the inputs.
+        """
         gradients, in_flight = self.sharded.gradients, self.sharded.in_flight
         assert gradients is not None
-        stays = executable.leaves_buckets
-        if stays:
+        if executable.leaves_buckets:
             in_flight.before_backward()
         synchronize = executable.step.synchronize
         variant = gradients.variant(synchronize=synchronize)
@@ -99,12 +102,12 @@ class Engine:
             gradients.publish(executable.reached, variant)
         else:
             gradients.hold(executable.reached, variant)
-        if stays:
+        if executable.leaves_buckets:
             in_flight.after_backward()
         return input_grads
 
     def after_optimizer(self, seconds: float) -> None:
-        """A step of an optimizer, any, is over."""
+        """Note that a step of an optimizer is over, of any in this process."""
         self.sharded.in_flight.after_step()
         self.maker.tuning.after_optimizer(seconds)
 
@@ -120,28 +123,19 @@ class Engine:
             (autocast, torch.get_autocast_dtype(device_type) if autocast else None),
         )
 
-    def _make(
-        self, signature: Signature, pattern: Pattern | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> BoundPlan:
-        bound, pattern, drops_others = self.maker.make(signature, pattern, args, kwargs)
+    def _make(self, signature: Signature, pattern: Pattern | None, arguments: Arguments) -> BoundPlan:
+        bound, pattern, drops_others = self.maker.make(signature, pattern, arguments)
         if drops_others:
             self.plans.clear()
         self.plans.keep(signature, pattern, bound)
         return bound
 
-    def _replan(
-        self,
-        signature: Signature,
-        pattern: Pattern,
-        before: Executable,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Executable:
-        """What a call runs for another pattern of arriving gradients; later calls of this kind start with it."""
-        bound = self.plans.get(signature, pattern)
+    def _replan(self, signature: Signature, arguments: Arguments, synchronize: bool, pattern: Pattern) -> Executable:
+        """The executable of a call for another pattern of arriving gradients, which later calls of its kind assume."""
+        bound = self.plans.find(signature, pattern)
         if bound is None:
             with self.maker.as_in(signature):
-                bound = self._make(signature, pattern, args, kwargs)
+                bound = self._make(signature, pattern, arguments)
         self.plans.prefer(signature, pattern)
-        self.last = executable = bound.executable(synchronize=before.step.synchronize)
+        self.last = executable = bound.executable(synchronize=synchronize)
         return executable

@@ -1,4 +1,4 @@
-"""Fix the layout of a model: decide which rank owns what, on all ranks alike, and move its parameters into shards."""
+"""Fix the layout of a model, which says what each rank owns, on all ranks alike; move its parameters into shards."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from fxzero.errors import FxzeroError
 from fxzero.graph.layout import Layout
 from fxzero.module.initialize import check_meta_model, initialize, rng_state
 from fxzero.module.optimizer_state import cut_state, param_shards
+from fxzero.module.registered_tensors import entries
 from fxzero.module.sharded_model import ShardedModel
 from fxzero.planning.agreed_text import describe_layout
 from fxzero.planning.fix_layout import layout_in_registration_order
@@ -27,10 +28,10 @@ from fxzero.runtime.shards import Shards, install, shard_full_params
 def fix_layout(
     sharded: ShardedModel, layout: Layout, order: Sequence[str] = (), loaded: AbstractSet[str] = frozenset()
 ) -> None:
-    """Let a model have these buckets: make the storage for its shards, and fill it; a collective.
+    """Give a model its buckets: make the storage for this rank's shards, and fill it; a collective.
 
     Args:
-        order: the collectives of the first plan, which ranks compare as well.
+        order: the collectives of the first plan, which ranks compare too.
         loaded: names of parameters and buffers that a checkpoint is about to fill.
 
     Raises:
@@ -61,10 +62,10 @@ def fix_layout_without_trace(sharded: ShardedModel, loaded: AbstractSet[str] = f
 
 
 def _fill(sharded: ShardedModel, shards: Shards, loaded: AbstractSet[str]) -> None:
-    """Move the model's parameters into their shards, initialising those on meta; rank 0's values win.
+    """Move the model's parameters into their shards, and initialise those on meta; all ranks take rank 0's values.
 
     Args:
-        loaded: names that a checkpoint is about to fill: they get shards and buffers, but no values.
+        loaded: names of parameters and buffers that get memory here, and their values from a checkpoint.
     """
     with_grad = [fqn for fqn, param in sharded.params.items() if param.grad is not None]
     if with_grad:
@@ -91,20 +92,19 @@ def _fill(sharded: ShardedModel, shards: Shards, loaded: AbstractSet[str]) -> No
     for fqn, param in sharded.params.items():
         if param.is_meta:
             install(fqn, param, shards.param_view(fqn))
-    for fqn, buffer in sharded.named_buffers():
-        if buffer.is_meta:
-            assert fqn in loaded, fqn
-            sharded.set_buffer(fqn, torch.empty_like(buffer, device=shards.device))
-        elif buffer.device != shards.device:
-            sharded.set_buffer(fqn, buffer.to(shards.device))
+    for entry in (entry for entry in entries(sharded.model) if not entry.is_param):
+        if entry.tensor.is_meta:
+            assert entry.fqn in loaded, entry.fqn
+            entry.put(torch.empty_like(entry.tensor, device=shards.device))
+        elif entry.tensor.device != shards.device:
+            entry.put(entry.tensor.to(shards.device))
     if sharded.sync_init:
-        for _, buffer in sharded.named_buffers():
+        for buffer in sharded.model.buffers():
             sharded.comm.broadcast_from_rank0(buffer)
 
 
 def _rng_state_of_rank0(sharded: ShardedModel) -> torch.Tensor:
     state = rng_state(sharded.devices.compute).to(sharded.devices.compute)
-    if isinstance(sharded.comm, PlanningComm):
-        return state.cpu()
-    sharded.comm.broadcast_from_rank0(state)
+    if not isinstance(sharded.comm, PlanningComm):
+        sharded.comm.broadcast_from_rank0(state)
     return state.cpu()

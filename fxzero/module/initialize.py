@@ -1,16 +1,16 @@
 """Give a model built on the meta device its values, one module at a time.
 
-For each module that owns parameters or buffers on meta, children before parents, only these are made real; everything
-else in the model is on meta. Then the initialiser of the module is called, and that of each of its ancestors up to the
-root: an ancestor may refine what its children began, and what it does to other modules falls on meta tensors, where it
-costs nothing and draws nothing. Each filled parameter is handed over and dropped before the next module's turn.
+Modules that own parameters or buffers on meta take turns, children before parents. In the turn of a module only its own
+parameters and buffers are real; everything else in the model is on meta. Its initialiser is called, then that of each
+ancestor up to the root. An ancestor may refine what its children began. Whatever it does to other modules falls on meta
+tensors, where it costs nothing and draws nothing. Each parameter is handed over and dropped before the next turn.
 
     def __init__ in eager      child a drawn | child b drawn | parent refines a and b
     here                       child a drawn, parent refines a | child b drawn, parent refines b
 
-So a seed gives the values of eager construction, bit for bit, where each parameter is drawn once and modules are built
-in the order of their registration; else it gives others of the same distributions. What a model does to its parameters
-outside its initialisers, in `__init__` itself, cannot be repeated.
+A seed gives the values of eager construction, bit for bit, where each parameter is drawn once and modules are built in
+the order of their registration; else the values have the same distributions. Changes that a model makes to its
+parameters outside its initialisers, in `__init__` itself, cannot be repeated.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import inspect
 import sys
 from collections.abc import Callable, Generator
 from collections.abc import Set as AbstractSet
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -31,14 +32,18 @@ from fxzero.errors import CheckpointError
 from fxzero.module.registered_tensors import Entry, entries, join, plain_tensors
 
 InitFn = Callable[[nn.Module], object]
-"""What a user passes as `init_fn`: called as `model.apply(init_fn)` would call it."""
+"""A user's initialiser of one module, for all modules: called as `model.apply(init_fn)` would call it."""
 
-Chain = tuple[tuple[str, nn.Module], ...]
-"""A module and its ancestors up to the root, each with its name."""
+Place = tuple[str, nn.Module]
+"""A module behind its name in the model, which is empty for the model itself."""
+
+Chain = tuple[Place, ...]
+"""A module, then its ancestors up to the root."""
 
 _NAN_BYTE = 0xFF
-"""Floating tensors of these bytes are NaN in every format: what stays unfilled shows itself."""
+"""Fills floating tensors before they are initialised: such bytes are NaN in every format."""
 _ODD_BYTE = 0xA5
+"""Fills other tensors before they are initialised."""
 _SCAN_BYTES = 1 << 20
 
 
@@ -61,16 +66,16 @@ def _place(path: str, module: nn.Module) -> str:
 
 
 def check_meta_model(model: nn.Module, init_fn: InitFn | None = None, skip: AbstractSet[str] = frozenset()) -> None:
-    """Find early what `initialize` could not fill.
+    """Refuse a model with meta tensors that `initialize` could not fill.
 
     Args:
         model: any model; one without meta tensors passes.
-        init_fn: the user's initialiser, which is trusted to fill everything until it was called.
+        init_fn: the user's initialiser. With it, modules without an initialiser of their own pass.
         skip: names of parameters and buffers that a checkpoint fills.
 
     Raises:
-        CheckpointError: a tensor on meta is a plain attribute of a module, or a module that owns meta parameters or
-            buffers has no way to initialise them.
+        CheckpointError: a tensor on meta is a plain attribute of a module, or no initialiser is found for a module
+            that owns meta parameters or buffers.
     """
     registered = {id(param) for param in model.parameters()}
     for path, module in model.named_modules():
@@ -92,7 +97,7 @@ def check_meta_model(model: nn.Module, init_fn: InitFn | None = None, skip: Abst
 
 
 def rng_state(device: torch.device | str) -> Tensor:
-    """The state of all generators that initialisers draw from: the CPU's, and that of `device` if it has its own.
+    """The state of the CPU's generator, followed by that of `device` if it has a generator of its own.
 
     Returns:
         A uint8 tensor on the CPU; on the CPU device it is `torch.get_rng_state()`.
@@ -104,12 +109,16 @@ def rng_state(device: torch.device | str) -> Tensor:
     return torch.cat(states)
 
 
-def set_rng_state(state: Tensor, device: torch.device) -> None:
-    """Put the generators into a state that `rng_state(device)` returned."""
+@contextmanager
+def drawing_from(state: Tensor, device: torch.device) -> Generator[None]:
+    """Draw from a state that `rng_state(device)` returned; afterwards the generators are as they were before."""
     num_cpu_bytes = torch.get_rng_state().numel()
-    torch.set_rng_state(state[:num_cpu_bytes].clone())
-    if device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(state[num_cpu_bytes:].clone(), device)
+    beside_cpu = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(beside_cpu, device_type=device.type):
+        torch.set_rng_state(state[:num_cpu_bytes].clone())
+        for other in beside_cpu:
+            torch.get_device_module(other).set_rng_state(state[num_cpu_bytes:].clone(), other)
+        yield
 
 
 def initialize(
@@ -123,23 +132,24 @@ def initialize(
 ) -> None:
     """Initialise the meta parameters and buffers of `model`, holding one module's own parameters at a time.
 
-    Parameters that are real, or in `skip`, are left as they are, and so are buffers; real parameters must still have
-    their full shapes, which initialisers look at.
+    Parameters and buffers that are real, or named in `skip`, are left as they are. Real parameters must still have
+    their full shapes, since initialisers look at them.
 
-    A tied parameter is initialised in the turn of the module that registers it first, as if the others had taken it
-    over, `head.weight = embedding.weight`; in their turns they draw, as they do when they are built, and what they draw
-    is dropped. Every owner has the tensor in each of these turns, so that common ancestors refine it by any name.
+    A tied parameter gets its values in the turn of the module that registers it first, as in
+    `head.weight = embedding.weight`. Its other owners draw in their turns too, as they do in eager construction, and
+    their draws are dropped. All owners hold the real tensor in each of these turns, so that a common ancestor can
+    refine it by any of its names.
 
     Args:
         model: the model. Its Parameter objects stay, on meta; its meta buffers are replaced by real ones.
         device: where values are made and buffers stay.
         init_fn: called with each module and its ancestors. Default: the `_init_weights(module)` of the nearest ancestor
-            that has it, else the module's own `reset_parameters()` or `_reset_parameters()`. What it leaves unfilled
-            gets these defaults first, and then init_fn again.
+            that has it, else the module's own `reset_parameters()` or `_reset_parameters()`. If it leaves a tensor
+            unfilled, these defaults are called, then init_fn again.
         store: called once for each parameter with its canonical name and full value, which is dropped afterwards.
         skip: names of parameters and buffers that a checkpoint has filled or will fill.
-        generator_state: `rng_state(device)` of rank 0. A rank in this state draws on from it, as eager construction
-            would; any other rank borrows it, so that all draw the same.
+        generator_state: `rng_state(device)` of rank 0, from which every rank draws. Generators that are in this state
+            advance, as in eager construction; those of other ranks are left as they were.
 
     Raises:
         CheckpointError: an initialiser fails on the meta tensors around its module, or leaves something unfilled. The
@@ -148,16 +158,14 @@ def initialize(
     where = torch.device(device)
     buffers: list[tuple[Entry, Tensor]] = []
     turns = _turns(model, skip)
-    with _draws_from(generator_state, where), torch.no_grad(), where, _everything_on_meta(model):
+    with _drawing_as_rank0(generator_state, where), torch.no_grad(), where, _everything_on_meta(model):
         for turn in turns:
             values = _run(turn, where, init_fn)
             for entry in turn.entries:
-                value = values.pop(entry.fqn)
                 if entry.is_param:
-                    store(entry.fqn, value.detach())
+                    store(entry.fqn, values.pop(entry.fqn).detach())
                 else:
-                    buffers.append((entry, value))
-                del value
+                    buffers.append((entry, values[entry.fqn]))
     for entry, value in buffers:
         entry.put(value)
 
@@ -167,7 +175,7 @@ def initialize(
 
 @contextmanager
 def _everything_on_meta(model: nn.Module) -> Generator[None]:
-    """Put placeholders on meta for whatever is real, so that no initialiser changes it; take all back afterwards."""
+    """Register meta tensors in place of real ones, so that no initialiser changes them; undo it afterwards."""
     found = entries(model)
     try:
         for entry in found:
@@ -185,9 +193,9 @@ class _Turn:
 
     chain: Chain
     entries: list[Entry] = field(default_factory=list[Entry])
-    """What gets its values here."""
+    """Parameters and buffers that get their values in this turn."""
     borrowed: list[Entry] = field(default_factory=list[Entry])
-    """Tied to what another module registered earlier: filled as in eager construction, then dropped."""
+    """Tied parameters that another module registered earlier: filled as in eager construction, then dropped."""
 
     @property
     def module(self) -> nn.Module:
@@ -195,17 +203,16 @@ class _Turn:
 
 
 def _children_first(module: nn.Module, path: str, above: Chain, seen: set[nn.Module]) -> Generator[Chain]:
-    if module in seen:
-        return
     seen.add(module)
     chain = ((path, module), *above)
     for name, child in module.named_children():
-        yield from _children_first(child, join(path, name), chain, seen)
+        if child not in seen:
+            yield from _children_first(child, join(path, name), chain, seen)
     yield chain
 
 
 def _turns(model: nn.Module, skip: AbstractSet[str]) -> list[_Turn]:
-    """What must be initialised, children before parents."""
+    """The turns of all modules that own a tensor to initialise, children before parents."""
     turns = {chain[0][1]: _Turn(chain) for chain in _children_first(model, "", (), set())}
     for entry in entries(model):
         if entry.tensor.is_meta and not any(slot.fqn in skip for slot in entry.slots):
@@ -217,19 +224,13 @@ def _turns(model: nn.Module, skip: AbstractSet[str]) -> list[_Turn]:
 
 
 def _calls(chain: Chain, index: int, init_fn: InitFn | None) -> list[Callable[[], object]]:
-    """The initialisers of one module of a chain, from the most general to the most specific."""
+    """The initialisers that apply to one module of a chain, from the most general to the most specific."""
     module = chain[index][1]
-    calls: list[Callable[[], object]] = []
     own = torch_internals.own_initialiser(module)
-    if own is not None:
-        calls.append(own)
     holders = (getattr(above, "_init_weights", None) for _, above in chain[index:])
     holder = next((call for call in holders if callable(call) and _takes_a_module(call)), None)
-    if holder is not None:
-        calls.append(partial(holder, module))
-    if init_fn is not None:
-        calls.append(partial(init_fn, module))
-    return calls
+    of_any_module = [partial(call, module) for call in (holder, init_fn) if call is not None]
+    return of_any_module if own is None else [own, *of_any_module]
 
 
 def _takes_a_module(call: Callable[..., object]) -> bool:
@@ -241,23 +242,17 @@ def _takes_a_module(call: Callable[..., object]) -> bool:
 
 
 def _run(turn: _Turn, device: torch.device, init_fn: InitFn | None) -> dict[str, Tensor]:
-    """Initialise one module: its full values by name. Its slots are on meta again afterwards."""
+    """Initialise the tensors of one turn, and return their full values by name; the module is on meta again then."""
     chain = turn.chain
-    calls = [_calls(chain, index, init_fn) for index in range(len(chain))]
-    specific = [(above, options[-1]) for above, options in zip(chain, calls, strict=True) if options]
-    depth = max(map(len, calls))
-    every = [
-        (above, options[level])
-        for level in range(depth)
-        for above, options in zip(chain, calls, strict=True)
-        if level < len(options)
-    ]
+    calls = [[(place, call) for call in _calls(chain, index, init_fn)] for index, place in enumerate(chain)]
+    specific = [of_module[-1] for of_module in calls if of_module]
+    every = [called for level in zip_longest(*calls) for called in level if called is not None]
     for entry in (*turn.entries, *turn.borrowed):
         entry.put(_unfilled(entry, device))
     try:
         for attempt in (specific, every):
-            for (path, module), call in attempt:
-                _call(call, turn, path, module)
+            for place, call in attempt:
+                _call(call, turn, place)
             values = {entry.fqn: _value(entry, device) for entry in turn.entries}
             unfilled = [entry for entry in turn.entries if _is_unfilled(values[entry.fqn])]
             if not unfilled:
@@ -271,24 +266,25 @@ def _run(turn: _Turn, device: torch.device, init_fn: InitFn | None) -> dict[str,
     )
 
 
-def _call(call: Callable[[], object], turn: _Turn, path: str, module: nn.Module) -> None:
+def _call(call: Callable[[], object], turn: _Turn, place: Place) -> None:
     alone = f"while only the own parameters and buffers of {_place(*turn.chain[0])} were real"
     try:
         call()
     except Exception as error:
         if isinstance(error, RuntimeError) and "meta" in str(error):
             raise CheckpointError(
-                f"The initialiser of {_place(path, module)} failed {alone}: {error}. It reads what other modules own. "
+                f"The initialiser of {_place(*place)} failed {alone}: {error}. It reads what other modules own. "
                 "Let each module be initialised from itself, pass such an init_fn=, or build on a real device."
             ) from error
         if sys.version_info >= (3, 11):
-            error.add_note(f"In the initialiser of {_place(path, module)}, {alone}")
+            error.add_note(f"In the initialiser of {_place(*place)}, {alone}")
         raise
 
 
 def _value(entry: Entry, device: torch.device) -> Tensor:
-    """What the slot holds after the initialisers, also if they bound another tensor to it."""
-    value = entry.slots[0].get()
+    """The tensor that the entry's first slot holds after the initialisers, which may have bound another one to it."""
+    slot = entry.slots[0]
+    value = slot.table.get(slot.name)
     if value is None or value.shape != entry.tensor.shape or value.dtype != entry.tensor.dtype:
         raise CheckpointError(
             f"The initialiser of {entry.fqn} replaced it by {_text(value)}; it was {_text(entry.tensor)}. "
@@ -321,30 +317,19 @@ def _unfilled(entry: Entry, device: torch.device) -> Tensor:
 
 def _is_unfilled(tensor: Tensor) -> bool:
     """True if no byte was written since `_unfilled`, and for a tensor on meta; False for an empty one."""
-    if tensor.numel() == 0:
-        return False
-    if tensor.is_meta:
-        return True
-    filler = _filler(tensor)
-    head = _bytes(tensor.reshape(-1)[:1])
-    return bool((head == filler).all()) and all(
-        bool((chunk == filler).all()) for chunk in _bytes(tensor).split(_SCAN_BYTES)
-    )
+    if tensor.is_meta or tensor.numel() == 0:
+        return tensor.numel() > 0
+    chunks = _bytes(tensor.reshape(-1)[:1]), *_bytes(tensor).split(_SCAN_BYTES)  # mostly the first element will do
+    return all(bool((chunk == _filler(tensor)).all()) for chunk in chunks)
 
 
 # -- the same draws on all ranks ---------------------------------------------------------------------------------
 
 
-@contextmanager
-def _draws_from(state: Tensor | None, device: torch.device) -> Generator[None]:
+def _drawing_as_rank0(state: Tensor | None, device: torch.device) -> AbstractContextManager[None]:
     own = rng_state(device)
     if state is None or torch.equal(own, state):
-        yield
-        return
+        return nullcontext()
     if state.shape != own.shape:
         raise ValueError(f"generator_state has {state.numel()} bytes, rng_state({str(device)!r}) has {own.numel()}")
-    set_rng_state(state, device)
-    try:
-        yield
-    finally:
-        set_rng_state(own, device)
+    return drawing_from(state, device)

@@ -1,7 +1,7 @@
-"""Which optimizers can step shards: those whose update of an element needs that element alone.
+"""Which optimizers can step shards: the element-wise ones, whose update of an element needs that element alone.
 
-Such an optimizer gives the same numbers on a 1-D slice of a parameter as on the whole, bit for bit. One that looks at
-the parameter's shape, or at several elements at once, does not.
+An element-wise optimizer gives the same numbers on a 1-D slice of a parameter as on the whole, bit for bit. One that
+looks at the shape of a parameter, or at several elements at once, does not.
 """
 
 from __future__ import annotations
@@ -13,21 +13,23 @@ import torch
 
 from fxzero.errors import OptimizerError
 
-ELEMENTWISE: tuple[type[torch.optim.Optimizer], ...] = (
-    torch.optim.Adadelta,
-    torch.optim.Adagrad,
-    torch.optim.Adam,
-    torch.optim.AdamW,
-    torch.optim.Adamax,
-    torch.optim.ASGD,
-    torch.optim.NAdam,
-    torch.optim.RAdam,
-    torch.optim.RMSprop,
-    torch.optim.Rprop,
-    torch.optim.SGD,
-)
-"""The optimizers that are known to be element-wise: these classes, not their subclasses."""
+_STATE_PER_ELEMENT: Mapping[type[torch.optim.Optimizer], Callable[[dict[str, Any]], int]] = {
+    torch.optim.Adadelta: lambda group: 2,
+    torch.optim.Adagrad: lambda group: 1,
+    torch.optim.Adam: lambda group: 2 + group["amsgrad"],
+    torch.optim.AdamW: lambda group: 2 + group["amsgrad"],
+    torch.optim.Adamax: lambda group: 2,
+    torch.optim.ASGD: lambda group: 1,
+    torch.optim.NAdam: lambda group: 2,
+    torch.optim.RAdam: lambda group: 2,
+    torch.optim.RMSprop: lambda group: 1 + (group["momentum"] > 0) + group["centered"],
+    torch.optim.Rprop: lambda group: 2,
+    torch.optim.SGD: lambda group: int(group["momentum"] != 0),
+}
+"""Elements of state for each element of a parameter, given its group, of the optimizers known to be element-wise."""
 
+ELEMENTWISE = tuple(_STATE_PER_ELEMENT)
+"""The optimizers known to be element-wise: these classes, not their subclasses."""
 
 REFUSED: Mapping[type[torch.optim.Optimizer], str] = {
     torch.optim.LBFGS: "its directions come from dot products over all parameters, of which a rank has only a part",
@@ -35,7 +37,7 @@ REFUSED: Mapping[type[torch.optim.Optimizer], str] = {
     torch.optim.Muon: "it orthogonalises whole matrices, and a shard is a 1-D slice of one",
     torch.optim.SparseAdam: "it takes sparse gradients, and gradient shards are dense",
 }
-"""The optimizers of torch.optim that need what a shard does not have."""
+"""The optimizers of torch.optim that are not element-wise, each with the reason."""
 
 
 def check_optimizer(optimizer: object, *, elementwise_optimizer: bool) -> None:
@@ -46,7 +48,7 @@ def check_optimizer(optimizer: object, *, elementwise_optimizer: bool) -> None:
         elementwise_optimizer: the user vouches for any other class, except those in `REFUSED`.
 
     Raises:
-        OptimizerError: the class is refused; the message says why, and what to do.
+        OptimizerError: the class is refused; the message has the reason and the cure.
     """
     kind = type(optimizer)
     if kind in ELEMENTWISE:
@@ -65,25 +67,10 @@ def check_optimizer(optimizer: object, *, elementwise_optimizer: bool) -> None:
         )
 
 
-_STATE_PER_ELEMENT: Mapping[type[torch.optim.Optimizer], Callable[[dict[str, Any]], int]] = {
-    torch.optim.Adadelta: lambda group: 2,
-    torch.optim.Adagrad: lambda group: 1,
-    torch.optim.Adam: lambda group: 2 + group["amsgrad"],
-    torch.optim.AdamW: lambda group: 2 + group["amsgrad"],
-    torch.optim.Adamax: lambda group: 2,
-    torch.optim.ASGD: lambda group: 1,
-    torch.optim.NAdam: lambda group: 2,
-    torch.optim.RAdam: lambda group: 2,
-    torch.optim.RMSprop: lambda group: 1 + (group["momentum"] > 0) + group["centered"],
-    torch.optim.Rprop: lambda group: 2,
-    torch.optim.SGD: lambda group: int(group["momentum"] != 0),
-}
-
-
 def state_per_element(optimizers: Sequence[torch.optim.Optimizer]) -> int:
-    """Elements of state that an optimizer will have for each element of a parameter: the most of any group.
+    """Elements of state for each element of a parameter: the most of any group of these optimizers.
 
-    2, as of AdamW, for a class that is not of torch.optim, or while there is no optimizer yet.
+    It is 2, the number of AdamW, for a class outside torch.optim, and if there is no optimizer yet.
     """
     counts = [
         _STATE_PER_ELEMENT.get(type(optimizer), lambda group: 2)(group)

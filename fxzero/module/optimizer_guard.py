@@ -1,4 +1,4 @@
-"""Check each optimizer that steps shards, before its first step, and note what it does to them."""
+"""Check each optimizer that steps shards before its first step, and move the state that it makes into one buffer."""
 
 from __future__ import annotations
 
@@ -18,18 +18,21 @@ from fxzero.module.optimizer_state import ParamShard, fits, name_of, parameters_
 
 
 class OptimizerGuard:
-    """Checks every optimizer that steps parameters of one compiled model, also those built after compile.
+    """Checks every optimizer that steps parameters of one compiled model, also optimizers built after compile.
 
-    Optimizers may be built at any time, so it is called before each step of any optimizer. It looks at one in its first
-    step, and again when it has more parameter groups; one that holds none of the parameters is ignored. A new guard of
-    the same owner replaces the old one, and the last one ends with its owner.
+    A new guard of an owner replaces the old one; the last guard ends with its owner.
+
+    event (of any optimizer)   condition                         what the guard does
+    before_step                there are no shards yet           nothing
+                               first step, or groups were added  checks the optimizer; its state will move
+    after_step                 its state is to move              moves it into one buffer
 
     Args:
         owner: the compiled model; held weakly.
-        shards: gives what this rank holds of each parameter, by the id of the Parameter object; empty as long as there
-            are no shards, and then nothing is checked. It must not hold the owner.
+        shards: returns this rank's part of each parameter as `param_shards` does, and nothing before there are shards.
+            It must not hold the owner.
         elementwise_optimizer: see `check_optimizer`.
-        on_step: called after each step of any optimizer, with the seconds it took; must not hold the owner.
+        on_step: called after each step of any optimizer with its seconds; must not hold the owner.
     """
 
     def __init__(
@@ -46,21 +49,14 @@ class OptimizerGuard:
         self.elementwise_optimizer = elementwise_optimizer
         self._num_groups_checked: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._to_rehome: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        """Optimizers that take their first step, in which they make their state."""
+        """Optimizers that are taking their first step, in which they make their state."""
         self.state_nbytes = 0
         """Bytes of the buffers that optimizer state was moved to."""
-        self._owner = weakref.ref(owner)
         _install_hook()
         _guards[owner] = self
 
-    def remove(self) -> None:
-        """Stop checking."""
-        owner = self._owner()
-        if owner is not None and _guards.get(owner) is self:
-            del _guards[owner]
-
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Check an optimizer, if that was not done yet."""
+        """Check an optimizer in its first step, and again if groups were added."""
         self._began_s = time.perf_counter()
         if self._num_groups_checked.get(optimizer) != len(optimizer.param_groups):
             shards = self.shards()
@@ -70,7 +66,7 @@ class OptimizerGuard:
                 self._to_rehome.add(optimizer)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """After an optimizer's first step, move the state that it made into one buffer."""
+        """Move the state that an optimizer made in its first step into one buffer."""
         self._on_step(time.perf_counter() - self._began_s)
         if optimizer in self._to_rehome:
             self._to_rehome.discard(optimizer)
@@ -80,7 +76,7 @@ class OptimizerGuard:
         """Refuse an optimizer that would step the shards wrongly.
 
         Raises:
-            OptimizerError: its class is refused, it has a parameter twice, or it has state for a full parameter.
+            OptimizerError: the class is refused, or the optimizer has a parameter twice or state for a full parameter.
         """
         seen: set[int] = set()
         for _, param in parameters_of(optimizer, shards):
@@ -103,8 +99,11 @@ class OptimizerGuard:
 
 
 _guards: weakref.WeakKeyDictionary[nn.Module, OptimizerGuard] = weakref.WeakKeyDictionary()
-"""The guard of each compiled model. One hook serves all, and stays: a hook that went with its model, in a garbage
-collection in the middle of a step, would break torch's loop over the hooks."""
+"""Maps each compiled model to its guard.
+
+The two hooks serve all guards and are never removed: a hook that was removed with its model, in a garbage collection
+during a step, would break torch's loop over the hooks.
+"""
 
 
 @functools.cache
@@ -121,6 +120,3 @@ def _before_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object)
 def _after_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
     for guard in list(_guards.values()):
         guard.after_step(optimizer)
-
-
-# -- helpers -----------------------------------------------------------------------------------------------------

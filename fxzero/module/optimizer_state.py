@@ -1,15 +1,14 @@
-"""The state of an optimizer: that for full parameters is cut for their shards, that of shards lies in one buffer.
+"""Optimizer state: cut it from full parameters into shards, and keep the state of all shards in one buffer.
 
 torch.optim makes its state (exp_avg and so on) in the first step, tensor by tensor, wherever the allocator has room.
-Moved together right after it, it fragments nothing, and the allocator is asked for nothing from there on.
+Right after that step it is moved into one buffer, so that it fragments nothing, and later steps allocate nothing.
 """
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,23 +20,21 @@ from fxzero.runtime.storage import storage_view
 
 
 def rehome_state(optimizer: torch.optim.Optimizer, params: Collection[int]) -> int:
-    """Put every state tensor of a shard's shape into one buffer, one tensor at a time.
+    """Move every state tensor of a shard's shape into one buffer, one tensor at a time.
 
-    On the CPU a tensor's memory is given back before the next is moved, and the buffer's pages come with its use, so
-    the excess is one tensor.
+    On the CPU each tensor is freed before the next one is moved, and the pages of the buffer are mapped as they are
+    written, so that the peak is one tensor above the state.
 
     Args:
-        params: the ids of the Parameter objects whose state is meant.
+        params: the ids of the Parameter objects whose state is moved.
 
     Returns:
         The bytes of the buffer; 0 if there was nothing to move, or two devices to move it on.
     """
     found: list[tuple[dict[str, Any], str]] = []
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            if id(param) in params:
-                state: dict[str, Any] = optimizer.state.get(param, {})
-                found += [(state, key) for key, value in state.items() if _is_like(value, param)]
+    for _, param in parameters_of(optimizer, params):
+        state: dict[str, Any] = optimizer.state.get(param, {})
+        found += [(state, key) for key, value in state.items() if _is_like(value, param)]
     devices = {state[key].device for state, key in found}
     if len(devices) != 1:
         return 0
@@ -60,16 +57,14 @@ def _is_like(value: object, shard: torch.Tensor) -> bool:
     return isinstance(value, torch.Tensor) and value.shape == shard.shape and value.is_contiguous()
 
 
-REBUILD = "Build the optimizer after fxzero.compile, from the parameters of what it returns."
-
-
+_REBUILD = "Build the optimizer after fxzero.compile, from the parameters of what it returns."
 _SCALARS = frozenset({"step", "eta", "mu", "mu_product"})
-"""State of one element for the whole parameter, whatever the parameter's shape."""
+"""Keys of state that has one element for the whole parameter, also where the parameter itself has one element."""
 
 
 @dataclass(frozen=True)
 class ParamShard:
-    """What a rank holds of one parameter: the elements `part` of its `spec.numel`, flattened, on `device`."""
+    """The part of one parameter that a rank holds: elements `part` of the flattened parameter, on `device`."""
 
     spec: ParamSpec
     part: Slice
@@ -77,7 +72,7 @@ class ParamShard:
 
 
 def param_shards(params: Mapping[str, nn.Parameter], shards: Shards) -> dict[int, ParamShard]:
-    """What this rank holds of each parameter, by the id of the Parameter object."""
+    """Maps the id of each Parameter object to this rank's part of it."""
     return {
         id(params[spec.fqn]): ParamShard(spec, bucket.slice_of(spec, shards.rank), shards.device)
         for bucket in shards.layout.buckets
@@ -86,14 +81,14 @@ def param_shards(params: Mapping[str, nn.Parameter], shards: Shards) -> dict[int
 
 
 def cut_state(optimizer: torch.optim.Optimizer, shards: Mapping[int, ParamShard]) -> None:
-    """Cut the state that an optimizer has for full parameters like the parameters themselves.
+    """Cut the state that an optimizer has for full parameters into state for this rank's shards.
 
-    A tensor of the parameter's shape becomes a 1-D slice with storage of its own, on the shard's device, so that the
-    full one is freed; the accumulators that Adagrad makes for a meta model are made for the shard. Scalars are kept.
+    A tensor of the parameter's shape becomes a 1-D slice with storage of its own on the shard's device, so that the
+    full tensor is freed. Accumulators that Adagrad made for a meta model are made anew for the shard. Scalars are kept.
 
     Args:
-        optimizer: one that passed `check_optimizer`; it does not matter whether its parameters are cut already.
-        shards: what this rank holds of each parameter, by the id of the Parameter object; others are left alone.
+        optimizer: one that passed `check_optimizer`; its parameters may be cut already.
+        shards: as `param_shards` returns them; state of other parameters is left alone.
 
     Raises:
         OptimizerError: a state tensor has neither the parameter's shape nor a single element. Nothing was cut then.
@@ -105,64 +100,50 @@ def cut_state(optimizer: torch.optim.Optimizer, shards: Mapping[int, ParamShard]
     ]
     for state, _, shard in states:
         for key, value in state.items():
-            if _kind(key, value, shard.spec) is _Kind.OTHER:
+            if _kind(key, value, shard.spec) == "other":
                 raise OptimizerError(
                     f"State {key!r} of {shard.spec.fqn} in {name_of(optimizer)} is {text_of(value)}; only tensors of "
-                    f"the parameter's shape {shard.spec.shape} and single elements can be cut into shards. {REBUILD}"
+                    f"the parameter's shape {shard.spec.shape} and single elements can be cut into shards. {_REBUILD}"
                 )
             if isinstance(value, Tensor) and value.is_meta and type(optimizer) is not torch.optim.Adagrad:
                 raise OptimizerError(
                     f"State {key!r} of {shard.spec.fqn} in {name_of(optimizer)} is on the meta device, without values. "
-                    f"{REBUILD}"
+                    f"{_REBUILD}"
                 )
     for state, group, shard in states:
         for key, value in state.items():
             if isinstance(value, Tensor) and value.is_meta:
                 state[key] = _make_for_adagrad(optimizer, group, key, value, shard)
-            elif _kind(key, value, shard.spec) is _Kind.LIKE_PARAM:
+            elif _kind(key, value, shard.spec) == "like its parameter":
                 state[key] = value.reshape(-1)[shard.part.start : shard.part.stop].to(shard.device, copy=True)
 
 
-class _Kind(enum.Enum):
-    """What one value in an optimizer's state is to its parameter."""
-
-    LIKE_PARAM = "like_param"
-    SCALAR = "scalar"
-    OTHER = "other"
-
-
-def _kind(key: str, value: object, spec: ParamSpec) -> _Kind:
+def _kind(key: str, value: object, spec: ParamSpec) -> Literal["like its parameter", "scalar", "other"]:
     if not isinstance(value, Tensor):
         items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else ()
-        return _Kind.OTHER if any(isinstance(item, Tensor) and item.numel() > 1 for item in items) else _Kind.SCALAR
-    if value.numel() == 1 and key in _SCALARS:
-        return _Kind.SCALAR
-    if tuple(value.shape) == spec.shape:
-        return _Kind.LIKE_PARAM
-    return _Kind.SCALAR if value.numel() == 1 else _Kind.OTHER
+        return "other" if any(isinstance(item, Tensor) and item.numel() > 1 for item in items) else "scalar"
+    if tuple(value.shape) == spec.shape and not (value.numel() == 1 and key in _SCALARS):
+        return "like its parameter"
+    return "scalar" if value.numel() == 1 else "other"
 
 
 def fits(key: str, value: object, shard: Tensor, spec: ParamSpec) -> bool:
-    """Whether a value in the state is one for the shard: of its shape, or one for the whole parameter."""
+    """True if a value in the state has the shape of the shard, or is a scalar for the whole parameter."""
     if isinstance(value, Tensor) and not value.is_meta and value.shape == shard.shape:
         return True
-    return _kind(key, value, spec) is _Kind.SCALAR
+    return _kind(key, value, spec) == "scalar"
 
 
-def parameters_of(
-    optimizer: torch.optim.Optimizer, shards: Mapping[int, ParamShard]
-) -> Iterator[tuple[dict[str, Any], Tensor]]:
-    """The parameters of the compiled model that an optimizer steps, each with its group."""
+def parameters_of(optimizer: torch.optim.Optimizer, params: Collection[int]) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    """The parameters with these ids that an optimizer steps, each behind its group."""
     for group in optimizer.param_groups:
-        for param in group["params"]:
-            if id(param) in shards:
-                yield group, param
+        yield from ((group, param) for param in group["params"] if id(param) in params)
 
 
 def _make_for_adagrad(
     optimizer: torch.optim.Optimizer, group: Mapping[str, Any], key: str, value: Tensor, shard: ParamShard
 ) -> Tensor:
-    """What Adagrad's constructor makes, which it does before any step: on meta for a meta model."""
+    """The state of a shard as Adagrad's constructor makes it, which did so on meta for a meta model."""
     if key == "step":
         return torch.zeros((), dtype=value.dtype, device=shard.device if group["fused"] else "cpu")
     initial = optimizer.defaults["initial_accumulator_value"]
@@ -175,6 +156,5 @@ def name_of(optimizer: object) -> str:
 
 
 def text_of(value: object) -> str:
-    return (
-        f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__} of tensors"
-    )
+    is_tensor = isinstance(value, Tensor)
+    return f"{value.dtype} {tuple(value.shape)}" if is_tensor else f"a {type(value).__name__} of tensors"

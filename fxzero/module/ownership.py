@@ -1,6 +1,6 @@
-"""What compile does to the user's own model: whatever of it would run, copy, save or convert the shards is refused.
+"""Take over the user's own model: refuse its methods that would run, copy, save or convert the shards.
 
-The model stays the object it was; its refusals are attributes of the instance, so that they can be taken back.
+The model stays the same object. The refusals are attributes of the instance, so that they can be taken back.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fxzero import torch_internals
 from fxzero.errors import FxzeroError, InputMismatchError
 
 _TAKEN = "_fxzero_taken"
-"""The attribute of a model that is taken over: those attributes of its own that the refusals hide."""
+"""The attribute of a taken model that keeps the instance attributes which its refusals hide."""
 _CALL = (
     "fxzero.compile took this model over: its parameters are shards. Call the module that compile returned; to run "
     "the plain model (generate, export), load the gathered weights into a new one: "
@@ -33,15 +33,33 @@ _COPY = (
 )
 
 
+def refuse(text: str) -> Callable[..., NoReturn]:
+    """A function or method that raises FxzeroError with this text."""
+
+    def refused(*args: Any, **kwargs: Any) -> NoReturn:
+        raise FxzeroError(text)
+
+    return refused
+
+
+refuse_copy = refuse(_COPY)
+"""Stands in for `__reduce_ex__`, which copy and pickle call."""
+_REFUSALS = {
+    "forward": refuse(_CALL),
+    "state_dict": refuse(_STATE),
+    "load_state_dict": refuse(_STATE),
+    "__reduce_ex__": refuse_copy,
+}
 _taken: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """The models that are taken over."""
 
 
 def check_model(model: object) -> None:
-    """Refuse what cannot be taken over.
+    """Refuse an object that cannot be taken over.
 
     Raises:
-        InputMismatchError: it is no nn.Module, a part of it is compiled already, or it is wrapped.
+        InputMismatchError: it is no nn.Module, a part of it is compiled already, it is wrapped for data parallelism, or
+            it shares a parameter with another compiled model.
     """
     if not isinstance(model, nn.Module):
         raise InputMismatchError(f"fxzero.compile takes an nn.Module, not a {type(model).__qualname__}.")
@@ -66,15 +84,8 @@ def check_model(model: object) -> None:
 
 def take_over(model: nn.Module) -> None:
     """Refuse calls, copies and state dicts of the model from now on, and conversions of any part of it."""
-    refusals = {
-        "forward": _refuse(_CALL),
-        "state_dict": _refuse(_STATE),
-        "load_state_dict": _refuse(_STATE),
-        "__reduce_ex__": refuse_copy,
-    }
-    own = {name: model.__dict__[name] for name in refusals if name in model.__dict__}
-    model.__dict__.update(refusals)
-    model.__dict__[_TAKEN] = own
+    model.__dict__[_TAKEN] = {name: model.__dict__[name] for name in _REFUSALS if name in model.__dict__}
+    model.__dict__.update(_REFUSALS)
     _taken.add(model)
     for module in model.modules():
         module.__dict__[torch_internals.CONVERSION] = _refuse_conversion_of(module)
@@ -84,23 +95,18 @@ def give_back(model: nn.Module) -> None:
     """Undo `take_over`."""
     _taken.discard(model)
     own = model.__dict__.pop(_TAKEN)
-    for name in ("forward", "state_dict", "load_state_dict", "__reduce_ex__"):
+    for name in _REFUSALS:
         del model.__dict__[name]
     model.__dict__.update(own)
     for module in model.modules():
         del module.__dict__[torch_internals.CONVERSION]
 
 
-def refuse_copy(protocol: object = None) -> NoReturn:
-    """Stands in for `__reduce_ex__`, which copy and pickle call."""
-    raise FxzeroError(_COPY)
-
-
 def refuse_conversion(module: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Stands in for `nn.Module._apply`: a conversion is refused unless it changes nothing.
+    """Refuse a conversion of a module, as `nn.Module._apply` would make it, unless it changes nothing.
 
     Raises:
-        FxzeroError: it would change a dtype or a device.
+        FxzeroError: the conversion would change a dtype or a device.
     """
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         before = tensor.new_empty(0)
@@ -129,15 +135,5 @@ def _refuse_conversion_of(module: nn.Module) -> Callable[..., nn.Module]:
     return apply
 
 
-def _refuse(text: str) -> Callable[..., NoReturn]:
-    def refused(*args: Any, **kwargs: Any) -> NoReturn:
-        raise FxzeroError(text)
-
-    return refused
-
-
 def _text(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
-
-
-__all__ = ["check_model", "give_back", "refuse_conversion", "refuse_copy", "take_over"]

@@ -1,4 +1,4 @@
-"""From a call of a new kind to a plan bound to this rank: trace, choose, plan, fix the layout, agree, bind."""
+"""Make the plan for a new kind of call: trace, choose, plan, fix the layout, agree with the other ranks, bind."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -17,7 +16,7 @@ from fxzero.comm import agree
 from fxzero.errors import CaptureError
 from fxzero.host.allocator import give_back_freed_memory
 from fxzero.module.budget_round import BudgetRound
-from fxzero.module.call_kind import Pattern, Signature
+from fxzero.module.call_kind import Arguments, Pattern, Signature
 from fxzero.module.collective_orders import Mode, Orders, order_of
 from fxzero.module.first_fill import fix_layout
 from fxzero.module.sharded_model import ShardedModel
@@ -31,36 +30,31 @@ from fxzero.runtime.executable import BoundPlan
 
 @dataclass
 class PlanMaker:
-    """Makes the plans of one model. Ranks make the first ones of each mode together."""
+    """Makes the plans of one model; all ranks make the first plan of a mode together."""
 
     sharded: ShardedModel
     tuning: TuningRounds
     budget: BudgetRound
     binder: type[Binder] = Binder
-    """Binds the variants of a plan."""
-    num_made: int = 0
+    """The class that binds the variants of a plan."""
 
     def __post_init__(self) -> None:
-        self._forget_orders()
-
-    def _forget_orders(self) -> None:
-        sharded = self.sharded
-        self._orders = Orders(sharded.group, sharded.comm.rank, sharded.timeout)
+        self._orders = Orders(self.sharded.group, self.sharded.comm.rank, self.sharded.timeout)
 
     def tune_again(self) -> bool:
-        """Choose order and prefetching from measured costs; a collective. True if plans are to be made again."""
+        """Choose order and prefetching from measured costs; a collective. True if plans must be made again."""
         is_changed = self.tuning.choose_again(self.sharded)
         if is_changed:
-            self._forget_orders()
+            self._orders.forget()
         return is_changed
 
     def make(
-        self, signature: Signature, pattern: Pattern | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, signature: Signature, pattern: Pattern | None, arguments: Arguments
     ) -> tuple[BoundPlan, Pattern, bool]:
-        """The plan for a kind of call.
+        """Make the plan for a kind of call.
 
         Args:
-            pattern: which outputs receive a gradient; None: that is to be guessed.
+            pattern: the outputs that receive a gradient; None lets the trace guess them.
 
         Returns:
             The plan, its pattern, and whether plans that were made before it must be dropped.
@@ -69,27 +63,28 @@ class PlanMaker:
         if torch_internals.in_function_transform():
             raise CaptureError("A compiled module cannot be called inside torch.func transforms. Use loss.backward().")
         with torch.inference_mode(False), torch_internals.outside_of_autograd_modes():
-            made = self._make(signature, pattern, args, kwargs)
+            made = self._make(signature, pattern, arguments)
         give_back_freed_memory()
-        self.num_made += 1
         return made
 
     def _make(
-        self, signature: Signature, pattern: Pattern | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, signature: Signature, pattern: Pattern | None, arguments: Arguments
     ) -> tuple[BoundPlan, Pattern, bool]:
         sharded = self.sharded
         needs_grad = any(signature.trained) or any(leaf.requires_grad for leaf in signature.tensor_leaves)
-        kind = (signature.grad and needs_grad, signature.trained)
+        with_backward = signature.grad and needs_grad
         fixes_layout = sharded.shards is None
-        others_wait = fixes_layout or self._orders.expects_agreement(*kind)
+        others_wait = fixes_layout or self._orders.expects_agreement(with_backward, signature.trained)
         topic = "layout" if fixes_layout else "mode"
         reporting = partial(agree.reporting_failure, sharded.group, topic) if others_wait else nullcontext
         with reporting():
-            captured = self._capture(signature, pattern, args, kwargs, with_backward=kind[0])
-        drops_others = self._choose(captured, topic, reporting)
+            captured = self._capture(signature, pattern, arguments, with_backward=with_backward)
+        self.tuning.choose(sharded, captured.step, topic)
+        # Plans of evaluations made before a choice do not leave kept and resident buckets their places.
+        drops_others = self.budget.choose(sharded, captured.step, topic)
         with reporting():
             backend, devices = sharded.comm.backend, sharded.devices
-            checks = partial(pass_checks, sharded.model, args, kwargs)
+            checks = partial(pass_checks, sharded.model, *arguments)
             plan = make_plan(captured, sharded.recipe, backend, devices, sharded.passes, checks)
             order = order_of(plan)
         if fixes_layout:
@@ -105,26 +100,8 @@ class PlanMaker:
         bound.reducing.example_only = bound.holding.example_only = example_only
         return bound, captured.differentiated, drops_others
 
-    def _choose(self, captured: Captured, topic: str, reporting: Any) -> bool:
-        """Let the deciders map the model's recipe; True if plans that were made before know less than it does now."""
-        sharded, step = self.sharded, captured.step
-        if self.tuning.must_choose(sharded, step):
-            self.tuning.choose(sharded, step, topic)
-        if not self.budget.must_choose(sharded, step):
-            return False
-        with reporting():
-            own = self.budget.choose(sharded, step)
-        self.budget.settle(sharded, own, topic)
-        return True  # evaluations that were planned before know of no bucket that has a place of its own
-
     def _capture(
-        self,
-        signature: Signature,
-        pattern: Pattern | None,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        *,
-        with_backward: bool,
+        self, signature: Signature, pattern: Pattern | None, arguments: Arguments, *, with_backward: bool
     ) -> Captured:
         sharded = self.sharded
         specs = {
@@ -134,21 +111,20 @@ class PlanMaker:
         captured = capture(
             sharded.model,
             sharded.forward,
-            args,
-            kwargs,
+            *arguments,
             specs,
             device=sharded.devices.compute,
             sharding=sharded.comm.sharding,
             with_backward=with_backward,
             differentiated=pattern,
         )
-        if sharded.shards is not None:  # whose buckets count a parameter as trained that was so when it was fixed
+        if sharded.shards is not None:  # buckets go by the `requires_grad` of when the layout was fixed
             captured.step.params = {param.fqn: param for param in sharded.shards.layout.params}
         return captured
 
     @contextmanager
     def as_in(self, signature: Signature) -> Generator[None]:
-        """Autocast and training flags as they were at a call, for a trace that comes later."""
+        """Set autocast and the training flags as they were at a call, for a trace that comes later."""
         modules = self.sharded.modules
         flags = [module.training for module in modules]
         enabled, dtype = signature.autocast

@@ -1,9 +1,9 @@
-"""The user's model taken over: its parameters, buffers and optimizers, and its shards once the layout is fixed."""
+"""A compiled model on this rank: parameters, buffers and optimizers, and the shards once the layout is fixed."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fxzero import torch_internals
+from fxzero.comm import agree
 from fxzero.comm.base import Comm
 from fxzero.comm.groups import Group
 from fxzero.errors import FxzeroError, InputMismatchError
@@ -22,7 +23,8 @@ from fxzero.graph.step import Pass
 from fxzero.module.initialize import InitFn, check_meta_model
 from fxzero.module.optimizer_classes import state_per_element
 from fxzero.module.optimizer_state import ParamShard, param_shards
-from fxzero.runtime.executable import Storage
+from fxzero.module.registered_tensors import join
+from fxzero.runtime.executable import Executable, Storage
 from fxzero.runtime.gradients import Gradients
 from fxzero.runtime.in_flight import InFlight
 from fxzero.runtime.shards import Shards, check_storage, spec_of
@@ -31,23 +33,28 @@ from fxzero.runtime.storage import Arena
 
 @dataclass
 class ShardedModel:
-    """A model, what is known of it, and what this rank holds of it. The user's Parameter objects become the shards."""
+    """A compiled model with its options, and this rank's shards, which the user's Parameter objects become.
+
+    state      from                           `shards`, `gradients`
+    full       compile                        None; the parameters have their full shapes, or are on meta
+    sharded    `hold`, of the fixed layout    there; `param.data` is the shard of each parameter
+    """
 
     model: nn.Module
     forward: Callable[..., Any]
-    """The model's own forward, which it cannot be called by any more."""
+    """The model's own forward; `model.forward` refuses calls after compile."""
     group: Group | None
     comm: Comm
     devices: Devices
     recipe: Recipe
-    """What has been chosen for its plans so far."""
+    """The sizes, order and dtypes chosen for the plans of the model so far."""
     passes: tuple[Pass, ...] | None = None
-    """The user's own list of passes, in place of what the recipe stands for."""
+    """The user's own list of passes, which replaces those of the recipe."""
     agreed: Mapping[str, object] = field(default_factory=dict[str, object])
     """The options that must be the same on all ranks."""
     optimizers: tuple[torch.optim.Optimizer, ...] = ()
     sync_init: bool = True
-    """Rank 0's parameters and buffers win when the layout is fixed."""
+    """All ranks take the parameters and buffers of rank 0 when the layout is fixed."""
     init_fn: InitFn | None = None
     timeout: timedelta = timedelta(minutes=5)
 
@@ -67,17 +74,17 @@ class ShardedModel:
             lambda: (this.version(), 0 if this.gradients is None else this.gradients.version),
         )
         self._addresses: list[int] = []
-        """Where the shard of each parameter lies; empty before the layout is fixed."""
+        """Address of each parameter's shard; empty before the layout is fixed."""
         self.look_at_modules()
         check_meta_model(self.model, self.init_fn, set(self.model.state_dict()))
 
     # -- modules, parameters, buffers ----------------------------------------------------------------------------
 
     def look_at_modules(self) -> None:
-        """Note the modules and who owns which buffer.
+        """Note the modules of the model, and the owner of each buffer.
 
         Raises:
-            FxzeroError: the parameters are not those that were there at compile.
+            FxzeroError: a parameter was added, removed or replaced since compile.
         """
         now = dict(self.model.named_parameters())
         changed = sorted(fqn for fqn in {*now, *self.params} if now.get(fqn) is not self.params.get(fqn))
@@ -88,40 +95,25 @@ class ShardedModel:
             )
         self.modules = list(self.model.modules())
         self._buffer_owners = {
-            f"{prefix}.{name}" if prefix else name: (module, name)
-            for prefix, module in self.model.named_modules()
+            join(path, name): (module, name)
+            for path, module in self.model.named_modules()
             for name in torch_internals.buffers_of(module)
         }
 
-    def buffers(self, names: Sequence[str], geometry: Sequence[Any]) -> list[torch.Tensor]:
-        """The module's buffers of now, as a generated forward takes them.
-
-        Args:
-            geometry: the shape and the dtype that each had when the forward was traced.
+    def buffers(self, executable: Executable) -> list[torch.Tensor]:
+        """The buffers that the model registers now, in the order in which a forward takes them.
 
         Raises:
-            InputMismatchError: one has others.
+            InputMismatchError: a buffer has another shape or dtype than it had when the forward was traced.
         """
-        owners = self._buffer_owners
+        owners, names = self._buffer_owners, executable.buffers
         buffers = [torch_internals.buffers_of(module)[name] for fqn in names for module, name in [owners[fqn]]]
-        if [(buffer.shape, buffer.dtype) for buffer in buffers] != geometry:  # type: ignore[union-attr]
+        if [(buffer.shape, buffer.dtype) for buffer in buffers] != executable.buffer_geometry:  # type: ignore[union-attr]
             raise InputMismatchError(
                 f"A buffer among {', '.join(names)} has another shape or dtype than when this kind of call was traced. "
                 "Keep them, and write into the buffer."
             )
         return buffers  # type: ignore[return-value]
-
-    def named_buffers(self) -> list[tuple[str, torch.Tensor]]:
-        """The model's buffers of now by canonical name, each once."""
-        return list(self.model.named_buffers())
-
-    def set_buffer(self, fqn: str, buffer: torch.Tensor) -> None:
-        """Put another tensor in the place of a buffer, wherever the model registers it."""
-        old = dict(self.named_buffers())[fqn]
-        for module in self.modules:
-            for name, value in torch_internals.buffers_of(module).items():
-                if value is old:
-                    torch_internals.buffers_of(module)[name] = buffer
 
     def has_meta_params(self) -> bool:
         """True if some parameter has no values yet."""
@@ -133,32 +125,37 @@ class ShardedModel:
 
     @property
     def state_per_element(self) -> int:
-        """Elements of optimizer state that each element of a trained parameter has, or will have."""
+        """Elements of optimizer state for each element of a trained parameter."""
         return state_per_element(self.optimizers)
+
+    def exchange_recipes(self, own: Recipe, topic: str) -> list[Recipe]:
+        """The recipe that each rank has chosen, in rank order; a collective."""
+        posts = agree.exchange(self.group, topic, [own.to_json()], timeout=self.timeout)
+        return [Recipe.from_json(line) for (line,) in posts]
 
     # -- the layout ----------------------------------------------------------------------------------------------
 
     @property
     def storage(self) -> Storage:
-        """What plans are bound to; once the layout is fixed."""
+        """The memory that plans are bound to; needs a fixed layout."""
         assert self.shards is not None and self.gradients is not None
         return Storage(self.shards, self.gradients, self.comm, self.arena, self.in_flight)
 
     def held_shards(self) -> dict[int, ParamShard]:
-        """What this rank holds of each parameter, by the id of the Parameter object; empty before that."""
+        """Maps the id of each Parameter object to this rank's part of it; empty before the layout is fixed."""
         return {} if self.shards is None else param_shards(self.params, self.shards)
 
     def hold(self, shards: Shards) -> None:
-        """The parameters have become these shards."""
+        """Take in the shards that the parameters have become."""
         self.recipe = replace(self.recipe, buckets=tuple(bucket.fqns for bucket in shards.layout.buckets))
         self.shards, self.gradients = shards, Gradients(shards, self.params)
         self._addresses = [param.data_ptr() for param in self.param_list]
 
     def adopt_replaced_data(self) -> None:
-        """Copy what the user put in the place of a shard (`param.data = ...`) into it.
+        """Copy a tensor that the user put in the place of a shard (`param.data = ...`) into the shard.
 
         Raises:
-            FxzeroError: it is no shard.
+            FxzeroError: its shape, dtype or device is not that of the shard.
         """
         if [param.data_ptr() for param in self.param_list] == self._addresses or not self._addresses:
             return

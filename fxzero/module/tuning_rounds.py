@@ -1,7 +1,12 @@
-"""What is chosen from costs, for all plans of a model: first from given or calibrated ones, then from measured ones.
+"""Choose the sizes and the order of the plans of a model from costs: first estimated ones, then measured ones.
 
-first plan with a backward   the cluster is given, or calibrated; all is chosen from rooflines, buckets included
-some steps later             each run of compute was measured: order and what is in flight are chosen again
+state       from                               events
+untuned     compile                            `choose`, at the first plan with a backward: calibrates the cluster if
+                                               none is given, and chooses all, buckets included, from rooflines
+warm        `choose`                           `after_backward`: counts
+measuring   WARM_STEPS backwards               `after_backward`: counts; each run of compute is measured, on processors
+due         MEASURED_STEPS backwards later     `choose_again`: chooses order and bytes in flight from measured seconds
+done        `choose_again`
 """
 
 from __future__ import annotations
@@ -19,10 +24,8 @@ from fxzero.cost.calibrate import calibrate_once
 from fxzero.cost.job_costs import CostModel, choose_sizes, optimizer_bytes
 from fxzero.cost.measured import MEASURED_STEPS, seconds_by_name, seconds_by_run
 from fxzero.cost.model import Cluster, roofline
-from fxzero.graph.recipe import Recipe
 from fxzero.graph.schedule_text import totals
 from fxzero.graph.step import StepGraph
-from fxzero.module.one_choice import exchange_recipes
 from fxzero.module.sharded_model import ShardedModel
 from fxzero.planning.agreed_text import describe_options
 from fxzero.planning.plan import with_collectives
@@ -32,50 +35,50 @@ from fxzero.runtime.stopwatch import Stopwatch, calm_median
 logger = logging.getLogger(__name__)
 
 MIN_BYTES = 2**20
-"""Models with fewer bytes of parameters are left to the default sizes: one bucket has them all."""
+"""Models with fewer bytes of parameters keep the default sizes: one bucket has all parameters."""
 WARM_STEPS = 4
 """Steps before compute is measured."""
 
 
 @dataclass
 class TuningRounds:
-    """The two rounds, on all ranks alike."""
+    """The two rounds of choices for one model, on all ranks alike."""
 
     is_on: bool
     """False where the user gave the passes."""
     keeps_free: bool
-    """What costs no memory at the peak may stay gathered from forward to backward."""
+    """Buckets may stay gathered from forward to backward where that costs no memory at the peak."""
     cluster: Cluster | None = None
-    """None until it was calibrated, if it was not given."""
+    """The user's cluster; without one, None until it was calibrated."""
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     optimizers_s: list[float] = field(default_factory=lambda: [0.0] * MEASURED_STEPS)
-    """What optimizers took after each backward that is measured; 0 where gradients were accumulated further."""
+    """Seconds of optimizers behind each backward from the last warm one on; 0 where gradients were accumulated."""
     _is_tuned: bool = False
     _num_backwards: int = 0
+    """Backwards since `choose`."""
     _measured: Executable | None = None
-    """The plan that ran last while steps were counted."""
+    """The executable that ran last while backwards were counted."""
     _by_name: dict[str, float] = field(default_factory=dict[str, float])
-    """Measured seconds of nodes; empty before."""
+    """Measured seconds of nodes by name; empty before they are measured."""
     _optimizer_s: float = 0.0
     _cpu_s_per_byte: float = 0.0
 
     # -- at the first plan ---------------------------------------------------------------------------------------
 
-    def must_choose(self, sharded: ShardedModel, step: StepGraph) -> bool:
-        """True at the first plan with a backward of a model for which there is something to choose."""
-        is_there = not isinstance(sharded.comm, PlanningComm) or self.cluster is not None
-        return (
-            self.is_on
-            and not self._is_tuned
-            and step.has_backward
-            and sharded.comm.shard_ranks > 1
-            and sum(param.nbytes for param in sharded.specs.values()) >= MIN_BYTES
-            and is_there
-        )
+    def _must_choose(self, sharded: ShardedModel, step: StepGraph) -> bool:
+        if not self.is_on or self._is_tuned or not step.has_backward or sharded.comm.shard_ranks == 1:
+            return False
+        is_large = sum(param.nbytes for param in sharded.specs.values()) >= MIN_BYTES
+        return is_large and (self.cluster is not None or not isinstance(sharded.comm, PlanningComm))
 
     def choose(self, sharded: ShardedModel, captured: StepGraph, topic: str) -> None:
-        """Calibrate, if the cluster was not given, and settle on the choice of rank 0; a collective."""
-        # Before a link is measured: every rank is there, and will measure it too.
+        """Take the choice of rank 0 on all ranks, at the first plan with a backward; a collective then.
+
+        Does nothing where there is nothing to choose: on one rank, for a small model, or with passes of the user.
+        """
+        if not self._must_choose(sharded, captured):
+            return
+        # A link is measured only once every rank has come to measure it.
         agree.agree(sharded.group, topic, describe_options(sharded.agreed), timeout=sharded.timeout)
         if self.cluster is None:
             dtype = next(iter(sharded.specs.values())).dtypes.compute
@@ -86,15 +89,11 @@ class TuningRounds:
         with agree.reporting_failure(sharded.group, topic):
             gathering = with_collectives(captured, sharded.recipe)
             own = choose_sizes(gathering, sharded.recipe, self._model(sharded), keeps_free=self.keeps_free)
-        sharded.recipe = self._settle(sharded, own, topic)
+        sharded.recipe = sharded.exchange_recipes(own, topic)[0]  # ranks with other shapes have chosen otherwise
         self._is_tuned = True
 
-    def _settle(self, sharded: ShardedModel, own: Recipe, topic: str) -> Recipe:
-        """Ranks may have other shapes, and so other choices: all take that of the first rank."""
-        return exchange_recipes(sharded, own, topic)[0]
-
     def costs_of(self, sharded: ShardedModel) -> CostModel | None:
-        """What gives the costs of any step of this model; None where no cluster is known."""
+        """The model of the costs of any step; None where no cluster is known."""
         return None if self.cluster is None else self._model(sharded)
 
     def _model(self, sharded: ShardedModel) -> CostModel:
@@ -106,7 +105,7 @@ class TuningRounds:
     # -- some steps later ----------------------------------------------------------------------------------------
 
     def measures(self, executable: Executable) -> bool:
-        """True in the steps in which compute is measured, on processors."""
+        """True if the compute of the coming step is to be measured."""
         if not self._is_time or executable.device.type != "cpu":
             return False
         step = executable.step
@@ -114,26 +113,26 @@ class TuningRounds:
 
     @property
     def _is_time(self) -> bool:
-        return self._is_tuned and WARM_STEPS <= self._num_backwards < WARM_STEPS + MEASURED_STEPS
+        return WARM_STEPS <= self._num_backwards < WARM_STEPS + MEASURED_STEPS
 
     @property
     def is_due(self) -> bool:
-        """True once enough steps were measured, until the choice was made again."""
-        return self._is_tuned and self._num_backwards == WARM_STEPS + MEASURED_STEPS
+        """True from the last measured backward to `choose_again`."""
+        return self._num_backwards == WARM_STEPS + MEASURED_STEPS
 
     def after_backward(self, executable: Executable) -> None:
-        """Count the steps: ranks do so alike, whatever their shapes."""
+        """Count a backward, as all ranks do whatever their shapes."""
         if self._is_tuned and self._num_backwards <= WARM_STEPS + MEASURED_STEPS:
             self._num_backwards += 1
             self._measured = executable
 
     def after_optimizer(self, seconds: float) -> None:
-        """An optimizer's step is over."""
+        """Add the seconds of an optimizer's step to those behind the last backward, while they are measured."""
         if self._is_time:
             self.optimizers_s[self._num_backwards - WARM_STEPS] += seconds
 
     def choose_again(self, sharded: ShardedModel) -> bool:
-        """Choose once more, from what was measured; a collective. True if that changes plans."""
+        """Choose once more, from measured seconds; a collective. True if that changes plans."""
         assert self.cluster is not None and self._measured is not None
         self._num_backwards += 1
         step, self._measured = self._measured.step, None
@@ -146,19 +145,19 @@ class TuningRounds:
             logger.info("ranks measured different steps; the plan stays as it is")
             return False
         self._optimizer_s, others_s, *measured = [statistics.median(values) for values in zip(*everyone, strict=True)]
-        before = own_choice = sharded.recipe
+        before = chosen = sharded.recipe
         with agree.reporting_failure(sharded.group, "costs"):
             self._cpu_s_per_byte = self._cpu_of_a_byte(step, others_s)
             self._by_name = seconds_by_name(step, roofline(step, self.cluster, sharded.comm.backend), measured)
             if self._by_name:
-                own_choice = choose_sizes(step, before, self._model(sharded), keeps_free=self.keeps_free)
-        sharded.recipe = self._settle(sharded, own_choice, "costs")
+                chosen = choose_sizes(step, before, self._model(sharded), keeps_free=self.keeps_free)
+        sharded.recipe = sharded.exchange_recipes(chosen, "costs")[0]
         is_changed = sharded.recipe != before
         logger.info("chosen again from measured costs: %s", sharded.recipe if is_changed else "no change")
         return is_changed
 
     def _cpu_of_a_byte(self, step: StepGraph, others_s: float) -> float:
-        """What other threads took for each byte that was sent; with threads that compute, what was calibrated."""
+        """Seconds of other threads for each byte sent; the calibrated ones if other threads compute too."""
         assert self.cluster is not None
         moved = totals(step)
         sent = moved.gathered_bytes + moved.reduced_bytes

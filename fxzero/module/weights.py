@@ -1,4 +1,4 @@
-"""Weights in and out of the shards: full state dicts, and loading them. All are collectives."""
+"""Full weights gathered from the shards, and loaded into them; each of these functions is a collective."""
 
 from __future__ import annotations
 
@@ -22,33 +22,30 @@ from fxzero.runtime.interleave import gathered_members
 def full_params(sharded: ShardedModel, *, rank0_only: bool) -> Iterator[tuple[str, torch.Tensor | None]]:
     """Gather the parameters bucket by bucket: `(name, full tensor)`, None on other ranks if `rank0_only`.
 
-    A tensor is a view of memory that the next bucket overwrites: copy what you keep. Every rank must iterate to the
-    end.
+    Each tensor is a view of memory that the next bucket overwrites. Every rank must iterate to the end.
     """
     assert sharded.shards is not None
     shards, comm = sharded.shards, sharded.comm
     largest = max((bucket.shard_ranks * bucket.shard_nbytes for bucket in shards.layout.buckets), default=0)
-    room = torch.empty(0, dtype=torch.uint8, device=shards.device)
-    if comm.is_rank0 or not rank0_only:
-        room = torch.empty(largest, dtype=torch.uint8, device=shards.device)
+    is_given = comm.is_rank0 or not rank0_only
+    room = torch.empty(largest if is_given else 0, dtype=torch.uint8, device=shards.device)
     for bucket in shards.layout.buckets:
         shard = shards.params.parts[bucket]
-        if rank0_only and not comm.is_rank0:
-            comm.gather_to_rank0(shard, None)
-            yield from ((fqn, None) for fqn in bucket.fqns)
-            continue
         full = room[: bucket.shard_ranks * bucket.shard_nbytes].view(bucket.dtypes.shard)
         if rank0_only:
-            comm.gather_to_rank0(shard, full)
+            comm.gather_to_rank0(shard, full if is_given else None)
         else:
             comm.gather_to_all(shard, full)
-        yield from gathered_members(bucket, full)
+        yield from gathered_members(bucket, full) if is_given else ((fqn, None) for fqn in bucket.fqns)
 
 
 def state_dict(
     sharded: ShardedModel, *, rank0_only: bool, prefix: str = "", destination: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The full state dict, with the model's own names; tied parameters share one tensor. See ZeroModule.state_dict."""
+    """The full state dict with the model's own names, in which tied parameters share one tensor.
+
+    See `ZeroModule.state_dict`.
+    """
     keep = sharded.comm.is_rank0 or not rank0_only
     full = _full_copies(sharded, rank0_only=rank0_only)
     names = {id(param): fqn for fqn, param in sharded.params.items()}
@@ -68,20 +65,19 @@ def state_dict(
 
 
 def _has_rank0(sharded: ShardedModel) -> bool:
-    """False where this rank's own values count: before the layout is fixed, if the user says that all are equal."""
+    """False if each rank keeps its own values: before the layout is fixed, with `sync_init=False`."""
     return sharded.shards is not None or sharded.sync_init
 
 
 def _full_copies(sharded: ShardedModel, *, rank0_only: bool) -> dict[str, torch.Tensor]:
-    """A copy of each parameter, at full size, by canonical name; empty on other ranks if `rank0_only`."""
+    """A copy of each parameter at full size by canonical name; empty on other ranks if `rank0_only`."""
     if sharded.shards is None and not sharded.has_meta_params():  # nothing is sharded yet
-        if rank0_only:
-            params = sharded.params if sharded.comm.is_rank0 else {}
-            return {fqn: param.detach().clone() for fqn, param in params.items()}
-        lines = describe_options(sharded.agreed) + describe_params(sharded.specs.values())
-        agree.agree(sharded.group, "state dict", lines, timeout=sharded.timeout)
-        copies = {fqn: param.detach().clone() for fqn, param in sharded.params.items()}
-        if _has_rank0(sharded):
+        if not rank0_only:
+            lines = describe_options(sharded.agreed) + describe_params(sharded.specs.values())
+            agree.agree(sharded.group, "state dict", lines, timeout=sharded.timeout)
+        given = {} if rank0_only and not sharded.comm.is_rank0 else sharded.params
+        copies = {fqn: param.detach().clone() for fqn, param in given.items()}
+        if not rank0_only and _has_rank0(sharded):
             for copy in copies.values():
                 sharded.comm.broadcast_from_rank0(copy)
         return copies
@@ -90,7 +86,7 @@ def _full_copies(sharded: ShardedModel, *, rank0_only: bool) -> dict[str, torch.
 
 
 def load_state_dict(sharded: ShardedModel, state: Mapping[str, Any], *, strict: bool) -> Any:
-    """Load a full state dict that every rank has; each keeps its slices. See ZeroModule.load_state_dict."""
+    """Load a full state dict that every rank passes; each keeps its slices. See `ZeroModule.load_state_dict`."""
     state, names, extra = dict(state), _names(sharded), _extra_states(sharded)
     missing, unexpected = _run_load_hooks(sharded, state)
     given = {names[name] for name in state if name in names}
@@ -106,16 +102,11 @@ def load_state_dict(sharded: ShardedModel, state: Mapping[str, Any], *, strict: 
     _check_tensors(sharded, tensors, names)
     if sharded.has_meta_params():
         fix_layout_without_trace(sharded, loaded=given)
-    shards, buffers = sharded.shards, dict(sharded.named_buffers())
+    shards, targets = sharded.shards, {**sharded.params, **dict(sharded.model.named_buffers())}
     with torch.no_grad():
         for name, value in tensors.items():
             fqn = names[name]
-            if fqn not in sharded.params:
-                buffers[fqn].copy_(value)
-            elif shards is None:
-                sharded.params[fqn].copy_(value)
-            else:
-                sharded.params[fqn].copy_(shards.cut(fqn, value))
+            targets[fqn].copy_(shards.cut(fqn, value) if shards is not None and fqn in sharded.params else value)
     for name, module in extra.items():
         if name in state:
             module.set_extra_state(state[name])
@@ -123,14 +114,14 @@ def load_state_dict(sharded: ShardedModel, state: Mapping[str, Any], *, strict: 
 
 
 def _names(sharded: ShardedModel) -> dict[str, str]:
-    """Every name of a tensor in a state dict, to the canonical name of its parameter or buffer."""
-    canonical = {id(tensor): fqn for fqn, tensor in [*sharded.params.items(), *sharded.named_buffers()]}
+    """Maps every name of a tensor in a state dict to the canonical name of its parameter or buffer."""
+    canonical = {id(tensor): fqn for fqn, tensor in [*sharded.params.items(), *sharded.model.named_buffers()]}
     local = nn.Module.state_dict(sharded.model, keep_vars=True)
     return {name: canonical[id(value)] for name, value in local.items() if id(value) in canonical}
 
 
 def _extra_states(sharded: ShardedModel) -> dict[str, nn.Module]:
-    """The modules that put something of their own into a state dict, by its name there."""
+    """The modules that define `get_extra_state`, by the name of that state in a state dict."""
     return {
         join(path, torch_internals.EXTRA_STATE): module
         for path, module in sharded.model.named_modules()
@@ -139,7 +130,11 @@ def _extra_states(sharded: ShardedModel) -> dict[str, nn.Module]:
 
 
 def _run_load_hooks(sharded: ShardedModel, state: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """Let the model's modules rename and convert what they read from older state dicts; missing, unexpected."""
+    """Run the load hooks of the modules, which rename and convert entries of older state dicts.
+
+    Returns:
+        The names that the hooks report as missing, and those that they report as unexpected.
+    """
     missing, unexpected, errors = list[str](), list[str](), list[str]()
     for path, module in sharded.model.named_modules():
         for hook in torch_internals.load_hooks(module):
@@ -150,12 +145,12 @@ def _run_load_hooks(sharded: ShardedModel, state: dict[str, Any]) -> tuple[list[
 
 
 def _check_tensors(sharded: ShardedModel, tensors: Mapping[str, Any], names: Mapping[str, str]) -> None:
-    buffers = dict(sharded.named_buffers())
+    shapes = {fqn: tuple(buffer.shape) for fqn, buffer in sharded.model.named_buffers()}
+    shapes.update({fqn: spec.shape for fqn, spec in sharded.specs.items()})
     for name, value in tensors.items():
-        fqn = names[name]
-        wanted = sharded.specs[fqn].shape if fqn in sharded.specs else tuple(buffers[fqn].shape)
-        if not isinstance(value, torch.Tensor) or tuple(value.shape) != wanted:
-            found = tuple(value.shape) if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+        wanted = shapes[names[name]]
+        found = tuple(value.shape) if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+        if found != wanted:
             raise CheckpointError(f"{name} is {found} in the state dict and {wanted} in the model. Load a full one.")
         if value.is_meta:
             raise CheckpointError(f"{name} is on the meta device in the state dict: it has no values.")

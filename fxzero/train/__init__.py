@@ -1,7 +1,7 @@
 """`fxzero train`: trains a reference model on real text, from the command line.
 
-corpus -> tokenizer -> text (shared by rank 0) -> batches -> loop -> report, export
-options says what is asked for; command is the command line. The ranks are those of `fxzero.commands`.
+corpus -> text (tokens, sent by rank 0) -> batches -> loop -> report, export
+job.py runs all of it on one rank, as options.py asks; command.py is the command line. `fxzero.commands` starts ranks.
 """
 
 from __future__ import annotations

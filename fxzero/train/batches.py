@@ -1,8 +1,8 @@
-"""Batches by index: what a rank trains on follows from (seed, index of the sample) alone.
+"""Batches by index: each sample of a batch follows from the seed and the index of the sample alone.
 
 index = (step * accumulate + micro_step) * world_size * batch + rank * batch + row
 
-So the samples of a step are the same set whatever the number of ranks, and a run can be resumed at any step.
+A step has one set of samples for every number of ranks, and a run can be resumed at any step.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import hashlib
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn.functional import pad
 
 from fxzero.commands.errors import CommandError
-from fxzero.train.tokenizer import BOS_ID, MASK_ID, SPECIAL_TOKENS
+from fxzero.train.text import BOS_ID, MASK_ID, SPECIAL_TOKENS
 
 MASKED_FRACTION = 0.15
 IGNORED = -100
@@ -22,9 +23,9 @@ IGNORED = -100
 
 @dataclass
 class Windows:
-    """Sequences of one length cut from a stream of tokens, in an order that is drawn anew in each epoch.
+    """Sequences of one length cut from a stream of tokens: `<s>` and `seq - 1` tokens each.
 
-    A sequence is `<s>` and `seq - 1` tokens; where the cuts fall is drawn anew in each epoch as well.
+    The places of the cuts and the order of the sequences are drawn anew in each epoch.
     """
 
     tokens: torch.Tensor
@@ -43,7 +44,7 @@ class Windows:
         """Refuse a text that is too short.
 
         Raises:
-            CommandError: says how much there is and what is wanted.
+            CommandError: there are fewer sequences than `num_sequences`.
         """
         if len(self) < num_sequences:
             raise CommandError(
@@ -52,7 +53,7 @@ class Windows:
             )
 
     def sequence(self, index: int) -> torch.Tensor:
-        """The sample of an index, of any epoch: int64 `[seq]`."""
+        """The sample of an index, which counts on through the epochs: int64 `[seq]`."""
         epoch, position = divmod(index, len(self))
         if epoch not in self._orders:
             generator = generator_of("order", self.seed, epoch)
@@ -60,28 +61,27 @@ class Windows:
             self._orders = {epoch: (offset, torch.randperm(len(self), generator=generator))}
         offset, order = self._orders[epoch]
         start = offset + int(order[position]) * (self.seq - 1)
-        sequence = torch.empty(self.seq, dtype=torch.int64)
-        sequence[0] = BOS_ID
-        sequence[1:] = self.tokens[start : start + self.seq - 1]
-        return sequence
+        return pad(self.tokens[start : start + self.seq - 1].long(), (1, 0), value=BOS_ID)
 
 
 def generator_of(*key: object) -> torch.Generator:
-    """A random generator of its own for a key of strings and numbers."""
+    """A random generator that is seeded with a key of strings and numbers."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def mask_tokens(ids: torch.Tensor, vocab_size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """BERT's masking of one sequence: 15 % are to be predicted; of these 80 % become the mask, 10 % a random token.
+    """Mask one sequence as BERT does: of the 15 % to be predicted, 80 % become the mask and 10 % a random token.
+
+    At least one position is chosen, and never that of a special token.
 
     Args:
-        ids: `[seq]`, left as it is. Special tokens are never chosen. One position at least is.
-        vocab_size: random tokens are ids below it, no special ones.
-        generator: where the draws come from; the same generator state gives the same mask.
+        ids: `[seq]`, not changed.
+        vocab_size: bound on the random tokens, none of which is a special one.
+        generator: the source of the draws.
 
     Returns:
-        The inputs `[seq]` and the labels `[seq]`, which are IGNORED where nothing is to be predicted.
+        The inputs `[seq]`, and the labels `[seq]`, which are IGNORED where nothing is to be predicted.
 
     Source: BERT (arXiv:1810.04805) section 3.1; as in RoBERTa (arXiv:1907.11692) drawn anew each time.
     """
@@ -104,20 +104,19 @@ class Batches:
     batch: int
     vocab_size: int
     masked: bool
-    """Masked language modelling, else causal: labels are the inputs, which the model shifts."""
+    """True for masked language modelling; False for causal: the labels are the inputs, which the model shifts."""
     rank: int
     world_size: int
 
     def batch_at(self, index: int) -> dict[str, torch.Tensor]:
         """The arguments of the model for the `index`-th micro-step of this rank: ids and labels, `[batch, seq]`."""
         first = index * self.world_size * self.batch + self.rank * self.batch
-        inputs: list[torch.Tensor] = []
-        labels: list[torch.Tensor] = []
-        for sample in range(first, first + self.batch):
-            ids = self.windows.sequence(sample)
-            target = ids
-            if self.masked:
-                ids, target = mask_tokens(ids, self.vocab_size, generator_of("mask", self.windows.seed, sample))
-            inputs.append(ids)
-            labels.append(target)
-        return {"input_ids": torch.stack(inputs), "labels": torch.stack(labels)}
+        samples = [self._sample(sample) for sample in range(first, first + self.batch)]
+        inputs, labels = map(torch.stack, zip(*samples, strict=True))
+        return {"input_ids": inputs, "labels": labels}
+
+    def _sample(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = self.windows.sequence(index)
+        if not self.masked:
+            return ids, ids
+        return mask_tokens(ids, self.vocab_size, generator_of("mask", self.windows.seed, index))

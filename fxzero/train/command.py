@@ -57,7 +57,7 @@ _OPTIONS: dict[str, tuple[tuple[str, type[Any], str | tuple[str, ...], str], ...
         ("log_every", int, "N", "steps between lines of metrics"),
     ),
 }
-"""By group: the field of TrainOptions, its type, its choices or what stands for its value, and what it is."""
+"""By title of the group: a field of TrainOptions, its type, its choices or the name of its value, and its help."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,11 +80,11 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
     """Train as asked.
 
     Args:
-        arguments: what `add_arguments` declared, parsed.
-        argv: the command line they came from, which ranks that are started here are given again.
+        arguments: the parsed options of `add_arguments`.
+        argv: the command line, for ranks that are started here.
 
     Returns:
-        The exit status: 0, 2 if the user has to change something, 128 and the signal if one ended the training early.
+        The exit status: 0; 2 if the user has to change something; 128 + signal if a signal ended the training early.
     """
     options = TrainOptions(**{each.name: getattr(arguments, each.name) for each in dataclasses.fields(TrainOptions)})
     try:
@@ -112,7 +112,7 @@ def _run(options: TrainOptions, world: World) -> int:
 
 
 def _starts_ranks(options: TrainOptions) -> bool:
-    """True if this process is to start ranks, False if it is to be one."""
+    """True if this process is to start ranks, False if it is to be a rank."""
     if options.nproc is None or not under_torchrun():
         return (options.nproc or 1) > 1
     started = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

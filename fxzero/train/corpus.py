@@ -1,8 +1,7 @@
-"""Text to train on: the sources of the Python standard library, or the user's own files; and text held out from it.
+"""Text to train on, and text held out: the sources of the Python standard library, or the user's own files.
 
-The split is by file: a held-out file is never trained on. Only where there are too few files for that is the end of
-each held out instead. Files are read in the order of their names and chosen by a hash of them, so that the same text
-is split the same way everywhere.
+Whole files are held out; only where there are too few files, the end of each file is held out instead. Files are read
+in the order of their names, and chosen by a hash of the name, so that a text is split alike everywhere.
 """
 
 from __future__ import annotations
@@ -24,11 +23,12 @@ _STDLIB_SKIPPED = {
     "site-packages",
     "dist-packages",
     "__phello__",
-    "encodings",  # tables of code points
+    "encodings",
     "test",
     "tests",
     "idle_test",
 }
+"""Folders without text worth learning; encodings has tables of code points."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents to train on, and documents that are only ever evaluated on."""
+    """Documents to train on, and documents that are only evaluated on."""
 
     name: str
     train: list[Document]
     held_out: list[Document]
 
     def describe(self) -> str:
-        """One line: what it is and how much."""
+        """One line with the source of the text and its size."""
         train, held_out = num_chars(self.train), num_chars(self.held_out)
         return (
             f"{self.name}: {len(self.train)} files, {train / 1e6:.1f} M characters to train on; "
@@ -57,27 +57,25 @@ class Corpus:
 
 
 def read_corpus(data: Path | None) -> Corpus:
-    """Read and split the text: that of `data` (a file or a folder), or the standard library's sources if None.
+    """Read the text of `data`, a file or a folder, or the standard library's sources if it is None, and split it.
 
     Raises:
         CommandError: there is no text, or none that can be read.
     """
     if data is None:
-        name = f"standard library of Python {sys.version_info.major}.{sys.version_info.minor}"
-        documents = list(_read(stdlib_files()))
-        where = "the standard library of this Python has no .py sources; give your own text with --data"
+        name, files = f"standard library of Python {sys.version_info.major}.{sys.version_info.minor}", stdlib_files()
+        problem = "the standard library of this Python has no .py sources; give your own text with --data"
     else:
-        name = str(data)
-        documents = list(_read(text_files(data)))
-        where = f"--data {data} has no text: no file in it is non-empty UTF-8"
+        name, files = str(data), text_files(data)
+        problem = f"--data {data} has no text: no file in it is non-empty UTF-8"
+    documents = list(_read(files))
     if not documents:
-        raise CommandError(where)
-    train, held_out = split(documents)
-    return Corpus(name, train, held_out)
+        raise CommandError(problem)
+    return Corpus(name, *split(documents))
 
 
 def stdlib_files() -> Iterator[tuple[str, Path]]:
-    """The standard library's own sources, by name, without tests, generated tables and installed packages."""
+    """The standard library's own sources by name, without tests, generated tables and installed packages."""
     root = Path(sysconfig.get_path("stdlib"))
     for name, path in _walk(root, _STDLIB_SKIPPED):
         if path.suffix == ".py" and not name.startswith(("config-", "_sysconfigdata")):
@@ -86,14 +84,15 @@ def stdlib_files() -> Iterator[tuple[str, Path]]:
 
 def text_files(data: Path) -> Iterator[tuple[str, Path]]:
     """A file, or every file of a folder that is not hidden, by name."""
-    if data.is_dir():
-        yield from _walk(data)
-    else:
-        yield data.name, data
+    yield from _walk(data) if data.is_dir() else [(data.name, data)]
 
 
 def split(documents: list[Document]) -> tuple[list[Document], list[Document]]:
-    """Choose about a twentieth of the text as held-out: whole files, or the end of each where files are too few."""
+    """Hold out about a twentieth of the text: whole files, or the end of each file where there are too few.
+
+    Returns:
+        The documents to train on, and the held-out ones.
+    """
     wanted = HELD_OUT_FRACTION * num_chars(documents)
     chosen: set[str] = set()
     size = 0
@@ -110,18 +109,17 @@ def split(documents: list[Document]) -> tuple[list[Document], list[Document]]:
 
 
 def num_chars(documents: list[Document]) -> int:
-    """The length of all texts together."""
+    """The length of all texts together, in characters."""
     return sum(len(each.text) for each in documents)
 
 
 def _walk(root: Path, skipped: Collection[str] = ("__pycache__",)) -> Iterator[tuple[str, Path]]:
-    """Files below a folder by their names relative to it, sorted, without hidden ones and without skipped folders."""
-    found: dict[str, Path] = {}
+    """Files below a folder, sorted by their names relative to it, without hidden files and skipped folders."""
+    found: list[Path] = []
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in skipped]
-        for path in (Path(folder, name) for name in files if not name.startswith(".")):
-            found[path.relative_to(root).as_posix()] = path
-    yield from sorted(found.items())
+        found += [Path(folder, name) for name in files if not name.startswith(".")]
+    yield from sorted((path.relative_to(root).as_posix(), path) for path in found)
 
 
 def _read(files: Iterator[tuple[str, Path]]) -> Iterator[Document]:

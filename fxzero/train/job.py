@@ -36,19 +36,20 @@ TOKENIZER_FILE = "tokenizer.json"
 
 @dataclass
 class Stop:
-    """Whether this rank was asked to stop, and by which signal."""
+    """The request to stop this rank."""
 
     signum: int = 0
+    """The signal that asked for it; 0 for none."""
 
 
 def run(options: TrainOptions, world: World) -> int:
-    """Train with options that are valid, and write the results.
+    """Train with valid options, and write the results.
 
     Returns:
         The signal that ended the training early, or 0.
 
     Raises:
-        CommandError: on every rank alike, if the options do not fit each other, the text or the machine.
+        CommandError: on every rank, if the options do not fit each other, the text or the machine.
     """
     world.share(options.check_files)
     say = _say if world.is_main else lambda text: None
@@ -81,7 +82,7 @@ def run(options: TrainOptions, world: World) -> int:
 
 
 def _say(text: str) -> None:
-    """Print above the progress bar, at once also into a pipe."""
+    """Print above the progress bar, and flush."""
     tqdm.write(text)
     sys.stdout.flush()
 
@@ -97,7 +98,7 @@ def _make_folder(options: TrainOptions) -> Path:
 
 
 def _write_weights(trainer: Trainer, path: Path) -> None:
-    """Rank 0 writes each parameter while it is gathered; all ranks must call this."""
+    """Gather the parameters one by one, each of which rank 0 writes; a collective."""
     stored = trainer.stored
     gathered = trainer.zero.iter_full_params(rank0_only=True)
     if not trainer.world.is_main:

@@ -1,4 +1,4 @@
-"""The training loop: an ordinary PyTorch one, but for one line that compiles the model."""
+"""The training loop: an ordinary one of PyTorch, except for the line that compiles the model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -16,7 +16,7 @@ from fxzero.commands.errors import CommandError
 from fxzero.commands.world import World
 from fxzero.graph.names import format_bytes
 from fxzero.train.batches import IGNORED, Batches, Windows, generator_of
-from fxzero.train.export import TensorSpec, tied_names
+from fxzero.train.export import tied_names
 from fxzero.train.models import ARCHITECTURES, build, config_of, default_lr, initializer
 from fxzero.train.options import TrainOptions, learning_rate
 from fxzero.train.report import HeldOutMetrics, Metrics, StepMetrics
@@ -38,9 +38,9 @@ class Trainer:
         self.step = 0
         """Finished optimizer steps."""
         self.seconds = 0.0
-        """Spent in training, without evaluation."""
+        """Seconds spent in training, without evaluation."""
         self.schedule: fxzero.Schedule | None = None
-        """That of a training step, once there was one."""
+        """The schedule of a training step; None before the first one."""
 
         architecture = ARCHITECTURES[options.model]
         self.config = dataclasses.replace(
@@ -57,11 +57,12 @@ class Trainer:
 
         torch.manual_seed(options.seed)
         self.model = build(options.model, self.config)
-        self.stored = {name: TensorSpec.of(tensor) for name, tensor in self.model.state_dict().items()}
-        """What belongs into a file of the weights: tied ones once."""
         self.tied = tied_names(self.model)
-        for name in self.tied:
-            del self.stored[name]
+        state = self.model.state_dict().items()
+        self.stored = {name: tensor.to("meta") for name, tensor in state if name not in self.tied}
+        """The tensors of a file of the weights, on the meta device; tied ones once."""
+        self.tokens_per_step = options.batch * options.seq * options.accumulate * world.size
+        """Tokens over all ranks and micro-steps."""
         self.num_params = sum(parameter.numel() for parameter in self.model.parameters())
         self.peak_lr = default_lr(self.config) if options.lr is None else options.lr
         self.warmup = options.steps // 4 if options.warmup is None else options.warmup
@@ -71,13 +72,8 @@ class Trainer:
             self.model, optimizer=self.optimizer, device=world.device, init_fn=initializer(text.vocab_size)
         )
 
-    @property
-    def tokens_per_step(self) -> int:
-        """Over all ranks and micro-steps."""
-        return self.options.batch * self.options.seq * self.options.accumulate * self.world.size
-
-    def evaluate(self) -> float:
-        """The loss on the held-out text: the same samples with the same masks each time, over all ranks."""
+    def evaluate(self) -> None:
+        """Log the loss on the held-out text over all ranks, with equal samples and masks each time."""
         loss_sum, num_predicted = 0.0, 0
         self.zero.eval()
         with torch.no_grad():
@@ -88,12 +84,10 @@ class Trainer:
                 num_predicted += num
         self.zero.train()
         loss_sum, total = self.world.sum(loss_sum, num_predicted)
-        loss = loss_sum / total
-        self.metrics.add(HeldOutMetrics(self.step, loss))
-        return loss
+        self.metrics.add(HeldOutMetrics(self.step, loss_sum / total))
 
     def train(self, should_stop: Callable[[], bool]) -> None:
-        """Train to the last step, or until some rank is asked to stop; evaluate at both ends and in between.
+        """Train to the last step, or until a rank is asked to stop; evaluate before, after and in between.
 
         Raises:
             CommandError: on every rank, if the loss is not finite any more.
@@ -103,7 +97,7 @@ class Trainer:
         torch.manual_seed(generator_of("dropout", options.seed, self.world.rank).initial_seed())
         losses: list[torch.Tensor] = []
         started = time.perf_counter()
-        with self._progress_bar() as bar:
+        with tqdm(total=options.steps, unit="step", disable=not self.world.is_main, dynamic_ncols=True) as bar:
             while self.step < options.steps:
                 loss, grad_norm = self._train_step()
                 losses.append(loss)
@@ -113,7 +107,8 @@ class Trainer:
                     continue
                 loss_sum, num_stops = self.world.sum(float(torch.stack(losses).sum()), should_stop())
                 entry = self._log(loss_sum, len(losses), float(grad_norm), time.perf_counter() - started)
-                bar.set_postfix_str(describe(entry))
+                gathered = format_bytes(entry.gathered_bytes)
+                bar.set_postfix_str(f"loss {entry.loss:.3f}, {entry.tokens_per_s:.0f} tokens/s, {gathered} gathered")
                 if not math.isfinite(loss_sum):
                     raise CommandError(f"The loss is {loss_sum} at step {self.step}. Lower --lr, or raise --warmup.")
                 if num_stops:
@@ -124,7 +119,11 @@ class Trainer:
         self.evaluate()
 
     def _train_step(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """One optimizer step; its mean loss on this rank and the norm of its gradient, neither waited for."""
+        """Take one optimizer step, without waiting for the device.
+
+        Returns:
+            The mean loss of the micro-steps of this rank, and the norm of the gradient over all ranks.
+        """
         options = self.options
         lr = learning_rate(self.step, peak=self.peak_lr, warmup=self.warmup, steps=options.steps)
         for group in self.optimizer.param_groups:
@@ -142,7 +141,7 @@ class Trainer:
         return loss_sum, grad_norm
 
     def _log(self, loss_sum: float, num_steps: int, grad_norm: float, seconds: float) -> StepMetrics:
-        """Write down the last `num_steps` steps, whose losses on all ranks have this sum."""
+        """Log the last `num_steps` steps, given the sum of their losses on all ranks."""
         if self.schedule is None:
             self.schedule = self.zero.schedule
         self.seconds += seconds
@@ -159,21 +158,12 @@ class Trainer:
         self.metrics.add(entry)
         return entry
 
-    def _progress_bar(self) -> tqdm[NoReturn]:
-        return tqdm(total=self.options.steps, unit="step", disable=not self.world.is_main, dynamic_ncols=True)
-
     def _on_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in batch.items()}
 
 
-def describe(entry: StepMetrics) -> str:
-    """A logged step in the progress bar."""
-    gathered = format_bytes(entry.gathered_bytes)
-    return f"loss {entry.loss:.3f}, {entry.tokens_per_s:.0f} tokens/s, {gathered} gathered"
-
-
 def _groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices and tables, none for biases and norms."""
+    """Parameter groups of the optimizer: weight decay for matrices and tables, none for biases and norms."""
     decayed = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
     others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

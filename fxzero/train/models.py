@@ -1,4 +1,4 @@
-"""The models that can be trained: their presets, and how a finished run is read back."""
+"""The models that can be trained, with their presets, and loading the model of a finished run."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ CONFIG_FILE = "config.json"
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model class and what it is trained for."""
+    """A model class with its configurations and its task."""
 
     build: type[nn.Module]
     config: type[Any]
     presets: Mapping[str, Any]
     masked: bool
-    """Masked language modelling; else the next token."""
+    """True for masked language modelling, False for the next token."""
 
 
 # Small enough to learn from its text within minutes on two cores, which no other preset is.
@@ -56,11 +56,6 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 }
 
 
-def max_tokens(config: Any) -> int:
-    """The longest sequence that a model of this configuration takes."""
-    return getattr(config, "max_tokens", config.max_positions)
-
-
 def config_of(model: str, preset: str, seq: int) -> Any:
     """The configuration of a preset.
 
@@ -71,21 +66,20 @@ def config_of(model: str, preset: str, seq: int) -> Any:
     if preset not in presets:
         raise CommandError(f"--preset {preset} is not known for {model}; choose one of: {', '.join(presets)}.")
     config = presets[preset]
-    if seq > max_tokens(config):
-        raise CommandError(
-            f"--seq {seq} is more than {model} {preset} has positions for; at most {max_tokens(config)}."
-        )
+    longest = getattr(config, "max_tokens", config.max_positions)
+    if seq > longest:
+        raise CommandError(f"--seq {seq} is more than {model} {preset} has positions for; at most {longest}.")
     return config
 
 
 def build(model: str, config: Any) -> nn.Module:
-    """A model on the meta device: nothing is allocated."""
+    """A model on the meta device, which allocates nothing."""
     with torch.device("meta"):
         return ARCHITECTURES[model].build(config)
 
 
 def initializer(vocab_size: int) -> Callable[[nn.Module], None]:
-    """Initialises a module as the models do, but for the deviation of linears, which here goes with their width.
+    """An initialiser like that of the models, except that the deviation of linears here depends on their width.
 
     The 0.02 of BERT and GPT-2 suits a width of 768. At 128 attention hardly begins to learn with it: on one rank, 1000
     steps of the micro RoBERTa on bytes ended at a held-out loss of 2.70 with 0.02 and of 2.42 with 0.06.
@@ -94,20 +88,19 @@ def initializer(vocab_size: int) -> Callable[[nn.Module], None]:
     def initialize(module: nn.Module) -> None:
         if hasattr(module, "reset_parameters"):
             cast(Any, module).reset_parameters()
-        is_head = isinstance(module, nn.Linear) and module.out_features == vocab_size
-        if isinstance(module, nn.Linear) and not is_head:
+        if isinstance(module, nn.Linear) and module.out_features != vocab_size:  # all but the head
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
 
     return initialize
 
 
 def default_lr(config: Any) -> float:
-    """A learning rate that a model of this size takes, post-norm too: less the wider and deeper it is."""
+    """A learning rate that suits a model of this size, also a post-norm one: less the wider and deeper it is."""
     return 3e-3 * 256 / (config.hidden_size * config.num_layers)
 
 
 def write_config(out: Path, model: str, preset: str, config: Any) -> None:
-    """Say what the weights belong to."""
+    """Write the model, the preset and the configuration of the weights to a file."""
     about = {"model": model, "preset": preset, "config": dataclasses.asdict(config)}
     (out / CONFIG_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 

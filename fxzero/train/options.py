@@ -1,4 +1,4 @@
-"""What `fxzero train` is asked to do, checked before anything starts."""
+"""The options of `fxzero train`, checked before anything starts."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class TrainOptions:
     accumulate: int = 1
     seq: int = 64
     lr: float | None = None
-    """None is what suits the size of the model."""
+    """The largest learning rate; None takes one that suits the size of the model."""
     warmup: int | None = None
-    """None is a quarter of the steps."""
+    """Steps until the largest learning rate; None is a quarter of the steps."""
     weight_decay: float = 0.01
     clip: float = 1.0
     seed: int = 0
@@ -45,11 +45,7 @@ class TrainOptions:
     """Ranks to start on this machine; None joins the ranks that there are."""
 
     def validate(self) -> None:
-        """Refuse what no run can mean.
-
-        Raises:
-            CommandError: names the option and its legal range.
-        """
+        """Raise CommandError for an option outside of its legal range."""
         _one_of("--model", self.model, MODELS)
         _one_of("--device", self.device, DEVICES)
         for name in ("steps", "batch", "accumulate", "eval_batches", "log_every"):
@@ -67,11 +63,7 @@ class TrainOptions:
                 raise CommandError(f"{flag_of(name)} {value} must be a finite number above 0.")
 
     def check_files(self) -> None:
-        """Refuse text that is not there and results that are; asked where rank 0 runs.
-
-        Raises:
-            CommandError: names the option and the path.
-        """
+        """Raise CommandError if the text is missing or the folder for the results is not empty; for rank 0."""
         if self.data is not None and not self.data.exists():
             raise CommandError(f"--data {self.data} does not exist. Give a text file, or a folder of text files.")
         if self.out is not None and self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):

@@ -1,10 +1,11 @@
-"""What a run leaves behind: metrics as JSON lines, a picture of the loss, and the last words on the screen."""
+"""The reports of a run: metrics as JSON lines, a picture of the loss, and a summary on the screen."""
 
 from __future__ import annotations
 
 import json
 import sys
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import TextIO
 
@@ -20,19 +21,20 @@ _MAX_SCHEDULE_LINES = 40
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One logged step; `step` counts finished optimizer steps. Bytes are those of one rank, all else is of all."""
+    """One logged step. `gathered_bytes` is that of one rank; all other numbers are those of all ranks."""
 
     step: int
+    """Finished optimizer steps."""
     loss: float
     """Mean over the ranks and over the steps since the last logged one."""
     lr: float
     grad_norm: float
     tokens: int
-    """Trained on since the start."""
+    """Tokens trained on since the start."""
     tokens_per_s: float
-    """Since the last logged step."""
+    """Tokens per second since the last logged step."""
     gathered_bytes: int
-    """Received by all-gathers since the start, in training."""
+    """Bytes received by all-gathers of training since the start."""
     elapsed: float
     """Seconds since the start of training."""
 
@@ -47,7 +49,7 @@ class HeldOutMetrics:
 
 @dataclass
 class Metrics:
-    """The metrics of a run, written line by line as they come on the rank that has a file."""
+    """The metrics of a run, each written as a line when it comes, on the rank that has a file."""
 
     file: TextIO | None = None
     steps: list[StepMetrics] = field(default_factory=list[StepMetrics])
@@ -65,33 +67,22 @@ class Metrics:
 
 
 def smoothed(values: list[float], weight: float = 0.8) -> list[float]:
-    """An exponential moving average, without the pull of its start to zero."""
-    result: list[float] = []
-    average = 0.0
-    for count, value in enumerate(values, start=1):
-        average = weight * average + (1 - weight) * value
-        result.append(average / (1 - weight**count))
-    return result
+    """An exponential moving average, corrected for its start at zero."""
+    averages = accumulate(values, lambda average, value: weight * average + (1 - weight) * value, initial=0.0)
+    return [average / (1 - weight**count) for count, average in enumerate(averages) if count]
 
 
 def draw_loss(metrics: Metrics, title: str, path: Path) -> None:
-    """Write a picture of the training loss, smoothed too, and of the held-out loss."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """Write a picture of the training loss, as it was and smoothed, and of the held-out loss."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     steps, losses = [each.step for each in metrics.steps], [each.loss for each in metrics.steps]
     axes.plot(steps, losses, color="tab:blue", alpha=0.3, label="training")
     axes.plot(steps, smoothed(losses), color="tab:blue", label="training, smoothed")
-    axes.plot(
-        [each.step for each in metrics.held_out],
-        [each.held_out_loss for each in metrics.held_out],
-        "o-",
-        color="tab:orange",
-        label="held out",
-    )
+    steps, losses = [each.step for each in metrics.held_out], [each.held_out_loss for each in metrics.held_out]
+    axes.plot(steps, losses, "o-", color="tab:orange", label="held out")
     axes.set(xlabel="step", ylabel="loss (nats per predicted token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -99,7 +90,7 @@ def draw_loss(metrics: Metrics, title: str, path: Path) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> dict[str, int]:
-    """The largest memory that this process has had so far: of the host, and of the GPU if it trains on one."""
+    """Bytes of the most memory that this process has had: "host", and "gpu" if it trains on one."""
     peak = {"host": _peak_resident_bytes()}
     if device.type == "cuda":
         peak["gpu"] = torch.cuda.max_memory_allocated(device)
@@ -119,7 +110,7 @@ def _peak_resident_bytes() -> int:
 
 
 def format_summary(metrics: Metrics, peaks: list[dict[str, int]], schedule: str, out: Path) -> str:
-    """The last words: the schedule of a step, the losses, the memory, and where everything is."""
+    """The summary of a run: the schedule of a step, the losses, the memory, and the files."""
     lines = ["", "The schedule of a step:", shorten(schedule, out / SCHEDULE_FILE), ""]
     if metrics.steps:
         last = metrics.steps[-1]
@@ -139,7 +130,7 @@ def format_summary(metrics: Metrics, peaks: list[dict[str, int]], schedule: str,
 
 
 def shorten(text: str, full: Path) -> str:
-    """A text of many lines without its middle, which is in the file `full`."""
+    """A text of many lines without its middle; the whole text is in the file `full`."""
     lines = text.splitlines()
     if len(lines) <= _MAX_SCHEDULE_LINES:
         return text

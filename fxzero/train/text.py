@@ -1,24 +1,35 @@
-"""The tokens of a run, read by rank 0 and the same on every rank."""
+"""The tokens of a run, read by rank 0 and equal on every rank; their tokenizer is a byte-level BPE of the text itself.
+
+It has RoBERTa's special tokens. At the smallest vocabulary, 256 bytes and the special tokens, it has no merges.
+"""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from fxzero.commands.world import World
 from fxzero.train.corpus import read_corpus
 from fxzero.train.options import TrainOptions
-from fxzero.train.tokenizer import encode, train_tokenizer
+
+SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+BOS_ID, PAD_ID, EOS_ID, UNK_ID, MASK_ID = range(len(SPECIAL_TOKENS))
+"""Ids of the special tokens: those of RoBERTa, except for the mask, which RoBERTa puts last."""
+
+_TEXTS_AT_ONCE = 16
+"""Texts that are encoded together: an encoding takes many times the memory of its text."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """What there is to train on and to evaluate on."""
+    """The tokens to train on, and the held-out ones to evaluate on."""
 
     about: str
-    """One line on where it comes from and how much it is."""
+    """One line about the source of the text and its size."""
     tokenizer: Tokenizer
     train: torch.Tensor
     """int32 `[num_tokens]`"""
@@ -31,7 +42,7 @@ class Text:
 
 
 def read_text(options: TrainOptions, world: World) -> Text:
-    """Rank 0 reads the text and learns the tokenizer; the others need no such files, they are given the tokens.
+    """Read the text and learn its tokenizer on rank 0, and send both to all ranks.
 
     Raises:
         CommandError: on every rank, if there is no text.
@@ -53,3 +64,28 @@ def read_text(options: TrainOptions, world: World) -> Text:
         world.share_tensor(tokens[0], num_train),
         world.share_tensor(tokens[1], num_held_out),
     )
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Learn at most `vocab_size` tokens from texts; equal texts give equal tokenizers."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> torch.Tensor:
+    """All texts in one stream of ids, each ended by `</s>`: int32 `[num_tokens]`."""
+    streams: list[torch.Tensor] = []
+    remaining = iter(texts)
+    while some := list(itertools.islice(remaining, _TEXTS_AT_ONCE)):
+        encodings = tokenizer.encode_batch(some, add_special_tokens=False)
+        streams.extend(torch.tensor([*encoding.ids, EOS_ID], dtype=torch.int32) for encoding in encodings)
+    return torch.cat(streams)

@@ -12,8 +12,7 @@ from fxzero.commands.world import World
 from fxzero.train.batches import IGNORED, Batches, Windows, generator_of, mask_tokens
 from fxzero.train.corpus import Document, num_chars, read_corpus, split, stdlib_files
 from fxzero.train.options import TrainOptions
-from fxzero.train.text import read_text
-from fxzero.train.tokenizer import BOS_ID, EOS_ID, MASK_ID, SPECIAL_TOKENS, encode, train_tokenizer
+from fxzero.train.text import BOS_ID, EOS_ID, MASK_ID, SPECIAL_TOKENS, encode, read_text, train_tokenizer
 
 ALONE = World(rank=0, size=1, local_size=1, device=torch.device("cpu"))
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from fxzero import models
 from fxzero.commands.errors import CommandError
-from fxzero.train.export import TensorSpec, save_stream, tied_names
+from fxzero.train.export import save_stream, tied_names
 from fxzero.train.models import config_of
 from fxzero.train.options import TrainOptions, learning_rate
 from fxzero.train.report import HeldOutMetrics, Metrics, StepMetrics, draw_loss, format_summary, shorten, smoothed
@@ -26,7 +26,7 @@ TENSORS = {
     "ids": torch.arange(6).reshape(2, 3).t(),
     "flags": torch.tensor([True, False, True]),
 }
-SPECS = {name: TensorSpec.of(tensor) for name, tensor in TENSORS.items()}
+SPECS = {name: tensor.to("meta") for name, tensor in TENSORS.items()}
 
 
 def test_streamed_file_equals_that_of_the_library(tmp_path: Path) -> None:
