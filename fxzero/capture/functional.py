@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from fxzero import torch_internals
-from fxzero.capture.temporaries import is_in_place
 from fxzero.graph import ops
-from fxzero.graph.nodes import META_KEY, NodeInfo, Role
+from fxzero.graph.nodes import META_KEY, NodeInfo, Role, is_in_place
 from fxzero.torch_internals import tree_leaves
 
 _KEPT_META = (META_KEY, "stack_trace")

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from fxzero import torch_internals
-from fxzero.graph.nodes import Role, role
+from fxzero.graph.nodes import Role, is_in_place, role
 
 
 def is_view(node: fx.Node) -> bool:
@@ -80,9 +80,8 @@ def in_memory_of(node: fx.Node) -> list[fx.Node]:
 
 def written_by(node: fx.Node) -> list[fx.Node]:
     """The arguments that an operator writes to."""
-    if not torch_internals.is_overload(node.target) or not torch_internals.is_mutable(node.target):
-        return []
     written: list[fx.Node] = []
-    arguments = [torch_internals.argument(node, name) for name in torch_internals.written_names(node.target)]
-    fx.map_arg(arguments, written.append)
+    if is_in_place(node):
+        arguments = [torch_internals.argument(node, name) for name in torch_internals.written_names(node.target)]
+        fx.map_arg(arguments, written.append)
     return written

@@ -183,10 +183,14 @@ def is_pointwise(node: fx.Node) -> bool:
     return torch_internals.is_overload(target) and torch.Tag.pointwise in target.tags
 
 
+def is_in_place(node: fx.Node) -> bool:
+    """True for an operator that writes, or may write, into its arguments."""
+    return torch_internals.is_overload(node.target) and torch_internals.is_mutable(node.target)
+
+
 def is_pure(node: fx.Node) -> bool:
     """True for compute that gives an equal value when it is run again, and changes nothing."""
-    mutates = torch_internals.is_overload(node.target) and torch_internals.is_mutable(node.target)
-    return role(node) is Role.COMPUTE and not mutates and not is_random(node)
+    return role(node) is Role.COMPUTE and not is_in_place(node) and not is_random(node)
 
 
 def tensor_bytes(value: Any) -> int:
