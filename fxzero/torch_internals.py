@@ -1,8 +1,8 @@
-"""Every private torch symbol that fxzero uses, in one place, with the versions it was seen in.
+"""Every private torch symbol that fxzero uses, with the versions of torch that have it.
 
-Private is what begins with an underscore: a part of an import's path, an attribute of an object of torch's, a key in
-its `__dict__`; but not the name of an operator (`torch.ops.aten._unsafe_view`). `tests/test_private_symbols.py` finds
-private symbols that stand elsewhere.
+A symbol is private if it begins with an underscore: a part of an import's path, an attribute of a torch object, a key
+in its `__dict__`; but not the name of an operator (`torch.ops.aten._unsafe_view`). `tests/test_private_symbols.py`
+finds private symbols in other modules.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def direct_call(op: Any) -> Any:
-    """The builtin behind an operator overload: one Python call instead of two. `OpOverload._op`: 2.11 to 2.13."""
+    """The builtin behind an operator overload, which saves a Python call. `OpOverload._op`: 2.11 to 2.13."""
     return getattr(op, "_op", op)
 
 
 def backend_name(group: dist.ProcessGroup, device: torch.device) -> str:
-    """The name of the backend that a group uses on a device, "none" if it has none there.
+    """The name of the backend that a group uses on a device, "none" if the group has no backend there.
 
     `ProcessGroup._get_backend`: 2.11 to 2.13.
     """
@@ -43,17 +43,17 @@ def backend_name(group: dist.ProcessGroup, device: torch.device) -> str:
 
 
 def all_gather_base(group: dist.ProcessGroup) -> Callable[..., dist.Work]:
-    """`(full, shard)`: gather into one tensor, one Python call. `ProcessGroup._allgather_base`: 2.11 to 2.13."""
+    """A function of (full, shard) that gathers into one tensor. `ProcessGroup._allgather_base`: 2.11 to 2.13."""
     return group._allgather_base
 
 
 def reduce_scatter_base(group: dist.ProcessGroup) -> Callable[..., dist.Work]:
-    """`(shard, full, options)`, as above. `ProcessGroup._reduce_scatter_base`: 2.11 to 2.13."""
+    """A function of (shard, full, options) that reduces a tensor. `ProcessGroup._reduce_scatter_base`: 2.11 to 2.13."""
     return group._reduce_scatter_base
 
 
 def default_store() -> Store:
-    """The store through which the default process group was set up. `_get_default_store`: 2.11 to 2.13."""
+    """The store of the default process group. `_get_default_store`: 2.11 to 2.13."""
     return dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
 
 
@@ -65,17 +65,17 @@ COLLECTIVE_NAMESPACES = ("_c10d_functional", "_c10d_functional_autograd", "_dten
 
 
 DispatchMode = TorchDispatchMode
-"""The base of classes that see every operator below autograd. `torch.utils._python_dispatch`: 2.11 to 2.13."""
+"""Base class of modes that see every operator below autograd. `torch.utils._python_dispatch`: 2.11 to 2.13."""
 
 TRACER_FILES = re.compile(
     r"torch[/\\](_subclasses|_dispatch|_ops\.py|_meta_registrations|_decomp|_refs|_prims|fx[/\\]|_functorch|"
     r"utils[/\\]_python_dispatch|utils[/\\]checkpoint)"
 )
-"""Files of torch that raise on behalf of the tracer, not of the model: 2.11 to 2.13."""
+"""Pattern of torch's files that raise on behalf of the tracer, not of the model: 2.11 to 2.13."""
 
 
 def fake_tensor_mode() -> Any:
-    """Tensors without memory; real ones that a model holds become constants. `FakeTensorMode`: 2.11 to 2.13."""
+    """A mode whose new tensors have no memory, and which also takes real tensors. `FakeTensorMode`: 2.11 to 2.13."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
@@ -85,7 +85,7 @@ def is_fake(tensor: torch.Tensor) -> bool:
 
 
 def fake_result(node: fx.Node) -> Any:
-    """What a new node of a traced graph gives, by the values of its arguments. `FakeTensor.fake_mode`: 2.11 to 2.13."""
+    """The value of a new node of a traced graph, from its arguments' values. `FakeTensor.fake_mode`: 2.11 to 2.13."""
     arguments = [argument.meta["val"] for argument in node.all_input_nodes]
     modes = [cast(Any, value).fake_mode for value in arguments if isinstance(value, FakeTensor)]
     args, kwargs = map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])
@@ -94,7 +94,7 @@ def fake_result(node: fx.Node) -> Any:
 
 
 def answer_device(op: Any, args: Any) -> torch.device | None:
-    """The answer where `op` asks a fake tensor for its device, which is two thirds of what a dispatch mode sees.
+    """The device of a fake tensor if `op` asks for it, else None. Two thirds of all calls of a dispatch mode ask so.
 
     `prim.device`, `FakeTensor.fake_device`: 2.11 to 2.13.
     """
@@ -104,7 +104,7 @@ def answer_device(op: Any, args: Any) -> torch.device | None:
 
 
 def trace_fx(function: Callable[..., Any], *inputs: Any) -> fx.GraphModule:
-    """The ATen operators that a function of fake tensors runs. `make_fx`: 2.11 to 2.13."""
+    """A graph of the ATen operators that a function of fake tensors runs. `make_fx`: 2.11 to 2.13."""
 
     def traced(*values: Any) -> Any:  # make_fx counts the arguments of plain functions right, not of bound methods
         return function(*values)
@@ -119,7 +119,7 @@ def traced_graph() -> fx.Graph:
 
 @contextlib.contextmanager
 def eager_checkpoints() -> Generator[None]:
-    """Let selective checkpoints recompute while they are traced; under a tracer they would only annotate nodes.
+    """Let selective checkpoints recompute in a trace, where by default they only annotate nodes.
 
     `torch.utils.checkpoint._is_compiling`: 2.11 to 2.13.
     """
@@ -133,17 +133,17 @@ def eager_checkpoints() -> Generator[None]:
 
 
 def next_sequence_number() -> int:
-    """The number that the next autograd node of this thread gets. `_get_sequence_nr`: 2.11 to 2.13."""
+    """The sequence number of this thread's next autograd node. `_get_sequence_nr`: 2.11 to 2.13."""
     return cast(Any, torch.autograd)._get_sequence_nr()
 
 
 def sequence_number(node: Any) -> int:
-    """The number of an autograd node. `Node._sequence_nr`: 2.11 to 2.13."""
+    """The sequence number of an autograd node. `Node._sequence_nr`: 2.11 to 2.13."""
     return node._sequence_nr()
 
 
 def apply_pending_updates(tensor: torch.Tensor) -> None:
-    """Trace the updates that functionalization still holds back. `torch._sync`: 2.11 to 2.13."""
+    """Trace the pending updates of a tensor under functionalization. `torch._sync`: 2.11 to 2.13."""
     private = cast(Any, torch)
     if private._is_functional_tensor(tensor):
         private._sync(tensor)
@@ -152,19 +152,19 @@ def apply_pending_updates(tensor: torch.Tensor) -> None:
 # -- trees of arguments and results: `torch.utils._pytree`, 2.11 to 2.13 ------------------------------------------
 
 TreeSpec = pytree.TreeSpec
-"""How values are nested in tuples, lists, dicts and registered classes. 2.11 to 2.13."""
+"""Type that describes how values are nested in tuples, lists, dicts and registered classes. 2.11 to 2.13."""
 tree_flatten = pytree.tree_flatten
-"""The leaves of nested values, and their TreeSpec. 2.11 to 2.13."""
+"""Returns the leaves of nested values, and their TreeSpec. 2.11 to 2.13."""
 tree_unflatten = pytree.tree_unflatten
-"""Nested values, of their leaves and their TreeSpec. 2.11 to 2.13."""
+"""Rebuilds nested values from leaves and a TreeSpec. 2.11 to 2.13."""
 tree_leaves = pytree.tree_leaves
-"""The leaves of nested values. 2.11 to 2.13."""
+"""Returns the leaves of nested values. 2.11 to 2.13."""
 tree_map_only = pytree.tree_map_only
-"""Nested values with a function applied to the leaves of one type. 2.11 to 2.13."""
+"""Applies a function to all leaves of one type. 2.11 to 2.13."""
 tree_flatten_with_path = pytree.tree_flatten_with_path
-"""The leaves of nested values, each behind the keys that lead to it, and their TreeSpec. 2.11 to 2.13."""
+"""Returns pairs of the keys that lead to a leaf and the leaf, and the TreeSpec. 2.11 to 2.13."""
 keystr = pytree.keystr
-"""The text of such keys: `[1]['x'].y`. 2.11 to 2.13."""
+"""Formats the keys that lead to a leaf: `[1]['x'].y`. 2.11 to 2.13."""
 
 
 # -- operators -----------------------------------------------------------------------------------------------------
@@ -177,47 +177,35 @@ def is_overload(target: Any) -> bool:
 
 @functools.cache
 def is_mutable(overload: Any) -> bool:
-    """True if an operator writes to an argument, or may. `OpOverload._schema`: 2.11 to 2.13."""
+    """True if an operator writes, or may write, to an argument. `OpOverload._schema`: 2.11 to 2.13."""
     return overload._schema.is_mutable
 
 
 def argument(node: Any, name: str) -> Any:
-    """What a node passes for an argument of its operator, or the default; None if there is no such argument.
-
-    `OpOverload._schema`: 2.11 to 2.13.
-    """
-    for index, declared in enumerate(node.target._schema.arguments):
-        if declared.name == name:
-            given = node.args[index] if index < len(node.args) else declared.default_value
-            return node.kwargs.get(name, given)
-    return None
+    """The value that a node passes for an argument of its operator, or the default; None for an unknown argument."""
+    return named_arguments(node.target, node.args, node.kwargs).get(name)
 
 
 def written_names(overload: Any) -> tuple[str, ...]:
-    """The arguments that an operator writes to. `OpOverload._schema`: 2.11 to 2.13."""
+    """The names of arguments that an operator writes to. `OpOverload._schema`: 2.11 to 2.13."""
     declared = overload._schema.arguments
     return tuple(each.name for each in declared if each.alias_info is not None and each.alias_info.is_write)
 
 
-def written_arguments(node: Any) -> list[Any]:
-    """What a node passes for the arguments that its operator writes to."""
-    return [argument(node, name) for name in written_names(node.target)]
-
-
 def named_arguments(overload: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of an operator by name, defaults included. `OpOverload._schema`: 2.11 to 2.13."""
+    """Maps names of an operator's arguments to values in a call, defaults included. `_schema`: 2.11 to 2.13."""
     declared = overload._schema.arguments
     defaults = {each.name: each.default_value for each in declared if each.has_default_value()}
     return {**defaults, **{each.name: value for each, value in zip(declared, args, strict=False)}, **kwargs}
 
 
 def num_results(overload: Any) -> int:
-    """How many values an operator returns. `OpOverload._schema`: 2.11 to 2.13."""
+    """Number of values that an operator returns. `OpOverload._schema`: 2.11 to 2.13."""
     return len(overload._schema.returns)
 
 
 def returns_an_argument(overload: Any) -> bool:
-    """True if an operator's first result is, or may be, on the memory of an argument. `_schema`: 2.11 to 2.13."""
+    """True if an operator's first result shares, or may share, memory of an argument. `_schema`: 2.11 to 2.13."""
     return overload._schema.returns[0].alias_info is not None
 
 
@@ -239,17 +227,17 @@ def functional_form(overload: Any) -> Any:
 
 
 def same_storage(a: Any, b: Any) -> bool:
-    """True for two tensors that share storage, also without memory. `UntypedStorage._cdata`: 2.11 to 2.13."""
+    """True for two tensors, real or fake, that share storage. `UntypedStorage._cdata`: 2.11 to 2.13."""
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
         return False
     return a.untyped_storage()._cdata == b.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
 
 
 def out_variant(overload: Any) -> tuple[Any, str] | None:
-    """The form of an operator that writes its one output into a given tensor, and the name of that argument.
+    """The form of an operator that writes its output into a given tensor, and the name of the argument for the tensor.
 
-    None if there is none, or only a generated one, which computes elsewhere and copies. `OpOverload._schema`,
-    `OpOverloadPacket.overloads`, `torch.Tag.generated`: 2.11 to 2.13.
+    It is None if there is no such form, or a generated one alone, which computes elsewhere and copies.
+    `OpOverload._schema`, `OpOverloadPacket.overloads`, `torch.Tag.generated`: 2.11 to 2.13.
     """
     wanted = [(argument.name, str(argument.type)) for argument in overload._schema.arguments]
     packet = overload.overloadpacket
@@ -276,36 +264,36 @@ def copy_all(into: Sequence[torch.Tensor], source: Sequence[torch.Tensor]) -> No
 # -- modules -------------------------------------------------------------------------------------------------------
 
 CONVERSION = "_apply"
-"""The method behind `Module.to`, `half`, `cuda` and the like, also of the modules inside of one: 2.11 to 2.13.
+"""Name of the method behind `Module.to`, `half`, `cuda` and the like, which they also call on submodules: 2.11 to 2.13.
 
-There is no public one that they have in common. ZeroModule overrides it, and modules that are taken over hide it."""
+No public method does the work of all of them. ZeroModule overrides it, and modules that are taken over hide it."""
 TENSOR_TABLES = ("_parameters", "_buffers")
-"""The attributes in which a module holds the parameters and buffers that it registers: 2.11 to 2.13."""
+"""Attributes in which a module holds the parameters and buffers that it registers: 2.11 to 2.13."""
 MODULE_TABLE = "_modules"
-"""The attribute in which a module holds the modules inside of it: 2.11 to 2.13."""
+"""Attribute in which a module holds its submodules: 2.11 to 2.13."""
 RNN_CACHES = ("_flat_weights", "_flat_weight_refs")
-"""The attributes that an nn.RNNBase makes anew of its parameters in every call: 2.11 to 2.13."""
+"""Attributes that an nn.RNNBase rebuilds from its parameters in every call: 2.11 to 2.13."""
 EXTRA_STATE = "_extra_state"
-"""The key of what `Module.get_extra_state` returns in a state dict, behind the module's name: 2.11 to 2.13."""
+"""Key, behind the module's name, of the result of `Module.get_extra_state` in a state dict: 2.11 to 2.13."""
 
 
 def tensor_tables(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The parameters and buffers that a module itself holds, by attribute, for reading and writing."""
+    """The tables of a module that map attributes to its own parameters and to its own buffers; both may be written."""
     private = vars(module)
     return private[TENSOR_TABLES[0]], private[TENSOR_TABLES[1]]
 
 
 def share_tables(module: nn.Module, source: nn.Module) -> None:
-    """Let a module hold the parameters, buffers and modules of another one: the tables themselves, not copies.
+    """Let a module share the tables of parameters, buffers and submodules of another module.
 
-    `Module._non_persistent_buffers_set` as well: 2.11 to 2.13.
+    `Module._non_persistent_buffers_set`: 2.11 to 2.13.
     """
     for table in (*TENSOR_TABLES, MODULE_TABLE, "_non_persistent_buffers_set"):
         vars(module)[table] = vars(source)[table]
 
 
 def own_initialiser(module: nn.Module) -> Callable[[], object] | None:
-    """The method with which a module draws its parameters anew, if it has one.
+    """The method of a module that initialises its parameters, if it has one.
 
     `_reset_parameters`, of nn.MultiheadAttention and nn.Transformer: 2.11 to 2.13.
     """
@@ -314,7 +302,7 @@ def own_initialiser(module: nn.Module) -> Callable[[], object] | None:
 
 
 def add_metadata(state: dict[str, Any], source: dict[str, Any]) -> None:
-    """Give a state dict the versions of modules that another one has. Its attribute `_metadata`: 2.11 to 2.13."""
+    """Give a state dict the module versions of another one. The attribute `_metadata` of state dicts: 2.11 to 2.13."""
     found = cast(Any, source)._metadata
     if hasattr(state, "_metadata"):
         cast(Any, state)._metadata.update(found)
@@ -323,23 +311,23 @@ def add_metadata(state: dict[str, Any], source: dict[str, Any]) -> None:
 
 
 def buffers_of(module: nn.Module) -> dict[str, torch.Tensor | None]:
-    """The buffers that a module itself registers, for reading and writing. `Module._buffers`: 2.11 to 2.13."""
+    """The table of a module's own buffers, which may be written. `Module._buffers`: 2.11 to 2.13."""
     return module._buffers  # pyright: ignore[reportPrivateUsage]
 
 
 def load_hooks(module: nn.Module) -> list[Callable[..., object]]:
-    """What a module runs on a state dict before it loads it. `Module._load_state_dict_pre_hooks`: 2.11 to 2.13."""
+    """The hooks that run before a module loads a state dict. `Module._load_state_dict_pre_hooks`: 2.11 to 2.13."""
     return list(module._load_state_dict_pre_hooks.values())  # pyright: ignore[reportPrivateUsage]
 
 
 def forget_flat_weights(module: nn.Module) -> None:
-    """Drop the weak references of RNNs to their weights, which they make anew. `_flat_weight_refs`: 2.11 to 2.13."""
+    """Drop the weak references of an RNN to its weights; it rebuilds them. `_flat_weight_refs`: 2.11 to 2.13."""
     if isinstance(module, nn.RNNBase):
         module._flat_weight_refs = []  # pyright: ignore[reportPrivateUsage]
 
 
 def incompatible_keys(missing: list[str], unexpected: list[str]) -> Any:
-    """What `Module.load_state_dict` returns. `_IncompatibleKeys`: 2.11 to 2.13."""
+    """The return value of `Module.load_state_dict`. `_IncompatibleKeys`: 2.11 to 2.13."""
     return nn.modules.module._IncompatibleKeys(missing, unexpected)  # pyright: ignore[reportPrivateUsage]
 
 
@@ -347,17 +335,17 @@ def incompatible_keys(missing: list[str], unexpected: list[str]) -> Any:
 
 
 def num_changes(tensors: Iterable[torch.Tensor]) -> int:
-    """How often tensors were changed in place, all together. `Tensor._version`: 2.11 to 2.13."""
+    """Number of changes in place of all tensors together. `Tensor._version`: 2.11 to 2.13."""
     return sum([tensor._version for tensor in tensors])  # pyright: ignore[reportPrivateUsage]
 
 
 def changes_of_each(tensors: Sequence[Any], indices: Sequence[int]) -> list[int]:
-    """How often each of some tensors was changed in place; inference tensors do not count. `_version`: 2.11 to 2.13."""
+    """Number of changes in place of each chosen tensor; 0 for inference tensors. `Tensor._version`: 2.11 to 2.13."""
     return [0 if tensors[index].is_inference() else tensors[index]._version for index in indices]
 
 
 def gradient_hooks(params: Sequence[nn.Parameter]) -> list[tuple[int, Any, Any]]:
-    """The parameters that have hooks on their gradient, by index: those of register_hook, those that run afterwards.
+    """Index, hooks of `register_hook` and hooks of `register_post_accumulate_grad_hook` of each parameter with hooks.
 
     `Tensor._backward_hooks`, `Tensor._post_accumulate_grad_hooks`: 2.11 to 2.13.
     """
@@ -370,7 +358,7 @@ def gradient_hooks(params: Sequence[nn.Parameter]) -> list[tuple[int, Any, Any]]
 
 @contextlib.contextmanager
 def outside_of_autograd_modes() -> Generator[None]:
-    """Let a trace see nothing of anomaly detection and of hooks on saved tensors (a checkpoint, save_on_cpu).
+    """Switch off anomaly detection and hooks on saved tensors (of a checkpoint, of save_on_cpu) inside the block.
 
     `torch._C._autograd._top_saved_tensors_default_hooks`: 2.11 to 2.13.
     """
@@ -389,5 +377,5 @@ def in_function_transform() -> bool:
 
 
 def runs_in_this_backward(node: Any) -> bool:
-    """Whether the running backward will come to a node of its graph. `_will_engine_execute_node`: 2.11 to 2.13."""
+    """True if the running backward will execute a node of its graph. `_will_engine_execute_node`: 2.11 to 2.13."""
     return torch._C._will_engine_execute_node(node)  # pyright: ignore[reportPrivateUsage]

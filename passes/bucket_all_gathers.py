@@ -10,7 +10,7 @@ from torch import fx
 from fxzero.errors import PassOrderError
 from fxzero.graph import ops
 from fxzero.graph.layout import group_into_buckets
-from fxzero.graph.nodes import Role, gathered_params, is_gather, is_inside, members, new_value, wait_of, wire_format
+from fxzero.graph.nodes import Role, gathered_params, is_inside, members, new_value, wait_of, wire_format
 from fxzero.graph.step import StepGraph
 
 MIB = 2**20
@@ -33,8 +33,8 @@ class BucketAllGathers:
     bucket_bytes: int = 16 * MIB
     """Upper bound on the parameter bytes of one bucket; a larger parameter is a bucket of its own."""
     head_bytes: int | None = None
-    """The same of the first bucket: nothing hides its gather at the begin of forward, nor its reduction at the end of
-    backward. Each later one may be twice as large, up to `bucket_bytes`."""
+    """Upper bound on the first bucket; each later bucket may be twice as large, up to `bucket_bytes`. No compute hides
+    the gather of the first bucket at the begin of forward, nor its reduction at the end of backward."""
 
     def __post_init__(self) -> None:
         if self.bucket_bytes <= 0:
@@ -43,28 +43,24 @@ class BucketAllGathers:
             raise ValueError(f"head_bytes is {self.head_bytes}; it must be at least 1, or None")
 
     def __call__(self, step: StepGraph, /) -> None:
-        starts = step.nodes(Role.ALL_GATHER)
-        if not starts and any(param.users for param in step.param_nodes().values()):
-            raise PassOrderError("no all_gather in the graph; run InsertAllGathers first")
+        starts = step.all_gathers()
         if any(wire_format(start) for start in starts):
             raise PassOrderError("an all_gather has a wire format already; run NarrowAllGathers after this pass")
         if any(is_inside(start) for start in starts):
             raise PassOrderError("an all_gather stays inside its node already; run LocalizeAllGathers after this pass")
         if step.nodes(Role.RELEASE):
             raise PassOrderError("a bucket is released already; run ReleaseParams after this pass")
-        in_order = dict.fromkeys(fqn for start in starts for fqn in members(start))
         buckets = step.fixed_buckets
         if buckets is None:
-            params = (step.params[fqn] for fqn in in_order)
-            groups = group_into_buckets(
-                params, step.sharding.shard_ranks, self.bucket_bytes, head_bytes=self.head_bytes
-            )
+            params = [step.params[fqn] for fqn in dict.fromkeys(fqn for start in starts for fqn in members(start))]
+            shard_ranks = step.sharding.shard_ranks
+            groups = group_into_buckets(params, shard_ranks, self.bucket_bytes, head_bytes=self.head_bytes)
             buckets = tuple(group.fqns for group in groups)
         bucket_of = {fqn: bucket for bucket in buckets for fqn in bucket}
         for _, nodes in step.phases():
             by_bucket: dict[tuple[str, ...], list[fx.Node]] = {}
             for start in nodes:
-                if start.target is ops.all_gather and is_gather(start):
+                if start.target is ops.all_gather:
                     by_bucket.setdefault(bucket_of[members(start)[0]], []).append(start)
             for bucket, parts in by_bucket.items():
                 if members(parts[0]) != bucket:

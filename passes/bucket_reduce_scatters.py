@@ -27,11 +27,7 @@ class BucketReduceScatters:
     """
 
     def __call__(self, step: StepGraph, /) -> None:
-        starts = step.nodes(Role.REDUCE_SCATTER)
-        if not starts:
-            if step.has_backward and step.synchronize and step.grads:
-                raise PassOrderError("no reduce_scatter in the graph; run InsertReduceScatters first")
-            return
+        starts = step.reduce_scatters()
         if any(wire_format(start) for start in starts):
             raise PassOrderError("a reduce_scatter has a wire format already; run NarrowReduceScatters after this pass")
         if any(len(members(start)) > 1 for start in starts):
@@ -45,10 +41,9 @@ class BucketReduceScatters:
         for bucket, parts in by_bucket.items():
             wait = self._merge(step, bucket, parts)
             grads.update({fqn: wait for fqn in bucket if fqn in grads})
-        waits = [wait_of(start) for start in starts]
         step.set_output(step.model_outputs, grads, step.input_grads)
-        for wait, start in zip(waits, starts, strict=True):
-            step.graph.erase_node(wait)
+        for start in starts:
+            step.graph.erase_node(wait_of(start))
             step.graph.erase_node(start)
 
     def _merge(self, step: StepGraph, bucket: tuple[str, ...], parts: list[fx.Node]) -> fx.Node:

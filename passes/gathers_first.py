@@ -1,10 +1,9 @@
-"""Let gathers that block compute go before reductions that block nothing."""
+"""Start gathers that block compute before reductions that block nothing."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fxzero.errors import PassOrderError
 from fxzero.graph.nodes import Role, members, wait_of
 from fxzero.graph.step import Phase, StepGraph
 
@@ -16,8 +15,8 @@ class GathersFirst:
     Before:  write_grad 2 | reduce_scatter 2 | mm | all_gather 0 | mm | wait 0
     After:   write_grad 2 | mm | all_gather 0 | reduce_scatter 2 | mm | wait 0
 
-    A link sends one message after another, in the order of starts. Which to exchange is decided outside, from costs; a
-    pair whose gather is not there, or starts first anyway, changes nothing.
+    A link sends one message after another, in the order of starts. The pairs to exchange are chosen before, from costs;
+    a pair whose gather is missing, or starts first anyway, changes nothing.
 
     Needs: BucketReduceScatters; PrefetchAllGathers, whose gathers it orders by; before SinkWaits.
     Numerics: unchanged, bit for bit.
@@ -28,9 +27,7 @@ class GathersFirst:
     """Pairs of buckets: the reduction of the first starts right behind the gather of the second."""
 
     def __call__(self, step: StepGraph, /) -> None:
-        reductions = {members(start): start for start in step.nodes(Role.REDUCE_SCATTER)}
-        if not reductions and step.has_backward and step.synchronize and step.grads:
-            raise PassOrderError("no reduce_scatter in the graph; run InsertReduceScatters first")
+        reductions = {members(start): start for start in step.reduce_scatters()}
         phase_of = step.phase_of()
         gathers = {members(start): start for start in step.nodes(Role.ALL_GATHER) if phase_of[start] is Phase.BACKWARD}
         for reduced, gathered in self.later:

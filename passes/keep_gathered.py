@@ -21,9 +21,9 @@ class KeepGathered:
     Before:  all_gather w | wait w | mm(x, w) | end_forward | all_gather w | wait w | mm(grad, w)
     After:   all_gather w | wait w | mm(x, w) | end_forward | mm(grad, w)
 
-    Chosen in the order of their first use in backward: a bucket that forward uses last and backward first is held for
-    the shortest time, so it adds the least to what is live. With every bucket kept, a step moves two thirds of the
-    bytes, at the residency of ZeRO stage 2; parameters, gradients and optimizer state stay sharded.
+    Buckets are chosen in the order of their first use in backward: the first ones are the last in forward, so they are
+    held for the shortest time. With every bucket kept, a step moves two thirds of the bytes, at the residency of ZeRO
+    stage 2; parameters, gradients and optimizer state stay sharded.
 
     Needs: BucketAllGathers (or InsertAllGathers alone). Numerics: unchanged, bit for bit.
     Source: FSDP2's reshard_after_forward; deviation: chosen per bucket under a budget, not per module by hand.
@@ -32,9 +32,9 @@ class KeepGathered:
     max_kept_bytes: int | None = None
     """Upper bound on the bytes kept from forward to backward, per rank; None keeps every bucket."""
     buckets: tuple[tuple[str, ...], ...] | None = None
-    """The buckets to keep, if they are chosen already."""
+    """Buckets to keep. None leaves the choice to `max_kept_bytes`."""
     resident: tuple[tuple[str, ...], ...] = ()
-    """Those that stay gathered even longer, until the shards change."""
+    """Buckets that stay gathered even longer, until the shards change."""
 
     def __post_init__(self) -> None:
         if self.max_kept_bytes is not None and self.max_kept_bytes < 0:
@@ -44,12 +44,10 @@ class KeepGathered:
         step.resident = self.resident
         if not step.has_backward:
             return
-        if not step.nodes(Role.ALL_GATHER) and any(param.users for param in step.param_nodes().values()):
-            raise PassOrderError("no all_gather in the graph; run InsertAllGathers first")
+        gathers = step.all_gathers()
         if step.nodes(Role.RELEASE):
             raise PassOrderError("a bucket is released already; run ReleaseParams after this pass")
         phase_of = step.phase_of()
-        gathers = step.nodes(Role.ALL_GATHER)
         forward = {members(start): start for start in gathers if phase_of[start] is Phase.FORWARD}
         again = [start for start in gathers if phase_of[start] is Phase.BACKWARD and members(start) in forward]
         if self.buckets is not None:

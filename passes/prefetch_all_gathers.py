@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fxzero.errors import PassOrderError
-from fxzero.graph.nodes import Role, role, wait_of
+from fxzero.graph.nodes import wait_of
 from fxzero.graph.placing import gather_starts
 from fxzero.graph.step import StepGraph
 
@@ -20,25 +19,24 @@ class PrefetchAllGathers:
     After:   all_gather 0 | all_gather 1 | wait 0 | compute 0 | wait 1 | compute 1
 
     The order of the gathers stays. Each is launched at the start of its phase, or before the earliest wait at which
-    it fits the budget together with all that is in flight; every gather starts at least one wait early, whatever its
-    size, and the next start is issued before a wait blocks the host.
+    its bytes and those in flight fit the budget. Whatever its size, a gather starts at least one wait early, so that
+    the next start is issued before a wait blocks the host.
 
     Needs: InsertAllGathers. Numerics: unchanged, bit for bit.
     Source: DeepCompile (arXiv:2504.09983), proactive prefetching; deviation: a byte budget, not a profile.
     """
 
     max_inflight_bytes: int = 48 * MIB
-    """Upper bound on bytes gathered but not yet waited for, per rank, when more than two gathers are in flight."""
+    """Upper bound on bytes gathered but not yet waited for, per rank, while more than two gathers are in flight."""
 
     def __post_init__(self) -> None:
         if self.max_inflight_bytes < 0:
             raise ValueError(f"max_inflight_bytes is {self.max_inflight_bytes}; it must be at least 0")
 
     def __call__(self, step: StepGraph, /) -> None:
-        if not step.nodes(Role.ALL_GATHER) and any(param.users for param in step.param_nodes().values()):
-            raise PassOrderError("no all_gather in the graph; run InsertAllGathers first")
+        gathers = set(step.all_gathers())
         for _, nodes in step.phases():
-            starts = [node for node in nodes if role(node) is Role.ALL_GATHER]
+            starts = [node for node in nodes if node in gathers]
             nbytes = [step.payload_of(start).nbytes for start in starts]
             head = next((node for node in nodes if node not in starts), None)
             for start, first in zip(starts, gather_starts(nbytes, self.max_inflight_bytes), strict=True):

@@ -1,7 +1,8 @@
-"""Save fewer activations for backward, and compute the rest again there."""
+"""Save fewer activations for backward, and compute the others again there."""
 
 from __future__ import annotations
 
+import bisect
 import logging
 import operator
 from dataclasses import dataclass
@@ -34,22 +35,22 @@ _CHEAP = {
     aten.mean.dim,
     aten.sum.dim_IntList,
 }
-"""Operators beside pointwise ones and views that take no longer than to read and write their tensors a few times."""
+"""Operators, beside pointwise ones and views, whose time is that of a few reads and writes of their tensors."""
 
 Blocks = frozenset[str]
 
 
 @dataclass(frozen=True)
 class RecomputeActivations:
-    """Recompute cheap operators, or whole repeated blocks, in backward, where that saves bytes.
+    """Recompute cheap operators, or whole repeated blocks, in backward, if that saves bytes.
 
     Before:  h = mm(x, w1) | g = gelu(h) | mm(g, w2) | end_forward | mm(dy, g) | gelu_backward(.., h)
     cheap:   h is saved, g' = gelu(h) stands in front of its reader in backward
     full:    x is saved, h' = mm(x, w1') and g' too; the gather of w1' is that of the block's backward
 
-    What is saved is a minimum cut by bytes. "full" saves what one repeated block (a module in a list) hands to another,
-    and recomputes all else inside of it. Random draws, and what is written in place, are saved, never made again. With
-    a number of bytes: the first level that saves no more, of cheap in ever more blocks, then full in ever more.
+    The saved values are a minimum cut by bytes. "full" saves values that one repeated block (a module in a list) hands
+    to another, and recomputes all others in the block. Random draws and results of in-place writes are always saved. A
+    number of bytes selects the first level that saves no more: cheap in ever more blocks, then full in ever more.
 
     Needs: RematerializeViews; runs before InsertAllGathers. Numerics: unchanged, bit for bit.
     Source: Chen et al. (arXiv:1604.06174); deviation: chosen by operator in the joint graph, so that recomputation and
@@ -59,7 +60,7 @@ class RecomputeActivations:
     recompute: Literal["none", "full"] | int = "none"
     """"none", "full", or an upper bound on the bytes saved for backward, per rank."""
     level: int | None = None
-    """How far to go, if that is chosen already; see `level_for`."""
+    """Level of recomputation, once it is chosen; see `level_for`."""
 
     def __post_init__(self) -> None:
         check_recompute(self.recompute)
@@ -75,34 +76,29 @@ class RecomputeActivations:
     def level_for(self, step: StepGraph) -> int:
         """The level that this step needs: 0 for nothing, then cheap in 1, 2, ... blocks, then full in 1, 2, ...
 
-        A number of bytes is met by the inputs that it is asked for; larger ones save more at the same level.
+        The level is chosen for the input shapes of this step; larger inputs save more bytes at an equal level.
         """
         if self.recompute == "none" or not step.has_backward:
             return 0
         levels = _levels(step)
         if self.recompute == "full":
             return len(levels)
-        if _saved_bytes(read_in_backward(step)) <= self.recompute:
+        if _memory_bytes(read_in_backward(step)) <= self.recompute:
             return 0
-        first, last = 1, len(levels)
-        while first < last:
-            middle = (first + last) // 2
-            if _saved_bytes(choose_saved(step, levels[middle - 1])[0]) <= self.recompute:
-                last = middle
-            else:
-                first = middle + 1
-        saved = _saved_bytes(choose_saved(step, levels[first - 1])[0])
-        if saved > self.recompute:
-            logger.warning(
-                "recompute=%s: %s are saved for backward even with every block recomputed.",
-                format_bytes(self.recompute),
-                format_bytes(saved),
-            )
-        return first
+        budget = self.recompute
+
+        def saved_bytes(pins: _Pins) -> int:
+            return _memory_bytes(choose_saved(step, pins)[0])
+
+        index = bisect.bisect_left(levels, True, hi=len(levels) - 1, key=lambda pins: saved_bytes(pins) <= budget)
+        if (saved := saved_bytes(levels[index])) > budget:
+            message = "recompute=%s: %s are saved for backward even with every block recomputed."
+            logger.warning(message, format_bytes(budget), format_bytes(saved))
+        return index + 1
 
 
 def _levels(step: StepGraph) -> list[_Pins]:
-    """What is pinned at each level from 1 on."""
+    """The pins of each level from 1 on."""
     depth = block_depth(step.params)
     blocks = list(dict.fromkeys(_block(node, depth) for node in step.nodes(Role.COMPUTE)))
     every, none = frozenset(blocks), frozenset[str]()
@@ -110,8 +106,8 @@ def _levels(step: StepGraph) -> list[_Pins]:
     return cheap + [_Pins(depth, every, frozenset(blocks[:number])) for number in range(1, len(blocks) + 1)]
 
 
-def _saved_bytes(saved: set[fx.Node]) -> int:
-    """Bytes of memory that these values keep alive; views of one memory count it once."""
+def _memory_bytes(saved: set[fx.Node]) -> int:
+    """Bytes of memory that the values keep alive; views of one memory count once."""
     return sum(tensor_bytes(memory.meta.get("val")) for memory in {memory_of(node) for node in saved})
 
 
@@ -121,13 +117,13 @@ def _block(node: fx.Node, depth: int) -> str:
 
 @dataclass(frozen=True)
 class _Pins:
-    """What must not be recomputed: everything in blocks of neither set."""
+    """Selects nodes that must not be recomputed: all in blocks of neither set, some in others."""
 
     depth: int
     cheap: Blocks
     """Blocks whose cheap operators may be recomputed."""
     full: Blocks
-    """Blocks that may be recomputed as a whole, if they are repeated: only what they hand to others is pinned."""
+    """Repeated blocks that may be recomputed as a whole: only values that they hand to others are pinned."""
 
     def __call__(self, node: fx.Node) -> bool:
         block = _block(node, self.depth)

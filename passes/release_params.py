@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fxzero.errors import PassOrderError
 from fxzero.graph import ops
 from fxzero.graph.aliasing import in_memory_of
-from fxzero.graph.nodes import Role, gathered_params, is_gather, members, read_until, release_of, started_by
+from fxzero.graph.nodes import gathered_params, members, read_until, release_of, wait_of
 from fxzero.graph.step import StepGraph
 
 
@@ -18,23 +17,19 @@ class ReleaseParams:
     Before:  wait w | wt = t(w) | mm(x, wt) | relu
     After:   wait w | wt = t(w) | mm(x, wt) | release w | relu
 
-    The only pass that writes releases. A bucket that stays until the shards change (`step.resident`) has none.
+    No other pass writes releases. A bucket that stays until the shards change (`step.resident`) has no release.
 
-    Needs: InsertAllGathers; runs last of those that move readers. Numerics: unchanged, bit for bit.
+    Needs: InsertAllGathers; runs after all passes that move readers. Numerics: unchanged, bit for bit.
     Source: ZeRO stage 3 (arXiv:1910.02054); deviation: per bucket at its last reader, not per module.
     """
 
     def __call__(self, step: StepGraph, /) -> None:
-        if not step.nodes(Role.ALL_GATHER) and any(param.users for param in step.param_nodes().values()):
-            raise PassOrderError("no all_gather in the graph; run InsertAllGathers first")
-        positions = step.positions()
-        for wait in step.nodes(Role.WAIT):
-            if not is_gather(started_by(wait)) or release_of(wait) is not None or members(wait) in step.resident:
+        for start in step.all_gathers():
+            wait = wait_of(start)
+            if release_of(wait) is not None or members(wait) in step.resident:
                 continue
-            last = wait
-            for param in gathered_params(wait).values():
-                for value in in_memory_of(param):
-                    readers = [until for user in value.users for until in read_until(user)]
-                    last = max((last, value, *readers), key=lambda node: positions[node])
+            values = [value for param in gathered_params(wait).values() for value in in_memory_of(param)]
+            readers = [until for value in values for user in value.users for until in read_until(user)]
+            last = max([wait, *values, *readers])
             with step.graph.inserting_after(last):
                 step.graph.call_function(ops.release, (wait,))

@@ -1,4 +1,4 @@
-"""Recompute in backward whatever forward computes from parameters alone."""
+"""Recompute in backward the values that forward computes from parameters alone."""
 
 from __future__ import annotations
 
@@ -8,19 +8,17 @@ from torch import fx
 
 from fxzero.graph.min_cut import Copies
 from fxzero.graph.nodes import Role, is_pure, role
-from fxzero.graph.step import Phase, StepGraph
+from fxzero.graph.step import StepGraph
 
 
 def computed_from_params(step: StepGraph) -> set[fx.Node]:
-    """Forward compute whose tensor inputs are parameters, at least one, constants, or again such nodes."""
+    """Forward compute nodes that depend on at least one parameter, and on nothing but parameters and constants."""
     derived: set[fx.Node] = set()
-    phase, nodes = next(step.phases())
-    assert phase is Phase.FORWARD
+    _, nodes = next(step.phases())
     for node in nodes:
-        inputs = node.all_input_nodes
-        from_params = any(n in derived or role(n) is Role.PARAM for n in inputs)
-        nothing_else = all(n in derived or role(n) in (Role.PARAM, Role.CONSTANT) for n in inputs)
-        if from_params and nothing_else and is_pure(node):
+        others = [role(source) for source in node.all_input_nodes if source not in derived]
+        from_params = Role.PARAM in others or len(others) < len(node.all_input_nodes)
+        if from_params and {*others} <= {Role.PARAM, Role.CONSTANT} and is_pure(node):
             derived.add(node)
     return derived
 
@@ -32,7 +30,7 @@ class RematerializeViews:
     Before:  wt = t(w) | mm(x, wt) | end_forward | mm(grad, t(wt))
     After:   wt = t(w) | mm(x, wt) | end_forward | wt' = t(w) | mm(grad, t(wt'))
 
-    So no gathered parameter, nor a view of one, is ever saved for backward, and each phase can gather for itself.
+    Then no gathered parameter, nor a view of one, is saved for backward, and each phase can gather for itself.
 
     Needs: nothing; runs first. Numerics: unchanged, bit for bit.
     Source: DeepCompile (arXiv:2504.09983) tags parameter aliases as must-recompute for a partitioner; here the joint
@@ -40,6 +38,5 @@ class RematerializeViews:
     """
 
     def __call__(self, step: StepGraph, /) -> None:
-        if not step.has_backward:
-            return
-        Copies(step, computed_from_params(step)).replace_inputs()
+        if step.has_backward:
+            Copies(step, computed_from_params(step)).replace_inputs()

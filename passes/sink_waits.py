@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from fxzero.errors import PassOrderError
-from fxzero.graph.nodes import Role, gathered_params, is_gather, started_by, wait_of
+from fxzero.graph.nodes import Role, gathered_params, is_gather, wait_of
 from fxzero.graph.placing import reductions_finished
 from fxzero.graph.step import StepGraph
 
@@ -21,8 +20,8 @@ class SinkWaits:
     Before:  reduce_scatter 1 | wait 1 | compute 0 | reduce_scatter 0 | wait 0
     After:   reduce_scatter 1 | compute 0 | reduce_scatter 0 | wait 1 | wait 0
 
-    A reduce-scatter never blocks compute: it is waited for at the end of backward, or when the budget needs its
-    memory back, which is just before the launch that would exceed it.
+    A reduce-scatter never blocks compute: its wait stands at the end of backward, or just before the launch of another
+    reduce-scatter that would exceed the budget.
 
     Needs: InsertReduceScatters. Numerics: unchanged, bit for bit.
     Source: PyTorch Inductor's sink_waits; deviation: bounded by bytes, since an unwaited reduction holds its bucket.
@@ -36,25 +35,21 @@ class SinkWaits:
             raise ValueError(f"max_inflight_bytes is {self.max_inflight_bytes}; it must be at least 0")
 
     def __call__(self, step: StepGraph, /) -> None:
-        if step.has_backward and step.synchronize and step.grads and not step.nodes(Role.REDUCE_SCATTER):
-            raise PassOrderError("no reduce_scatter in the graph; run InsertReduceScatters first")
-        positions = step.positions()
+        reductions = step.reduce_scatters()
         for wait in step.nodes(Role.WAIT):
-            if is_gather(started_by(wait)):
-                self._sink_to_readers(wait, positions)
-        self._sink_reductions(step)
+            if is_gather(wait):
+                self._sink_to_readers(wait)
+        self._sink_reductions(step, reductions)
 
-    def _sink_to_readers(self, wait: fx.Node, positions: dict[fx.Node, int]) -> None:
-        outputs = list(gathered_params(wait).values())
+    def _sink_to_readers(self, wait: fx.Node) -> None:
+        outputs = sorted(gathered_params(wait).values())
         readers = [user for output in outputs for user in output.users]
         if readers:
-            first = min(readers, key=lambda reader: positions[reader])
-            first.prepend(wait)
-            for output in sorted(outputs, key=lambda output: positions[output]):
-                first.prepend(output)
+            first = min(readers)
+            for node in (wait, *outputs):
+                first.prepend(node)
 
-    def _sink_reductions(self, step: StepGraph) -> None:
-        starts = step.nodes(Role.REDUCE_SCATTER)
+    def _sink_reductions(self, step: StepGraph, starts: list[fx.Node]) -> None:
         nbytes = [step.payload_of(start).nbytes for start in starts]
         end = 0
         for start, finished in zip(starts, reductions_finished(nbytes, self.max_inflight_bytes), strict=True):

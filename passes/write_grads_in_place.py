@@ -1,10 +1,10 @@
-"""Compute gradients straight in their bucket."""
+"""Compute gradients directly in their bucket."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import fx
@@ -24,11 +24,14 @@ _OUT_VARIANTS: dict[Any, Any] = {
     aten.add.Tensor: aten.add.out,
     aten.sum.dim_IntList: aten.sum.IntList_out,
 }
-"""Operators whose `out=` form writes in place; those of layer-norm or convolution backward copy inside."""
+"""Maps operators to their `out=` forms that write in place; `out=` of layer-norm backward, say, copies inside."""
+
+Writer: TypeAlias = Callable[[StepGraph, fx.Node, fx.Node], fx.Node]
+"""A function of a step, the producer of a gradient and a slot; it returns a node that computes into the slot."""
 
 
 def _producer(slot: fx.Node) -> fx.Node | None:
-    """What computes the gradient of a write_grad, if only reshapes lie between and nobody else reads any of it."""
+    """The node that computes the gradient of a write_grad, if only reshapes lie between and nothing else reads them."""
     node = grad_of(slot)
     while node is not None and len(node.users) == 1:
         reshapes = is_view(node) and node.target in (aten.view.default, aten.unsqueeze.default, aten.squeeze.dim)
@@ -45,12 +48,12 @@ class WriteGradsInPlace:
     Before:  dw = mm(x, dy) | write_grad dw                dw = embedding_dense_backward(dy, ids) | write_grad dw
     After:   mm.out(x, dy, out=slot) | write_grad          zero_(slot) | index_add_(slot, ids, dy) | write_grad
 
-    Also for addmm, bmm, add (the last addition of a tied weight's gradients) and sum, through reshapes. Elsewhere the
-    one copy stays; `zero.schedule` counts its bytes. Under no_sync() gradients are added up, and all are copied.
+    This covers mm, addmm, bmm, add (the last addition of a tied weight's gradients) and sum, also behind reshapes.
+    Gradients of other operators are copied once; `zero.schedule` counts these bytes. Under no_sync() all are copied.
 
     Needs: InsertReduceScatters. Numerics: unchanged, bit for bit.
-    Source: Megatron-LM's gradient accumulation fusion writes weight gradients to their bucket in a fused kernel; here
-    the operators' own `out=` forms do, and never `beta=1`, which is not bitwise.
+    Source: Megatron-LM's gradient accumulation fusion, whose fused kernel writes weight gradients to their bucket;
+    deviation: operators' own `out=` forms, and never `beta=1`, which is not bitwise.
     """
 
     def __call__(self, step: StepGraph, /) -> None:
@@ -61,16 +64,11 @@ class WriteGradsInPlace:
             raise PassOrderError("no write_grad in the graph; run InsertReduceScatters first")
         for slot in slots:
             producer = _producer(slot)
-            if producer is None:
-                continue
-            write = self._writer(producer, step, grad_fqn(slot))
-            if write is not None:
+            if producer is not None and (write := self._writer(producer, step, grad_fqn(slot))):
                 self._replace(step, slot, producer, write)
 
-    def _writer(
-        self, producer: fx.Node, step: StepGraph, fqn: str
-    ) -> Callable[[StepGraph, fx.Node, fx.Node], fx.Node] | None:
-        """How the producer can write to a slot; None if it cannot."""
+    def _writer(self, producer: fx.Node, step: StepGraph, fqn: str) -> Writer | None:
+        """The function that lets the producer write to a slot; None if there is none."""
         value = producer.meta["val"]
         if value.dtype != step.params[fqn].dtypes.grad or not value.is_contiguous():
             return None
@@ -81,13 +79,7 @@ class WriteGradsInPlace:
             return None if scale_by_frequency else _add_rows_into
         return None
 
-    def _replace(
-        self,
-        step: StepGraph,
-        slot: fx.Node,
-        producer: fx.Node,
-        write: Callable[[StepGraph, fx.Node, fx.Node], fx.Node],
-    ) -> None:
+    def _replace(self, step: StepGraph, slot: fx.Node, producer: fx.Node, write: Writer) -> None:
         with step.graph.inserting_before(producer):
             memory = step.graph.call_function(ops.grad_slot, (grad_fqn(slot), tuple(producer.meta["val"].shape)))
             new_value(memory, producer.meta["val"])
@@ -101,7 +93,7 @@ class WriteGradsInPlace:
 
 
 def _compute_into(step: StepGraph, producer: fx.Node, memory: fx.Node) -> fx.Node:
-    """The same operator with `out=`."""
+    """The producer's operator with `out=`."""
     target = _OUT_VARIANTS[producer.target]
     written = step.graph.call_function(target, producer.args, {**producer.kwargs, "out": memory})
     written.meta = dict(producer.meta)
@@ -109,7 +101,7 @@ def _compute_into(step: StepGraph, producer: fx.Node, memory: fx.Node) -> fx.Nod
 
 
 def _add_rows_into(step: StepGraph, producer: fx.Node, memory: fx.Node) -> fx.Node:
-    """Embedding backward: zeros, and each row of the gradient added to the row of its index, in order."""
+    """Embedding backward: fill with zeros, then add each row of the gradient to the row of its index, in order."""
     grad, indices, _, padding_index, _ = cast("tuple[fx.Node, fx.Node, int, int, bool]", producer.args)
     width = memory.meta["val"].shape[-1]
 

@@ -3,9 +3,9 @@
     captured = capture(model, model.forward, args, kwargs, params, device=..., sharding=...)
     captured.step       the graph; captured.output.rebuild(tensors) makes the model's return value
 
-joint.py traces; draws.py makes random numbers eager's; provenance.py says which module made a node; state.py swaps
-the module's tensors; temporaries.py and functional.py remove in-place operators; assemble.py makes the StepGraph;
-failures.py explains what cannot be traced.
+joint.py traces; draws.py makes random draws equal to eager's; provenance.py labels nodes with their modules;
+fake_tensors.py swaps the module's tensors; temporaries.py and functional.py remove in-place operators; assemble.py
+makes the StepGraph; failures.py explains why a model cannot be traced.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import nn
 from fxzero.capture.assemble import assemble
 from fxzero.capture.call import flatten_call
 from fxzero.capture.failures import check_arguments, explain
-from fxzero.capture.functional import functionalize, has_in_place_operators
-from fxzero.capture.joint import Request, no_autocast, trace_joint
+from fxzero.capture.functional import functionalize
+from fxzero.capture.joint import Tracing, no_autocast
 from fxzero.capture.outputs import OutputSpec
 from fxzero.capture.temporaries import make_temporaries_functional
 from fxzero.graph.layout import ParamSpec
@@ -37,11 +37,11 @@ class Captured:
 
     step: StepGraph
     output: OutputSpec
-    """How to rebuild the model's return value from the tensors of `step.model_outputs`."""
+    """Rebuilds the model's return value from the tensors of `step.model_outputs`."""
     differentiable: tuple[int, ...]
-    """Indices into `step.model_outputs` of the outputs that require grad in eager."""
+    """Indices into `step.model_outputs` of outputs that require grad in eager."""
     differentiated: tuple[int, ...]
-    """Those of them that have a tangent, in the order of the TANGENT placeholders."""
+    """Indices of differentiable outputs that have a tangent, in the order of the TANGENT placeholders."""
 
 
 def capture(
@@ -59,36 +59,35 @@ def capture(
     """Trace one call of a module.
 
     Args:
-        module: whose hooks and submodules run; its own tensors are never read, only their names.
-        forward: what the module runs; its original bound `forward`.
-        args, kwargs: the example call; only the geometry of its tensors matters.
-        params: every parameter by canonical name, as `named_parameters()` orders them.
-        device: where parameters, and whatever is on the meta device, shall be.
-        sharding: the ranks that the step is for.
+        module: the module whose hooks and submodules run; its parameters and buffers give names and shapes alone.
+        forward: the module's original bound `forward`.
+        args, kwargs: an example call; only the geometry of its tensors matters.
+        params: every parameter by canonical name, in the order of `named_parameters()`.
+        device: the device of parameters, and of tensors that are on the meta device.
+        sharding: the mesh of ranks that the step is for.
         with_backward: False for a step under `torch.no_grad()`.
-        differentiated: which outputs get a tangent; None guesses: the one named `loss`, else the only scalar, else all.
+        differentiated: indices of the outputs that get a tangent. None: the output named `loss`, else the only scalar,
+            else all.
 
     Raises:
-        CaptureError: the model cannot be traced; says where and what to change.
+        CaptureError: the model cannot be traced; the message says where, and what to change.
         InputMismatchError: the arguments do not fit `forward`.
     """
     check_arguments(forward, args, kwargs)
     inputs, spec = flatten_call(args, kwargs)
-    request = Request(
+    tracing = Tracing(
         module, forward, args, kwargs, inputs, spec.tensor_paths, params, device, with_backward, differentiated
     )
     try:
-        joint = trace_joint(request)
-        assert joint.root is not None
-        root = joint.root
+        root = tracing.run()
         make_temporaries_functional(root.graph)
-        if has_in_place_operators(joint.graph):
-            with no_autocast(device):
-                root = functionalize(root)
+        with no_autocast(device):
+            root = functionalize(root)
     except Exception as error:
         explained = explain(error)
         if explained is None:
             raise
         raise explained from error
+    joint = tracing.joint
     step = assemble(root, joint, module, params, sharding)
     return Captured(step, joint.output, joint.differentiable, joint.differentiated)

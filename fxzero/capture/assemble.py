@@ -1,4 +1,4 @@
-"""Turn a traced graph into a StepGraph: canonical order, tensors written back at the end of forward, no leftovers."""
+"""Turn a traced graph into a StepGraph: placeholders first, writes to buffers at the end of forward, no idle nodes."""
 
 from __future__ import annotations
 
@@ -30,20 +30,19 @@ def assemble(
     """The StepGraph of a traced, functional graph.
 
     Raises:
-        CaptureError: a parameter is written in forward, or a tensor that requires grad is held outside the module.
+        CaptureError: the forward writes a parameter, or the model holds a tensor that requires grad outside of modules.
     """
     graph, constants, results = _copy_graph(root)
     _check_constants(constants, module, root.graph)
     _check_lstm(graph)
-    results_iter = iter(results)
-    outputs = [next(results_iter) for _ in range(joint.num_outputs)]
-    rebound = {name: cast(fx.Node, next(results_iter)) for name in joint.rebound}
-    grads = {name: grad for name, grad in zip(joint.grads, results_iter, strict=False) if grad is not None}
+    remaining = iter(results)
+    outputs = [next(remaining) for _ in range(joint.num_outputs)]
+    rebound = {name: cast(fx.Node, next(remaining)) for name in joint.rebound}
+    grads = {name: grad for name in joint.grads if (grad := next(remaining)) is not None}
     _check_dense(grads)
-    of_input = dict(zip(joint.input_grads, results_iter, strict=False))
+    of_input = dict(zip(joint.input_grads, remaining, strict=True))
     step = StepGraph(graph, dict(params), sharding, constants)
-    inputs = step.nodes(Role.INPUT)
-    step.set_output(outputs, grads, [of_input.get(index) for index in range(len(inputs))])
+    step.set_output(outputs, grads, [of_input.get(index) for index in range(len(step.nodes(Role.INPUT)))])
     _write_back(step, rebound)
     _remove_no_ops(step)
     graph.eliminate_dead_code()
@@ -55,30 +54,25 @@ def assemble(
 
 
 def _copy_graph(root: fx.GraphModule) -> tuple[fx.Graph, dict[str, Tensor], list[Any]]:
-    """A new graph with placeholders first, then one get_attr per constant; also the list that the old one returned."""
+    """A new graph: placeholders, one get_attr per constant, the rest; the constants; what the old graph returned."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     constants: dict[str, Tensor] = {}
-    names: dict[int, fx.Node] = {}
-    results: list[Any] = []
-    for node in sorted(root.graph.nodes, key=lambda node: ("placeholder", "get_attr").index(node.op)
-                       if node.op in ("placeholder", "get_attr") else 2):  # fmt: skip
-        if node.op == "output":
-            results = [copies.get(cast(fx.Node, result)) for result in node.args[0]]
-            graph.output(())
+    known: dict[int, fx.Node] = {}
+    place = {"placeholder": 0, "get_attr": 1}
+    *nodes, output = sorted(root.graph.nodes, key=lambda node: place.get(node.op, 2))
+    for node in nodes:
+        constant = getattr(root, cast(str, node.target)) if node.op == "get_attr" else None
+        if id(constant) in known:
+            copies[node] = known[id(constant)]
             continue
-        if node.op == "get_attr":
-            constant = getattr(root, cast(str, node.target))
-            if id(constant) in names:
-                copies[node] = names[id(constant)]
-                continue
-            constants[cast(str, node.target)] = constant
         copy = copies[node] = graph.node_copy(node, copies.__getitem__)
         copy.meta = {key: node.meta[key] for key in _KEPT_META if key in node.meta}
-        if node.op == "get_attr":
-            names[id(constants[cast(str, node.target)])] = copy
+        if constant is not None:
+            constants[cast(str, node.target)], known[id(constant)] = constant, copy
             copy.meta[META_KEY] = NodeInfo(Role.CONSTANT)
-    return graph, constants, results
+    graph.output(())
+    return graph, constants, [copies.get(result) for result in output.args[0]]
 
 
 def _check_constants(constants: dict[str, Tensor], module: nn.Module, graph: fx.Graph) -> None:
@@ -99,7 +93,7 @@ def _check_constants(constants: dict[str, Tensor], module: nn.Module, graph: fx.
 
 
 def _check_lstm(graph: fx.Graph) -> None:
-    """oneDNN's LSTM makes the workspace of its backward only where autograd runs it, which no graph does."""
+    """Refuse oneDNN's LSTM, which makes the workspace of its backward only under autograd."""
     for node in graph.find_nodes(op="call_function", target=aten.mkldnn_rnn_layer.default):
         raise CaptureError(
             f"{node.target} (nn.LSTM on the CPU, module '{info(node).fqn}') has no backward outside autograd. Call the "
@@ -128,7 +122,7 @@ def _line_of(graph: fx.Graph, target: str) -> str:
 
 
 def _write_back(step: StepGraph, rebound: dict[str, fx.Node]) -> None:
-    """Put every write onto a buffer or an input at the end of forward, and let no later reader see it by accident."""
+    """Move every write to a buffer or an input to the end of forward; readers get the value that they read before."""
     graph = step.graph
     placeholders = {info(node).fqn: node for node in step.nodes(Role.BUFFER)}
     writes = {placeholders[name]: value for name, value in rebound.items()}
@@ -142,25 +136,21 @@ def _write_back(step: StepGraph, rebound: dict[str, fx.Node]) -> None:
         writes.setdefault(target, value)
         node.replace_all_uses_with(value)
         graph.erase_node(node)
-    positions = step.positions()
     boundary = step.end_forward or step.output
     for target, value in writes.items():
-        where = boundary if positions[value] < positions[boundary] else step.output
-        with graph.inserting_before(where):
+        with graph.inserting_before(boundary if value < boundary else step.output):
             write = graph.call_function(aten.copy_.default, (target, value))
         write.meta.update({key: value.meta[key] for key in _KEPT_META if key in value.meta})
         write.meta["val"], write.meta[META_KEY] = target.meta["val"], NodeInfo(Role.COMPUTE, info(value).fqn)
-    written = list(writes)
-    for target in written:
-        _save_old_value(step, target, writes)
+    for target in writes:
+        _save_old_value(step, target)
 
 
-def _save_old_value(step: StepGraph, target: fx.Node, writes: dict[fx.Node, fx.Node]) -> None:
-    """Where anything reads `target` after it is written, let all read a clone made before."""
-    positions = step.positions()
+def _save_old_value(step: StepGraph, target: fx.Node) -> None:
+    """If a node reads `target` after its write, let all readers read a clone from the begin of forward."""
     write = next(user for user in target.users if user.target is aten.copy_.default and user.args[0] is target)
     late = any(
-        positions[user] > positions[write] or (user.target is aten.copy_.default and user.args[1] is alias)
+        user > write or (user.target is aten.copy_.default and user.args[1] is alias)
         for alias in _alias_chain(target)
         for user in alias.users
         if user is not write or user.args[1] is alias
@@ -175,7 +165,7 @@ def _save_old_value(step: StepGraph, target: fx.Node, writes: dict[fx.Node, fx.N
 
 
 def _alias_chain(node: fx.Node) -> Iterator[fx.Node]:
-    """The node, its views, and views of those, also through no-ops."""
+    """The node, its views, and views of its views, also through no-ops."""
     yield node
     for user in list(node.users):
         if user.args and user.args[0] is node and (is_view(user) or user.target in _NO_OPS):
@@ -186,7 +176,7 @@ def _alias_chain(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _remove_no_ops(step: StepGraph) -> None:
-    """Drop nodes that only served autograd or functionalization, clones that copy for nobody, and t(t(x))."""
+    """Drop nodes that only autograd or functionalization needed, clones that nothing needs, and t(t(x))."""
     fixed = {node for node in step.graph.nodes if node.op in ("placeholder", "get_attr")}
     for node in list(step.graph.nodes):
         if node.target in _NO_OPS or (node.target is aten.clone.default and _is_idle_clone(node, fixed)):
@@ -197,7 +187,7 @@ def _remove_no_ops(step: StepGraph) -> None:
 
 
 def _is_undone_transpose(node: fx.Node) -> bool:
-    """True for the second of two transposes of the same dimensions; autograd transposes a weight's gradient twice."""
+    """True for the second of two equal transposes; autograd transposes a weight's gradient twice."""
     source = node.args[0] if node.args else None
     return (
         node.target in (aten.t.default, aten.transpose.int)
@@ -207,7 +197,7 @@ def _is_undone_transpose(node: fx.Node) -> bool:
 
 
 def _is_idle_clone(node: fx.Node, fixed: set[fx.Node]) -> bool:
-    """True for a clone in the same memory format of a value that nothing writes: dropout that drops nothing."""
+    """True for a clone with equal strides of a value that nothing writes, such as a dropout with p=0."""
     source = cast(fx.Node, node.args[0])
     if any(writes_undeclared(user.target) for user in node.users):
         return False
@@ -215,7 +205,7 @@ def _is_idle_clone(node: fx.Node, fixed: set[fx.Node]) -> bool:
 
 
 def _origins(node: fx.Node) -> Iterator[fx.Node]:
-    """The node and what it is a view of."""
+    """The node, and the nodes that it is a view of."""
     yield node
     while is_view(node) or node.target in _NO_OPS:
         node = cast(fx.Node, node.args[0])
@@ -228,19 +218,18 @@ def _strides(node: fx.Node) -> Any:
 
 
 def _detach_outputs(step: StepGraph) -> None:
-    """Give the caller no view of a parameter, and no placeholder itself."""
+    """Return a clone of a view of a parameter, and an alias of a placeholder, to the caller."""
     outputs = list(step.model_outputs)
     for index, output in enumerate(outputs):
-        origin = [*_origins(output)][-1]
-        if role(origin) is Role.PARAM:
-            outputs[index] = _insert(step.graph, step.end_forward or step.output, aten.clone.default, output)
-        elif output.op in ("placeholder", "get_attr"):
-            outputs[index] = _insert(step.graph, step.end_forward or step.output, aten.alias.default, output)
+        is_param = role([*_origins(output)][-1]) is Role.PARAM
+        if is_param or output.op in ("placeholder", "get_attr"):
+            target = aten.clone.default if is_param else aten.alias.default
+            outputs[index] = _insert(step.graph, step.end_forward or step.output, target, output)
     step.set_output(outputs, step.grads, step.input_grads)
 
 
 def _insert(graph: fx.Graph, before: fx.Node, target: Any, source: fx.Node) -> fx.Node:
-    """One more operator on one tensor."""
+    """A new node that applies an operator to one tensor."""
     with graph.inserting_before(before):
         node = graph.call_function(target, (source,))
     node.meta["val"] = torch_internals.fake_result(node)

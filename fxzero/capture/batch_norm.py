@@ -1,4 +1,4 @@
-"""Make batch norm say that it writes its running statistics, which the operators of eager do without declaring it."""
+"""Run batch norm through operators that declare their writes to running statistics, which those of eager do not."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _GPU = (aten.cudnn_batch_norm.default, aten.miopen_batch_norm.default)
 
 
 def writes_undeclared(op: Any) -> bool:
-    """True for an operator that writes running statistics without saying so in its schema."""
+    """True for an operator that writes running statistics without declaring it in its schema."""
     return op is _CPU or op in _GPU
 
 
 def run_declared(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The same kernel, through operators that declare what they write."""
+    """The result of `op`, from the same kernel, called through operators that declare their writes."""
     x, weight, bias, mean, var, training, *rest = args
     if kwargs or not training or mean is None or var is None:
         return op(*args, **kwargs)

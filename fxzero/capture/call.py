@@ -1,9 +1,9 @@
-"""What of a call decides which plan serves it: its structure, the geometry of its tensors and its plain values.
+"""The spec of a call, which selects its plan: the structure, the geometry of tensors, and plain values.
 
     tensors, spec = flatten_call(args, kwargs)      every step; no pytree for flat arguments
-    plan = plans[spec]                              equal specs trace to the same graph
+    plan = plans[spec]                              calls with equal specs have one graph
 
-A tensor's values are never part of a spec; every other argument's value is, because tracing bakes it in.
+The values of tensors are never part of a spec. Those of other arguments are, because a trace makes them constants.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _PLAIN = frozenset(
     {type(None), bool, int, str, bytes, complex, torch.dtype, torch.device, torch.Size, torch.layout}
     | {torch.memory_format, range, type, type(Ellipsis)}
 )
-"""Types whose values are hashable, immutable, and mean the same in every call. Floats are compared by their bits."""
+"""Types of values that are hashable, immutable, and equal in meaning in every call. Floats are compared by bits."""
 
 _CURE = "Pass a tensor or a plain value (None, bool, int, float, str), or set it on the model before compile."
 
 
 class TensorLeaf(NamedTuple):
-    """The geometry of a tensor among the arguments of a call."""
+    """Geometry of a tensor argument."""
 
     shape: torch.Size
     stride: tuple[int, ...]
@@ -40,7 +40,7 @@ class TensorLeaf(NamedTuple):
 
 
 class PlainLeaf(NamedTuple):
-    """A plain value among the arguments of a call; a float by its bits."""
+    """Type and value of a plain argument; the value of a float is its hex text."""
 
     type: type
     value: Hashable
@@ -48,15 +48,15 @@ class PlainLeaf(NamedTuple):
 
 @dataclass(frozen=True)
 class CallSpec:
-    """A hashable description of one call; holds no tensor."""
+    """A hashable description of one call, without any tensor."""
 
     structure: Hashable
     leaves: tuple[TensorLeaf | PlainLeaf, ...]
-    """One for each argument."""
+    """Leaves of the arguments, in the order of `paths`."""
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Where each leaf is in the call: `args[0]`, `input_ids`, `batch['x'][1]`."""
+        """The place of each leaf in the call: `args[0]`, `input_ids`, `batch['x'][1]`."""
         if isinstance(self.structure, _Tree):
             return self.structure.paths
         num_args, *names = cast(tuple[Any, ...], self.structure)
@@ -72,7 +72,7 @@ class CallSpec:
 
 
 class _Tree:
-    """A pytree structure that can be hashed; equal trees have equal structures."""
+    """A hashable TreeSpec."""
 
     def __init__(self, treespec: TreeSpec) -> None:
         self.treespec = treespec
@@ -109,57 +109,45 @@ def _format(leaf: TensorLeaf | PlainLeaf) -> str:
     return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)} on {leaf.device}"
 
 
-def _leaf_of(tensor: Tensor) -> TensorLeaf:
-    return TensorLeaf(tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad)
+def _leaf_of(value: Any) -> TensorLeaf | PlainLeaf | None:
+    """The leaf of an argument; None if it is neither a tensor nor a plain value.
+
+    Raises:
+        InputMismatchError: a tensor has no strides.
+    """
+    if isinstance(value, Tensor):
+        try:
+            return TensorLeaf(value.shape, value.stride(), value.dtype, value.device, value.requires_grad)
+        except RuntimeError as error:  # from stride()
+            raise InputMismatchError(f"An input has no strides: {error}. Pass it dense (to_dense()).") from error
+    if isinstance(value, float):
+        return PlainLeaf(type(value), value.hex())
+    return PlainLeaf(type(value), value) if type(value) in _PLAIN or isinstance(value, enum.Enum) else None
 
 
 def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], CallSpec]:
-    """The tensors of a call, positional ones first, and what else decides its plan.
+    """The tensors of a call, positional ones first, and the spec of the call.
 
     Raises:
         InputMismatchError: an argument is neither a tensor nor a plain value, or a tensor has no strides.
     """
-    tensors: list[Tensor] = []
-    leaves: list[TensorLeaf | PlainLeaf] = []
-    try:
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, Tensor):
-                tensors.append(value)
-                leaves.append(_leaf_of(value))
-                continue
-            kind = type(value)
-            if kind is float:
-                leaves.append(PlainLeaf(float, value.hex()))
-            elif kind in _PLAIN:
-                leaves.append(PlainLeaf(kind, value))
-            else:
-                return _flatten_nested(args, kwargs)
-    except RuntimeError as error:  # from stride()
-        raise InputMismatchError(f"An input has no strides: {error}. Pass it dense (to_dense()).") from error
-    return tensors, CallSpec((len(args), *kwargs), tuple(leaves))
-
-
-def _flatten_nested(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], CallSpec]:
-    flat, treespec = tree_flatten((args, dict(kwargs)))
-    tree = _Tree(treespec)
-    tensors: list[Tensor] = []
-    leaves: list[TensorLeaf | PlainLeaf] = []
-    for index, value in enumerate(flat):
-        if isinstance(value, Tensor):
-            tensors.append(value)
-            leaves.append(_leaf_of(value))
-        elif isinstance(value, float):
-            leaves.append(PlainLeaf(type(value), value.hex()))
-        elif type(value) in _PLAIN or isinstance(value, enum.Enum):
-            leaves.append(PlainLeaf(type(value), value))
-        else:
-            raise InputMismatchError(f"{tree.paths[index]} is a {type(value).__qualname__}. {_CURE}")
-    return tensors, CallSpec(tree, tuple(leaves))
+    flat: list[Any] = [*args, *kwargs.values()]
+    structure: Hashable = (len(args), *kwargs)
+    leaves = [_leaf_of(value) for value in flat]
+    if not all(leaves):
+        flat, treespec = tree_flatten((args, dict(kwargs)))
+        structure = tree = _Tree(treespec)
+        leaves = [_leaf_of(value) for value in flat]
+        if not all(leaves):
+            index = leaves.index(None)
+            raise InputMismatchError(f"{tree.paths[index]} is a {type(flat[index]).__qualname__}. {_CURE}")
+    tensors = [value for value in flat if isinstance(value, Tensor)]
+    return tensors, CallSpec(structure, tuple(filter(None, leaves)))
 
 
 def replace_tensors(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: list[Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same call with other tensors, given in the order of `flatten_call`."""
+    """The arguments of a call with other tensors, which have the order of `flatten_call`."""
     remaining = iter(tensors)
     return tree_map_only(Tensor, lambda _: next(remaining), (args, dict(kwargs)))

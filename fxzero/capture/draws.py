@@ -1,9 +1,9 @@
-"""Random draws of a traced step: those of eager, and once each, also where a checkpoint recomputes them.
+"""Random draws of a traced step: equal to those of eager, and made once, also if a checkpoint recomputes them.
 
-While tracing, nothing random is drawn, so the seed of the real CPU generator is free to number the draws: every draw
-has the present seed as its key and sets the next. torch.utils.checkpoint saves that generator's state in forward and
-restores it around the recomputation, so a recomputed draw meets the key of the forward's, and reads its result instead
-of drawing again. Where checkpoint does not (preserve_rng_state=False), the key is new, and so is the draw, as in eager.
+A trace draws nothing random, so the seed of the real CPU generator can number the draws: each draw takes the present
+seed as its key, and sets the next seed. torch.utils.checkpoint saves the generator's state in forward and restores it
+around the recomputation. So a recomputed draw has the key of the draw in forward, and reads its result instead of
+drawing again. With preserve_rng_state=False, checkpoint restores nothing; the recomputation draws anew, as in eager.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from fxzero.errors import CaptureError
 aten = torch.ops.aten
 
 _FIRST_KEY = 0x66785A6572306B79
-"""Far from any seed that a user's code sets."""
+"""First key; it is far from any seed that a user's code sets."""
 
 _IDLE_ARGUMENTS = {"dropout_p": (0.0,), "training": (False,), "train": (False,)}
-"""An operator that may draw does not if one of these arguments has one of these values."""
+"""Maps arguments to values with which an operator does not draw."""
 
 _Drawn = tuple[list[Tensor], list[Tensor]]
-"""What an operator that draws returned, and the values that it wrote into its arguments."""
+"""The results of an operator that draws, and the values that it wrote into its arguments."""
 
 
 class Draws:
-    """Runs operators; those that draw random numbers draw once."""
+    """Runs operators; an operator that draws random numbers draws them once."""
 
     def __init__(self) -> None:
         self.in_backward = False
         self._recorded: dict[int, tuple[Any, _Drawn]] = {}
 
     def run(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The result of `op`, computed, drawn, or drawn before."""
+        """The result of `op`: computed, drawn now, or drawn before."""
         if not _may_draw(op):
             return op(*args, **kwargs)
         arguments = torch_internals.named_arguments(op, args, kwargs)
@@ -54,7 +54,7 @@ class Draws:
             return op(*args, **kwargs)
         if op is aten.native_dropout.default:
             return self._fused_dropout(*args, **kwargs)
-        return self._draw(op, args, kwargs, [arguments[name] for name in _written_arguments(op)])
+        return self._draw(op, args, kwargs, [arguments[name] for name in torch_internals.written_names(op)])
 
     def _draw(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: list[Tensor]) -> Any:
         result: Any = None
@@ -70,13 +70,13 @@ class Draws:
             return result
         for tensor, value in zip(written, values, strict=True):
             aten.copy_.default(tensor, value)
-        if torch_internals.returns_an_argument(op):  # like bernoulli_, which returns what it writes
+        if torch_internals.returns_an_argument(op):  # as bernoulli_ does
             return written[0]
         fresh = [aten.alias.default(output) for output in outputs]
         return fresh[0] if torch_internals.num_results(op) == 1 else tuple(fresh)
 
     def _fused_dropout(self, x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
-        """CUDA's dropout; its kernel computes x * mask * scale, as its backward's does, so only the mask is kept."""
+        """CUDA's dropout. Its forward and its backward compute x * mask * scale, so only the mask is recorded."""
         op = aten.native_dropout.default
         fresh: list[tuple[Tensor, Tensor]] = []
 
@@ -90,7 +90,7 @@ class Draws:
         return aten.native_dropout_backward.default(x, mask, 1 / (1 - p)), aten.alias.default(mask)
 
     def _once(self, op: Any, draw: Callable[[], _Drawn]) -> _Drawn:
-        """What `draw` gives, or gave when the generator was in this state before."""
+        """The result of `draw`, or the recorded one if there was a draw in this state of the generator."""
         key = torch.default_generator.initial_seed()
         if not _FIRST_KEY <= key <= _FIRST_KEY + len(self._recorded):
             raise CaptureError(
@@ -113,17 +113,12 @@ def _may_draw(op: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in op.tags
 
 
-@functools.cache
-def _written_arguments(op: Any) -> tuple[str, ...]:
-    return torch_internals.written_names(op)
-
-
 @contextlib.contextmanager
 def no_draws_of_python() -> Generator[None]:
-    """Refuse draws that the trace would make constants of the step; the generators are as before afterwards.
+    """Refuse draws outside of torch, which would be constants of the step, and restore the generators.
 
     Raises:
-        CaptureError: the code inside drew from Python's generator, or from numpy's.
+        CaptureError: the block drew from Python's generator, or from numpy's.
     """
     state, numpy_state = random.getstate(), cast("tuple[Any, ...]", np.random.get_state())
     yield
@@ -144,7 +139,7 @@ def no_draws_of_python() -> Generator[None]:
 
 @contextlib.contextmanager
 def numbered_draws() -> Generator[None]:
-    """The CPU generator numbers draws inside, and is as before afterwards."""
+    """Let the CPU generator number draws inside the block, and restore it."""
     state = torch.default_generator.get_state()
     torch.default_generator.manual_seed(_FIRST_KEY)
     try:

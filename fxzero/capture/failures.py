@@ -1,14 +1,12 @@
-"""Explain why a model could not be traced: the operator, the user's source line, and what to change there."""
+"""Explain why a model could not be traced: the operator, the user's source line, and the change to make there."""
 
 from __future__ import annotations
 
 import inspect
-import linecache
 import os
 import re
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from fxzero import torch_internals
@@ -56,22 +54,10 @@ _CURES: tuple[tuple[str, str], ...] = (
     (r"no fake impl|UnsupportedOperator|Meta. backend|fake (class|kernel)", _NO_FAKE),
 )
 _FAKE_ONLY = re.compile(r"numpy\(\) is not supported for tensor subclasses|data_ptr|data pointer|\.numpy\(\)")
-"""Messages that only a tensor without memory provokes."""
+"""Pattern of messages that only a tensor without memory provokes."""
 
 _CHECKS = os.path.join("torch", "__init__.py")
-"""torch._check, which raises on behalf of its caller."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """A line of the user's source."""
-
-    filename: str
-    line: int
-
-    def __str__(self) -> str:
-        code = linecache.getline(self.filename, self.line).strip()
-        return f"{self.filename}:{self.line}" + (f": {code}" if code else "")
+"""File of torch._check, which raises on behalf of its caller."""
 
 
 def check_arguments(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -92,7 +78,7 @@ def check_arguments(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: 
 
 
 def explain(error: Exception) -> CaptureError | None:
-    """What to raise instead of an exception of the trace; None if it is the model's own, to be raised unchanged."""
+    """The CaptureError to raise for an exception of the trace; None for an exception that the model raised itself."""
     if isinstance(error, FxzeroError):
         return _with_place(error) if isinstance(error, CaptureError) else None
     text = f"{type(error).__name__}: {error}"
@@ -102,14 +88,13 @@ def explain(error: Exception) -> CaptureError | None:
     if _FAKE_ONLY.search(text):
         cure = _LEAVES_TORCH
     below = [frame for frame in frames[last_user + 1 :] if not frame.filename.endswith(_CHECKS)]
-    # With a known cure, it is enough that the tracer was at work; else the tracer itself must have raised it.
+    # With a known cure, it is enough that the tracer was at work; else the tracer itself must have raised the error.
     if cure is not _LEAVES_TORCH and not any(
         torch_internals.TRACER_FILES.search(frame.filename) for frame in (below if cure else below[-1:])
     ):
         return None
-    place = f" at {Place(frames[last_user].filename, frames[last_user].lineno or 0)}" if last_user >= 0 else ""
-    operator = _operator(error, text)
-    what = f"{operator or 'The model'} cannot be traced{place}"
+    place = f" at {_line_of(frames[last_user])}" if last_user >= 0 else ""
+    what = f"{_operator(error, text) or 'The model'} cannot be traced{place}"
     summary = text.splitlines()[0][:300]
     if cure is None:
         return CaptureError(f"{what}: {summary}. {_GENERAL}.")
@@ -117,16 +102,20 @@ def explain(error: Exception) -> CaptureError | None:
 
 
 def _with_place(error: CaptureError) -> CaptureError | None:
-    """One of our own that was raised under the user's code says where."""
+    """The error with the user's source line, if it was raised in draws.py; else None."""
     frames = traceback.extract_tb(error.__traceback__)
     users = [frame for frame in frames if is_user_file(frame.filename)]
     if not frames or not frames[-1].filename.endswith("draws.py") or not users:
         return None
-    return CaptureError(f"{error} At {Place(users[-1].filename, users[-1].lineno or 0)}.")
+    return CaptureError(f"{error} At {_line_of(users[-1])}.")
+
+
+def _line_of(frame: traceback.FrameSummary) -> str:
+    return f"{frame.filename}:{frame.lineno}" + (f": {frame.line}" if frame.line else "")
 
 
 def _operator(error: Exception, text: str) -> str:
-    """The name of the operator that failed, "" if unknown."""
+    """The name of the operator that failed, "" if it is unknown."""
     for candidate in (getattr(error, "func", None), *error.args[:1]):
         if torch_internals.is_overload(candidate):
             return str(candidate)

@@ -1,7 +1,7 @@
-"""While a module is traced its parameters and buffers are fake; afterwards everything it holds is as before.
+"""Replace a module's parameters and buffers by fake tensors for a trace, and restore them afterwards.
 
-Whatever else the module's code leaves behind on the module is found here: a buffer that now has another value is
-reported to the caller, a tensor kept in a plain attribute is refused, because no later step would update it.
+If the module's code binds a buffer to another tensor, `FakeState.rebound` has it. If the code keeps a tensor in a plain
+attribute, the trace fails, because no later step would update the attribute.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fxzero import torch_internals
@@ -20,24 +19,23 @@ from fxzero.errors import CaptureError
 
 @dataclass
 class FakeState:
-    """The stand-ins of a module's tensors, by canonical name, and what the traced code made of them."""
+    """Fake tensors in the place of a module's tensors, by canonical name."""
 
     params: dict[str, Tensor]
     buffers: dict[str, Tensor]
     rebound: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """Buffers that the code bound to another tensor (`self.buf = self.buf + 1`), by name."""
+    """Maps names of buffers to other tensors that the traced code bound to them (`self.buf = self.buf + 1`)."""
 
 
 @contextlib.contextmanager
 def swapped_tensors(module: nn.Module, state: FakeState) -> Generator[None]:
-    """Let every parameter and buffer slot of the module hold its stand-in; tied slots hold the same one.
+    """Let every parameter and buffer of the module be its fake tensor inside the block.
 
     Raises:
-        CaptureError: the code bound a parameter anew, or a buffer to a tensor of another shape or dtype.
+        CaptureError: the block bound a parameter anew, or a buffer to a tensor of another shape or dtype.
     """
-    stand_ins: dict[int, tuple[str, Tensor]] = {}
-    stand_ins.update({id(p): (name, state.params[name]) for name, p in module.named_parameters()})
-    stand_ins.update({id(b): (name, state.buffers[name]) for name, b in module.named_buffers()})
+    stand_ins = {id(param): (name, state.params[name]) for name, param in module.named_parameters()}
+    stand_ins |= {id(buffer): (name, state.buffers[name]) for name, buffer in module.named_buffers()}
     slots: list[tuple[str, dict[str, Any], str, Any]] = []
     for prefix, owner in module.named_modules():
         for table in torch_internals.tensor_tables(owner):
@@ -73,7 +71,7 @@ def _check_rebound(name: str, before: Tensor, now: Any, is_param: bool) -> None:
 
 @contextlib.contextmanager
 def unchanged_attributes(module: nn.Module) -> Generator[None]:
-    """Take back what the code inside binds to the module's attributes if it holds tensors, and refuse it.
+    """Restore attributes of the module that got a tensor inside the block, and refuse such code.
 
     Raises:
         CaptureError: an attribute, or a list, dict or set in one, holds a tensor that it did not hold before.
@@ -101,7 +99,7 @@ def _contents(owner: nn.Module) -> dict[str, Any]:
 
 
 def _restore(owner: nn.Module, attributes: dict[str, Any], contents: dict[str, Any]) -> list[str]:
-    """Undo the changes that hold traced tensors; returns the names of the attributes that had any."""
+    """Undo changes of attributes that hold traced tensors; returns the names of these attributes."""
     changed: list[str] = []
     now = vars(owner)
     if isinstance(owner, nn.RNNBase):
@@ -114,7 +112,7 @@ def _restore(owner: nn.Module, attributes: dict[str, Any], contents: dict[str, A
             del now[key]
     for key, content in contents.items():
         container: Any = now.get(key)
-        if container is attributes[key] and _differs(container, content) and _holds_new_tensor(container, content):
+        if container is attributes[key] and _holds_new_tensor(container, content):
             changed.append(_entry(key, container, content))
             container.clear()
             (container.extend if isinstance(container, list) else container.update)(content)
@@ -122,31 +120,23 @@ def _restore(owner: nn.Module, attributes: dict[str, Any], contents: dict[str, A
 
 
 def _entry(key: str, container: Any, content: Any) -> str:
-    """A table of nn.Module's own is named by the entry in it."""
+    """The name of a changed attribute; in a table of nn.Module's own, the name of the new entry."""
     if key in torch_internals.TENSOR_TABLES and isinstance(container, Mapping):
         return next(name for name in container if name not in content)
     return key
 
 
-def _differs(container: Any, content: Any) -> bool:
-    if len(container) != len(content):
-        return True
-    if isinstance(container, dict):
-        return any(key not in content or content[key] is not value for key, value in container.items())
-    return isinstance(container, list) and any(a is not b for a, b in zip(container, content, strict=True))
+def _values(container: Any) -> Any:
+    return container.values() if isinstance(container, dict) else container
 
 
 def _holds_new_tensor(container: Any, content: Any) -> bool:
-    known = {id(value) for value in (content.values() if isinstance(content, dict) else content)}
-    values = container.values() if isinstance(container, dict) else container
-    return any(id(value) not in known and _holds_tensor(value) for value in values)
+    known = {id(value) for value in _values(content)}
+    return any(id(value) not in known and _holds_tensor(value) for value in _values(container))
 
 
 def _holds_tensor(value: Any, depth: int = 2) -> bool:
-    """True for a tensor, and for a container that has one, two levels deep."""
-    if isinstance(value, torch.Tensor):
-        return True
+    """True for a tensor, and for a container with a tensor at most `depth` levels deep."""
     if depth == 0 or not isinstance(value, (list, tuple, dict, set)):
-        return False
-    values = value.values() if isinstance(value, dict) else value
-    return any(_holds_tensor(item, depth - 1) for item in values)
+        return isinstance(value, Tensor)
+    return any(_holds_tensor(item, depth - 1) for item in _values(value))

@@ -1,4 +1,4 @@
-"""What a model returns, taken apart into flat tensors and put together again after each step."""
+"""The return value of a model, taken apart into flat tensors and put together again after each step."""
 
 from __future__ import annotations
 
@@ -17,35 +17,25 @@ from fxzero.torch_internals import TreeSpec, tree_flatten, tree_leaves, tree_unf
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, enum.Enum)
 
 
-class _TensorSlot:
-    """Stands for a tensor in `OutputSpec.leaves`."""
-
-    def __repr__(self) -> str:
-        return "tensor"
-
-
-_TENSOR = _TensorSlot()
-
-
 @dataclass(frozen=True)
 class OutputSpec:
-    """How the model's return value is rebuilt from its tensors."""
+    """Structure and plain values of a model's return value."""
 
     treespec: TreeSpec
     leaves: tuple[Any, ...]
-    """Plain values, and a mark where a tensor goes."""
+    """Plain values, and the class `Tensor` in the place of each tensor."""
 
     def rebuild(self, tensors: Sequence[Any]) -> Any:
-        """The model's return value around these tensors, given in the order of `StepGraph.model_outputs`."""
-        if self.leaves == (_TENSOR,) and self.treespec.is_leaf():
+        """A return value with these tensors, which have the order of `StepGraph.model_outputs`."""
+        if self.leaves == (Tensor,) and self.treespec.is_leaf():
             return tensors[0]
         remaining = iter(tensors)
-        leaves = [next(remaining) if leaf is _TENSOR else leaf for leaf in self.leaves]
+        leaves = [next(remaining) if leaf is Tensor else leaf for leaf in self.leaves]
         return tree_unflatten(leaves, self.treespec)
 
 
 def flatten_output(output: Any) -> tuple[list[Tensor], OutputSpec]:
-    """The tensors of a return value and how to rebuild it; anything but tensors and plain values becomes None."""
+    """The tensors of a return value and its OutputSpec; a leaf that is neither tensor nor plain value becomes None."""
     _register_dataclasses(output)
     flat, treespec = tree_flatten(output, is_leaf=_is_leaf)
     tensors: list[Tensor] = []
@@ -54,7 +44,7 @@ def flatten_output(output: Any) -> tuple[list[Tensor], OutputSpec]:
     for leaf in flat:
         if isinstance(leaf, Tensor):
             tensors.append(leaf)
-            leaves.append(_TENSOR)
+            leaves.append(Tensor)
         elif isinstance(leaf, _PLAIN):
             leaves.append(leaf)
         else:
@@ -71,7 +61,7 @@ def flatten_output(output: Any) -> tuple[list[Tensor], OutputSpec]:
 
 
 def loss_index(output: Any, tensors: Sequence[Tensor]) -> int | None:
-    """Which of the tensors is what the model calls `loss`: a key, a field or an attribute of its return value."""
+    """Index of the tensor that the model calls `loss`, as a key, field or attribute of its return value."""
     if isinstance(output, Tensor):
         return None
     loss = cast(Any, output).get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
@@ -79,7 +69,7 @@ def loss_index(output: Any, tensors: Sequence[Tensor]) -> int | None:
 
 
 def _register_dataclasses(output: Any) -> None:
-    """Teach pytree the dataclasses in a return value that it does not know yet."""
+    """Register the dataclasses in a return value with pytree."""
     while True:
         leaves = tree_leaves(output, is_leaf=_is_leaf)
         unknown = {type(leaf) for leaf in leaves if dataclasses.is_dataclass(leaf) and not _is_cache(leaf)}
@@ -90,7 +80,7 @@ def _register_dataclasses(output: Any) -> None:
 
 
 def _is_leaf(value: Any) -> bool:
-    """What pytree would take apart and not put together again."""
+    """True for values that pytree must not take apart, because it cannot rebuild them."""
     return isinstance(value, torch.Size) or _is_cache(value)
 
 
@@ -100,10 +90,6 @@ def _is_cache(value: Any) -> bool:
 
 
 def _name(output: Any, leaf: Any) -> str:
-    fields = output.items() if isinstance(output, Mapping) else vars(output).items() if _has_fields(output) else ()
+    fields = output if isinstance(output, Mapping) else vars(output) if hasattr(output, "__dict__") else {}
     kind = type(leaf).__qualname__
-    return next((f"{key} (a {kind})" for key, value in fields if value is leaf), f"a {kind}")
-
-
-def _has_fields(output: Any) -> bool:
-    return dataclasses.is_dataclass(output) and hasattr(output, "__dict__")
+    return next((f"{key} (a {kind})" for key, value in fields.items() if value is leaf), f"a {kind}")

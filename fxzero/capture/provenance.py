@@ -1,14 +1,16 @@
-"""Which module and which source line made each node of the graph being traced.
+"""Labels each node of the graph being traced with the module and the source line that made it.
 
-Hooks around every module's forward keep the present module; whenever it changes, the nodes made since the last change
-are labelled with it. In backward, each autograd node calls back before it runs and stands for the module that made it
-in forward; modules that run inside it (a checkpoint's recomputation) label their own nodes.
+Hooks around every module's forward record the running module. At each change, the nodes made since the last change get
+the label of the module that ran. In backward, each autograd node calls a hook before it runs, and its nodes get the
+label of the module that made the autograd node in forward. Modules that run inside of an autograd node, as in the
+recomputation of a checkpoint, label their own nodes.
 """
 
 from __future__ import annotations
 
 import bisect
 import contextlib
+import functools
 import linecache
 import os
 import sys
@@ -30,6 +32,7 @@ _TRACER = os.path.join(os.path.dirname(__file__), "joint.py")
 _STANDARD_LIBRARY = os.path.dirname(os.__file__) + os.sep
 
 
+@functools.cache
 def is_user_file(filename: str) -> bool:
     """True for source files outside torch, fxzero and Python's own library."""
     if filename in ("<string>", "<frozen runpy>") or filename.startswith("<eval_with_key>"):
@@ -47,9 +50,8 @@ class Recorder:
         self._names = {id(submodule): name for name, submodule in reversed([*module.named_modules()])}
         self._base = ""
         self._running: list[str] = []
-        self._sequence: list[int] = [0]
-        self._sequence_names: list[str] = [""]
-        self._is_user: dict[str, bool] = {}
+        self._changes: list[tuple[int, str]] = [(0, "")]
+        """Sequence number of the next autograd node at each change, and the module that runs from there on."""
         self._last_with_line: fx.Node | None = None
         self.in_backward = False
 
@@ -57,21 +59,16 @@ class Recorder:
     def _current(self) -> str:
         return self._running[-1] if self._running else self._base
 
-    def label(self, role: Role = Role.COMPUTE, fqn: str | None = None) -> list[fx.Node]:
-        """Give every node made since the last label this role, and the present module unless told otherwise."""
-        fresh: list[fx.Node] = []
+    def label(self, role: Role = Role.COMPUTE, fqn: str | None = None) -> None:
+        """Label every node made since the last call with a role and a module; None: the running module."""
+        made_here = NodeInfo(role, self._current if fqn is None else fqn)
         for node in reversed(self._graph.nodes):
             if META_KEY in node.meta:
                 break
-            fresh.append(node)
-            if node.op == "get_attr":
-                node.meta[META_KEY] = NodeInfo(Role.CONSTANT)
-            else:
-                node.meta[META_KEY] = NodeInfo(role, self._current if fqn is None else fqn)
-        return fresh[::-1]
+            node.meta[META_KEY] = NodeInfo(Role.CONSTANT) if node.op == "get_attr" else made_here
 
     def label_line(self) -> None:
-        """Give the newest nodes the line of the model's code that is running."""
+        """Label the newest nodes with the running line of the model's code."""
         if self.in_backward:
             return
         line = ""
@@ -86,10 +83,7 @@ class Recorder:
         frame: FrameType | None = sys._getframe(2)  # pyright: ignore[reportPrivateUsage]
         while frame is not None:
             filename = frame.f_code.co_filename
-            user = self._is_user.get(filename)
-            if user is None:
-                user = self._is_user[filename] = is_user_file(filename)
-            if user:
+            if is_user_file(filename):
                 code = linecache.getline(filename, frame.f_lineno).strip()
                 return f'File "{filename}", line {frame.f_lineno}, in {frame.f_code.co_name}\n    {code}'
             if frame.f_code.co_name == "call_module" and filename == _TRACER:
@@ -99,7 +93,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def following(self) -> Generator[None]:
-        """Follow which module is running."""
+        """Record the running module inside the block."""
         before = register_module_forward_pre_hook(self._enter)
         after = register_module_forward_hook(self._leave, always_call=True)
         try:
@@ -110,8 +104,7 @@ class Recorder:
 
     def _change(self) -> None:
         if not self.in_backward:
-            self._sequence.append(torch_internals.next_sequence_number())
-            self._sequence_names.append(self._current)
+            self._changes.append((torch_internals.next_sequence_number(), self._current))
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         self.label()
@@ -126,7 +119,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def backward_from(self, outputs: list[Tensor]) -> Generator[None]:
-        """Follow which module's backward is running, in the autograd graph of these outputs."""
+        """Label nodes with the module whose backward runs, in the autograd graph of these outputs."""
         self.label()
         self.in_backward = True
         self._base = ""
@@ -142,8 +135,8 @@ class Recorder:
                 handle.remove()
 
     def _maker(self, sequence: int) -> str:
-        """The module that was running when the autograd node of this number was made."""
-        return self._sequence_names[bisect.bisect_right(self._sequence, sequence) - 1]
+        """The module that was running when the autograd node with this sequence number was made."""
+        return self._changes[bisect.bisect_right(self._changes, sequence, key=lambda change: change[0]) - 1][1]
 
     def _stand_for(self, name: str) -> Any:
         def prehook(grads: Any) -> None:
@@ -155,7 +148,7 @@ class Recorder:
 
 
 def autograd_nodes(outputs: list[Tensor]) -> list[Any]:
-    """Every node of the autograd graph of these tensors, once, without the leaves' accumulators."""
+    """Every node of the autograd graph of these tensors, except those that accumulate gradients of leaves."""
     found: dict[Any, None] = dict.fromkeys(output.grad_fn for output in outputs if output.grad_fn is not None)
     pending = list(found)
     while pending:

@@ -1,4 +1,4 @@
-"""Which values of a step lie in the same memory: views, and what is written into an argument."""
+"""Which values of a step share memory: views, and results of operators that write into an argument."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from fxzero import torch_internals
-from fxzero.graph.nodes import Role, role
+from fxzero.graph.nodes import Role, is_in_place, role
 
 
 def is_view(node: fx.Node) -> bool:
@@ -24,21 +24,21 @@ def _makes_a_view(target: Any) -> bool:
 
 
 def base(node: fx.Node) -> fx.Node:
-    """What a view is a view of, through views of views; any other node is its own base."""
+    """The node that a view is taken of, through views of views; a node that is no view is its own base."""
     while is_view(node) or (node.target is operator.getitem and is_view(cast(fx.Node, node.args[0]))):
         node = cast(fx.Node, node.args[0])
     return node
 
 
 def memory_of(node: fx.Node) -> fx.Node:
-    """The node whose memory a node's value lies in: through views, and operators that write into an argument."""
+    """The node that made the memory of a node's value, through views and operators that write into an argument."""
     while (source := _given_memory(node)) is not None:
         node = source
     return node
 
 
 def _given_memory(node: fx.Node) -> fx.Node | None:
-    """The argument whose memory the node returns; None if it makes its own."""
+    """The argument whose memory the node returns; None if the node allocates its result."""
     maker = node
     if node.target is operator.getitem:
         maker = cast(fx.Node, node.args[0])
@@ -51,7 +51,7 @@ def _given_memory(node: fx.Node) -> fx.Node | None:
     if maker is node and (is_view_by_name or torch_internals.is_mutable(target)):
         into = node.kwargs.get("out", node.args[0])
         return into if isinstance(into, fx.Node) else None
-    # Others, of unsafe_split say, do not say that they are views. What was traced has their storage, though.
+    # Some results (of unsafe_split, say) are views that no schema declares; the traced values share storage, though.
     value = node.meta.get("val")
     return next(
         (source for source in maker.all_input_nodes if torch_internals.same_storage(value, source.meta.get("val"))),
@@ -60,7 +60,7 @@ def _given_memory(node: fx.Node) -> fx.Node | None:
 
 
 def aliases(node: fx.Node) -> list[fx.Node]:
-    """The node and everything that shares its memory: views of it, and views of those, in discovery order."""
+    """The node, its views, and views of its views, in discovery order."""
     found = [node]
     for alias in found:
         for user in alias.users:
@@ -71,7 +71,7 @@ def aliases(node: fx.Node) -> list[fx.Node]:
 
 
 def in_memory_of(node: fx.Node) -> list[fx.Node]:
-    """The node and every value that lies in its memory: aliases, and what operators that write into it return."""
+    """The node and every value in its memory: its aliases, and the results of operators that write into it."""
     found = [node]
     for value in found:
         found += [user for user in value.users if _given_memory(user) is value and user not in found]
@@ -80,8 +80,8 @@ def in_memory_of(node: fx.Node) -> list[fx.Node]:
 
 def written_by(node: fx.Node) -> list[fx.Node]:
     """The arguments that an operator writes to."""
-    if not torch_internals.is_overload(node.target) or not torch_internals.is_mutable(node.target):
-        return []
     written: list[fx.Node] = []
-    fx.map_arg(torch_internals.written_arguments(node), written.append)
+    if is_in_place(node):
+        arguments = [torch_internals.argument(node, name) for name in torch_internals.written_names(node.target)]
+        fx.map_arg(arguments, written.append)
     return written

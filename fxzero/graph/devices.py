@@ -1,4 +1,4 @@
-"""Where the parts of a rank's model state live."""
+"""The devices on which the parts of a rank's model state live."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 @dataclass(frozen=True)
 class Devices:
-    """The device of each role that a rank's memory plays."""
+    """The device of each part of a rank's memory."""
 
     shards: torch.device
-    """Of the shards of parameters and gradients."""
+    """Device of the shards of parameters and gradients."""
     compute: torch.device
-    """Of gathered buckets, gradient buckets and activations: where a step runs, and the backend moves bytes."""
+    """Device on which a step runs: of gathered buckets, gradient buckets and activations."""
     optimizer: torch.device
-    """Of the optimizer's state."""
+    """Device of the optimizer's state."""
 
     @classmethod
     def all(cls, device: torch.device) -> Devices:

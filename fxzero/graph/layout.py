@@ -7,13 +7,13 @@ rank 1:                  [ shard_numel ]  ...
 An all-gather's input is the shard itself and its output is the parameters, as views; a reduce-scatter's input is the
 gradient bucket and its output is the gradient shard.
 
-The interleaved layout, selectable as the reference, cuts each parameter instead. What travels is then rank-major, and
-is copied to and from the bucket (`runtime/interleave.py`):
+The interleaved layout, a reference to measure against, cuts each parameter instead. The buffer that travels is then
+rank-major, and is copied to and from the bucket (`runtime/interleave.py`):
 
 bucket:   [ w1 ...... | b1 .. | w2 ............. ]
 travels:  [ w1/0 b1/0 w2/0 | w1/1 b1/1 w2/1 | ... ]      w1/r: the r-th of shard_ranks equal parts of w1
 
-A bucket has one dtype for each role that its elements play (`Dtypes`). What a collective moves of it is a `Payload`.
+A bucket has one dtype for each role of its elements (`Dtypes`). A `Payload` describes the buffer of a collective.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch
 LayoutName: TypeAlias = Literal["contiguous", "interleaved"]
 
 ALIGNMENT_BYTES = 256
-"""Every parameter in a bucket, every shard and every arena block starts at a multiple of this."""
+"""Alignment of every parameter in a bucket, every shard and every arena block."""
 
 
 def align(value: int, multiple: int) -> int:
@@ -40,19 +40,19 @@ def align(value: int, multiple: int) -> int:
 
 @dataclass(frozen=True)
 class Dtypes:
-    """The dtype that the elements of a parameter have in each of their roles.
+    """The dtype of a parameter's elements in each of their roles.
 
-    What travels may be narrower still: that is the wire format of a collective.
+    A collective may travel in a narrower dtype than all of these: its wire format.
     """
 
     shard: torch.dtype
-    """In a rank's shard: of the parameter, its `.grad` and the optimizer's state. The model's own."""
+    """Dtype of a rank's shard, its `.grad` and the optimizer's state: the model's own."""
     compute: torch.dtype
-    """In a gathered bucket, which compute reads."""
+    """Dtype of a gathered bucket, which compute reads."""
     grad: torch.dtype
-    """In a gradient bucket, which backward writes."""
+    """Dtype of a gradient bucket, which backward writes."""
     sum: torch.dtype
-    """In which the gradients of several ranks are added; the sum is then cast to that of the shard."""
+    """Dtype in which gradients of several ranks are added, before the sum is cast to the dtype of the shard."""
 
     @classmethod
     def all(cls, dtype: torch.dtype) -> Dtypes:
@@ -62,19 +62,19 @@ class Dtypes:
     @property
     def least_itemsize(self) -> int:
         """Bytes of an element in the narrowest role."""
-        return min(self.shard.itemsize, self.compute.itemsize, self.grad.itemsize, self.sum.itemsize)
+        return min(dtype.itemsize for dtype in vars(self).values())
 
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """What a plan must know of a parameter: its canonical name, full shape, own dtype, and whether it is trained."""
+    """The canonical name, full shape and own dtype of a parameter, and whether it is trained."""
 
     fqn: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     requires_grad: bool
     roles: Dtypes | None = None
-    """The dtypes of its roles, where they are not all its own."""
+    """Dtypes of its roles; None if all are `dtype`."""
 
     @property
     def dtypes(self) -> Dtypes:
@@ -86,33 +86,33 @@ class ParamSpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole parameter in its own dtype."""
+        """Bytes of the full parameter in its own dtype."""
         return self.numel * self.dtype.itemsize
 
     @property
     def gathered_nbytes(self) -> int:
-        """Bytes of the whole parameter where it is gathered."""
+        """Bytes of the full parameter in the dtype that is gathered."""
         return self.numel * self.dtypes.compute.itemsize
 
     @property
     def grad_nbytes(self) -> int:
-        """Bytes of its whole gradient."""
+        """Bytes of the full gradient."""
         return self.numel * self.dtypes.grad.itemsize
 
     @property
     def bucket_key(self) -> tuple[Dtypes, bool]:
-        """Parameters share a bucket only if their keys are equal."""
+        """Key that all parameters of a bucket have in common."""
         return self.dtypes, self.requires_grad
 
 
 @dataclass(frozen=True)
 class Payload:
-    """What one collective carries: equal slices, one after another, in rank order."""
+    """The buffer of one collective: equal slices, one after another, in rank order."""
 
     fqns: tuple[str, ...]
-    """The members of the bucket that it belongs to."""
+    """Names of the members of the bucket."""
     num_slices: int
-    """One for each rank that takes part."""
+    """Number of ranks that take part, each with a slice."""
     slice_numel: int
     dtype: torch.dtype
 
@@ -131,7 +131,7 @@ class Payload:
 
 @dataclass(frozen=True)
 class Slice:
-    """The part of one parameter that one rank owns: elements `[start, stop)`, at `offset` in the rank's shard."""
+    """The elements `[start, stop)` of one parameter, which one rank owns at `offset` in its shard."""
 
     start: int
     stop: int
@@ -148,11 +148,11 @@ class Bucket:
 
     params: tuple[ParamSpec, ...]
     shard_ranks: int
-    """The ranks that it is cut for."""
+    """Number of ranks that share the bucket."""
 
     @property
     def interleaved(self) -> bool:
-        """True if what travels is laid out in another way than the bucket, so that both need memory."""
+        """True if the buffer that travels has another layout than the bucket, so that both need memory."""
         return False
 
     @property
@@ -169,12 +169,12 @@ class Bucket:
 
     @property
     def _alignment(self) -> int:
-        """Elements between two places at which a parameter may begin: `ALIGNMENT_BYTES` in the narrowest role."""
+        """Elements to whose multiples parameters are aligned: `ALIGNMENT_BYTES` in the narrowest role."""
         return max(1, ALIGNMENT_BYTES // self.dtypes.least_itemsize)
 
     @cached_property
     def offsets(self) -> dict[str, int]:
-        """The first element of each parameter in the bucket, by name."""
+        """Index of the first element of each parameter in the bucket, by name."""
         offsets: dict[str, int] = {}
         end = 0
         for param in self.params:
@@ -195,21 +195,21 @@ class Bucket:
 
     @property
     def shard_nbytes(self) -> int:
-        """Bytes of a rank's shard; those of its gradient are as many."""
+        """Bytes of a rank's shard, and of its gradient."""
         return self.shard_numel * self.dtypes.shard.itemsize
 
     @cached_property
     def gathered(self) -> Payload:
-        """The gathered parameters, in the dtype that compute reads."""
+        """Payload of an all-gather: parameters in the dtype that compute reads."""
         return Payload(self.fqns, self.shard_ranks, self.shard_numel, self.dtypes.compute)
 
     @cached_property
     def gradients(self) -> Payload:
-        """The gradients before they are reduced, in the dtype that backward writes."""
+        """Payload of a reduce-scatter: gradients in the dtype that backward writes."""
         return Payload(self.fqns, self.shard_ranks, self.shard_numel, self.dtypes.grad)
 
     def slice_of(self, param: ParamSpec, rank: int) -> Slice:
-        """The part of `param` that lies in the shard of `rank`; empty where they do not meet."""
+        """The part of `param` in the shard of `rank`; empty if the shard holds nothing of it."""
         first = self.offsets[param.fqn]
         begin = rank * self.shard_numel
         start = min(max(begin - first, 0), param.numel)
@@ -219,10 +219,10 @@ class Bucket:
 
 
 class InterleavedBucket(Bucket):
-    """Parameters each of which is cut into `shard_ranks` equal parts; a rank's shard is its part of every one.
+    """A bucket whose parameters are each cut into `shard_ranks` equal parts; a rank's shard has one part of each.
 
-    The bucket itself holds whole parameters one after another, as any does. In it each begins at `shard_ranks` times
-    the place of its part in the shard, so that bucket and shards have the sizes that they have in any layout.
+    The bucket itself holds whole parameters one after another. Each begins at `shard_ranks` times the offset of its
+    part in a shard, so that `numel` is `shard_ranks * shard_numel` in this layout too.
     """
 
     @property
@@ -230,16 +230,16 @@ class InterleavedBucket(Bucket):
         return True
 
     def part_numel(self, param: ParamSpec) -> int:
-        """Elements of one of the equal parts of a parameter, padding included; the last ones may hold nothing else.
+        """Elements of one of the equal parts of a parameter, padding included; the last parts may be padding alone.
 
-        A part begins where vectors do that start at the parameter's first element: fused kernels round the rest, which
-        fills no vector, in another way.
+        It is a multiple of the alignment, so that a fused optimizer kernel vectorises a part as it does the parameter:
+        such kernels round elements outside of full vectors in another way.
         """
         return align(-(-param.numel // self.shard_ranks), self._alignment)
 
     @cached_property
     def part_offsets(self) -> dict[str, int]:
-        """The first element of the part of each parameter in every shard, by name."""
+        """Index of the first element of each parameter's part in a shard, by name."""
         sizes = [self.part_numel(param) for param in self.params]
         return dict(zip(self.fqns, itertools.accumulate(sizes, initial=0), strict=False))
 
@@ -258,31 +258,27 @@ class InterleavedBucket(Bucket):
 
 
 def check_layout(name: str) -> None:
-    """Refuse what is no name of a layout.
-
-    Raises:
-        ValueError: names those there are.
-    """
+    """Raise ValueError if `name` is not a LayoutName; the message lists the names."""
     if name not in get_args(LayoutName):
         raise ValueError(f"layout is {name!r}; it must be one of {', '.join(map(repr, get_args(LayoutName)))}")
 
 
 def make_bucket(params: Iterable[ParamSpec], shard_ranks: int, layout: LayoutName = "contiguous") -> Bucket:
-    """A bucket of a layout. A rank that is alone has nothing to interleave: its shard is the whole bucket."""
+    """A bucket in a layout. With one rank the layouts are equal, because its shard is the whole bucket."""
     is_interleaved = layout == "interleaved" and shard_ranks > 1
     return (InterleavedBucket if is_interleaved else Bucket)(tuple(params), shard_ranks)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The buckets of a model. Fixed once; every plan gathers and reduces exactly these."""
+    """The buckets of a model, fixed once: every plan gathers and reduces exactly these."""
 
     buckets: tuple[Bucket, ...]
     shard_ranks: int
 
     @cached_property
     def bucket_of(self) -> dict[str, Bucket]:
-        """The bucket of each parameter, by name."""
+        """Maps the name of each parameter to its bucket."""
         return {fqn: bucket for bucket in self.buckets for fqn in bucket.fqns}
 
     @property
@@ -305,8 +301,7 @@ def group_into_buckets(
 ) -> tuple[Bucket, ...]:
     """Cut a sequence of parameters into buckets of neighbours, each of at most `bucket_bytes` or one parameter.
 
-    One bucket is open for each set of dtypes and trainedness, so that a frozen parameter between trained ones cuts
-    nothing.
+    One bucket is open for each `bucket_key`, so that a frozen parameter between trained ones closes no bucket.
 
     Args:
         bucket_bytes: upper bound on the bytes of a gathered bucket, without padding.

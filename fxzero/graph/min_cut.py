@@ -3,11 +3,11 @@
     x (pinned) --> linear (pinned) --> gelu --> dropout mask * ... --> backward reads both ends
                         ^ cut here: save this, recompute gelu in backward
 
-A pinned node is never recomputed: if backward needs it, or something computed from it, its value is saved, or a value
-on the way. Parameters, inputs and constants are there in backward anyway.
+A pinned node is never recomputed: if backward needs its value, or one computed from it, a value on the way is saved.
+Parameters, inputs and constants are there in backward anyway.
 
-Source: Chen et al. (arXiv:1604.06174) for recomputing blocks; the cut is that of torch's partitioner (functorch,
-min_cut_rematerialization_partition); deviation: pins instead of a ban list per backend, cut piece by piece.
+Source: Chen et al. (arXiv:1604.06174) for recomputing blocks, and the partitioner of functorch for the cut
+(min_cut_rematerialization_partition); deviation: pins instead of a ban list per backend, cut piece by piece.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ class Copies:
     """Copies of forward nodes in backward, each made once, in front of its first reader.
 
     Args:
-        again: the nodes to copy; others are read where they are.
+        again: the nodes to copy; backward reads other nodes of forward directly.
     """
 
     def __init__(self, step: StepGraph, again: set[fx.Node]) -> None:
         self._step = step
         self._again = again
+        self._missing = set(again)
         self._copies: dict[fx.Node, fx.Node] = {}
 
     def replace_inputs(self) -> None:
@@ -48,22 +49,12 @@ class Copies:
 
     def _copy(self, source: fx.Node) -> fx.Node:
         if source not in self._copies:
-            for needed in self._missing(source):
+            for needed in sorted(self._missing & _all_above({source}, through=self._missing)):
                 copy = self._step.graph.node_copy(needed, lambda n: self._copies.get(n, n))
                 copy.meta = {**needed.meta, "fxzero": NodeInfo(Role.COMPUTE, info(needed).fqn)}
                 self._copies[needed] = copy
+                self._missing.remove(needed)
         return self._copies[source]
-
-    def _missing(self, source: fx.Node) -> list[fx.Node]:
-        """The node and all it is computed from that has no copy yet, in the order of forward."""
-        found = {source}
-        waiting = [source]
-        while waiting:
-            for before in waiting.pop().all_input_nodes:
-                if before in self._again and before not in self._copies and before not in found:
-                    found.add(before)
-                    waiting.append(before)
-        return sorted(found)
 
 
 def read_in_backward(step: StepGraph) -> set[fx.Node]:
@@ -75,9 +66,9 @@ def read_in_backward(step: StepGraph) -> set[fx.Node]:
 
 
 def recomputable(step: StepGraph) -> set[fx.Node]:
-    """Forward compute nodes that give the same bits when they run again in backward.
+    """Forward compute nodes that give equal bits when they run again in backward.
 
-    Not those that draw, that write, or that read what is written.
+    Left out are operators that draw, that write, or that read memory into which another operator writes.
     """
     written = {memory_of(target) for node in step.nodes(Role.COMPUTE) for target in written_by(node)}
     _, forward = next(step.phases())
@@ -89,13 +80,13 @@ def recomputable(step: StepGraph) -> set[fx.Node]:
 
 
 def choose_saved(step: StepGraph, is_pinned: Callable[[fx.Node], bool]) -> tuple[set[fx.Node], set[fx.Node]]:
-    """The forward values that cost the fewest bytes to save.
+    """The forward values that take the fewest bytes to save.
 
     Args:
-        is_pinned: true for a node that must not be recomputed; those that cannot be are pinned in any case.
+        is_pinned: true for a node that must not be recomputed; nodes that are not `recomputable` are pinned anyway.
 
     Returns:
-        The values to save, and the nodes that backward computes again from them.
+        The values to save, and the nodes that backward computes again from these values.
     """
     _, forward = next(step.phases())
     can = recomputable(step)
@@ -105,7 +96,7 @@ def choose_saved(step: StepGraph, is_pinned: Callable[[fx.Node], bool]) -> tuple
     pinned = {node for node in compute if node not in can or is_pinned(node)}
     network: nx.DiGraph[Any] = nx.DiGraph()
     for node in compute:
-        # Without a capacity, views and tuples of outputs are never cut: the bytes are those of what they come from.
+        # An edge without a capacity is never cut: a view has no bytes of its own to save, nor has a tuple of outputs.
         nbytes = tensor_bytes(node.meta.get("val"))
         can_be_saved = nbytes > 0 and (memory_of(node) is node or node in pinned)
         capacity = {"capacity": nbytes} if can_be_saved or (node in pinned and node in needed) else {}
@@ -122,7 +113,7 @@ def choose_saved(step: StepGraph, is_pinned: Callable[[fx.Node], bool]) -> tuple
 
 
 def _recomputed(piece: nx.DiGraph[Any], pinned: set[fx.Node], needed: set[fx.Node]) -> set[fx.Node]:
-    """The nodes of one piece of the network that lie behind its minimum cut."""
+    """The nodes of one connected piece of the network that lie behind its minimum cut."""
     nodes = [node for node, side in piece if side == "in"]
     if all(node in pinned for node in nodes) or not any(node in needed for node in nodes):
         return set()
@@ -136,15 +127,13 @@ def _recomputed(piece: nx.DiGraph[Any], pinned: set[fx.Node], needed: set[fx.Nod
 
 
 def _all_above(nodes: Iterable[fx.Node], *, through: set[fx.Node] | None = None) -> set[fx.Node]:
-    """The nodes and what they are computed from; with `through`, only as far as these reach, and one further."""
+    """The nodes and all that they are computed from. With `through`, the search goes on only above nodes in it."""
     found = set(nodes)
     waiting = list(found)
     while waiting:
         node = waiting.pop()
-        if through is not None and node not in through:
-            continue
-        for source in node.all_input_nodes:
-            if source not in found:
-                found.add(source)
-                waiting.append(source)
+        if through is None or node in through:
+            above = set(node.all_input_nodes) - found
+            found |= above
+            waiting += above
     return found

@@ -6,9 +6,7 @@ from collections.abc import Iterable
 
 from torch import fx
 
-from fxzero.graph.nodes import Role, grad_fqn, info, members, role
-
-_COLLECTIVES = (Role.ALL_GATHER, Role.REDUCE_SCATTER, Role.WAIT, Role.RELEASE)
+from fxzero.graph.nodes import COLLECTIVES, Role, grad_fqn, info, members, role
 
 
 def format_bytes(nbytes: float) -> str:
@@ -26,14 +24,14 @@ def format_ops(num_ops: int) -> str:
 
 
 def bucket_label(fqns: tuple[str, ...]) -> str:
-    """A bucket by its first member, which no other bucket has, and the number of the others: 'layers.0.w +3'."""
+    """The first member of a bucket, which no other bucket has, and the number of other members: 'layers.0.w +3'."""
     return fqns[0] if len(fqns) == 1 else f"{fqns[0]} +{len(fqns) - 1}"
 
 
 def block_depth(fqns: Iterable[str]) -> int:
-    """How many parts of a path name a block that has no index: as many as lead to the indexed ones, 1 or 2.
+    """Number of parts of a path, 1 or 2, that name a block without an index: as many as stand before an index.
 
-    1 beside `layers.0`, 2 beside `transformer.h.0` or `model.encoder.layer.0`.
+    It is 1 beside `layers.0`, and 2 beside `transformer.h.0` or `model.encoder.layer.0`.
     """
     positions = [next((i for i, part in enumerate(fqn.split(".")) if part.isdigit()), 2) for fqn in fqns]
     return max(1, min(positions, default=1))
@@ -51,7 +49,7 @@ def block_of(fqn: str, depth: int) -> str:
 def describe(node: fx.Node) -> str:
     """A node as the schedule prints it: its role and FQN, in quotes."""
     kind = role(node)
-    if kind in _COLLECTIVES:
+    if kind in COLLECTIVES:
         return f"'{kind.value} {bucket_label(members(node))}'"
     if kind is Role.WRITE_GRAD:
         return f"'write_grad {grad_fqn(node)}'"

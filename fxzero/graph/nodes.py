@@ -1,4 +1,4 @@
-"""One node of a step: what it is, and the accessors through which passes read and write collectives."""
+"""The role of each node of a step, and the accessors through which passes read and write collectives."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WAIT_OF_MODEL = "wait_tensor"
 
 
 class Role(enum.Enum):
-    """What a node is in the step."""
+    """The part that a node plays in the step."""
 
     PARAM = "param"
     BUFFER = "buffer"
@@ -42,11 +42,11 @@ class Role(enum.Enum):
 
 @dataclass(frozen=True)
 class NodeInfo:
-    """What passes know of a node beside its operator and `node.meta["val"]`."""
+    """Facts that passes know of a node, beside its operator and `node.meta["val"]`."""
 
     role: Role
     fqn: str = ""
-    """PARAM, BUFFER: its name. INPUT: the path of the argument. COMPUTE: the module that runs it. Else empty."""
+    """Name of a PARAM or BUFFER, path of the argument of an INPUT, name of the module that runs COMPUTE; else empty."""
 
 
 TARGET_OF_ROLE: dict[Role, Callable[..., Any]] = {
@@ -58,24 +58,18 @@ TARGET_OF_ROLE: dict[Role, Callable[..., Any]] = {
     Role.WRITE_GRAD: ops.write_grad,
     Role.END_FORWARD: ops.end_forward,
 }
-"""The words of the schedule: a node has one of these roles if and only if it has the target."""
-
+"""Maps each role of the schedule's vocabulary to its target: a node has the role if and only if it has the target."""
+COLLECTIVES = (Role.ALL_GATHER, Role.REDUCE_SCATTER, Role.WAIT, Role.RELEASE)
 
 _INFO_OF_TARGET: dict[Any, NodeInfo] = {target: NodeInfo(role) for role, target in TARGET_OF_ROLE.items()}
-
-
 _INFO_OF_OP = {"output": NodeInfo(Role.OUTPUT), "get_attr": NodeInfo(Role.CONSTANT)}
-
-
 _COMPUTE = NodeInfo(Role.COMPUTE)
 
 
 def info(node: fx.Node) -> NodeInfo:
-    """The NodeInfo of a node; words of the schedule and the output need none stored."""
+    """The NodeInfo of a node: the stored one, else the one that follows from its operator."""
     stored = node.meta.get(META_KEY)
-    if stored is not None:
-        return stored
-    return _INFO_OF_OP.get(node.op) or _INFO_OF_TARGET.get(node.target, _COMPUTE)
+    return stored or _INFO_OF_OP.get(node.op) or _INFO_OF_TARGET.get(node.target, _COMPUTE)
 
 
 def role(node: fx.Node) -> Role:
@@ -84,14 +78,14 @@ def role(node: fx.Node) -> Role:
 
 
 def started_by(node: fx.Node) -> fx.Node:
-    """The all_gather or reduce_scatter that a wait or a release belongs to; a start is its own."""
+    """The all_gather or reduce_scatter to which a wait or a release belongs; a start belongs to itself."""
     while role(node) in (Role.WAIT, Role.RELEASE):
         node = cast(fx.Node, node.args[0])
     return node
 
 
 def operands(start: fx.Node) -> tuple[fx.Node, ...]:
-    """The shards of an all_gather (parameter placeholders), or the slots of a reduce_scatter."""
+    """The inputs of a start: parameter placeholders of an all_gather, write_grads of a reduce_scatter."""
     return cast(tuple[fx.Node, ...], start.args)
 
 
@@ -104,20 +98,17 @@ def members(collective: fx.Node) -> tuple[str, ...]:
 
 
 def wire_format(collective: fx.Node) -> WireFormat | None:
-    """The type in which a collective (a start, wait or release) travels; None: that of its bucket."""
-    kwargs = started_by(collective).kwargs
-    dtype = cast("torch.dtype | None", kwargs.get("dtype"))
-    return None if dtype is None else WireFormat(dtype, cast("int | None", kwargs.get("block_numel")))
+    """The format in which a collective (a start, wait or release) travels; None for the dtype of its bucket."""
+    return cast("WireFormat | None", started_by(collective).kwargs.get("format"))
 
 
 def set_wire_format(start: fx.Node, format: WireFormat) -> None:
-    """Let an all_gather or a reduce_scatter travel in another type than its bucket's."""
-    blocks = {} if format.block_numel is None else {"block_numel": format.block_numel}
-    start.kwargs = {**start.kwargs, "dtype": format.dtype, **blocks}
+    """Let an all_gather or a reduce_scatter travel in a format of its own."""
+    start.kwargs = {**start.kwargs, "format": cast(Any, format)}
 
 
 def is_inside(gather: fx.Node) -> bool:
-    """True for an all_gather from the secondary shards of a node, which its first gather in the step left there."""
+    """True for an all_gather of the secondary shards that an earlier gather of the step left in the node."""
     return bool(gather.kwargs.get("inside", False))
 
 
@@ -132,7 +123,7 @@ def wait_of(start: fx.Node) -> fx.Node:
 
 
 def release_of(wait: fx.Node) -> fx.Node | None:
-    """The release of a gathered bucket, None if it has none yet."""
+    """The release of a gathered bucket, None if the graph has none yet."""
     return next((user for user in wait.users if role(user) is Role.RELEASE), None)
 
 
@@ -147,13 +138,13 @@ def is_gathered_param(node: fx.Node) -> bool:
 
 
 def gathered_params(wait: fx.Node) -> dict[str, fx.Node]:
-    """The outputs of the wait of an all-gather that something reads, by parameter name."""
+    """Maps names of parameters to the outputs of an all-gather's wait, as far as the graph has these outputs."""
     names = members(wait)
     return {names[cast(int, user.args[1])]: user for user in wait.users if user.target is operator.getitem}
 
 
 def grad_of(slot: fx.Node) -> fx.Node | None:
-    """The gradient that a write_grad writes; None for a slot of zeros."""
+    """The gradient that a write_grad writes; None if it writes zeros."""
     return cast("fx.Node | None", slot.args[0])
 
 
@@ -163,7 +154,7 @@ def grad_fqn(slot: fx.Node) -> str:
 
 
 def written_in_place(slot: fx.Node) -> fx.Node | None:
-    """The grad_slot that the gradient of a write_grad was computed into; None if it must be copied."""
+    """The grad_slot into which the gradient of a write_grad was computed; None if the gradient must be copied."""
     grad = grad_of(slot)
     if grad is None:
         return None
@@ -172,12 +163,12 @@ def written_in_place(slot: fx.Node) -> fx.Node | None:
 
 
 def slot_fqn(memory: fx.Node) -> str:
-    """The parameter whose gradient lies in a grad_slot."""
+    """The parameter whose gradient a grad_slot holds."""
     return cast(str, memory.args[0])
 
 
 def first_write(slot: fx.Node) -> fx.Node:
-    """Where the memory of a gradient must be there: at its grad_slot if it is computed in place, else at its copy."""
+    """The first node that writes a gradient to its bucket: its grad_slot if it is computed in place, else `slot`."""
     return written_in_place(slot) or slot
 
 
@@ -190,7 +181,7 @@ def is_random(node: fx.Node) -> bool:
 
 
 def is_pointwise(node: fx.Node) -> bool:
-    """True for an operator that computes each element of its output from one element of each input."""
+    """True for an operator that computes each output element from one element of each input."""
     target = cast(Any, node.target)
     return torch_internals.is_overload(target) and torch.Tag.pointwise in target.tags
 
@@ -224,14 +215,18 @@ def sent_until(wait: fx.Node) -> list[fx.Node]:
     return (cast(fx.Node, started.args[0]) if started.target is operator.getitem else started).all_input_nodes
 
 
+def is_in_place(node: fx.Node) -> bool:
+    """True for an operator that writes, or may write, into its arguments."""
+    return torch_internals.is_overload(node.target) and torch_internals.is_mutable(node.target)
+
+
 def is_pure(node: fx.Node) -> bool:
     """True for compute that gives the same value when this rank runs it again by itself, and changes nothing."""
-    mutates = torch_internals.is_overload(node.target) and torch_internals.is_mutable(node.target)
-    return role(node) is Role.COMPUTE and not mutates and not is_random(node) and not model_collective(node)
+    return role(node) is Role.COMPUTE and not (is_in_place(node) or is_random(node) or model_collective(node))
 
 
 def tensor_bytes(value: Any) -> int:
-    """Bytes that a tensor's elements span; 0 for anything else."""
+    """Bytes from the first to the last element of a tensor in memory; 0 for other values."""
     if not isinstance(value, torch.Tensor) or value.numel() == 0:
         return 0
     last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
@@ -239,6 +234,6 @@ def tensor_bytes(value: Any) -> int:
 
 
 def new_value(node: fx.Node, value: Any) -> fx.Node:
-    """Give a node its own `meta["val"]`, so that no two nodes seem to share storage by accident."""
+    """Set `meta["val"]` of a node, and return the node."""
     node.meta["val"] = value
     return node

@@ -1,23 +1,25 @@
 """The vocabulary that the passes write: targets of `call_function` nodes, beside the ATen operators of the model.
 
-    start  = all_gather(shard, ...)             shards of the members of one bucket -> a collective in flight
+    start  = all_gather(shard, ...)             start gathering the members of one bucket
     params = wait(start)                        the unsharded parameters, one output per member
-    release(params)                             nobody reads them any more
+    release(params)                             end of their lifetime
     memory = grad_slot(fqn, shape)              the place of a gradient in its bucket, for operators with `out=`
-    slot   = write_grad(grad, fqn)              the gradient is in its place: copied, unless it was computed there
-    start  = reduce_scatter(slot, ...)          the slots of one bucket -> a collective in flight
+    slot   = write_grad(grad, fqn)              copy the gradient to its place, unless it was computed there
+    start  = reduce_scatter(slot, ...)          start reducing the gradients of one bucket
     shards = wait(start)                        this rank's gradient shards
-    end_forward()                               what comes after it is the backward phase
+    end_forward()                               the boundary between the forward and the backward phase
 
-A node's position is the schedule. The functions are never called: `codegen.py` replaces them.
+The position of a node in the graph is its place in the schedule. The functions are never called: `codegen.py` replaces
+them.
 """
 
 from __future__ import annotations
 
 from typing import Any, NoReturn
 
-import torch
 from torch import fx
+
+from fxzero.graph.wire import WireFormat
 
 
 def _only_in_a_graph(name: str) -> NoReturn:
@@ -25,48 +27,45 @@ def _only_in_a_graph(name: str) -> NoReturn:
 
 
 @fx.has_side_effect
-def all_gather(
-    *shards: Any, dtype: torch.dtype | None = None, block_numel: int | None = None, inside: bool = False
-) -> Any:
-    """Start gathering the members of one bucket. Bytes received per rank: (W-1)/W of the bucket, as it travels.
+def all_gather(*shards: Any, format: WireFormat | None = None, inside: bool = False) -> Any:
+    """Start gathering the members of one bucket. A rank receives (W-1)/W of the bytes that travel.
 
     Args:
-        dtype: in which it travels, if that is not the bucket's.
-        block_numel: elements that share a scale, if it travels quantised.
-        inside: from the secondary shards of this rank's node alone.
+        format: the wire format; None for the dtype of the bucket.
+        inside: gather only from the secondary shards of this rank's node.
     """
     _only_in_a_graph("all_gather")
 
 
 @fx.has_side_effect
 def wait(started: Any) -> Any:
-    """Wait for a collective; its outputs are the unsharded parameters or the gradient shards, one per member."""
+    """Wait for a collective. Its outputs are the unsharded parameters or the gradient shards, one per member."""
     _only_in_a_graph("wait")
 
 
 @fx.has_side_effect
 def release(params: Any) -> None:
-    """The memory of a gathered bucket may be used again from here on."""
+    """Free the memory of a gathered bucket for other buckets."""
     _only_in_a_graph("release")
 
 
 def grad_slot(fqn: str, shape: tuple[int, ...]) -> Any:
-    """The slot of a gradient as a tensor of `shape`, which has as many elements as the parameter."""
+    """The place of a gradient in its bucket, as a tensor of `shape`, which has as many elements as the parameter."""
     _only_in_a_graph("grad_slot")
 
 
 @fx.has_side_effect
 def write_grad(grad: Any, fqn: str) -> Any:
-    """The full gradient of parameter `fqn` lies in its slot of the gradient bucket from here on; None writes zeros."""
+    """Write the full gradient of parameter `fqn` to its place in the gradient bucket; None writes zeros."""
     _only_in_a_graph("write_grad")
 
 
 @fx.has_side_effect
-def reduce_scatter(*slots: Any, dtype: torch.dtype | None = None) -> Any:
-    """Start averaging one gradient bucket over the ranks, each keeping its slice.
+def reduce_scatter(*slots: Any, format: WireFormat | None = None) -> Any:
+    """Start averaging one gradient bucket over the ranks, of which each keeps its slice.
 
     Args:
-        dtype: in which it travels, if that is not the bucket's.
+        format: the wire format; None for the dtype of the bucket.
     """
     _only_in_a_graph("reduce_scatter")
 

@@ -1,21 +1,23 @@
-"""Where collectives start and are waited for, and what stays gathered: each rule once, for passes and for predictions.
+"""Rules for the places of starts and waits and for buckets that stay gathered, shared by passes and predictions.
 
-A pass applies a rule to the nodes of a graph. The choice of sizes from costs applies it to candidates that have no
-graph yet (`cost/choose_sizes.py`), so that what is predicted is what the pass will write.
+A pass applies a rule to the nodes of a graph. The choice of sizes from costs (`cost/choose_sizes.py`) applies it to
+candidates that have no graph yet, so that it predicts the schedule that the pass will write.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 
 def gather_starts(nbytes: Sequence[int], max_inflight_bytes: int) -> list[int]:
-    """For each gather of a phase, the gather just before whose wait it starts; 0 stands for the begin of the phase.
+    """For each gather of a phase, the index of an earlier gather: it starts just before the wait of that one.
 
-    A gather starts as early as the bytes in flight allow, and at least one wait before its own.
+    Index 0 stands for the begin of the phase. A gather starts as early as the bytes in flight allow, and at least one
+    wait before its own.
 
     Args:
-        nbytes: of each gather, in the order of their first readers.
+        nbytes: bytes of each gather, in the order of their first readers.
         max_inflight_bytes: upper bound on the bytes gathered but not yet waited for, with more than two in flight.
     """
     starts: list[int] = []
@@ -30,12 +32,12 @@ def gather_starts(nbytes: Sequence[int], max_inflight_bytes: int) -> list[int]:
 
 
 def reductions_finished(nbytes: Sequence[int], max_inflight_bytes: int) -> Iterator[range]:
-    """For each reduction, the earlier ones that are waited for just before it starts, to have their memory back.
+    """For each reduction, the indices of earlier reductions whose waits stand just before its start, to free memory.
 
-    The others are waited for at the end of backward. One reduction may always be in flight.
+    All other waits stand at the end of backward. One reduction may always be in flight.
 
     Args:
-        nbytes: of each reduction, in the order of their starts.
+        nbytes: bytes of each reduction, in the order of their starts.
         max_inflight_bytes: upper bound on the bytes of gradient buckets in flight.
     """
     first = flying = 0
@@ -49,19 +51,17 @@ def reductions_finished(nbytes: Sequence[int], max_inflight_bytes: int) -> Itera
 
 
 def kept_from_forward(nbytes: Sequence[int], max_kept_bytes: int | None) -> list[bool]:
-    """Which of the buckets that forward gathered stay until backward, given in the order of their use in backward.
+    """For each bucket, whether it stays gathered from forward to backward.
 
-    A bucket that forward uses last and backward first is held for the shortest time, so it adds the least to what is
-    live.
+    The first buckets in backward are the last in forward: they are held for the shortest time, so they are kept first.
 
     Args:
-        max_kept_bytes: upper bound on their bytes; None keeps all.
+        nbytes: bytes of each bucket, in the order of their first use in backward.
+        max_kept_bytes: upper bound on the bytes of all kept buckets; None keeps all.
     """
     kept: list[bool] = []
-    room = max_kept_bytes
+    room = math.inf if max_kept_bytes is None else max_kept_bytes
     for size in nbytes:
-        fits = room is None or size <= room
-        kept.append(fits)
-        if fits and room is not None:
-            room -= size
+        kept.append(size <= room)
+        room -= size if kept[-1] else 0
     return kept

@@ -1,9 +1,9 @@
 """The recipe of a model's plans: all that is chosen about them, in one value.
 
-options -> sizes and order from costs -> what stays gathered under a memory budget -> the buckets of the layout
-           (each step maps a Recipe to a Recipe, the same on all ranks)        -> default_passes(recipe) -> passes
+options -> sizes and order from costs -> buckets that stay gathered under a memory budget -> the buckets of the layout
+           (each step maps a Recipe to a Recipe, equal on all ranks)           -> default_passes(recipe) -> passes
 
-Nothing else carries a decision from one place to another: no list of passes is searched or patched.
+A Recipe alone carries decisions from one step to the next: no list of passes is searched or patched.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fxzero.graph.wire import check_gather_dtype, check_reduce_dtype
 
 MIB = 2**20
 Fqns: TypeAlias = tuple[str, ...]
-"""The members of a bucket."""
+"""Names of the members of a bucket."""
 
 
 @dataclass(frozen=True)
@@ -28,38 +28,38 @@ class Recipe:
     """All that is chosen about the plans of one model."""
 
     layout: LayoutName = "contiguous"
-    """How a bucket is cut into shards."""
+    """Name of the layout by which a bucket is cut into shards."""
     bucket_bytes: int = 16 * MIB
     """Upper bound on the parameter bytes of one bucket; a larger parameter is a bucket of its own."""
     head_bytes: int | None = None
-    """Upper bound for the first bucket, if it is to be smaller; each later one may be twice as large."""
+    """Upper bound on the first bucket; each later bucket may be twice as large. None: `bucket_bytes` for all."""
     buckets: tuple[Fqns, ...] | None = None
-    """The members of each bucket, once the layout is fixed."""
+    """Members of each bucket, once the layout is fixed."""
     max_kept_bytes: int | None = 0
     """Upper bound on the bytes that stay gathered from forward to backward: 0 gathers all again (ZeRO stage 3), None
     keeps all (the residency of stage 2)."""
     kept: tuple[Fqns, ...] | None = None
-    """The buckets that stay gathered from forward to backward, if they are chosen one by one."""
+    """Buckets that stay gathered from forward to backward. None leaves the choice to `max_kept_bytes`."""
     resident: tuple[Fqns, ...] = ()
-    """The buckets that stay gathered even longer, until the shards change."""
+    """Buckets that stay gathered even longer, until the shards change."""
     prefetch_bytes: int = 48 * MIB
     """Upper bound on gathered bytes in flight."""
     reduce_bytes: int = 48 * MIB
     """Upper bound on the bytes of gradient buckets in flight."""
     is_tight: bool = False
-    """No gather starts further than one ahead, and one reduction is in flight, whatever the two bounds above say."""
+    """True if `prefetch_bytes` and `reduce_bytes` count as 0: one gather ahead, and one reduction in flight."""
     later: tuple[tuple[Fqns, Fqns], ...] = ()
     """Pairs of buckets: the reduction of the first starts right behind the gather of the second (`GathersFirst`)."""
     recompute: Literal["none", "full"] | int = "none"
-    """What backward computes again: nothing, whole repeated blocks, or what an upper bound on saved bytes asks for."""
+    """Recomputation of activations in backward: "none", "full" (repeated blocks), or an upper bound on saved bytes."""
     recompute_level: int | None = None
-    """How far that goes, if it is chosen already (`RecomputeActivations.level_for`)."""
+    """Level of recomputation, once it is chosen (`RecomputeActivations.level_for`)."""
     gather_dtype: torch.dtype | None = None
-    """The type in which parameters travel, if it is to be narrower than they are."""
+    """Dtype in which parameters travel; None for their own."""
     reduce_dtype: torch.dtype | None = None
-    """The type in which gradients travel, if it is to be narrower than they are."""
+    """Dtype in which gradients travel; None for their own."""
     without: tuple[str, ...] = ()
-    """Optimizations that are left out, to measure what they are worth (`reference/ablation.py`)."""
+    """Optimizations that are left out, to measure their effect (`reference/ablation.py`)."""
 
     def __post_init__(self) -> None:
         check_layout(self.layout)
@@ -71,7 +71,7 @@ class Recipe:
 
     @property
     def is_persistent(self) -> bool:
-        """False if buffers are allocated at each use, in place of one arena."""
+        """False if buffers are allocated at each use instead of in one arena."""
         return "persistent_buffers" not in self.without
 
     def to_json(self) -> str:
@@ -91,16 +91,12 @@ class Recipe:
 
 
 def check_recompute(recompute: object) -> None:
-    """Refuse what says nothing about recomputation.
-
-    Raises:
-        ValueError: names what does.
-    """
+    """Raise ValueError if `recompute` is not "none", "full" or a number of bytes."""
     is_bytes = isinstance(recompute, int) and not isinstance(recompute, bool) and recompute >= 0
     if not is_bytes and recompute not in ("none", "full"):
         raise ValueError(f'recompute is {recompute!r}; it must be "none", "full" or a number of bytes')
 
 
 def _tuples(value: Any) -> Any:
-    """Lists of JSON as the tuples that they were."""
+    """The value with lists, also nested ones, turned into tuples."""
     return tuple(_tuples(each) for each in value) if isinstance(value, list) else value

@@ -1,6 +1,6 @@
-"""The schedule of a step as text: what a person reads, a golden file holds and a diff compares.
+"""The schedule of a step as text, for people, golden files and diffs.
 
-One line per collective, wait and release, one per run of compute of the same block; no times, no addresses.
+It has one line per collective, wait and release, and one per run of compute of a block; no times, no addresses.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import fx
 from fxzero.graph.liveness import bucket_bytes_live
 from fxzero.graph.names import block_depth, block_of, bucket_label, format_bytes, format_ops
 from fxzero.graph.nodes import (
+    COLLECTIVES,
     WAIT_OF_MODEL,
     Role,
     grad_fqn,
@@ -36,10 +37,7 @@ from fxzero.graph.step import Phase, StepGraph
 from fxzero.graph.traffic import sent_in
 
 ROOT = "(model)"
-"""The block of what the model itself computes, outside of its submodules."""
-
-
-_LINES = (Role.ALL_GATHER, Role.REDUCE_SCATTER, Role.WAIT, Role.RELEASE)
+"""Name of the block of compute outside of all submodules."""
 
 
 @dataclass(frozen=True)
@@ -48,48 +46,48 @@ class Row:
 
     phase: Phase
     action: str
-    """all_gather, wait, release, reduce_scatter or compute; or the name of a collective of the model's own."""
+    """One of all_gather, wait, release, reduce_scatter, wait_reduce and compute; or a collective of the model's own."""
     name: str
-    """The bucket, or the block that computes."""
+    """Label of the bucket, or name of the block that computes."""
     nbytes: int = 0
-    """Bytes of the whole bucket at a start, as it travels; 0 elsewhere."""
+    """Bytes of the whole bucket in its wire format at a start; 0 elsewhere."""
     num_ops: int = 0
-    """Operators of a run of compute; 0 elsewhere."""
+    """Number of operators in a run of compute; 0 elsewhere."""
     live_bytes: int = 0
     """Bytes of gathered and gradient buckets that are live after this line."""
     wire: str = ""
-    """The type that travels, at a start where it is not that of the bucket."""
+    """Wire format at a start that has one; else empty."""
     reach: str = ""
-    """"across" at a start of what crosses nodes, where nodes share the shards."""
+    """"across" at the start of a collective across nodes that share shards; else empty."""
     nodes: tuple[fx.Node, ...] = field(default=(), repr=False, compare=False)
     """The nodes that run in this line, in order."""
 
 
 @dataclass(frozen=True)
 class Totals:
-    """What a step costs in communication, per rank."""
+    """Communication of a step, per rank."""
 
     num_all_gathers: int
     num_reduce_scatters: int
     gathered_bytes: int
-    """Bytes received by all-gathers, in the type that travels; padding and scales count."""
+    """Bytes received by all-gathers, padding and scales included."""
     reduced_bytes: int
-    """Bytes sent by reduce-scatters, those across nodes included."""
+    """Bytes sent by reduce-scatters, inside and across nodes."""
     gathered_peak_bytes: int
-    """Largest sum of the bytes of gathered buckets, from a start to its release; those that travel until its wait."""
+    """Largest sum of the bytes of gathered buckets. A bucket counts from its start to its release, and with the bytes
+    that travel until its wait."""
     copied_grad_bytes: int
-    """Bytes of gradients that are computed elsewhere and copied to their bucket; the others are computed in it."""
+    """Bytes of gradients that are copied to their bucket, because they could not be computed in it."""
     interleaved_copy_bytes: int
-    """Bytes copied between buckets and what travels, in a step: out of every gather and into every reduce. Only in the
-    interleaved layout, and there not on one rank."""
+    """Bytes copied between buckets and the buffers that travel; 0 except in the interleaved layout."""
     across_bytes: int = 0
-    """Those of the bytes that are sent out of the node, on a mesh of several."""
+    """Bytes sent to other nodes, by all collectives."""
     gathered_across_bytes: int = 0
-    """Those of them that all-gathers send, and receive: where nodes share the shards."""
+    """Bytes sent to other nodes by all-gathers, which is also what they receive from them."""
 
 
 def totals(step: StepGraph) -> Totals:
-    """Count the collectives of a step and their bytes."""
+    """The collectives of a step and their bytes."""
     gathers, reduces = step.nodes(Role.ALL_GATHER), step.nodes(Role.REDUCE_SCATTER)
     gathered = [sent_in(step, start) for start in gathers]
     reduced = [sent_in(step, start) for start in reduces]
@@ -121,7 +119,7 @@ def rows(step: StepGraph) -> Iterator[Row]:
         block, num_ops = "", 0
         run: list[fx.Node] = []
         for node in nodes:
-            is_line = role(node) in _LINES or bool(model_collective(node))
+            is_line = role(node) in COLLECTIVES or bool(model_collective(node))
             computes = role(node) is Role.COMPUTE and node.target is not operator.getitem and not is_line
             # Gradient sums and the like belong to no module: they continue the run they stand in.
             name = (block_of(info(node).fqn, depth) or block) if computes else block
@@ -181,12 +179,9 @@ def header(step: StepGraph) -> str:
         f"{_count(t.num_reduce_scatters, 'reduce_scatter')}, {sent}" + _as_types(step, Role.REDUCE_SCATTER),
         f"gathered peak {format_bytes(t.gathered_peak_bytes)}",
     ]
-    if step.kept:
-        parts.append(f"kept {format_bytes(sum(step.bucket(fqns).gathered.nbytes for fqns in step.kept))}")
-    if step.resident:
-        parts.append(
-            f"until the shards change {format_bytes(sum(step.bucket(b).gathered.nbytes for b in step.resident))}"
-        )
+    for kept, until in ((step.kept, "kept"), (step.resident, "until the shards change")):
+        if kept:
+            parts.append(f"{until} {format_bytes(sum(step.bucket(fqns).gathered.nbytes for fqns in kept))}")
     if t.copied_grad_bytes and step.synchronize and step.nodes(Role.RELEASE, Role.GRAD_SLOT):
         parts.append(f"gradients: {format_bytes(t.copied_grad_bytes)} copied")
     if t.interleaved_copy_bytes:
@@ -196,13 +191,14 @@ def header(step: StepGraph) -> str:
     if not step.has_backward:
         del parts[2]
     elif not step.synchronize:
-        held = sum(step.bucket_of(start).gradients.nbytes for start in _trained_gathers(step))
+        gathered_buckets = {step.bucket_of(start) for start in step.nodes(Role.ALL_GATHER)}
+        held = sum(bucket.gradients.nbytes for bucket in gathered_buckets if bucket.requires_grad)
         parts[2] = f"no_sync: unsharded gradients {format_bytes(held)}"
     return "  ".join(parts)
 
 
 def _as_types(step: StepGraph, which: Role) -> str:
-    """The types that travel, if some is not that of its bucket: " as bfloat16"."""
+    """The dtypes that travel (" as bfloat16"), or "" if no collective of this role has a wire format."""
     starts = step.nodes(which)
     if all(wire_format(start) is None for start in starts):
         return ""
@@ -212,11 +208,6 @@ def _as_types(step: StepGraph, which: Role) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _trained_gathers(step: StepGraph) -> list[fx.Node]:
-    by_bucket = {step.bucket_of(start): start for start in step.nodes(Role.ALL_GATHER)}
-    return [start for bucket, start in by_bucket.items() if bucket.requires_grad]
 
 
 def format_schedule(

@@ -3,7 +3,7 @@
 strategy                              across       inside    a gather
 one group (ZeRO stage 3)              size 1       shard     reaches all ranks
 nodes that are replicas (HSDP, MiCS)  replicate    shard     stays inside the node; gradients are averaged across
-nodes that share shards (hpZ)         shard        shard     crosses nodes once in a step, then reads what the node kept
+nodes that share shards (hpZ)         shard        shard     crosses nodes once in a step, then reads secondary shards
 
           inside ->
 across    0 1 2 3      node 0     a row is a node
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 Placement: TypeAlias = Literal["replicate", "shard"]
-"""What the ranks along an axis are to each other: replicas, or holders of parts of the same model state."""
+"""Relation of the ranks along an axis: they hold replicas, or shards of one model state."""
 
 
 @dataclass(frozen=True)
@@ -29,21 +29,21 @@ class Axis:
 
 @dataclass(frozen=True)
 class Sharding:
-    """The placement of parameters, gradients and optimizer state on a mesh of nodes. Default: one rank, alone."""
+    """The placement of parameters, gradients and optimizer state on a mesh of nodes. Default: one rank."""
 
     inside: Axis = Axis(1)
-    """The ranks of a node."""
+    """Axis of the ranks inside a node."""
     across: Axis = Axis(1, "replicate")
-    """The nodes."""
+    """Axis of the nodes."""
 
     @classmethod
     def over(cls, world_size: int, num_nodes: int = 1, across: Placement = "replicate") -> Sharding:
-        """Ranks that are spread evenly over nodes.
+        """The sharding of ranks that are spread evenly over nodes.
 
-        Nodes of one rank that share shards have nothing inside them: they are one group.
+        Nodes of one rank each that share shards are one group.
 
         Raises:
-            ValueError: `num_nodes` does not divide `world_size`, or there is no such placement.
+            ValueError: `num_nodes` does not divide `world_size`, or `across` is not a Placement.
         """
         check_placement(across)
         if num_nodes < 1 or world_size % num_nodes:
@@ -58,17 +58,17 @@ class Sharding:
 
     @property
     def node_ranks(self) -> int:
-        """The ranks of a node; without nodes, all of them."""
+        """Number of ranks in a node; of all ranks if there is one node."""
         return self.inside.size
 
     @property
     def world_size(self) -> int:
-        """All ranks."""
+        """Number of all ranks."""
         return self.inside.size * self.across.size
 
     @property
     def shard_ranks(self) -> int:
-        """The ranks that a bucket is cut for, each of which holds another shard."""
+        """Number of ranks that share a bucket, each with another shard."""
         return self.world_size if self.shards_across else self.inside.size
 
     @property
@@ -78,15 +78,11 @@ class Sharding:
 
     @property
     def is_alone(self) -> bool:
-        """True if there is one rank only."""
+        """True if there is one rank."""
         return self.world_size == 1
 
 
 def check_placement(across: str) -> None:
-    """Refuse what nodes cannot be to each other.
-
-    Raises:
-        ValueError: names what they can.
-    """
+    """Raise ValueError if `across` is not a Placement; the message lists the placements."""
     if across not in get_args(Placement):
         raise ValueError(f"across is {across!r}; it must be one of {', '.join(map(repr, get_args(Placement)))}")

@@ -1,13 +1,13 @@
 """The two stages of a collective over nodes that share shards: inside each node, and across nodes.
 
           inside ->
-across    0 1 2 3      node 0     a row exchanges the slices of its node
-   |      4 5 6 7      node 1     a column has neighbouring shards, which make the slice that its row exchanges
+across    0 1 2 3      node 0     the ranks of a row exchange slices
+   |      4 5 6 7      node 1     the ranks of a column hold neighbouring shards, which make up one slice
 
-Shards are numbered column by column, rank r of node n has that of r * num_nodes + n:
+Shards are numbered column by column: rank r of node n holds shard r * num_nodes + n.
 
-bucket    [ 0 1 | 2 3 | 4 5 | 6 7 ]       the shards of four ranks in two nodes
-inside    [  0  |  1  |  2  |  3  ]       the slices that a rank of each node receives from the others of its node
+bucket    [ 0 1 | 2 3 | 4 5 | 6 7 ]       the shards of four ranks in each of two nodes
+inside    [  0  |  1  |  2  |  3  ]       the slices that the ranks of one node exchange
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from fxzero.graph.layout import Payload
 
 
 def stage_inside(payload: Payload, num_nodes: int) -> Payload:
-    """A whole payload, cut into the slices of the ranks of one node, each of `num_nodes` neighbouring shards."""
+    """The payload of the stage inside nodes: one slice for each rank of a node, of `num_nodes` neighbouring shards."""
     num_slices = payload.num_slices // num_nodes
     return replace(payload, num_slices=num_slices, slice_numel=num_nodes * payload.slice_numel)
 
 
 def stage_across(payload: Payload, num_nodes: int) -> Payload:
-    """One such slice, cut into the shards of the nodes."""
+    """The payload of the stage across nodes: the `num_nodes` shards of one slice."""
     return replace(payload, num_slices=num_nodes)
 
 
 def sent_across_numel(shard_numel: int, num_nodes: int) -> int:
-    """Elements that a rank sends to other nodes to reduce its shard [shard_numel] over all of them, as replicas do.
+    """Elements that a rank sends to other nodes to reduce its shard [shard_numel] over nodes that are replicas.
 
-    Two nodes exchange the shard. Of more, each reduces a part of it, and then all gather the parts: 2 (N - 1) / N of
-    it, where exchanging whole shards would send it N - 1 times. A rank with a smaller part than others sends less.
+    Two nodes exchange the shard. More nodes reduce a part of the shard each, and then gather the parts. So a rank sends
+    2 (N - 1) / N of the shard, where an exchange of whole shards would send it N - 1 times.
     """
     if num_nodes < 3:
         return (num_nodes - 1) * shard_numel

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import fx
 
+from fxzero.errors import PassOrderError
 from fxzero.graph import ops
 from fxzero.graph.layout import Bucket, LayoutName, ParamSpec, Payload, make_bucket
 from fxzero.graph.nodes import TARGET_OF_ROLE, Role, info, is_gather, is_inside, members, role, wire_format
@@ -36,36 +37,36 @@ class Phase(enum.Enum):
 
 @dataclass
 class StepGraph:
-    """One step of a model: the graph and what must be known to read it."""
+    """One step of a model: its graph, and the facts that give the graph its meaning."""
 
     graph: fx.Graph
     params: dict[str, ParamSpec]
-    """Every parameter of the model by canonical name, in registration order; also those the step does not use."""
+    """Maps canonical names to parameters, in registration order; also parameters that the step does not use."""
     sharding: Sharding = field(default_factory=Sharding)
-    """The ranks that the step is planned for."""
+    """Mesh of the ranks that the step is planned for."""
     constants: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor], repr=False)
-    """Tensors that the model's code made from Python values while it was traced: the targets of get_attr nodes."""
+    """Maps targets of get_attr nodes to tensors that the model's code made from Python values in the trace."""
     synchronize: bool = True
     """False under no_sync(): gradients are written to unsharded buckets and not reduced."""
     kept: set[tuple[str, ...]] = field(default_factory=set[tuple[str, ...]])
-    """Buckets that stay gathered from forward to backward, by their members."""
+    """Members of each bucket that stays gathered from forward to backward."""
     resident: tuple[tuple[str, ...], ...] = ()
-    """Buckets with a place of their own, in which they stay gathered until the shards change; in the order of places.
-    Also those that this step does not gather."""
+    """Members of each bucket that stays gathered, in memory of its own, until the shards change; in the order of this
+    memory. Also buckets that this step does not gather."""
     layout: LayoutName = "contiguous"
-    """How parameters are cut; no pass depends on it."""
+    """Name of the layout by which parameters are cut; no pass depends on it."""
     fixed_buckets: tuple[tuple[str, ...], ...] | None = None
-    """The members of each bucket, once the layout is fixed."""
+    """Members of each bucket, once the layout is fixed."""
     without: tuple[str, ...] = ()
-    """Optimizations that are turned off, as of `reference/ablation.py`."""
+    """Optimizations that are turned off; see `reference/ablation.py`."""
     _buckets: dict[tuple[str, ...], Bucket] = field(default_factory=dict[tuple[str, ...], Bucket], repr=False)
     _param_nodes: dict[str, fx.Node] = field(default_factory=dict[str, fx.Node], repr=False)
 
     def under(self, recipe: Recipe, *, synchronize: bool = True) -> StepGraph:
-        """A copy of a traced step that is to be planned by a recipe; this one stays as it is.
+        """A copy of a traced step, to be planned by a recipe.
 
         Args:
-            synchronize: False for the step of a micro-batch under no_sync().
+            synchronize: False for a step under no_sync().
         """
         step = copy_of(self)
         step.synchronize, step.layout, step.without = synchronize, recipe.layout, recipe.without
@@ -85,22 +86,17 @@ class StepGraph:
 
     @property
     def is_persistent(self) -> bool:
-        """False if buffers are allocated at each use, in place of one arena."""
+        """False if buffers are allocated at each use instead of in one arena."""
         return "persistent_buffers" not in self.without
 
     def phases(self) -> Iterator[tuple[Phase, list[fx.Node]]]:
         """The nodes between placeholders and output, phase by phase, without the boundary."""
-        nodes: list[fx.Node] = []
-        phase = Phase.FORWARD
-        for node in self.graph.nodes:
-            if node.op in ("placeholder", "output", "get_attr"):
-                continue
-            if node.target is ops.end_forward:
-                yield phase, nodes
-                phase, nodes = Phase.BACKWARD, []
-            else:
-                nodes.append(node)
-        yield phase, nodes
+        nodes = [node for node in self.graph.nodes if node.op not in ("placeholder", "output", "get_attr")]
+        boundary = self.end_forward
+        end = len(nodes) if boundary is None else nodes.index(boundary)
+        yield Phase.FORWARD, nodes[:end]
+        if boundary is not None:
+            yield Phase.BACKWARD, nodes[end + 1 :]
 
     def phase_of(self) -> dict[fx.Node, Phase]:
         """The phase of every node between placeholders and output."""
@@ -121,11 +117,33 @@ class StepGraph:
         return [node for node in self.graph.nodes if role(node) in roles]
 
     def param_nodes(self) -> dict[str, fx.Node]:
-        """The placeholder of each parameter that the graph has; no pass adds or removes one."""
+        """Maps names of parameters to their placeholders in the graph, which no pass adds or removes."""
         if not self._param_nodes:
             placeholders = self.graph.find_nodes(op="placeholder")
             self._param_nodes = {info(node).fqn: node for node in placeholders if role(node) is Role.PARAM}
         return self._param_nodes
+
+    def all_gathers(self) -> list[fx.Node]:
+        """The all-gathers, in order, for a pass that needs them.
+
+        Raises:
+            PassOrderError: parameters are read, and the graph has no all-gather.
+        """
+        starts = self.nodes(Role.ALL_GATHER)
+        if not starts and any(param.users for param in self.param_nodes().values()):
+            raise PassOrderError("no all_gather in the graph; run InsertAllGathers first")
+        return starts
+
+    def reduce_scatters(self) -> list[fx.Node]:
+        """The reduce-scatters, in order, for a pass that needs them.
+
+        Raises:
+            PassOrderError: gradients are to be reduced, and the graph has no reduce-scatter.
+        """
+        starts = self.nodes(Role.REDUCE_SCATTER)
+        if not starts and self.has_backward and self.synchronize and self.grads:
+            raise PassOrderError("no reduce_scatter in the graph; run InsertReduceScatters first")
+        return starts
 
     @property
     def output(self) -> fx.Node:
@@ -138,12 +156,12 @@ class StepGraph:
 
     @property
     def grads(self) -> dict[str, fx.Node]:
-        """The gradient of each parameter the step reaches: its node, or the wait of its reduce-scatter."""
+        """Maps names of parameters that the step reaches to gradients, or to the waits of their reduce-scatters."""
         return cast(Any, self.output.args[0])[1]
 
     @property
     def input_grads(self) -> Sequence[fx.Node | None]:
-        """The gradient of each input, None where there is none, in the order of the input placeholders."""
+        """The gradients of inputs in the order of their placeholders; None for an input without a gradient."""
         return cast(Any, self.output.args[0])[2]
 
     def set_output(self, outputs: Sequence[Any], grads: dict[str, fx.Node], input_grads: Sequence[Any]) -> None:
@@ -152,17 +170,17 @@ class StepGraph:
     # -- collectives ---------------------------------------------------------------------------------------------
 
     def bucket(self, fqns: tuple[str, ...]) -> Bucket:
-        """The bucket of these members, in this order."""
+        """The bucket with these members, in this order."""
         if fqns not in self._buckets:
             params = (self.params[fqn] for fqn in fqns)
             self._buckets[fqns] = make_bucket(params, self.sharding.shard_ranks, self.layout)
         return self._buckets[fqns]
 
     def bucket_of(self, collective: fx.Node) -> Bucket:
-        """The bucket that an all_gather, a reduce_scatter, or the wait or release of one, is about.
+        """The bucket of a collective (a start, wait or release).
 
-        Between the two bucketing passes a reduce_scatter may have but some members of the bucket of its gather; it is
-        then a reduction of that whole bucket, of which only these are kept.
+        Before BucketReduceScatters, a reduce_scatter has one member of a bucket that is gathered as a whole. It then
+        counts as a reduction of the whole bucket.
         """
         fqns = members(collective)
         if len(fqns) == 1 and not is_gather(collective):
@@ -171,16 +189,16 @@ class StepGraph:
         return self.bucket(fqns)
 
     def payload_of(self, collective: fx.Node) -> Payload:
-        """The bucket of a collective where compute reads or writes it: gathered parameters, or gradients."""
+        """The bucket of a collective in the dtype that compute reads (gathered parameters) or writes (gradients)."""
         bucket = self.bucket_of(collective)
         return bucket.gathered if is_gather(collective) else bucket.gradients
 
     def travels(self, collective: fx.Node) -> Payload:
-        """What travels in a collective, in its wire format."""
+        """The payload of a collective in its wire format."""
         return on_wire(self.payload_of(collective), wire_format(collective))
 
     def secondaries(self) -> dict[tuple[str, ...], Payload]:
-        """The buckets of which a step keeps secondary shards, as they travel inside a node, by their members."""
+        """Maps the members of each bucket with secondary shards to its payload inside a node."""
         return {
             members(start): stage_inside(self.travels(start), self.sharding.num_nodes)
             for start in self.nodes(Role.ALL_GATHER)
@@ -188,17 +206,17 @@ class StepGraph:
         }
 
     def is_staged(self, collective: fx.Node) -> bool:
-        """True if what travels is of another layout or type than the bucket, so that both need memory."""
+        """True if the payload has another layout or dtype than the bucket, so that both need memory."""
         return self.bucket_of(collective).interleaved or wire_format(collective) is not None
 
 
 Pass: TypeAlias = Callable[[StepGraph], None]
-"""A compiler pass: called with a step, it edits it in place. One that changes numbers has a property `tolerance`: by
-how much outputs and gradients may change, relative to the largest magnitude among them."""
+"""A compiler pass: a callable that edits a step in place. A pass that changes numbers has a property `tolerance`: the
+largest change of outputs and gradients, relative to the largest magnitude among them."""
 
 
 def copy_of(step: StepGraph) -> StepGraph:
-    """The same step with a graph of its own."""
+    """A copy of a step, with a graph of its own."""
     graph, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in step.graph.nodes:
         nodes[node] = graph.node_copy(node, lambda n: nodes[n])

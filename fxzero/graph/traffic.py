@@ -14,7 +14,7 @@ from fxzero.graph.step import StepGraph
 
 
 class Sent(NamedTuple):
-    """Bytes of one collective, of one direction; without nodes, all are inside."""
+    """Bytes that a rank sends in a collective. With one node, all are inside."""
 
     inside: int
     across: int = 0
@@ -24,7 +24,7 @@ class Sent(NamedTuple):
         return self.inside + self.across
 
     def plus(self, other: Sent) -> Sent:
-        """Bytes of both."""
+        """The sum with another collective's bytes."""
         return Sent(self.inside + other.inside, self.across + other.across)
 
 
@@ -32,16 +32,16 @@ NOTHING = Sent(0)
 
 
 def sent_in(step: StepGraph, start: fx.Node) -> Sent:
-    """What a rank sends in a collective of a step."""
+    """The bytes that a rank sends in a collective of a step."""
     return sent_of(step.sharding, step.travels(start), is_gather=is_gather(start), stays_inside=is_inside(start))
 
 
 def sent_of(sharding: Sharding, travels: Payload, *, is_gather: bool, stays_inside: bool = False) -> Sent:
-    """What a rank sends when a bucket is gathered, or reduced.
+    """The bytes that a rank sends to gather or reduce a bucket.
 
     Args:
-        travels: the payload in the type that travels.
-        stays_inside: it is gathered from secondary shards.
+        travels: the payload in its wire format.
+        stays_inside: True for a gather of secondary shards.
     """
     num_nodes = sharding.num_nodes
     if sharding.shards_across:

@@ -1,4 +1,4 @@
-"""The ways in which one backward can end: where its gradients go, and whether they add to what is there."""
+"""The ways in which a backward can end: where its gradients go, and whether they are added or overwrite."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import NamedTuple
 
 
 class Stash(enum.Enum):
-    """Where a backward writes gradients, with regard to those that no_sync() keeps unsharded."""
+    """What a backward does with the unsharded gradients that no_sync() keeps."""
 
     NONE = "none"
-    """Into the arena: nothing is kept unsharded."""
+    """There are none; gradients are written to the arena."""
     FIRST = "first"
     """Under no_sync(): overwrite the unsharded gradients."""
     MORE = "more"
     """Under no_sync(): add to the unsharded gradients."""
     FLUSH = "flush"
-    """Add to the unsharded gradients, then reduce them."""
+    """After no_sync(): add to the unsharded gradients, then reduce them."""
 
 
 class Variant(NamedTuple):
-    """One way in which a step of a plan runs. Forward is the same in all variants of one graph."""
+    """One way in which a step of a plan runs. All variants of one graph have one forward."""
 
     accumulate: bool
-    """Add the reduced gradients to the shards' `.grad` instead of overwriting it."""
+    """True to add the reduced gradients to the shards' `.grad`, False to overwrite it."""
     stash: Stash
 
     @property
@@ -33,14 +33,14 @@ class Variant(NamedTuple):
 
     @property
     def label(self) -> str:
-        """What it does with gradients, for people."""
+        """The effect on gradients, in words."""
         if not self.synchronizes:
             return "under no_sync()"
         return "adding to gradients" if self.accumulate else "overwriting gradients"
 
 
 ONLY_FORWARD = Variant(False, Stash.NONE)
-"""The one variant of a step without a backward."""
+"""Variant of a step without a backward."""
 SYNCHRONIZING = tuple(Variant(accumulate, stash) for accumulate in (False, True) for stash in (Stash.NONE, Stash.FLUSH))
 HOLDING = (Variant(False, Stash.FIRST), Variant(False, Stash.MORE))
-"""Those under no_sync()."""
+"""Variants under no_sync()."""

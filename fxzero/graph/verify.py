@@ -1,12 +1,12 @@
-"""Prove a schedule safe, before the first pass and after each: nothing here is hoped for.
+"""Prove a schedule safe, before the first pass and after each.
 
-Two levels: rules of any graph (`verify_graph`), and rules of a complete plan (`verify_plan`): each gradient reduced
-once, everything waited for and released.
+There are two levels: rules of any graph (`verify_graph`), and rules of a complete plan (`verify_plan`), such as a
+reduction of each gradient and a release of each bucket.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import Counter
 
 from torch import fx
 
@@ -38,7 +38,6 @@ from fxzero.graph.nodes import (
     is_inside,
     members,
     model_collective,
-    operands,
     role,
     sent_until,
     slot_fqn,
@@ -50,64 +49,128 @@ from fxzero.graph.step import Phase, StepGraph
 from fxzero.graph.wire import WireFormat
 
 
-@dataclass
-class _Walk:
-    """What is known after the nodes walked so far."""
-
-    phase: Phase = Phase.FORWARD
-    has_gathers: bool = False
-    kept: frozenset[tuple[str, ...]] = frozenset()
-    params: frozenset[fx.Node] = frozenset()
-    seen: set[fx.Node] = field(default_factory=set[fx.Node])
-    waited: dict[fx.Node, Phase] = field(default_factory=dict[fx.Node, Phase])
-    started: dict[fx.Node, Phase] = field(default_factory=dict[fx.Node, Phase])
-    released: set[fx.Node] = field(default_factory=set[fx.Node])
-    owner: dict[fx.Node, tuple[fx.Node, str]] = field(default_factory=dict[fx.Node, "tuple[fx.Node, str]"])
-    """The gathered bucket (its start) and the parameter that a node's memory belongs to."""
-
-
 def verify_graph(step: StepGraph) -> None:
     """Check the rules of any graph, complete or not.
 
     Raises:
-        ScheduleError: the subclass names the rule that is broken.
+        ScheduleError: the subclass names the broken rule.
     """
     _check_buckets(step)
     _check_wire_formats(step)
     _check_inside_gathers(step)
-    has_gathers, params = bool(step.nodes(Role.ALL_GATHER)), frozenset(step.param_nodes().values())
-    walk = _Walk(has_gathers=has_gathers, kept=frozenset(step.kept), params=params)
-    for node in step.graph.nodes:
-        sources, kind = node.all_input_nodes, role(node)
-        _check_order(walk, node, sources)
-        if kind is Role.END_FORWARD:
-            _check_nothing_in_flight(walk, "the end of forward")
-            walk.phase = Phase.BACKWARD
-        elif kind in (Role.ALL_GATHER, Role.REDUCE_SCATTER):
-            walk.started[node] = walk.phase
-        elif kind is Role.WAIT:
-            _check_wait(walk, node)
-        elif kind is Role.RELEASE:
-            _check_release(walk, node)
-        else:
-            _check_reads(walk, node, sources)
-            _check_writes(walk, node)
-        walk.seen.add(node)
-    _check_nothing_in_flight(walk, "the end of the step")
-    _check_reduced_at_most_once(step)
+    _Walk(step).check()
+    _check_written_and_reduced_once(step)
     _check_gradient_memory(step)
+
+
+class _Walk:
+    """Checks the nodes of a step one after another, with the state of all collectives at that point."""
+
+    def __init__(self, step: StepGraph) -> None:
+        self.step = step
+        self.phase = Phase.FORWARD
+        self.shards = set(step.param_nodes().values()) if step.nodes(Role.ALL_GATHER) else set[fx.Node]()
+        """Placeholders that only gathers may read."""
+        self.seen: set[fx.Node] = set()
+        self.started: dict[fx.Node, Phase] = {}
+        self.waited: set[fx.Node] = set()
+        self.released: set[fx.Node] = set()
+        self.owner: dict[fx.Node, tuple[fx.Node, str]] = {}
+        """Maps a node in the memory of a gathered bucket to the all-gather and to the name of the parameter."""
+
+    def check(self) -> None:
+        for node in self.step.graph.nodes:
+            kind = role(node)
+            self._check_order(node)
+            if kind is Role.END_FORWARD:
+                self._check_nothing_in_flight("the end of forward")
+                self.phase = Phase.BACKWARD
+            elif kind in (Role.ALL_GATHER, Role.REDUCE_SCATTER):
+                self.started[node] = self.phase
+            elif kind is Role.WAIT:
+                self._check_wait(node)
+            elif kind is Role.RELEASE:
+                self._check_release(node)
+            else:
+                self._check_reads(node)
+                self._check_writes(node)
+            self.seen.add(node)
+        self._check_nothing_in_flight("the end of the step")
+
+    def _check_order(self, node: fx.Node) -> None:
+        for source in node.all_input_nodes:
+            if source not in self.seen:
+                raise MalformedGraphError(
+                    f"{describe(node)} stands before {describe(source)}, which it reads. A pass moved it too far up."
+                )
+
+    def _check_wait(self, wait: fx.Node) -> None:
+        start = started_by(wait)
+        if start in self.waited:
+            raise MissingWaitError(f"{describe(start)} is waited for twice. Keep one wait for each start.")
+        if self.started[start] is not self.phase:
+            raise PhaseError(
+                f"{describe(start)} starts in forward and is waited for in backward. Wait in the same phase."
+            )
+        self.waited.add(start)
+        for fqn, param in gathered_params(wait).items() if is_gather(wait) else ():
+            self.owner.update({alias: (start, fqn) for alias in in_memory_of(param)})
+
+    def _check_release(self, release: fx.Node) -> None:
+        start = started_by(release)
+        if start in self.released:
+            raise DoubleReleaseError(
+                f"{bucket_label(members(start))} is released twice. Keep one release for each gather."
+            )
+        self.released.add(start)
+
+    def _check_reads(self, node: fx.Node) -> None:
+        in_flight = sent_until(node) if model_collective(node) == WAIT_OF_MODEL else []
+        for source in (*node.all_input_nodes, *in_flight):
+            if source in self.shards:
+                raise ReadWithoutGatherError(
+                    f"{info(source).fqn} is read by {describe(node)} without a gather. Read the result of its wait."
+                )
+            if source not in self.owner:
+                continue
+            start, fqn = self.owner[source]
+            if start in self.released:
+                raise UseAfterReleaseError(
+                    f"{fqn} is read by {describe(node)} after its release.\n"
+                    "Release a parameter after its last reader, or gather it again."
+                )
+            if self.started[start] is not self.phase and members(start) not in self.step.kept:
+                raise PhaseError(
+                    f"{fqn} is gathered in forward and read by {describe(node)} in backward. Gather it again."
+                )
+
+    def _check_writes(self, node: fx.Node) -> None:
+        """Parameters change between steps only."""
+        for target in written_by(node):
+            memory = memory_of(target)
+            if target in self.owner or role(memory) is Role.PARAM:
+                fqn = self.owner[target][1] if target in self.owner else info(memory).fqn
+                raise ParameterWriteError(
+                    f"{describe(node)} writes into {fqn}, of which other ranks and the next gather see nothing, or "
+                    "half.\nLet it write into a clone; parameters change between steps only."
+                )
+
+    def _check_nothing_in_flight(self, where: str) -> None:
+        for start in self.started:
+            if start not in self.waited:
+                raise MissingWaitError(f"{describe(start)} is still in flight at {where}. Give it a wait.")
 
 
 def verify_plan(step: StepGraph) -> None:
     """Check the rules of a complete plan, beside those of any graph.
 
-    - A parameter is read behind a gather of it, never from its shard.
+    - A parameter is read behind its gather, never from its shard.
     - Each gradient is reduced; under no_sync() it is written to its slot instead.
-    - A graph with releases has one for each gather, but for the buckets that stay until the shards change. A graph
+    - A graph with releases has one for each gather, except for buckets that stay until the shards change. A graph
       without any release holds every bucket to the end of its phase.
 
     Raises:
-        ScheduleError: the subclass names the rule that is broken, and the pass to run.
+        ScheduleError: the subclass names the broken rule, and the message names the pass to run.
     """
     verify_graph(step)
     for fqn, param in step.param_nodes().items():
@@ -131,87 +194,17 @@ def verify_plan(step: StepGraph) -> None:
             )
 
 
-def _check_order(walk: _Walk, node: fx.Node, sources: list[fx.Node]) -> None:
-    for source in sources:
-        if source not in walk.seen:
-            raise MalformedGraphError(
-                f"{describe(node)} stands before {describe(source)}, which it reads. A pass moved it too far up."
-            )
-
-
-def _check_wait(walk: _Walk, wait: fx.Node) -> None:
-    start = started_by(wait)
-    if start in walk.waited:
-        raise MissingWaitError(f"{describe(start)} is waited for twice. Keep one wait for each start.")
-    if walk.started[start] is not walk.phase:
-        raise PhaseError(f"{describe(start)} starts in forward and is waited for in backward. Wait in the same phase.")
-    walk.waited[start] = walk.phase
-    if is_gather(wait):
-        for fqn, param in gathered_params(wait).items():
-            walk.owner.update({alias: (start, fqn) for alias in in_memory_of(param)})
-
-
-def _check_release(walk: _Walk, release: fx.Node) -> None:
-    start = started_by(release)
-    if start in walk.released:
-        raise DoubleReleaseError(f"{bucket_label(members(start))} is released twice. Keep one release for each gather.")
-    walk.released.add(start)
-
-
-def _check_reads(walk: _Walk, node: fx.Node, sources: list[fx.Node]) -> None:
-    in_flight = sent_until(node) if model_collective(node) == WAIT_OF_MODEL else []
-    for source in (*sources, *in_flight):
-        if walk.has_gathers and source in walk.params:
-            raise ReadWithoutGatherError(
-                f"{info(source).fqn} is read by {describe(node)} without a gather. Read the result of its wait."
-            )
-        if source not in walk.owner:
-            continue
-        start, fqn = walk.owner[source]
-        if start in walk.released:
-            raise UseAfterReleaseError(
-                f"{fqn} is read by {describe(node)} after its release.\n"
-                "Release a parameter after its last reader, or gather it again."
-            )
-        if walk.started[start] is not walk.phase and members(start) not in walk.kept:
-            raise PhaseError(f"{fqn} is gathered in forward and read by {describe(node)} in backward. Gather it again.")
-
-
-def _check_writes(walk: _Walk, node: fx.Node) -> None:
-    """Parameters change between steps only."""
-    for target in written_by(node):
-        memory = memory_of(target)
-        if target in walk.owner or role(memory) is Role.PARAM:
-            fqn = walk.owner[target][1] if target in walk.owner else info(memory).fqn
-            raise ParameterWriteError(
-                f"{describe(node)} writes into {fqn}, of which other ranks and the next gather see nothing, or half.\n"
-                "Let it write into a clone; parameters change between steps only."
-            )
-
-
-def _check_nothing_in_flight(walk: _Walk, where: str) -> None:
-    for start in walk.started:
-        if start not in walk.waited:
-            raise MissingWaitError(f"{describe(start)} is still in flight at {where}. Give it a wait.")
-
-
-def _check_reduced_at_most_once(step: StepGraph) -> None:
-    reduced: dict[str, fx.Node] = {}
-    written: set[str] = set()
-    for slot in step.nodes(Role.WRITE_GRAD):
-        if grad_fqn(slot) in written:
-            raise GradientReduceError(f"The gradient of {grad_fqn(slot)} is written twice. Keep one write_grad.")
-        written.add(grad_fqn(slot))
-    for start in step.nodes(Role.REDUCE_SCATTER):
-        for slot in operands(start):
-            fqn = grad_fqn(slot)
-            if fqn in reduced:
-                raise GradientReduceError(f"The gradient of {fqn} is reduced twice. Keep one reduce_scatter.")
-            reduced[fqn] = start
+def _check_written_and_reduced_once(step: StepGraph) -> None:
+    written = [grad_fqn(slot) for slot in step.nodes(Role.WRITE_GRAD)]
+    reduced = [fqn for start in step.nodes(Role.REDUCE_SCATTER) for fqn in members(start)]
+    for fqns, done, word in ((written, "written", "write_grad"), (reduced, "reduced", "reduce_scatter")):
+        for fqn, times in Counter(fqns).items():
+            if times > 1:
+                raise GradientReduceError(f"The gradient of {fqn} is {done} twice. Keep one {word}.")
 
 
 def _check_gradient_memory(step: StepGraph) -> None:
-    """What is computed in a slot is what its write_grad takes, and nothing uses the slot from there on."""
+    """A write_grad takes the value that was computed in its slot, and nothing uses the slot afterwards."""
     slots = {grad_fqn(slot): slot for slot in step.nodes(Role.WRITE_GRAD)}
     for fqn, slot in slots.items():
         grad, memory = grad_of(slot), written_in_place(slot)
@@ -238,7 +231,7 @@ def _check_gradient_memory(step: StepGraph) -> None:
 
 
 def _check_buckets(step: StepGraph) -> None:
-    """Buckets are uniform, the same in every phase and for both collectives, and disjoint."""
+    """Buckets are uniform and disjoint, and have equal members in every phase and for both collectives."""
     bucket_of: dict[str, tuple[str, ...]] = {}
     for start in step.nodes(Role.ALL_GATHER):
         bucket = members(start)
@@ -260,49 +253,47 @@ def _check_buckets(step: StepGraph) -> None:
 
 
 def _check_wire_formats(step: StepGraph) -> None:
-    """What travels in another type is floating, gets narrower by it, and can be brought back."""
+    """A wire format casts or quantises floating elements, saves bytes, and can be undone."""
     for start in step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER):
         format = wire_format(start)
         if format is None:
             continue
-        payload = step.payload_of(start)
-        if step.sharding.shard_ranks == 1:
-            why = "a rank that is alone has no wire"
-        elif not payload.dtype.is_floating_point:
-            why = f"its bucket is of {payload.dtype}, which is not floating"
-        elif format.dtype.is_floating_point != (format.block_numel is None):
-            why = "floating types are cast, others quantised in blocks"
-        elif format.block_numel is not None and not is_gather(start):
-            why = "sums need a floating type"
-        elif format.block_numel is not None and step.bucket_of(start).interleaved:
-            why = "an interleaved layout cannot be quantised: its blocks would cross parameters"
-        elif step.travels(start).nbytes >= payload.nbytes:
-            why = f"that takes no fewer bytes than {payload.dtype}"
-        else:
-            continue
-        raise WireFormatError(f"{describe(start)} travels as {format}, but {why}.")
+        payload, interleaved = step.payload_of(start), step.bucket_of(start).interleaved
+        is_quantised = format.block_numel is not None
+        refusals = {
+            "a rank that is alone has no wire": step.sharding.shard_ranks == 1,
+            f"its bucket is of {payload.dtype}, which is not floating": not payload.dtype.is_floating_point,
+            "floating types are cast, others quantised in blocks": format.dtype.is_floating_point == is_quantised,
+            "sums need a floating type": is_quantised and not is_gather(start),
+            "an interleaved layout cannot be quantised: its blocks would cross parameters": is_quantised
+            and interleaved,
+            f"that takes no fewer bytes than {payload.dtype}": step.travels(start).nbytes >= payload.nbytes,
+        }
+        for why, holds in refusals.items():
+            if holds:
+                raise WireFormatError(f"{describe(start)} travels as {format}, but {why}.")
 
 
 def _check_inside_gathers(step: StepGraph) -> None:
-    """What is gathered from secondary shards was gathered across nodes before, in the same type."""
+    """A gather of secondary shards comes after a gather across nodes, which had an equal wire format."""
     left: dict[tuple[str, ...], WireFormat | None] = {}
     for start in step.nodes(Role.ALL_GATHER):
+        bucket, format = members(start), wire_format(start)
+        why = ""
         if not is_inside(start):
-            left[members(start)] = wire_format(start)
-            continue
-        if not step.sharding.shards_across:
+            left[bucket] = format
+        elif not step.sharding.shards_across:
             why = "all gathers do: nodes share no shards"
-        elif members(start) not in left:
+        elif bucket not in left:
             why = "no gather before it has crossed nodes"
-        elif left[members(start)] != wire_format(start):
-            why = f"what crossed nodes before travelled as {left[members(start)] or step.payload_of(start).dtype}"
-        else:
-            continue
-        raise InsideGatherError(f"{describe(start)} is to stay inside the node, but {why}.")
+        elif left[bucket] != format:
+            why = f"what crossed nodes before travelled as {left[bucket] or step.payload_of(start).dtype}"
+        if why:
+            raise InsideGatherError(f"{describe(start)} is to stay inside the node, but {why}.")
 
 
 def collectives(step: StepGraph) -> list[str]:
-    """The order of collectives, as text equal on two ranks exactly if the order, the buckets and the formats are.
+    """A line for each collective, in order. Ranks have equal lines if and only if order, buckets and formats agree.
 
     A collective of the model's own is named with its module: its group and its shape may differ between ranks.
     """

@@ -1,11 +1,11 @@
-"""With FXZERO_CHECK=1, run the graph after each pass and compare what it gives with the graph before the pass.
+"""With FXZERO_CHECK=1, run the graph after each pass and compare its results with those of the graph before the pass.
 
     capture          run on the example: outputs, gradients, input gradients, buffers, random state
-    pass 1           run again: the same, bit for bit
-    ...              a pass with a `tolerance` may change numbers as far as that allows
-    pass 5           differs: PassChangedNumbersError names the pass, the value and the first operator
+    pass 1           run again: results are equal, bit for bit
+    ...              a pass with a `tolerance` may change numbers as far as the tolerance allows
+    pass 5           results differ: PassChangedNumbersError names the pass, the value and the first operator
 
-Everything runs on one rank, at the full size of the model, whatever the world size of the plan; see `run_step.py`.
+Each graph runs on one rank, at the full size of the model, whatever the world size of the plan; see `run_step.py`.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, fx, nn
 
 from fxzero.capture.call import flatten_call
 from fxzero.errors import PassChangedNumbersError
 from fxzero.graph.step import Pass, StepGraph, copy_of
-from fxzero.planning.compare_results import difference, differences, largest_magnitude, nan_throughout
+from fxzero.planning.compare_results import differences, nan_throughout
 from fxzero.planning.example_values import example_values
 from fxzero.planning.run_passes import Observer, add_note
 from fxzero.planning.run_step import Results, copy_of_tensor, describe_operator, run_step
+from fxzero.torch_internals import tree_leaves
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +35,11 @@ VARIABLE = "FXZERO_CHECK"
 def pass_checks(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], passes: Sequence[Pass]
 ) -> list[Observer]:
-    """The observers that FXZERO_CHECK asks for, for one plan of a call of a model.
+    """The observers that the variable FXZERO_CHECK asks for, for one plan of a call of a model.
 
     Args:
-        args, kwargs: the call that was captured.
-        passes: the list that will run.
+        args, kwargs: the arguments of the call that was captured.
+        passes: the passes that will run.
 
     Raises:
         ValueError: FXZERO_CHECK has another value than 1, 0 or none.
@@ -50,14 +51,14 @@ def pass_checks(
 
 
 class CheckPasses:
-    """An observer of `run_passes` that runs each graph on the example, and refuses the first pass that differs.
+    """An observer of `run_passes` that runs each graph on the example, and refuses the first pass that changes results.
 
-    A value that already differs between two runs of the captured graph (operators on a GPU may add in any order) is not
-    compared.
+    A value that already differs between two runs of the captured graph is not compared: operators on a GPU may add in
+    any order.
 
     Args:
-        passes: the list that runs, for its length and the tolerances in it.
-        model: whose call was captured.
+        passes: the passes that will run.
+        model: the model whose call was captured.
         inputs: the tensors of the call.
 
     Raises:
@@ -69,13 +70,15 @@ class CheckPasses:
         self._tolerances = [float(getattr(each, "tolerance", 0.0)) for each in passes]
         self._model, self._inputs = model, inputs
         self._values: dict[str, Tensor] = {}
-        """What is fed to each placeholder."""
+        """The tensor that each placeholder is fed, by the name of its node."""
         self._step: StepGraph | None = None
-        """The graph before the next pass, and what it gives."""
+        """A copy of the graph before the next pass."""
         self._results: Results = {}
+        """The results of that graph."""
         self._unsteady: set[str] = set()
-        """The values that are not compared."""
+        """The names of values that are not compared."""
         self._seconds = 0.0
+        """Time that all checks of the present plan took."""
 
     def __call__(self, index: int, name: str, step: StepGraph) -> None:
         begin = time.perf_counter()
@@ -109,9 +112,9 @@ class CheckPasses:
             results = run_step(step, self._values)
         except RuntimeError as error:
             raise PassChangedNumbersError(f"{which}left a graph that cannot be run: {error}") from error
-        found = differences(self._results, results, tolerance)
-        what, how = next(((what, how) for what, how in found if what not in self._unsteady), ("", ""))
-        if what:
+        for what, how in differences(self._results, results, tolerance):
+            if what in self._unsteady:
+                continue
             node = self._first_node(step, tolerance)
             where = "All nodes that were there before have the same values: it lies in others, or in who reads which."
             if node is not None:
@@ -123,17 +126,17 @@ class CheckPasses:
         self._results = results
 
     def _first_node(self, step: StepGraph, tolerance: float) -> fx.Node | None:
-        """The first node in the order of `step` that the graph before has by name too, with another value."""
-        names = {node.name for node in step.graph.nodes}
-        before: dict[str, list[Tensor]] = {}
+        """The first node of `step` whose value differs from that of the node of this name in the graph before."""
+        names = {node.name for node in step.graph.nodes if node.op != "output"}
+        before: dict[str, Results] = {}
         found: list[fx.Node] = []
 
         def keep(node: fx.Node, value: Any) -> None:
             if node.name in names:
-                before[node.name] = [copy_of_tensor(tensor) for tensor in _tensors(value)]
+                before[node.name] = _copies(value)
 
         def compare(node: fx.Node, value: Any) -> None:
-            if not found and _differ(before.pop(node.name, []), _tensors(value), tolerance):
+            if not found and node.name in before and any(differences(before.pop(node.name), _copies(value), tolerance)):
                 found.append(node)
 
         assert self._step is not None
@@ -142,12 +145,7 @@ class CheckPasses:
         return next(iter(found), None)
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    """The tensors that a node gives: one, or those of a tuple."""
-    values = cast("Sequence[Any]", value) if isinstance(value, (tuple, list)) else [value]
-    return [each for each in values if isinstance(each, Tensor)]
-
-
-def _differ(before: Sequence[Tensor], after: Sequence[Tensor], tolerance: float) -> bool:
-    bound = tolerance * largest_magnitude(before) if tolerance else None
-    return any(difference(x, y, bound) is not None for x, y in zip(before, after, strict=False))
+def _copies(value: Any) -> Results:
+    """Copies of the tensors in the value of one node, in the form that `differences` takes."""
+    tensors = [copy_of_tensor(leaf) for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return {"value": {str(index): tensor for index, tensor in enumerate(tensors)}}

@@ -1,8 +1,10 @@
-"""Compare what two runs of a step gave: bit for bit, or within a tolerance.
+"""Compare the results of two runs of a step: bit for bit, or within a tolerance.
 
-Bit for bit: a NaN equals any NaN, and 0.0 differs from -0.0. Within a tolerance: two numbers may differ by as much as
-the tolerance times the largest magnitude among the values of the same kind, all gradients say; NaN and infinity stand
-in the same places; what is no floating-point number (a random state, the index of a maximum) is not compared.
+Bit for bit, a NaN equals any NaN, and 0.0 differs from -0.0.
+
+Within a tolerance, two numbers of a kind (all gradients, say) may differ by the tolerance times the largest magnitude
+of that kind. NaN and infinity must stand in the same places. Values that are not floating-point numbers, such as a
+random state or the index of a maximum, are not compared.
 """
 
 from __future__ import annotations
@@ -15,23 +17,20 @@ from torch import Tensor
 
 from fxzero.planning.run_step import Results
 
-_INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
 
 def differences(before: Results, after: Results, tolerance: float = 0.0) -> Iterable[tuple[str, str]]:
-    """The values that differ, in order: the name of each ("gradient of layers.0.weight"), and how, in words."""
+    """Pairs of a value's name ("gradient of layers.0.weight") and a text that says how it differs, in order."""
     for kind, values in before.items():
-        bound = tolerance * largest_magnitude(values.values())
+        bound = tolerance * largest_magnitude(values.values()) if tolerance else None
         for name in dict.fromkeys((*values, *after[kind])):
-            text = difference(values.get(name), after[kind].get(name), bound if tolerance else None)
+            text = difference(values.get(name), after[kind].get(name), bound)
             if text is not None:
                 yield f"{kind} {name}", text
 
 
 def largest_magnitude(values: Iterable[Any]) -> float:
     """The largest finite magnitude in floating-point tensors; 0.0 if there is none."""
-    tensors = [value for value in values if isinstance(value, Tensor) and _is_floating(value) and value.numel()]
-    magnitudes = [_wide(tensor).abs() for tensor in tensors]
+    magnitudes = [_wide(value).abs() for value in values if _has_floats(value)]
     return max((float(each.where(each.isfinite(), 0).max()) for each in magnitudes), default=0.0)
 
 
@@ -39,13 +38,13 @@ def difference(before: Any, after: Any, bound: float | None = None) -> str | Non
     """How two values differ, in words; None if they do not.
 
     Args:
-        bound: the most by which two numbers may differ; None compares bits.
+        bound: the largest difference of two numbers that is allowed; None compares bits.
     """
-    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
-        return None if _is_same_object(before, after) else f"was {_kind_of(before)} and is {_kind_of(after)}"
-    if (before.shape, before.dtype) != (after.shape, after.dtype):
-        return f"was {_kind_of(before)} and is {_kind_of(after)}"
-    where = differing(before, after, bound)
+    both_tensors = isinstance(before, Tensor) and isinstance(after, Tensor)
+    if not both_tensors or (before.shape, before.dtype) != (after.shape, after.dtype):
+        is_same = not both_tensors and type(before) is type(after) and before == after
+        return None if is_same else f"was {_kind_of(before)} and is {_kind_of(after)}"
+    where = _differing(before, after, bound)
     count = int(where.sum())
     if count == 0:
         return None
@@ -56,46 +55,35 @@ def difference(before: Any, after: Any, bound: float | None = None) -> str | Non
     return f"differs in {count:,} of {before.numel():,} elements{beyond}; the first{place} was {was!r} and is {now!r}"
 
 
-def differing(before: Tensor, after: Tensor, bound: float | None = None) -> Tensor:
-    """True at the elements that differ, of two tensors of one shape and dtype."""
-    if not _is_floating(before):
+def _differing(before: Tensor, after: Tensor, bound: float | None) -> Tensor:
+    """True at the elements that differ; the tensors have one shape and dtype."""
+    if not _has_floats(before):
         return before != after if bound is None else torch.zeros_like(before, dtype=torch.bool)
-    if bound is None:
-        where = _bits(before) != _bits(after)
-        return where.any(-1) if before.is_complex() else where
+    if bound is None and before.is_complex():
+        return _differing(before.real, after.real, None) | _differing(before.imag, after.imag, None)
     x, y = _wide(before), _wide(after)
-    return ~((x == y) | ((x - y).abs() <= bound) | (x.isnan() & y.isnan()))
+    are_equal = (x == y) & (x.signbit() == y.signbit()) if bound is None else (x == y) | ((x - y).abs() <= bound)
+    return ~(are_equal | (x.isnan() & y.isnan()))
 
 
 def nan_throughout(results: Results) -> Collection[str]:
-    """The names of values that are NaN in every element, so that no difference can be seen in them."""
+    """The names of values that are NaN in every element, in which no difference can be seen."""
     return [
         f"{kind} {name}"
         for kind, values in results.items()
         for name, value in values.items()
-        if isinstance(value, Tensor) and _is_floating(value) and value.numel() and _wide(value).isnan().all()
+        if _has_floats(value) and _wide(value).isnan().all()
     ]
 
 
-def _is_floating(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
+def _has_floats(value: Any) -> bool:
+    """True for a tensor of at least one floating-point number, real or complex."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()) and value.numel() > 0
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """In a type that has all operators and holds every difference."""
+    """The tensor in a dtype that has all operators and represents every difference."""
     return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """The bits of each number as an integer, one and the same for every NaN; two integers for a complex number."""
-    tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor.resolve_neg()
-    bits = tensor.view(_INTEGER_OF_SIZE[tensor.dtype.itemsize])
-    is_nan = tensor.float().isnan() if tensor.dtype.itemsize == 1 else tensor.isnan()
-    return bits.masked_fill(is_nan, torch.iinfo(bits.dtype).max)
-
-
-def _is_same_object(before: Any, after: Any) -> bool:
-    return type(before) is type(after) and not isinstance(before, Tensor) and before == after
 
 
 def _kind_of(value: Any) -> str:

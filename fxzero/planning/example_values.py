@@ -1,7 +1,7 @@
-"""A value for every placeholder of a captured step: the model's and the example's own where they are at hand.
+"""A value for every placeholder of a captured step: the model's and the example's own where this rank has them.
 
-What is not there (a parameter of which this rank holds a part, anything on the meta device, every tangent) gets values
-that are the same in every run and keep activations finite.
+Other tensors get made-up values: a parameter of which this rank holds a part, anything on the meta device, every
+tangent. They are equal in every run and keep activations finite.
 """
 
 from __future__ import annotations
@@ -15,18 +15,16 @@ from torch import Tensor, fx, nn
 from fxzero.graph.nodes import Role, info, role, tensor_bytes
 from fxzero.graph.step import StepGraph
 
-_SEED = 0
-
 
 def example_values(step: StepGraph, model: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
     """A tensor for each placeholder, by the name of its node.
 
     Args:
-        step: as captured, or after any passes.
-        model: whose call was captured.
+        step: a captured step, before or after any passes.
+        model: the model whose call was captured.
         inputs: the tensors of the call, in the order of `flatten_call`.
     """
-    generator = torch.Generator().manual_seed(_SEED)
+    generator = torch.Generator().manual_seed(0)
     paths = (info(node).fqn for node in step.nodes(Role.INPUT))
     real: dict[tuple[Role, str], Tensor] = {
         **{(Role.PARAM, fqn): param.detach() for fqn, param in model.named_parameters()},
@@ -40,16 +38,16 @@ def example_values(step: StepGraph, model: nn.Module, inputs: Sequence[Tensor]) 
         if value is None or value.is_meta or value.numel() != like.numel():
             value = _made_up(node, generator)
         if role(node) is Role.PARAM:
-            value = value.reshape(like.shape)  # the shard of a rank that holds all of it is flat
+            value = value.reshape(like.shape)  # a shard that holds the whole parameter is flat
         values[node.name] = value.to(like.device) if like.device.type != "meta" else value
     return values
 
 
 def _made_up(node: fx.Node, generator: torch.Generator) -> Tensor:
-    """A CPU tensor of the geometry of a placeholder: bools alternate, integers are 0, floats are of the size of 1.
+    """A CPU tensor of the geometry of a placeholder: bools alternate, integers are 0, floats have magnitudes around 1.
 
-    Parameters are scaled by the length of a row, so that sums over one are of that size too. Inputs and buffers are
-    positive: one may be a variance.
+    Parameters are scaled by the length of a row, so that sums over a row have magnitudes around 1 too. Inputs and
+    buffers are positive, because one of them may be a variance.
     """
     like: Tensor = node.meta["val"]
     span = tensor_bytes(like) // like.dtype.itemsize
