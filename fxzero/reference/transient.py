@@ -21,7 +21,7 @@ from torch import fx
 
 from fxzero.graph.layout import ALIGNMENT_BYTES, align
 from fxzero.graph.nodes import Role, role, started_by
-from fxzero.memory.arena_plan import Placed
+from fxzero.memory.arena_plan import Place, Placed
 from fxzero.memory.lifetimes import Buffer
 from fxzero.runtime.binding import Binder
 from fxzero.runtime.cuda_streams import Events
@@ -35,7 +35,7 @@ class TransientMemory(Arena):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self._storages: dict[tuple[str, fx.Node], torch.UntypedStorage] = {}
+        self._storages: dict[Place, torch.UntypedStorage] = {}
         self._at: dict[int, torch.UntypedStorage] = {}
         self._end = 0
         self._opened: list[torch.UntypedStorage] = []
@@ -45,7 +45,7 @@ class TransientMemory(Arena):
 
     def spread(self, placed: Placed) -> Placed:
         """Offsets at which no two buffers overlap, by which `view` knows them."""
-        spread: dict[tuple[str, fx.Node], tuple[Buffer, int]] = {}
+        spread: dict[Place, tuple[Buffer, int]] = {}
         for key, (buffer, _) in placed.items():
             if key not in self._storages:
                 self._storages[key] = torch.empty(0, dtype=torch.uint8, device=self.device).untyped_storage()

@@ -33,6 +33,7 @@ from fxzero.graph.nodes import (
 from fxzero.graph.variant import Stash, Variant
 from fxzero.graph.wire import SCALE_DTYPE
 from fxzero.memory.arena_plan import Placed, is_partial, scratch_nbytes
+from fxzero.memory.lifetimes import Kind
 from fxzero.planning.codegen import NAMES_IN_SOURCE, PLACE_PREFIX, Code
 from fxzero.planning.plan import VariantPlan
 from fxzero.runtime.cuda_streams import Events, bind_events
@@ -98,7 +99,7 @@ class Binder:
             self._bind_unsharded()
         self._bind_static()
         for node in code.placed:
-            offset, value = self.placed["temporary", node][1], node.meta["val"]
+            offset, value = self.placed[Kind.TEMPORARY, node][1], node.meta["val"]
             names[f"{PLACE_PREFIX}{node.name}"] = self.arena.view(offset, value.numel(), value.dtype).view(value.shape)
         self.finish()
         if events is not None:
@@ -164,7 +165,7 @@ class Binder:
                 continue
             start = started_by(node)
             calls.append(self.names[start.name if node is start else f"wait_{start.name}"])
-            if ("staging", start) in self.placed and self.shards.device.type == "cuda":
+            if (Kind.STAGING, start) in self.placed and self.shards.device.type == "cuda":
                 calls.append(partial(torch.cuda.synchronize, self.shards.device))  # no event of the schedule covers it
         return calls
 
@@ -185,7 +186,7 @@ class Binder:
         bucket = self._layout_bucket(start)
         shard = full = self.shards.params.parts[bucket]
         if not self.comm.gathers_in_place:
-            full = self._view("gather", start, bucket.gathered)
+            full = self._view(Kind.GATHER, start, bucket.gathered)
         self.gathered[start] = unflatten(bucket, full)
         if self.step.is_staged(start):
             bound = self._bind_staged_gather(start, bucket, shard, full)
@@ -214,11 +215,11 @@ class Binder:
     def _bind_staged_gather(self, start: fx.Node, bucket: Bucket, shard: torch.Tensor, full: torch.Tensor) -> Bound:
         """Gather into a staging buffer; what is sent in another type is a row of it, or of a secondary shard."""
         travels, format = self.step.travels(start), wire_format(start)
-        staging, work = self._view("staging", start, travels), None
+        staging, work = self._view(Kind.STAGING, start, travels), None
         if format is not None:
-            if ("quantize", start) in self.placed:
+            if (Kind.QUANTIZE, start) in self.placed:
                 numel, dtype = bucket.shard_numel, SCALE_DTYPE
-                work = self.arena.view(self.placed["quantize", start][1], numel, dtype)
+                work = self.arena.view(self.placed[Kind.QUANTIZE, start][1], numel, dtype)
             row = self._own_row(start, staging)
             if not is_inside(start):
                 self.copies[start] = pack(format, shard, row, work)
@@ -237,7 +238,7 @@ class Binder:
             return staging.split(row_numel)[self.comm.rank]
         return self.shards.secondaries.parts[within].split(row_numel)[self.comm.rank % self.comm.sharding.num_nodes]
 
-    def _view(self, kind: str, start: fx.Node, payload: Payload) -> torch.Tensor:
+    def _view(self, kind: Kind, start: fx.Node, payload: Payload) -> torch.Tensor:
         """The memory of a collective in the arena, flat, `[payload.numel]`."""
         return self.arena.view(self.placed[kind, start][1], payload.numel, payload.dtype)
 
@@ -249,10 +250,10 @@ class Binder:
         """Bind one reduce-scatter, and the slots of its bucket."""
         bucket, variant = self._layout_bucket(start), self.variant
         shard = full = self.shards.grad_shard(bucket)
-        in_arena, is_staged = ("gradient", start) in self.placed, self.step.is_staged(start)
+        in_arena, is_staged = (Kind.GRADIENT, start) in self.placed, self.step.is_staged(start)
         if in_arena:
-            full = self._view("gradient", start, bucket.gradients)
-        sent = self._view("staging", start, self.step.travels(start)) if is_staged else full
+            full = self._view(Kind.GRADIENT, start, bucket.gradients)
+        sent = self._view(Kind.STAGING, start, self.step.travels(start)) if is_staged else full
         clear = _padding(bucket, full) if in_arena else []
         if in_arena and is_partial(self.step, start):
             bound = self._bind_partial(bucket, start, sent)
@@ -279,7 +280,7 @@ class Binder:
         self, shard: torch.Tensor, bucket: Bucket, start: fx.Node, sent: torch.Tensor, *, accumulate: bool
     ) -> Bound:
         """Average what is sent, in the collective's wire format, into a shard."""
-        placed, format = self.placed.get(("scratch", start)), wire_format(start)
+        placed, format = self.placed.get((Kind.SCRATCH, start)), wire_format(start)
         nbytes = scratch_nbytes(self.step, self.comm.backend, start, accumulate=accumulate)
         scratch = self.arena.view(placed[1], nbytes, torch.uint8) if placed else None
         if format is not None:
@@ -291,7 +292,7 @@ class Binder:
 
     def _bind_partial(self, bucket: Bucket, start: fx.Node, sent: torch.Tensor) -> Bound:
         """Reduce a whole bucket aside and keep the slices of some members."""
-        room = self.arena.view(self.placed["partial", start][1], bucket.shard_numel, bucket.dtypes.shard)
+        room = self.arena.view(self.placed[Kind.PARTIAL, start][1], bucket.shard_numel, bucket.dtypes.shard)
         bound = self._reduce_into(room, bucket, start, sent, accumulate=False)
         keep: list[Callable[[], object]] = []
         for param in bucket.params:
