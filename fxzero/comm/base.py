@@ -43,8 +43,10 @@ class Bound(NamedTuple):
 
 
 def in_turn(*functions: Callable[[], object] | None) -> Callable[[], object]:
-    """One function that calls those that are there, in order."""
+    """One function that calls those functions that are not None, in order."""
     calls = [function for function in functions if function is not None]
+    if len(calls) == 1:
+        return calls[0]
 
     def all_of_them() -> None:
         for call in calls:

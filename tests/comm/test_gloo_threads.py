@@ -63,7 +63,7 @@ def compiled(rank: int, world_size: int, short: bool, without: str) -> tuple[int
     zero = fxzero.compile(nn.Linear(4, 4), short_gloo_slices=short, without=without or ())
     zero(torch.ones(2, 4)).sum().backward()
     after = _of_new_threads(_slices())
-    return len(before), len(before.keys() & after.keys()), isinstance(engine_of(zero).comm, ListGlooComm)
+    return len(before), len(before.keys() & after.keys()), isinstance(engine_of(zero).sharded.comm, ListGlooComm)
 
 
 @needs_slices
