@@ -22,7 +22,8 @@ from torch import nn
 from benchmarks.about import heading
 from fxzero.capture import capture
 from fxzero.comm.gloo import GLOO
-from fxzero.cost.job_costs import CostModel, choose_sizes, optimizer_bytes
+from fxzero.cost.choose_sizes import choose_sizes
+from fxzero.cost.job_costs import CostModel, optimizer_bytes
 from fxzero.cost.model import GBIT, Cluster, Device, Link
 from fxzero.graph.devices import Devices
 from fxzero.graph.recipe import Recipe

@@ -15,7 +15,8 @@ from torch import nn
 
 from fxzero.capture import capture
 from fxzero.comm.make import backend_for
-from fxzero.cost.job_costs import CostModel, choose_sizes, optimizer_bytes
+from fxzero.cost.choose_sizes import choose_sizes
+from fxzero.cost.job_costs import CostModel, optimizer_bytes
 from fxzero.cost.model import Cluster
 from fxzero.graph.devices import Devices
 from fxzero.graph.layout import LayoutName

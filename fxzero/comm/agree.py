@@ -49,12 +49,7 @@ def agree(group: Group | None, topic: str, lines: Sequence[str], *, timeout: tim
             a group with other members, or did not come in time. Raised on every rank of the group.
         CommunicationError: the store is gone.
     """
-    try:
-        agreement = _enter(group, topic)
-        if agreement is not None:
-            agreement.run(list(lines), timeout.total_seconds())
-    except RuntimeError as error:
-        raise _lost_store(topic, error) from error
+    _compare(group, topic, lines, timeout, may_differ=False)
 
 
 def exchange(group: Group | None, topic: str, lines: Sequence[str], *, timeout: timedelta) -> list[list[str]]:
@@ -62,11 +57,21 @@ def exchange(group: Group | None, topic: str, lines: Sequence[str], *, timeout: 
 
     Raises: as `agree`, but for a difference.
     """
+    return _compare(group, topic, lines, timeout, may_differ=True) or [list(lines)]
+
+
+def _compare(
+    group: Group | None, topic: str, lines: Sequence[str], timeout: timedelta, *, may_differ: bool
+) -> list[list[str]]:
+    """See `Agreement.run`; empty where there is nobody to agree with."""
     try:
         agreement = _enter(group, topic)
-        return [list(lines)] if agreement is None else agreement.exchange(list(lines), timeout.total_seconds())
+        return [] if agreement is None else agreement.run(list(lines), timeout.total_seconds(), may_differ=may_differ)
     except RuntimeError as error:
-        raise _lost_store(topic, error) from error
+        raise CommunicationError(
+            f"Rank {dist.get_rank()} lost the store of the process group while ranks compared their {topic}: {error}\n"
+            "The process that hosts it (rank 0, where torchrun does not) has ended: its own error says why."
+        ) from error
 
 
 def remember(group: Group | None, name: str, line: str) -> None:
@@ -87,18 +92,10 @@ def recall(group: Group | None, name: str) -> str | None:
     return torch_internals.default_store().get(key).decode()
 
 
-def _lost_store(topic: str, error: RuntimeError) -> CommunicationError:
-    return CommunicationError(
-        f"Rank {dist.get_rank()} lost the store of the process group while ranks compared their {topic}: {error}\n"
-        "The process that hosts it (rank 0, where torchrun does not) has ended: its own error says why."
-    )
-
-
 def report_failure(group: Group | None, topic: str, error: BaseException) -> None:
     """Tell the ranks that wait, or will wait, in the next agreement on this topic that this rank does not come."""
     with contextlib.suppress(RuntimeError):  # what matters is the error that is being reported
-        agreement = _enter(group, topic)
-        if agreement is not None:
+        if agreement := _enter(group, topic):
             agreement.post(f"{type(error).__name__}: {error}")
 
 
@@ -166,36 +163,27 @@ class Agreement:
         store = PrefixStore(f"{_prefix(topic, members)}/{number}", job)
         return cls(job, store, topic, members, rank, number)
 
-    def run(self, lines: list[str], timeout_s: float) -> None:
-        """Post the lines and wait for the others; raises what `agree` raises."""
-        self._post_and_wait(lines, timeout_s, may_differ=False)
-        self._leave()
+    def run(self, lines: list[str], timeout_s: float, *, may_differ: bool = False) -> list[list[str]]:
+        """Post the lines and wait for the others; raises what `agree` raises.
 
-    def exchange(self, lines: list[str], timeout_s: float) -> list[list[str]]:
-        """Post the lines and wait for the others: what each of them has."""
-        self._post_and_wait(lines, timeout_s, may_differ=True)
-        posts = [self._read(rank) for rank in self.members]
-        self._leave()
-        return [post for post in posts if isinstance(post, list)]
-
-    def _post_and_wait(self, lines: list[str], timeout_s: float, *, may_differ: bool) -> None:
+        Returns:
+            The lines of all members if they may differ, else nothing.
+        """
         waiting_key = f"fxzero/{self.topic}/waiting/{self.rank}"
         self.job.set(waiting_key, json.dumps([self.members, self.number]))
         self.post(lines, may_differ=may_differ)
         self._wait_for_all(timeout_s)
         self.job.set(waiting_key, "")
-
-    def _leave(self) -> None:
-        """Remove all keys, as the last one to read them."""
-        if self.store.add("left", 1) == len(self.members):
+        posts = [self._read(rank) for rank in self.members] if may_differ else []
+        if self.store.add("left", 1) == len(self.members):  # the last one to read removes all keys
             for key in (*map(str, self.members), "first", "arrived", "left"):
                 self.store.delete_key(key)
+        return [post for post in posts if isinstance(post, list)]
 
     def post(self, posted: Posted, *, may_differ: bool = False) -> None:
         """Say what this rank has, and raise the alarm if that is an error, or not what the first one had."""
-        data = json.dumps(posted).encode()
-        digest = hashlib.sha256(data).hexdigest()
-        self.store.set(str(self.rank), base64.b64encode(zlib.compress(data)).decode())
+        self._write(posted)
+        digest = hashlib.sha256(json.dumps(posted).encode()).hexdigest()
         first: bytes = self.store.compare_set("first", "", digest)
         if isinstance(posted, str) or not (may_differ or first.decode() == digest):
             self.store.set("alarm", "1")
@@ -230,6 +218,9 @@ class Agreement:
         _poll(lambda: self.store.add("left", 0) >= len(posts))
         raise RankMismatchError(describe(self.topic, self.members, posts))
 
+    def _write(self, posted: Posted) -> None:
+        self.store.set(str(self.rank), base64.b64encode(zlib.compress(json.dumps(posted).encode())).decode())
+
     def _read(self, rank: int) -> Posted:
         data: bytes = self.store.get(str(rank))
         return json.loads(zlib.decompress(base64.b64decode(data)))
@@ -255,7 +246,7 @@ class Agreement:
 
     def _fail(self, text: str) -> NoReturn:
         """Raise, and let the others of the group know why."""
-        self.store.set(str(self.rank), base64.b64encode(zlib.compress(json.dumps(text).encode())).decode())
+        self._write(text)
         self.store.set("alarm", "1")
         raise RankMismatchError(text)
 

@@ -35,11 +35,16 @@ class Backend(ABC):
         """Bytes that the wait of a reduce-scatter reads and writes, on the device that computes."""
 
 
-class Alone(Backend):
-    """One rank: no memory for others, and no work."""
+class NativeBackend(Backend):
+    """A backend that reduces by itself, such as NCCL: only a sum that is added to a shard needs memory of ours.
+
+    It has also the numbers of a rank that is alone, which are all 0.
+    """
 
     def reduce_scratch_numel(self, payload: Payload, sharding: Sharding, *, accumulate: bool) -> int:
-        return 0
+        if sharding.shards_across:  # between the stages, the sums of a node need memory too
+            return (sharding.num_nodes + accumulate) * payload.slice_numel
+        return accumulate * payload.slice_numel if sharding.shard_ranks > 1 else 0
 
     def gather_wait_bytes(self, payload: Payload) -> int:
         return 0

@@ -13,13 +13,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 from torch import Tensor
 
-from fxzero.comm.backend import Alone, Backend
+from fxzero.comm.backend import Backend, NativeBackend
 from fxzero.graph.layout import Payload
 from fxzero.graph.sharding import Sharding
+
+Stage: TypeAlias = tuple[Callable[[], object], Callable[[], object]]
+"""The start and the wait of a collective, or of a part of one, that has both."""
 
 
 class Bound(NamedTuple):
@@ -28,14 +31,22 @@ class Bound(NamedTuple):
     start: Callable[[], object] | None
     wait: Callable[[], object] | None
 
+    @property
+    def stage(self) -> Stage:
+        """Both parts of a collective over several ranks, which always has something to do."""
+        assert self.start is not None and self.wait is not None
+        return self.start, self.wait
+
     def then(self, *work: Callable[[], object] | None) -> Bound:
         """The same, whose wait is followed by work, if there is some."""
         return Bound(self.start, in_turn(self.wait, *work)) if any(work) else self
 
 
 def in_turn(*functions: Callable[[], object] | None) -> Callable[[], object]:
-    """One function that calls those that are there, in order."""
+    """One function that calls those functions that are not None, in order."""
     calls = [function for function in functions if function is not None]
+    if len(calls) == 1:
+        return calls[0]
 
     def all_of_them() -> None:
         for call in calls:
@@ -162,7 +173,7 @@ class Comm(ABC):
 class LocalComm(Comm):
     """One rank: the shard is the whole bucket."""
 
-    backend = Alone()
+    backend = NativeBackend()
 
     def __init__(self) -> None:
         super().__init__(0, Sharding())

@@ -12,7 +12,6 @@ reduce-scatter is an all-reduce inside: twice the bytes, in no fixed order.
 
 from __future__ import annotations
 
-import contextlib
 import zlib
 from collections.abc import Iterable, Sequence
 
@@ -20,9 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fxzero.comm.backend import Backend
-from fxzero.comm.base import Bound
+from fxzero.comm.base import Bound, Stage
 from fxzero.comm.group import GroupComm
-from fxzero.errors import CommunicationError
 from fxzero.graph.layout import Payload
 from fxzero.graph.sharding import Sharding
 
@@ -72,103 +70,85 @@ class GlooComm(GroupComm):
         self._divisor = self.shard_ranks if divisor is None else divisor
         self._peers = [(self.rank + step) % self.shard_ranks for step in range(1, self.shard_ranks)]
         """Who is sent to, in order; every rank starts with another one."""
-        self._unsent: list[tuple[dist.Work, str]] = []
-        self._in_flight: list[list[dist.Work]] = []
-        """Of each collective that was started in this phase: what is still waited for."""
 
     def bind_gather(self, payload: Payload, shard: Tensor, full: Tensor) -> Bound:
-        send, recv, lost, unsent = self.group.send, self.group.recv, self.lost, self._unsent
-        what, tag = self.what("all-gather", payload), message_tag("all_gather", payload)
         slices = full.split(payload.slice_numel)
         own = slices[self.rank]
-        copies_own = own.data_ptr() != shard.data_ptr()
-        receives = [([slices[peer]], peer) for peer in self._peers]
-        message, peers = [shard], self._peers
-        received: list[dist.Work] = []
-        in_flight, entry = self._in_flight, (received,)
-
-        def start() -> None:
-            nonlocal received, unsent, in_flight
-            in_flight += entry
-            try:
-                for into, peer in receives:
-                    received += (recv(into, peer, tag),)
-                for peer in peers:
-                    if copies_own:
-                        unsent += ((send(message, peer, tag), what),)
-                    else:
-                        received += (send(message, peer, tag),)
-            except RuntimeError as error:
-                raise lost(what, error) from error
-
-        def wait() -> None:
-            if copies_own:
-                own.copy_(shard)
-            try:
-                for work in received:
-                    work.wait()
-            except RuntimeError as error:
-                raise lost(what, error) from error
-            finally:
-                del received[:]
-
-        return Bound(start, wait)
+        stage = self.bind_messages(
+            self.what("all-gather", payload),
+            message_tag("all_gather", payload),
+            [(slices[peer], peer) for peer in self._peers],
+            [(shard, peer) for peer in self._peers],
+            copied=(own, shard) if own.data_ptr() != shard.data_ptr() else None,
+        )
+        return Bound(*stage)
 
     def bind_exchange(self, payload: Payload, sent: Tensor, received: Sequence[Tensor]) -> Bound:
         slices = sent.split(payload.slice_numel)
-        return self.bind_messages(
+        stage = self.bind_messages(
             self.what("reduce-scatter", payload),
             message_tag("reduce_scatter", payload),
             [(received[peer], peer) for peer in self._peers],
             [(slices[peer], peer) for peer in self._peers],
         )
+        return Bound(*stage)
 
     def bind_messages(
-        self, what: str, tag: int, receives: Iterable[tuple[Tensor, int]], sends: Iterable[tuple[Tensor, int]]
-    ) -> Bound:
+        self,
+        what: str,
+        tag: int,
+        receives: Iterable[tuple[Tensor, int]],
+        sends: Iterable[tuple[Tensor, int]],
+        *,
+        copied: tuple[Tensor, Tensor] | None = None,
+    ) -> Stage:
         """Messages from and to ranks of this group; the wait is over when all have come and gone.
 
         Args:
-            what: the exchange in error texts.
-            tag: of all its messages.
+            what: the name of the exchange in error texts.
+            tag: the tag of all its messages.
             receives: where to put what each rank sends; a message without elements is none.
             sends: what to send to each rank.
+            copied: destination and source of a copy at the wait. The source then stays as it is until `drain`, which
+                waits until all messages have gone; the wait is over when all have come.
         """
         send, recv, lost = self.group.send, self.group.recv, self.lost
         incoming = [([into], peer) for into, peer in receives if into.numel()]
         outgoing = [([message], peer) for message, peer in sends if message.numel()]
-        works: list[dist.Work] = []
-        in_flight, entry = self._in_flight, (works,)
+        awaited: list[dist.Work] = []
+        sending: list[dist.Work] = awaited if copied is None else []
+        in_flight, entries = self._in_flight, [(works, what) for works in (awaited, sending)[: 1 + bool(copied)]]
 
         def start() -> None:
-            nonlocal works, in_flight
-            in_flight += entry
+            nonlocal awaited, sending, in_flight
+            in_flight += entries
             try:
                 for into, peer in incoming:
-                    works += (recv(into, peer, tag),)
+                    awaited += (recv(into, peer, tag),)
                 for message, peer in outgoing:
-                    works += (send(message, peer, tag),)
+                    sending += (send(message, peer, tag),)
             except RuntimeError as error:
                 raise lost(what, error) from error
 
         def wait() -> None:
+            if copied is not None:
+                copied[0].copy_(copied[1])
             try:
-                for work in works:
+                for work in awaited:
                     work.wait()
             except RuntimeError as error:
                 raise lost(what, error) from error
             finally:
-                del works[:]
+                del awaited[:]
 
-        return Bound(start, wait)
+        return start, wait
 
     def bind_reduce(
         self, payload: Payload, full: Tensor, scratch: Tensor | None, shard: Tensor, *, accumulate: bool
     ) -> Bound:
         own, divisor = full.split(payload.slice_numel)[self.rank], self._divisor
         terms = self._terms(payload, own, scratch, shard, accumulate)
-        start, all_came = self.bind_exchange(payload, full, terms)
-        assert all_came is not None
+        start, all_came = self.bind_exchange(payload, full, terms).stage
         total = terms[1 if self.rank == 0 else 0]  # of two terms the order does not matter: g1 + g0 is g0 + g1
         addends = [term for term in terms if term is not total]
 
@@ -194,23 +174,3 @@ class GlooComm(GroupComm):
         blocks = [] if room is None else list(room.split(payload.slice_numel))
         landing = iter(blocks if accumulate else [shard, *blocks])
         return [own if rank == self.rank else next(landing) for rank in range(self.shard_ranks)]
-
-    def drain(self) -> None:
-        unsent, what = self._unsent, ""
-        try:
-            for work, what in unsent:  # noqa: B007 (the error names it)
-                work.wait()
-        except RuntimeError as error:
-            raise self.lost(what, error) from error
-        finally:
-            del unsent[:]
-            del self._in_flight[:]
-
-    def abandon(self) -> None:
-        for works in self._in_flight:
-            for work in works:
-                with contextlib.suppress(RuntimeError):
-                    work.wait()
-            del works[:]
-        with contextlib.suppress(CommunicationError):
-            self.drain()

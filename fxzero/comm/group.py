@@ -27,6 +27,8 @@ class GroupComm(Comm):
         self.group = group
         self.called = f"Rank {self.rank} of {self.shard_ranks}"
         """This rank in error texts."""
+        self._in_flight: list[tuple[list[dist.Work], str]] = []
+        """The messages of each collective started in this phase that are not waited for yet, and its name in errors."""
 
     def all_reduce(self, tensor: Tensor, op: Literal["sum", "max"] = "sum") -> None:
         try:
@@ -56,6 +58,26 @@ class GroupComm(Comm):
         slices = None if full is None else list(as_bytes(full).chunk(self.shard_ranks))
         with self._named(f"a gather of {shard.nbytes} bytes per rank"):
             dist.gather(as_bytes(shard), slices, group=self.group, group_dst=0)
+
+    def drain(self) -> None:
+        what = ""
+        try:
+            for works, what in self._in_flight:  # noqa: B007 (the error names it)
+                for work in works:
+                    work.wait()
+                del works[:]
+        except RuntimeError as error:
+            raise self.lost(what, error) from error
+        finally:
+            del self._in_flight[:]
+
+    def abandon(self) -> None:
+        for works, _ in self._in_flight:
+            for work in works:
+                with contextlib.suppress(RuntimeError):
+                    work.wait()
+            del works[:]
+        del self._in_flight[:]
 
     def what(self, word: str, payload: Payload) -> str:
         """A bound collective in error texts."""

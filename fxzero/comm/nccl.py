@@ -13,29 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fxzero import torch_internals
-from fxzero.comm.backend import Backend
+from fxzero.comm.backend import NativeBackend
 from fxzero.comm.base import Bound
 from fxzero.comm.group import GroupComm
 from fxzero.graph.layout import Payload
-from fxzero.graph.sharding import Sharding
 
-
-class NcclBackend(Backend):
-    """What is added to a shard needs a place; all else NCCL does itself."""
-
-    def reduce_scratch_numel(self, payload: Payload, sharding: Sharding, *, accumulate: bool) -> int:
-        if sharding.shards_across:  # a slice between the stages
-            return (sharding.num_nodes + accumulate) * payload.slice_numel
-        return accumulate * payload.slice_numel if sharding.shard_ranks > 1 else 0
-
-    def gather_wait_bytes(self, payload: Payload) -> int:
-        return 0
-
-    def reduce_wait_bytes(self, payload: Payload) -> int:
-        return 0
-
-
-NCCL = NcclBackend()
+NCCL = NativeBackend()
 
 
 class NcclComm(GroupComm):

@@ -15,24 +15,20 @@ Source: MiCS (arXiv:2205.00119), 2-hop gradient synchronization, here of every b
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fxzero.comm.base import Bound, Comm, LocalComm, in_turn
+from fxzero.comm.base import Bound, Comm, LocalComm, Stage, in_turn
 from fxzero.comm.gloo import GLOO, GlooComm, message_tag
 from fxzero.comm.group import GroupComm
 from fxzero.comm.nccl import NCCL, NcclComm
 from fxzero.graph.layout import Payload
 from fxzero.graph.sharding import Axis, Placement, Sharding
-
-Stage = tuple[Callable[[], object], Callable[[], object]]
-"""The start and the end of a part of a collective."""
 
 
 class HierarchicalComm(Comm):
@@ -52,11 +48,6 @@ class HierarchicalComm(Comm):
 
     def bind_gather(self, payload: Payload, shard: Tensor, full: Tensor) -> Bound:
         return self.inside.bind_gather(payload, shard, full)
-
-    @abstractmethod
-    def bind_reduce(
-        self, payload: Payload, full: Tensor, scratch: Tensor | None, shard: Tensor, *, accumulate: bool
-    ) -> Bound: ...
 
     def all_reduce(self, tensor: Tensor, op: Literal["sum", "max"] = "sum") -> None:
         """Inside the node, which has all shards once; other nodes come to the same."""
@@ -141,7 +132,7 @@ class GlooHierarchy(HierarchicalComm):
         else:
             result = aside
             within = self.inside.bind_reduce(payload, full, room, aside, accumulate=False)
-            stages = [cast("Stage", tuple(within))]
+            stages = [within.stage]
             stages += self._across.bind_all_reduce(payload, aside, full, aside, divisor)
         chain, under_way = Chain(stages), self._under_way
 
@@ -243,8 +234,7 @@ class GlooAcross(GlooComm):
         finish: Callable[[], object] | None = None,
     ) -> Stage:
         """Messages from and to other nodes; `finish` is called when all have come and gone."""
-        bound = self.bind_messages(self.what(word, payload), message_tag(word, payload), receives, sends)
-        start, all_came = cast("Stage", tuple(bound))
+        start, all_came = self.bind_messages(self.what(word, payload), message_tag(word, payload), receives, sends)
         if finish is None:
             return start, all_came
 

@@ -24,16 +24,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal, cast
+from typing import Literal
 
 from torch import Tensor
 
 from fxzero import torch_internals
-from fxzero.comm.base import Bound, in_turn
+from fxzero.comm.base import Bound, Stage, in_turn
 from fxzero.comm.gloo import GLOO, GlooComm
 from fxzero.comm.group import GroupComm
 from fxzero.comm.nccl import NCCL, NcclComm, averaging
-from fxzero.comm.nodes_replicate import Chain, HierarchicalComm, Stage
+from fxzero.comm.nodes_replicate import Chain, HierarchicalComm
 from fxzero.graph.layout import Payload
 from fxzero.graph.stages import stage_across, stage_inside
 
@@ -57,7 +57,7 @@ class ShardedHierarchy(HierarchicalComm):
 
     def _gather_stages(self, payload: Payload, shard: Tensor, full: Tensor, secondary: Tensor) -> list[Stage]:
         across = self.across.bind_gather(stage_across(payload, self.num_nodes), shard, secondary)
-        return [_stage(across), _stage(self.bind_gather_inside(payload, secondary, full))]
+        return [across.stage, self.bind_gather_inside(payload, secondary, full).stage]
 
     def all_reduce(self, tensor: Tensor, op: Literal["sum", "max"] = "sum") -> None:
         self.inside.all_reduce(tensor, op)
@@ -110,11 +110,11 @@ class GlooShardedHierarchy(ShardedHierarchy):
         assert room is not None
         own_slice, others = room[: within.slice_numel], room[within.slice_numel :]
         stages = [
-            self.inside.bind_reduce(within, full, others, own_slice, accumulate=False),
+            self.inside.bind_reduce(within, full, others, own_slice, accumulate=False).stage,
             # The bucket is free once the first stage is over: what other nodes send arrives there.
-            self.across.bind_reduce(between, own_slice, full, shard, accumulate=accumulate),
+            self.across.bind_reduce(between, own_slice, full, shard, accumulate=accumulate).stage,
         ]
-        return self._under_way.bind([_stage(bound) for bound in stages], is_gather=False)
+        return self._under_way.bind(stages, is_gather=False)
 
     def abandon(self) -> None:
         super().abandon()
@@ -217,9 +217,3 @@ class NcclShardedHierarchy(ShardedHierarchy):
         return Bound(in_turn(*inside, across.start), across.wait).then(
             partial(shard.add_, average) if accumulate else None
         )
-
-
-def _stage(bound: Bound) -> Stage:
-    """Of a group of several ranks, which has something to do."""
-    assert bound.start is not None and bound.wait is not None
-    return cast("Stage", tuple(bound))

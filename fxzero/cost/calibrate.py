@@ -14,7 +14,7 @@ from datetime import timedelta
 import torch
 
 from fxzero.comm import agree
-from fxzero.comm.base import Comm
+from fxzero.comm.base import Bound, Comm, in_turn
 from fxzero.comm.groups import Group
 from fxzero.comm.nodes_replicate import HierarchicalComm
 from fxzero.cost.model import Cluster, Device, Link, rounded
@@ -109,14 +109,14 @@ def _batch_s(run: Callable[[], object], device: torch.device, times: int) -> flo
 
 def measure_link(comm: Comm, device: torch.device) -> Link:
     """Latency and bandwidth of gathers, each way at once, and what they take from this process's cores."""
-    small, large = _Gathers(comm, device, SMALL_BYTES, 1), _Gathers(comm, device, LARGE_BYTES, IN_FLIGHT)
-    small.run()
-    large.run()  # TCP finds its pace
-    latency_s = min(small.run() for _ in range(5))
+    small, large = _gathers(comm, device, SMALL_BYTES, 1), _gathers(comm, device, LARGE_BYTES, IN_FLIGHT)
+    small()
+    large()  # TCP finds its pace
+    latency_s = min(_batch_s(small, device, 1) for _ in range(5))
     begin, cpu, turns = time.perf_counter(), time.process_time(), 0
     more = torch.ones((), device=device)
     while more.item():
-        large.run()
+        large()
         turns += 1
         more.fill_(float(turns < 12 and time.perf_counter() - begin < LINK_S))
         comm.all_reduce(more, "max")
@@ -126,30 +126,15 @@ def measure_link(comm: Comm, device: torch.device) -> Link:
     return Link(nbytes / seconds, latency_s, on_cores)
 
 
-class _Gathers:
-    """Gathers of one size between buffers of their own."""
-
-    def __init__(self, comm: Comm, device: torch.device, nbytes: int, number: int) -> None:
-        self._comm, self._device = comm, device
+def _gathers(comm: Comm, device: torch.device, nbytes: int, number: int) -> Callable[[], object]:
+    """A function that makes gathers of one size at the same time, between buffers of their own."""
+    bound: list[Bound] = []
+    for index in range(number):
         slice_numel = nbytes // torch.float32.itemsize
-        self._bound = []
-        for index in range(number):
-            payload = Payload((f"calibration {nbytes} {index}",), comm.shard_ranks, slice_numel, torch.float32)
-            shard, full = (torch.zeros(n, device=device) for n in (payload.slice_numel, payload.numel))
-            self._bound.append(comm.bind_gather(payload, shard, full))
-
-    def run(self) -> float:
-        """Gather once; the seconds it took."""
-        begin = time.perf_counter()
-        for bound in self._bound:
-            if bound.start:
-                bound.start()
-        for bound in self._bound:
-            if bound.wait:
-                bound.wait()
-        self._comm.drain()
-        _finish(self._device)
-        return time.perf_counter() - begin
+        payload = Payload((f"calibration {nbytes} {index}",), comm.shard_ranks, slice_numel, torch.float32)
+        shard, full = (torch.zeros(n, device=device) for n in (payload.slice_numel, payload.numel))
+        bound.append(comm.bind_gather(payload, shard, full))
+    return in_turn(*(each.start for each in bound), *(each.wait for each in bound), comm.drain)
 
 
 def _finish(device: torch.device) -> None:

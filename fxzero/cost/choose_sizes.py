@@ -1,30 +1,34 @@
-"""Choose sizes of buckets, what is in flight, and the order on the link, from costs: what is predicted to be fastest.
+"""Choose bucket sizes, bytes in flight and the order of collectives from costs: the choice that is predicted fastest.
 
-A step is reduced to what matters for that: when each parameter is needed and each gradient is ready, in seconds of
-compute. Every candidate is then a list of events to play (`timeline.py`), in the order that the passes would write.
-Candidates are few and in a fixed order, so that equal costs give equal plans.
+A step is reduced to the times at which it needs each parameter and completes each gradient. A candidate is then a list
+of events to play (`timeline.py`), in the order that the passes would write. Candidates are few and tried in a fixed
+order, so that equal costs give equal plans.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from operator import itemgetter
+from typing import Any
 
 from torch import fx
 
 from fxzero.comm.backend import Backend
+from fxzero.cost.job_costs import CostModel
+from fxzero.cost.lower_bound import parameter_readers
 from fxzero.cost.model import Costs, Device
 from fxzero.cost.timeline import Event, Key, Timeline, is_gather_key, play
-from fxzero.graph.aliasing import in_memory_of
 from fxzero.graph.layout import Bucket, ParamSpec, group_into_buckets
-from fxzero.graph.nodes import Role, gathered_params, is_gather, members, role, started_by
+from fxzero.graph.nodes import Role, members, role
 from fxzero.graph.placing import gather_starts, kept_from_forward, reductions_finished
 from fxzero.graph.recipe import Fqns, Recipe
 from fxzero.graph.step import Phase, StepGraph
 from fxzero.graph.traffic import sent_of
-from fxzero.graph.wire import WireFormat, narrowed
+from fxzero.graph.wire import WireFormat, gather_format, narrowed
+from fxzero.host.gc_pause import gc_paused
 
 MIB = 2**20
 BODY_BYTES = tuple(size * MIB for size in (4, 8, 12, 16, 24, 32, 64, 128))
@@ -32,37 +36,38 @@ BODY_BYTES = tuple(size * MIB for size in (4, 8, 12, 16, 24, 32, 64, 128))
 MOST_BYTES = 48 * MIB
 """Upper bound on what is in flight in each direction; a sixteenth of the model where that is more."""
 HEAD_SHARES = (1, 2, 4, 8)
-"""By how much the first bucket may be smaller than the others."""
+"""Ratios of the upper bound for later buckets to that for the first one."""
 AHEAD = (3, 2, 4, 6)
-"""Buckets of the largest size that may be in flight, in the order in which they are tried."""
+"""Numbers of buckets of the largest size that may be in flight, in the order in which they are tried."""
 CLOSE = 1.003
-"""Of two predictions this close, the candidate that was tried first is taken."""
+"""Ratio of two predictions up to which the candidate that was tried first is taken."""
 TRIED_IN_VAIN = 16
-"""Reductions in a row that gain nothing in another place, after which no further one is tried."""
+"""Number of reductions in a row that gain nothing in another place, after which no further one is tried."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """When a step needs each parameter and completes each gradient, in seconds of compute."""
+    """The times at which a step needs each parameter and completes each gradient, in seconds of compute."""
 
     step: StepGraph
-    first_s: dict[tuple[Phase, str], float]
-    """Before the first reader of each parameter, from the begin of the phase; in the order of first readers."""
-    ready_s: dict[str, float]
-    """After each gradient, from the begin of backward."""
-    phase_s: dict[Phase, float]
+    first_s: Mapping[Phase, Mapping[str, float]]
+    """Maps each parameter that a phase reads to the time of its first reader in the phase; in the order of times."""
+    ready_s: Mapping[str, float]
+    """Maps each trained parameter to the time in backward at which its gradient is ready."""
+    phase_s: Mapping[Phase, float]
+    """Maps each phase to its length."""
     device: Device
     backend: Backend
     costs: Costs
     gathered_as: WireFormat | None = None
-    """In which buckets travel to ranks, where that makes them narrower."""
+    """Format in which buckets travel to ranks, where that makes them narrower."""
     reduced_as: WireFormat | None = None
-    """The same of gradients."""
+    """Format in which gradients travel to ranks, where that makes them narrower."""
 
     @property
     def params(self) -> list[ParamSpec]:
-        """In the order of their first use."""
-        return [self.step.params[fqn] for fqn in dict.fromkeys(fqn for _, fqn in self.first_s)]
+        """The parameters that are read, in the order of their first use."""
+        return [self.step.params[fqn] for fqn in dict.fromkeys(itertools.chain(*self.first_s.values()))]
 
 
 def needs_of(
@@ -76,8 +81,8 @@ def needs_of(
     """Read a step that has its gathers and reductions, bucketed or not.
 
     Args:
-        gathered_as: in which buckets will travel to ranks; a format that the step has already is not looked at.
-        reduced_as: the same of gradients.
+        gathered_as: format in which buckets will travel to ranks; a format that the step has already is not looked at.
+        reduced_as: format in which gradients will travel to ranks.
     """
     before: dict[fx.Node, float] = {}
     phase_s: dict[Phase, float] = {}
@@ -87,39 +92,50 @@ def needs_of(
             before[node] = elapsed
             elapsed += 0.0 if role(node) is Role.WAIT else costs.of(node)  # waits cost what the buckets make of them
         phase_s[phase] = elapsed
-    first: dict[tuple[Phase, str], float] = {}
+    first: dict[Phase, dict[str, float]] = {phase: {} for phase in Phase}
     phase_of = step.phase_of()
-    for wait in step.nodes(Role.WAIT):
-        if not is_gather(started_by(wait)):
-            continue
-        for fqn, param in gathered_params(wait).items():
-            for value in in_memory_of(param):
-                for user in value.users:
-                    if user in before:
-                        key = phase_of[user], fqn
-                        first[key] = min(first.get(key, before[user]), before[user])
-    ready: dict[str, float] = {}
-    for start in step.nodes(Role.REDUCE_SCATTER):
-        ready |= dict.fromkeys(members(start), before[start])
-    in_order = dict(sorted(first.items(), key=lambda item: (item[0][0] is Phase.BACKWARD, item[1])))
+    for _, fqn, readers in parameter_readers(step):
+        for reader in readers:
+            if reader in before:
+                times = first[phase_of[reader]]
+                times[fqn] = min(times.get(fqn, before[reader]), before[reader])
+    ready = {fqn: before[start] for start in step.nodes(Role.REDUCE_SCATTER) for fqn in members(start)}
+    in_order = {phase: dict(sorted(times.items(), key=itemgetter(1))) for phase, times in first.items()}
     return Needs(step, in_order, ready, phase_s, device, backend, costs, gathered_as, reduced_as)
 
 
-def tune(needs: Needs, recipe: Recipe, *, keeps_free: bool) -> Recipe:
+def choose_sizes(gathering: StepGraph, recipe: Recipe, model: CostModel, *, keeps_free: bool) -> Recipe:
     """The recipe with the sizes and the order that are predicted to be fastest.
 
-    If the buckets of the recipe are fixed, only what is in flight and the order are chosen.
+    If the buckets of the recipe are fixed, only the bytes in flight and the order are chosen.
 
     Args:
-        keeps_free: buckets may stay gathered where that needs no more memory at the peak.
+        gathering: a step that has its collectives: one for each parameter, before they are bucketed, or a complete plan
+            whose compute was measured.
+        keeps_free: buckets may stay gathered from forward to backward where that needs no more memory at the peak.
     """
-    order, shard_ranks, costs = needs.params, needs.step.sharding.shard_ranks, needs.costs
+    gathered_as = None if recipe.gather_dtype is None else gather_format(recipe.gather_dtype)
+    reduced_as = None if recipe.reduce_dtype is None else WireFormat(recipe.reduce_dtype)
+    with gc_paused():
+        needs = needs_of(gathering, model(gathering), model.cluster.device, model.backend, gathered_as, reduced_as)
+        best: tuple[float, Recipe, list[Event]] | None = None
+        for candidate, groups in _candidates(needs, recipe, keeps_free=keeps_free):
+            happening = list(_events(needs, groups, candidate))
+            step_s = play(happening, needs.costs.link, needs.costs.inside).step_s
+            if best is None or step_s * CLOSE < best[0]:
+                best = step_s, candidate, happening
+        assert best is not None, "a step without parameters has nothing to tune"
+        return replace(best[1], later=best_order(best[2], needs.costs)[0])
+
+
+def _candidates(needs: Needs, recipe: Recipe, *, keeps_free: bool) -> Iterator[tuple[Recipe, Sequence[Bucket]]]:
+    """Recipes with other sizes, and the buckets that each of them makes."""
+    order = needs.params
     most = max(MOST_BYTES, sum(param.gathered_nbytes for param in order) // 16)
-    best: tuple[float, Recipe, list[Event]] | None = None
     tried: set[tuple[tuple[Fqns, ...], int]] = set()
     for body, head, ahead in _sizes(recipe):
         if recipe.buckets is None:
-            groups = group_into_buckets(order, shard_ranks, body, head_bytes=head)
+            groups = group_into_buckets(order, needs.step.sharding.shard_ranks, body, head_bytes=head)
         else:
             groups = [needs.step.bucket(fqns) for fqns in recipe.buckets]
         inflight = ahead * max(min(body, bucket.gathered.nbytes) for bucket in groups)
@@ -127,21 +143,16 @@ def tune(needs: Needs, recipe: Recipe, *, keeps_free: bool) -> Recipe:
         if key in tried or (tried and inflight > most):
             continue
         tried.add(key)
-        candidate = replace(recipe, prefetch_bytes=inflight, reduce_bytes=inflight)
+        sizes: dict[str, Any] = {"prefetch_bytes": inflight, "reduce_bytes": inflight}
         if recipe.buckets is None:
-            candidate = replace(candidate, bucket_bytes=body, head_bytes=head)
+            sizes |= {"bucket_bytes": body, "head_bytes": head}
         if keeps_free and recipe.max_kept_bytes is not None:
-            candidate = replace(candidate, max_kept_bytes=min(inflight, MOST_BYTES))
-        happening = list(_events(needs, groups, candidate))
-        step_s = play(happening, costs.link, costs.inside).step_s
-        if best is None or step_s * CLOSE < best[0]:
-            best = step_s, candidate, happening
-    assert best is not None, "a step without parameters has nothing to tune"
-    return replace(best[1], later=best_order(best[2], costs)[0])
+            sizes["max_kept_bytes"] = min(inflight, MOST_BYTES)
+        yield replace(recipe, **sizes), groups
 
 
 def _sizes(recipe: Recipe) -> Iterator[tuple[int, int | None, int]]:
-    """What to try: the size of buckets, that of the first, and how many of the largest are in flight."""
+    """The sizes to try: bytes of buckets, bytes of the first one, and how many of the largest are in flight."""
     if recipe.buckets is not None:
         yield from ((Recipe.bucket_bytes, None, ahead) for ahead in AHEAD)
         return
@@ -150,37 +161,28 @@ def _sizes(recipe: Recipe) -> Iterator[tuple[int, int | None, int]]:
 
 
 def _events(needs: Needs, groups: Sequence[Bucket], recipe: Recipe) -> Iterator[Event]:
-    """What a rank does in a step with these buckets, as the passes would write it."""
-    forward = _gathers(needs, groups, Phase.FORWARD)
-    backward = _gathers(needs, groups, Phase.BACKWARD)
+    """The events of a step with these buckets on one rank, in the order that the passes would write."""
+    forward = _in_order(groups, needs.first_s[Phase.FORWARD], min)
+    backward = _in_order(groups, needs.first_s[Phase.BACKWARD], min)
     there = {bucket for _, bucket in forward}
-    held = [(at, bucket) for at, bucket in backward if bucket in there]
+    held = [bucket for _, bucket in backward if bucket in there]
     if recipe.kept is not None:
-        stays = [bucket.fqns in recipe.kept for _, bucket in held]
+        stays = [bucket.fqns in recipe.kept for bucket in held]
     else:
-        stays = kept_from_forward([bucket.gathered.nbytes for _, bucket in held], recipe.max_kept_bytes)
-    kept = {bucket for (_, bucket), is_kept in zip(held, stays, strict=True) if is_kept}
+        stays = kept_from_forward([bucket.gathered.nbytes for bucket in held], recipe.max_kept_bytes)
+    kept = set(itertools.compress(held, stays))
     again = [(at, bucket) for at, bucket in backward if bucket not in kept]
-    ready = [
-        (max(needs.ready_s[fqn] for fqn in bucket.fqns if fqn in needs.ready_s), bucket)
-        for bucket in groups
-        if any(fqn in needs.ready_s for fqn in bucket.fqns)
-    ]
     yield from _phase(needs, Phase.FORWARD, forward, [], recipe, set())
-    reductions = sorted(ready, key=lambda item: item[0])
-    yield from _phase(needs, Phase.BACKWARD, again, reductions, recipe, there)
+    yield from _phase(needs, Phase.BACKWARD, again, _in_order(groups, needs.ready_s, max), recipe, there)
     yield Event("compute", needs.costs.optimizer_s)
 
 
-def _gathers(needs: Needs, groups: Sequence[Bucket], phase: Phase) -> list[tuple[float, Bucket]]:
-    """The buckets that a phase reads, and when it does first."""
-    first = needs.first_s
-    found = [
-        (min(first[phase, fqn] for fqn in bucket.fqns if (phase, fqn) in first), bucket)
-        for bucket in groups
-        if any((phase, fqn) in first for fqn in bucket.fqns)
-    ]
-    return sorted(found, key=lambda item: item[0])
+def _in_order(
+    groups: Sequence[Bucket], times: Mapping[str, float], choose: Callable[[Iterable[float]], float]
+) -> list[tuple[float, Bucket]]:
+    """The buckets with members that have times, each with the time that `choose` takes of those; in order of time."""
+    found = [([times[fqn] for fqn in bucket.fqns if fqn in times], bucket) for bucket in groups]
+    return sorted(((choose(each), bucket) for each, bucket in found if each), key=itemgetter(0))
 
 
 def _phase(
@@ -262,7 +264,7 @@ def best_order(happening: list[Event], costs: Costs) -> tuple[tuple[tuple[Fqns, 
     return tuple(later.items()), best
 
 
-def _behind_next_gather(happening: list[Event], start: Key | None) -> tuple[list[Event], Key] | None:
+def _behind_next_gather(happening: list[Event], start: Key) -> tuple[list[Event], Key] | None:
     """The events with one reduction started behind the next gather, if one starts before that reduction is over."""
     index = next(i for i, event in enumerate(happening) if event.kind == "start" and event.key is start)
     for place in range(index + 1, len(happening)):
@@ -275,6 +277,5 @@ def _behind_next_gather(happening: list[Event], start: Key | None) -> tuple[list
     return None
 
 
-def _members(key: Key | None) -> Fqns:
-    assert key is not None
+def _members(key: Key) -> Fqns:
     return members(key) if isinstance(key, fx.Node) else key[2]

@@ -13,16 +13,16 @@ Messages are single parameters, without latency, so the bound holds for every ch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import NamedTuple
 
-import networkx as nx
 from torch import fx
 
 from fxzero.cost.model import Costs, Link
 from fxzero.graph.aliasing import in_memory_of
-from fxzero.graph.nodes import Role, gathered_params, grad_fqn, is_gather, members, operands, role, started_by
+from fxzero.graph.nodes import Role, gathered_params, grad_fqn, is_gather, operands, role, started_by
 from fxzero.graph.step import StepGraph
 from fxzero.graph.traffic import NOTHING, Sent, sent_in
 
@@ -38,49 +38,42 @@ class Bound:
     path_s: float
 
     @property
+    def _parts(self) -> dict[str, float]:
+        compute_s = self.busy_s + self.head_s + self.tail_s
+        return {"compute": compute_s, "communication": self.link_s, "critical path": self.path_s}
+
+    @property
     def step_s(self) -> float:
-        return max(self.busy_s + self.head_s + self.tail_s, self.link_s, self.path_s)
+        return max(self._parts.values())
 
     @property
     def limit(self) -> str:
-        """Which of them is the largest."""
-        parts = {
-            "compute": self.busy_s + self.head_s + self.tail_s,
-            "communication": self.link_s,
-            "critical path": self.path_s,
-        }
-        return max(parts, key=lambda name: parts[name])
+        """The name of the largest part."""
+        return max(self._parts, key=self._parts.__getitem__)
 
 
-@dataclass(frozen=True)
-class _Needs:
-    """Of each run of compute: seconds, bytes that must have arrived for it, bytes that can be sent after it."""
+@dataclass
+class _Run:
+    """Compute between two points at which bytes must have arrived or can be sent."""
 
-    seconds: list[float]
-    arriving: list[Sent]
-    leaving: list[Sent]
-
-    def over(self, link: _Carrier) -> _Traffic:
-        """The bytes that one link carries."""
-        return _Traffic([link.nbytes(sent) for sent in self.arriving], [link.nbytes(sent) for sent in self.leaving])
+    seconds: float = 0.0
+    arriving: Sent = NOTHING
+    """Bytes that must have arrived before it."""
+    leaving: Sent = NOTHING
+    """Bytes that can be sent after it."""
 
 
-class _Traffic(NamedTuple):
-    """Of each run of compute, what of its bytes one link carries."""
+class _Carrier(NamedTuple):
+    """A link, and the bytes of each run that it carries."""
 
+    link: Link
     arriving: list[int]
     leaving: list[int]
 
     @property
     def total(self) -> int:
+        """All bytes."""
         return sum(self.arriving) + sum(self.leaving)
-
-
-class _Carrier(NamedTuple):
-    """A link, and which bytes it carries."""
-
-    link: Link
-    nbytes: Callable[[Sent], int]
 
     @property
     def per_byte(self) -> float:
@@ -88,11 +81,16 @@ class _Carrier(NamedTuple):
         return min(self.link.cpu_s_per_byte, 1.0 / self.link.bytes_per_s)
 
 
-def _carriers(costs: Costs) -> list[_Carrier]:
-    """The links of a rank: one for all, or one inside its node and one to others."""
+def _carriers(runs: Sequence[_Run], costs: Costs) -> list[_Carrier]:
+    """The links of a rank: one for all bytes, or one to other nodes and one inside its own."""
     if costs.inside is None:
-        return [_Carrier(costs.link, lambda sent: sent.total)]
-    return [_Carrier(costs.link, lambda sent: sent.across), _Carrier(costs.inside, lambda sent: sent.inside)]
+        links = [(costs.link, attrgetter("total"))]
+    else:
+        links = [(costs.link, attrgetter("across")), (costs.inside, attrgetter("inside"))]
+    return [
+        _Carrier(link, [nbytes(run.arriving) for run in runs], [nbytes(run.leaving) for run in runs])
+        for link, nbytes in links
+    ]
 
 
 def lower_bound(step: StepGraph, costs: Costs) -> Bound:
@@ -100,80 +98,76 @@ def lower_bound(step: StepGraph, costs: Costs) -> Bound:
 
     Of two links, head and tail are those of the one that gives the higher bound; the traffic of the other may fit in.
     """
-    needs, carriers = _needs(step, costs), _carriers(costs)
-    traffic = [needs.over(each) for each in carriers]
-    on_cores = [each.per_byte * carried.total for each, carried in zip(carriers, traffic, strict=True)]
-    compute = sum(needs.seconds) + costs.optimizer_s
+    runs = _runs(step, costs)
+    carriers = _carriers(runs, costs)
+    on_cores = [each.per_byte * each.total for each in carriers]
+    compute = sum(run.seconds for run in runs) + costs.optimizer_s
     parts = [(compute + sum(on_cores), 0.0, 0.0)]
-    for each, carried, taken in zip(carriers, traffic, on_cores, strict=True):
-        parts.append((compute + taken, *_head_and_tail(needs.seconds, carried, each)))
-    link_s = max(carried.total / each.link.bytes_per_s for each, carried in zip(carriers, traffic, strict=True))
-    return Bound(*max(parts, key=sum), link_s + costs.optimizer_s, _critical_path(needs, carriers) + costs.optimizer_s)
+    for each, taken in zip(carriers, on_cores, strict=True):
+        parts.append((compute + taken, *_head_and_tail(runs, each)))
+    link_s = max(each.total / each.link.bytes_per_s for each in carriers)
+    return Bound(*max(parts, key=sum), link_s + costs.optimizer_s, _critical_path(runs, carriers) + costs.optimizer_s)
 
 
-def _head_and_tail(seconds: list[float], traffic: _Traffic, carrier: _Carrier) -> tuple[float, float]:
-    """What nothing hides of a link's traffic, before compute and after it.
+def _head_and_tail(runs: Sequence[_Run], carrier: _Carrier) -> tuple[float, float]:
+    """Seconds of a link's traffic that nothing hides, before compute and after it.
 
     A byte that moves outside of head and tail takes `per_byte` from compute; inside it takes longer, on the link.
     """
     rate, per_byte = carrier.link.bytes_per_s, carrier.per_byte
     tails, sent, after = [0.0], 0, 0.0
-    for run_s, nbytes in zip(reversed(seconds), reversed(traffic.leaving), strict=True):
+    for run, nbytes in zip(reversed(runs), reversed(carrier.leaving), strict=True):
         sent += nbytes
         tails.append(max(tails[-1], sent / rate - after - per_byte * sent))
-        after += run_s
+        after += run.seconds
     best, head, arrived, before = (0.0, 0.0), 0.0, 0, 0.0
-    for index, run_s in enumerate(seconds):
-        arrived += traffic.arriving[index]
+    for index, run in enumerate(runs):
+        arrived += carrier.arriving[index]
         head = max(head, arrived / rate - before - per_byte * arrived)
-        best = max(best, (head, tails[len(seconds) - index]), key=sum)
-        before += run_s
+        best = max(best, (head, tails[len(runs) - index]), key=sum)
+        before += run.seconds
     return best
 
 
-def _critical_path(needs: _Needs, carriers: Sequence[_Carrier]) -> float:
+def _critical_path(runs: Sequence[_Run], carriers: Sequence[_Carrier]) -> float:
     """The longest path over runs of compute, each gather before the run that reads it and each reduction after its."""
-
-    def on_links(sent: Sent) -> float:
-        return sum(each.nbytes(sent) / each.link.bytes_per_s for each in carriers)
-
-    graph: nx.DiGraph[str] = nx.DiGraph()
-    graph.add_edge("begin", "run 0", weight=0.0)
-    for index, seconds in enumerate(needs.seconds):
-        graph.add_edge(f"run {index}", f"run {index + 1}", weight=seconds)
-        if needs.arriving[index].total:
-            graph.add_edge("begin", f"run {index}", weight=on_links(needs.arriving[index]))
-        if needs.leaving[index].total:
-            graph.add_edge(f"run {index + 1}", "end", weight=on_links(needs.leaving[index]))
-    graph.add_edge(f"run {len(needs.seconds)}", "end", weight=on_links(needs.leaving[-1]))
-    return float(nx.dag_longest_path_length(graph))
+    elapsed = longest = 0.0
+    for index, run in enumerate(runs):
+        arrived = sum(each.arriving[index] / each.link.bytes_per_s for each in carriers)
+        elapsed = max(elapsed, arrived) + run.seconds
+        longest = max(longest, elapsed + sum(each.leaving[index] / each.link.bytes_per_s for each in carriers))
+    return longest
 
 
-def _needs(step: StepGraph, costs: Costs) -> _Needs:
+def _runs(step: StepGraph, costs: Costs) -> list[_Run]:
     """Cut a step into runs of compute at the first reader of each gathered parameter and at each gradient.
 
     The copies and sums at waits are compute too; they may happen at any time, and belong to the run they stand in.
     """
     if step.sharding.shard_ranks == 1:
-        return _Needs([sum(costs.seconds.values())], [NOTHING], [NOTHING])
+        return [_Run(sum(costs.seconds.values()))]
     arrives, leaves = _first_readers(step), _last_writers(step)
-    seconds, arriving, leaving = [0.0], [NOTHING], [NOTHING]
+    runs = [_Run()]
     for node in step.graph.nodes:
         if node in arrives:
-            if seconds[-1] or leaving[-1].total:
-                seconds.append(0.0)
-                arriving.append(NOTHING)
-                leaving.append(NOTHING)
-            arriving[-1] = arriving[-1].plus(arrives[node])
-        seconds[-1] += costs.of(node)
+            if runs[-1].seconds or runs[-1].leaving.total:
+                runs.append(_Run())
+            runs[-1].arriving = runs[-1].arriving.plus(arrives[node])
+        runs[-1].seconds += costs.of(node)
         if node in leaves:
-            leaving[-1] = leaving[-1].plus(leaves[node])
-            seconds.append(0.0)
-            arriving.append(NOTHING)
-            leaving.append(NOTHING)
-    while len(seconds) > 1 and not (seconds[-1] or arriving[-1].total or leaving[-1].total):
-        del seconds[-1], arriving[-1], leaving[-1]
-    return _Needs(seconds, arriving, leaving)
+            runs[-1].leaving = leaves[node]
+            runs.append(_Run())
+    while len(runs) > 1 and runs[-1] == _Run():
+        del runs[-1]
+    return runs
+
+
+def parameter_readers(step: StepGraph) -> Iterator[tuple[fx.Node, str, list[fx.Node]]]:
+    """The start of each gather, with each of its parameters and the nodes that read it, through views of it."""
+    for wait in step.nodes(Role.WAIT):
+        if is_gather(wait):
+            for fqn, param in gathered_params(wait).items():
+                yield started_by(wait), fqn, [user for value in in_memory_of(param) for user in value.users]
 
 
 def _share(step: StepGraph, fqn: str, start: fx.Node) -> Sent:
@@ -186,20 +180,11 @@ def _first_readers(step: StepGraph) -> dict[fx.Node, Sent]:
     """Bytes that must have arrived for each node, by the first node that computes from a gathered parameter."""
     at = step.positions()
     found: dict[fx.Node, Sent] = {}
-    for wait in step.nodes(Role.WAIT):
-        if not is_gather(started_by(wait)):
-            continue
-        read = gathered_params(wait)
-        for fqn in members(wait):
-            readers = [
-                user
-                for value in (in_memory_of(read[fqn]) if fqn in read else [])
-                for user in value.users
-                if role(user) is Role.COMPUTE
-            ]
-            first = min(readers, key=lambda node: at[node], default=None)
-            if first is not None:
-                found[first] = found.get(first, NOTHING).plus(_share(step, fqn, started_by(wait)))
+    for start, fqn, readers in parameter_readers(step):
+        computing = [node for node in readers if role(node) is Role.COMPUTE]
+        if computing:
+            first = min(computing, key=at.__getitem__)
+            found[first] = found.get(first, NOTHING).plus(_share(step, fqn, start))
     return found
 
 

@@ -8,8 +8,8 @@ core          where the cores that compute also carry the traffic (gloo), each b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass, fields
 from typing import Any, cast
 
 import torch
@@ -90,8 +90,8 @@ class Cluster:
 
     def numbers(self) -> list[float]:
         """All numbers, in a fixed order."""
-        parts = (self.device, self.link) if self.inside is None else (self.device, self.link, self.inside)
-        return [number for part in parts for number in asdict(part).values()]
+        parts = [self.device, self.link, *([] if self.inside is None else [self.inside])]
+        return [number for part in parts for number in astuple(part)]
 
     @classmethod
     def of_numbers(cls, numbers: list[float]) -> Cluster:
@@ -149,7 +149,7 @@ def operator_seconds(node: fx.Node, device: Device) -> float:
     if is_view(node) or not torch_internals.is_overload(node.target):
         return 0.0
     values = [source.meta.get("val") for source in node.all_input_nodes]
-    moved = sum(map(tensor_bytes, values)) + sum(map(tensor_bytes, _tensors(node.meta.get("val"))))
+    moved = sum(map(tensor_bytes, [*values, *torch_internals.tree_leaves(node.meta.get("val"))]))
     return max(flops(node) / device.flops_per_s, moved / device.bytes_per_s) + device.op_s
 
 
@@ -171,14 +171,6 @@ _LIKE = {
     aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
 }
 """Operators that count like one that torch counts."""
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for each in cast(list[Any], value):
-            yield from _tensors(each)
 
 
 def rounded(value: float, digits: int = 2) -> float:

@@ -24,7 +24,7 @@ from fxzero import torch_internals
 from fxzero.graph.aliasing import is_view, memory_of
 from fxzero.graph.nodes import Role, info, is_gathered_param, read_until, role, tensor_bytes
 from fxzero.graph.step import Phase, StepGraph
-from fxzero.memory.lifetimes import Buffer
+from fxzero.memory.lifetimes import Buffer, Kind
 
 
 def static_nodes(step: StepGraph) -> list[fx.Node]:
@@ -77,13 +77,12 @@ def _placed(step: StepGraph, buffers: Mapping[fx.Node, Buffer]) -> dict[fx.Node,
     returned = {memory_of(value) for value in (*step.model_outputs, *step.input_grads) if isinstance(value, fx.Node)}
     placed: dict[fx.Node, PlacedTemporary] = {}
     for node, buffer in buffers.items():
-        value = node.meta["val"]
-        if buffer.kind != "temporary" or buffer.nbytes < PLACED_FROM_BYTES or node in returned:
+        value, is_operator = node.meta["val"], torch_internals.is_overload(node.target)
+        if buffer.kind is not Kind.TEMPORARY or buffer.nbytes < PLACED_FROM_BYTES or node in returned:
             continue
-        if value.device.type != "cpu" or not value.is_contiguous() or not torch_internals.is_overload(node.target):
+        if not is_operator or value.device.type != "cpu" or not value.is_contiguous():
             continue
-        variant = torch_internals.out_variant(node.target)
-        if variant is not None:
+        if variant := torch_internals.out_variant(node.target):
             placed[node] = PlacedTemporary(buffer, variant)
     return placed
 
@@ -91,20 +90,20 @@ def _placed(step: StepGraph, buffers: Mapping[fx.Node, Buffer]) -> dict[fx.Node,
 def activation_buffers(step: StepGraph) -> dict[fx.Node, Buffer]:
     """The memory that compute nodes allocate, by the node that does.
 
-    Kind "saved" if backward reads what forward made, else "temporary". Outputs count until the phase that returns them
-    ends; how long the caller keeps them is not known. What operators allocate inside is not counted.
+    The kind is SAVED if backward reads what forward made, else TEMPORARY. Outputs count until the phase that returns
+    them ends; how long the caller keeps them is not known. What operators allocate inside is not counted.
     """
     at, phase_of, static = step.positions(), step.phase_of(), set(static_nodes(step))
-    until = _ends(step, at)
+    until, boundary = _ends(step, at), step.end_forward
     buffers: dict[fx.Node, Buffer] = {}
     for node in _allocating(step):
         nbytes = tensor_bytes(node.meta.get("val"))
         if node in static or not nbytes:
             continue
-        boundary = step.end_forward
-        saved = boundary is not None and phase_of[node] is Phase.FORWARD and until.get(node, 0) > at[boundary]
-        start = at[_allocated_at(node)]
-        buffers[node] = Buffer("saved" if saved else "temporary", info(node).fqn, nbytes, start, until.get(node, start))
+        start = at[_operator_of(node)]
+        end = until.get(node, start)
+        is_saved = boundary is not None and phase_of[node] is Phase.FORWARD and end > at[boundary]
+        buffers[node] = Buffer(Kind.SAVED if is_saved else Kind.TEMPORARY, info(node).fqn, nbytes, start, end)
     return buffers
 
 
@@ -113,27 +112,27 @@ def _allocating(step: StepGraph) -> Iterator[fx.Node]:
     return (node for node in step.nodes(Role.COMPUTE) if memory_of(node) is node)
 
 
-def _allocated_at(node: fx.Node) -> fx.Node:
-    """The operator that runs: one of several outputs is allocated with the others."""
+def _operator_of(node: fx.Node) -> fx.Node:
+    """The operator that allocates a value: that of the whole tuple for one of several outputs."""
     return cast(fx.Node, node.args[0]) if node.target is operator.getitem else node
 
 
 def _ends(step: StepGraph, at: dict[fx.Node, int]) -> dict[fx.Node, int]:
     """The last position at which the memory of each node is held by some variable of the generated code."""
     ends: dict[fx.Node, int] = {}
+
+    def hold(memory: fx.Node, until: int) -> None:
+        ends[memory] = max(ends.get(memory, 0), until)
+
     for node in step.graph.nodes:
-        if node.op == "output":
-            continue
-        for source in node.all_input_nodes:
+        for source in node.all_input_nodes if node.op != "output" else ():
             held = source if node.target is operator.getitem and not is_view(source) else memory_of(source)
-            ends[held] = max(ends.get(held, 0), *(at[until] for until in read_until(node)))
+            hold(held, max(at[until] for until in read_until(node)))
     for values, end in ((step.model_outputs, step.end_forward or step.output), (step.input_grads, step.output)):
         for value in values:
             if isinstance(value, fx.Node):
-                memory = memory_of(value)
-                ends[memory] = max(ends.get(memory, 0), at[end])
-    # The tuple of several outputs holds them all until its last is taken.
-    for node in step.graph.nodes:
-        if node.target is operator.getitem and role(node) is Role.COMPUTE and memory_of(node) is node:
-            ends[node] = max(ends.get(node, 0), ends.get(cast(fx.Node, node.args[0]), 0))
+                hold(memory_of(value), at[end])
+    for node in _allocating(step):  # the tuple of several outputs holds them all until its last is taken
+        if node.target is operator.getitem:
+            hold(node, ends.get(_operator_of(node), 0))
     return ends

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -11,29 +11,23 @@ from torch import fx
 from fxzero.comm.backend import Backend
 from fxzero.comm.wire_copies import reduce_scratch_nbytes
 from fxzero.graph.layout import ALIGNMENT_BYTES, align
-from fxzero.graph.nodes import Role, members, wire_format
+from fxzero.graph.liveness import live_until
+from fxzero.graph.names import bucket_label
+from fxzero.graph.nodes import Role, first_write, is_inside, members, operands, wait_of, wire_format
 from fxzero.graph.step import StepGraph
+from fxzero.graph.wire import SCALE_DTYPE
 from fxzero.memory.activations import Activations
-from fxzero.memory.lifetimes import (
-    Buffer,
-    MemoryPlan,
-    gather_buffers,
-    gradient_buffers,
-    plan_around,
-    plan_memory,
-    quantize_buffers,
-    resident_buffers,
-    staging_buffers,
-    working_buffers,
-)
+from fxzero.memory.lifetimes import Buffer, Kind, MemoryPlan, plan_around, plan_memory
 
 EFFORT = 5
-"""Of the search for the arena's offsets: a fraction of a second where the lower bound is out of reach."""
+"""Limit of the search for the arena's offsets: a fraction of a second where the lower bound is out of reach."""
 
-Place: TypeAlias = "tuple[str, fx.Node]"
+Place: TypeAlias = "tuple[Kind, fx.Node]"
 """A buffer's kind, and the start of its collective or the node that writes it."""
 Placed: TypeAlias = "Mapping[Place, tuple[Buffer, int]]"
 """Each buffer of an arena and its offset in bytes."""
+_Entry: TypeAlias = "tuple[Place | None, Buffer, int]"
+"""A buffer and its offset; the place is None for a resident bucket that the step does not gather."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +39,7 @@ class ArenaPlan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arena that it needs."""
+        """Bytes of the arena that the variant needs."""
         return self.memory.peak_bytes
 
 
@@ -54,42 +48,47 @@ def plan_arenas(
 ) -> dict[bool, ArenaPlan]:
     """Place the communication memory of a step, and those temporaries that have a place.
 
-    If forward keeps buckets, all that lies in the arena lies at the same place in both variants, so that whichever
-    backward follows finds them; what only one needs that adds to gradients is placed around it.
+    If forward keeps buckets, whichever backward follows must find them. So the variant that adds to gradients places
+    every buffer where the other variant has it, and around them what it alone needs.
 
     Args:
-        enough_bytes: of an arena that is there in any case: below them no better offsets are searched for.
+        enough_bytes: size of an arena that is there in any case: no offsets with a lower peak are searched for.
 
     Returns:
         The plan for a backward that overwrites gradients (False), and for one that adds to them (True); a step without
         reductions has the first alone.
+
+    Raises:
+        MemoryOverlapError: two live buffers share bytes.
     """
     residents = _residents(step)
-    own = MemoryPlan(tuple(buffer for _, buffer, _ in residents), tuple(at for _, _, at in residents))
-    begin = align(own.peak_bytes, ALIGNMENT_BYTES)
+    begin = max((align(at + buffer.nbytes, ALIGNMENT_BYTES) for _, buffer, at in residents), default=0)
 
-    def packed(buffers: dict[Place, Buffer]) -> ArenaPlan:
-        rest = _pack(list(buffers.values()), enough_bytes - begin)
-        offsets = [*own.offsets, *(begin + offset for offset in rest.offsets)]
-        return _proved([*(place for place, _, _ in residents), *buffers], [*own.buffers, *rest.buffers], offsets)
+    def packed(buffers: dict[Place, Buffer]) -> list[_Entry]:
+        offsets = _pack(list(buffers.values()), enough_bytes - begin).offsets
+        rest = zip(buffers.items(), offsets, strict=True)
+        return [*residents, *((place, buffer, begin + offset) for (place, buffer), offset in rest)]
 
-    common = _buffers(step, backend, activations)
-    plans = {False: packed(common)}
+    overwriting = packed(arena_buffers(step, backend, activations, accumulate=False))
+    plans = {False: _proved(overwriting)}
     if step.nodes(Role.REDUCE_SCATTER):
-        adding = _only_adding(step, backend)
-        plans[True] = _around(plans[False], adding) if step.kept else packed(common | adding)
+        buffers = arena_buffers(step, backend, activations, accumulate=True)
+        plans[True] = _proved(_around(overwriting, buffers) if step.kept else packed(buffers))
     return plans
 
 
-def _residents(step: StepGraph) -> list[tuple[Place | None, Buffer, int]]:
-    """The buckets with a place of their own, each with its offset; None for one that the step does not gather."""
+def _residents(step: StepGraph) -> list[_Entry]:
+    """The buckets that stay gathered until the shards change, at offsets that are equal in every plan."""
     if step.sharding.shard_ranks == 1:  # the shards are the buckets
         return []
     gathers = {members(start): start for start in step.nodes(Role.ALL_GATHER)}
-    return [
-        (("gather", gathers[fqns]) if fqns in gathers else None, buffer, offset)
-        for fqns, (buffer, offset) in resident_buffers(step).items()
-    ]
+    last, end = len(step.graph.nodes) - 1, 0
+    entries: list[_Entry] = []
+    for fqns in step.resident:
+        buffer = Buffer(Kind.GATHER, bucket_label(fqns), step.bucket(fqns).gathered.nbytes, 0, last)
+        entries.append(((Kind.GATHER, gathers[fqns]) if fqns in gathers else None, buffer, end))
+        end += align(buffer.nbytes, ALIGNMENT_BYTES)
+    return entries
 
 
 def _pack(buffers: list[Buffer], enough_bytes: int) -> MemoryPlan:
@@ -101,67 +100,74 @@ def _pack(buffers: list[Buffer], enough_bytes: int) -> MemoryPlan:
     return plan_memory(buffers, effort=EFFORT)
 
 
-def _around(arena: ArenaPlan, adding: dict[Place, Buffer]) -> ArenaPlan:
-    """The offsets of an arena, and around them what a backward needs to add to gradients."""
-    plan = arena.memory
-    places = {id(buffer): place for place, (buffer, _) in arena.placed.items()}
-    stays = [i for i, buffer in enumerate(plan.buffers) if places.get(id(buffer)) not in adding]
-    base = MemoryPlan(tuple(plan.buffers[i] for i in stays), tuple(plan.offsets[i] for i in stays))
-    whole = plan_around(base, list(adding.values()))
-    return _proved([*(places.get(id(b)) for b in base.buffers), *adding], list(whole.buffers), list(whole.offsets))
+def _around(entries: list[_Entry], buffers: dict[Place, Buffer]) -> list[_Entry]:
+    """An arena with other buffers: scratch and what is new is placed around those that stay where they are."""
+    there = {place for place, _, _ in entries}
+    adding = {place: each for place, each in buffers.items() if place[0] is Kind.SCRATCH or place not in there}
+    stays = [entry for entry in entries if entry[0] not in adding]
+    offsets = plan_around(_memory(stays), list(adding.values())).offsets[len(stays) :]
+    return [*stays, *((place, buffer, at) for (place, buffer), at in zip(adding.items(), offsets, strict=True))]
 
 
-def _proved(places: list[Place | None], buffers: list[Buffer], offsets: list[int]) -> ArenaPlan:
-    """An arena in which no two live buffers share bytes.
-
-    Args:
-        places: None for a resident bucket that the step does not gather.
-
-    Raises:
-        MemoryOverlapError: some do.
-    """
-    plan = MemoryPlan(tuple(buffers), tuple(offsets))
-    plan.verify()
-    entries = zip(places, zip(buffers, offsets, strict=True), strict=True)
-    return ArenaPlan(plan, {place: entry for place, entry in entries if place is not None})
+def _memory(entries: Sequence[_Entry]) -> MemoryPlan:
+    return MemoryPlan(tuple(buffer for _, buffer, _ in entries), tuple(offset for _, _, offset in entries))
 
 
-def _buffers(step: StepGraph, backend: Backend, activations: Activations) -> dict[Place, Buffer]:
-    """What every variant of a step needs in the arena."""
+def _proved(entries: list[_Entry]) -> ArenaPlan:
+    """An arena in which no two live buffers share bytes."""
+    memory = _memory(entries)
+    memory.verify()
+    return ArenaPlan(memory, {place: (buffer, offset) for place, buffer, offset in entries if place is not None})
+
+
+def arena_buffers(
+    step: StepGraph, backend: Backend, activations: Activations, *, accumulate: bool
+) -> dict[Place, Buffer]:
+    """The buffers that one variant of a step needs in the arena, without resident buckets."""
+    at = step.positions()
     buffers: dict[Place, Buffer] = {}
-    if step.sharding.shard_ranks > 1:  # else the shards are the buckets
-        buffers |= _placed("gather", gather_buffers(step))
-    if not step.sharding.is_alone:  # else gradients are computed in their shard
-        buffers |= _placed("gradient", gradient_buffers(step))
-    buffers |= {("temporary", node): placed.buffer for node, placed in activations.placed.items()}
-    buffers |= _placed("staging", staging_buffers(step)) | _placed("quantize", quantize_buffers(step))
-    buffers |= _scratch(step, backend, accumulate=False)
-    some = [start for start in step.nodes(Role.REDUCE_SCATTER) if is_partial(step, start)]
-    nbytes = {start: step.bucket_of(start).shard_nbytes for start in some}
-    return buffers | _placed("partial", working_buffers(step, "partial", nbytes))
+    for start in step.nodes(Role.ALL_GATHER):
+        buffers |= {(buffer.kind, start): buffer for buffer in _of_gather(step, start, at)}
+    for start in step.nodes(Role.REDUCE_SCATTER):
+        of_reduction = _of_reduction(step, backend, start, at, accumulate=accumulate)
+        buffers |= {(buffer.kind, start): buffer for buffer in of_reduction}
+    return buffers | {(Kind.TEMPORARY, node): placed.buffer for node, placed in activations.placed.items()}
 
 
-def _only_adding(step: StepGraph, backend: Backend) -> dict[Place, Buffer]:
-    """What a backward needs to add to gradients, in place of or beside what every one needs."""
-    adding = _scratch(step, backend, accumulate=True)
-    if step.sharding.is_alone:  # else gradients are computed in the arena in any case
-        adding |= _placed("gradient", gradient_buffers(step))
-    return adding
+def _of_gather(step: StepGraph, start: fx.Node, at: Mapping[fx.Node, int]) -> Iterator[Buffer]:
+    """The buffers of an all_gather."""
+    payload, format, is_staged = step.payload_of(start), wire_format(start), step.is_staged(start)
+    label, begin, wait = bucket_label(payload.fqns), at[start], at[wait_of(start)]
+    if step.sharding.shard_ranks > 1 and payload.fqns not in step.resident:  # on one rank the shards are the buckets
+        yield Buffer(Kind.GATHER, label, payload.nbytes, wait if is_staged else begin, at[live_until(step, start)])
+    if is_staged:
+        yield Buffer(Kind.STAGING, label, step.travels(start).nbytes, begin, wait)
+    if format is not None and format.block_numel is not None:
+        is_dequantized_there = payload.dtype is not SCALE_DTYPE
+        if is_dequantized_there or not is_inside(start):  # secondary shards are quantised already
+            nbytes = payload.slice_numel * SCALE_DTYPE.itemsize
+            yield Buffer(Kind.QUANTIZE, label, nbytes, begin, wait if is_dequantized_there else begin)
 
 
-def _scratch(step: StepGraph, backend: Backend, *, accumulate: bool) -> dict[Place, Buffer]:
-    """What reductions work in."""
-    starts = step.nodes(Role.REDUCE_SCATTER)
-    nbytes = {start: scratch_nbytes(step, backend, start, accumulate=accumulate) for start in starts}
-    return _placed("scratch", working_buffers(step, "scratch", nbytes))
-
-
-def _placed(kind: str, buffers: Mapping[fx.Node, Buffer]) -> dict[Place, Buffer]:
-    return {(kind, start): buffer for start, buffer in buffers.items()}
+def _of_reduction(
+    step: StepGraph, backend: Backend, start: fx.Node, at: dict[fx.Node, int], *, accumulate: bool
+) -> Iterator[Buffer]:
+    """The buffers of a reduce_scatter."""
+    payload, is_staged = step.payload_of(start), step.is_staged(start)
+    label, begin, wait = bucket_label(payload.fqns), at[start], at[wait_of(start)]
+    if accumulate or not step.sharding.is_alone:  # else gradients are computed in their shard
+        first = min(at[first_write(slot)] for slot in operands(start))
+        yield Buffer(Kind.GRADIENT, label, payload.nbytes, first, begin if is_staged else wait)
+    if is_staged:
+        yield Buffer(Kind.STAGING, label, step.travels(start).nbytes, begin, wait)
+    if nbytes := scratch_nbytes(step, backend, start, accumulate=accumulate):
+        yield Buffer(Kind.SCRATCH, label, nbytes, begin, wait)
+    if is_partial(step, start):
+        yield Buffer(Kind.PARTIAL, label, step.bucket_of(start).shard_nbytes, begin, wait)
 
 
 def scratch_nbytes(step: StepGraph, backend: Backend, start: fx.Node, *, accumulate: bool) -> int:
-    """Bytes that a reduce-scatter works in."""
+    """Bytes of scratch that a reduce-scatter needs."""
     format = wire_format(start)
     if format is not None:
         return reduce_scratch_nbytes(backend, step.sharding, step.bucket_of(start), format, accumulate=accumulate)

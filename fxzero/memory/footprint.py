@@ -11,14 +11,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import accumulate
 
 from fxzero.comm.backend import Backend
 from fxzero.graph.layout import Layout, Payload
 from fxzero.graph.step import StepGraph
 from fxzero.memory.activations import Activations, activations_of
 from fxzero.memory.arena_plan import plan_arenas
-from fxzero.memory.lifetimes import Buffer, MemoryPlan, live_bytes
+from fxzero.memory.lifetimes import Buffer, Kind, MemoryPlan, live_at, peak_of
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Footprint:
     @property
     def activation_peak_bytes(self) -> int:
         """Largest sum of activations that have no place in the arena."""
-        return max(live_bytes(self.activations), default=0)
+        return peak_of(self.activations)
 
     @property
     def planned_peak_bytes(self) -> int:
@@ -63,26 +62,17 @@ class Footprint:
     @property
     def lower_bound_bytes(self) -> int:
         """Largest sum of live bytes at any position: no placement of anything can need less."""
-        return self.held.total + max(live_bytes((*self.arena.buffers, *self.activations)), default=0)
+        return self.held.total + peak_of((*self.arena.buffers, *self.activations))
 
-    def live(self, *kinds: str) -> list[int]:
+    def live(self, *kinds: Kind) -> list[int]:
         """Live bytes of some kinds of buffers at each position."""
         return live_at([b for b in (*self.arena.buffers, *self.activations) if b.kind in kinds], self.num_positions)
 
     @property
     def peak_position(self) -> int:
         """The first position at which the most bytes are live."""
-        live = live_at((*self.arena.buffers, *self.activations), self.num_positions)
+        live = self.live(*Kind)
         return live.index(max(live))
-
-
-def live_at(buffers: Iterable[Buffer], num_positions: int) -> list[int]:
-    """The sum of live bytes at each of the positions of a step."""
-    change = [0] * (num_positions + 1)
-    for buffer in buffers:
-        change[buffer.start] += buffer.nbytes
-        change[buffer.end + 1] -= buffer.nbytes
-    return list(accumulate(change[:num_positions]))
 
 
 def footprint(step: StepGraph, arena: MemoryPlan, activations: Activations, held: Held, arena_bytes: int) -> Footprint:

@@ -11,12 +11,11 @@ from tabulate import tabulate
 from fxzero.graph.names import format_bytes
 from fxzero.graph.step import StepGraph
 from fxzero.host.extras import require
-from fxzero.memory.footprint import Footprint, live_at
-from fxzero.memory.lifetimes import live_bytes
+from fxzero.memory.footprint import Footprint
+from fxzero.memory.lifetimes import Kind, live_at, peak_of
 
-GATHERED = ("gather",)
-GRADIENTS = ("gradient", "scratch", "partial")
-STAGING = ("staging", "quantize")
+GRADIENTS = (Kind.GRADIENT, Kind.SCRATCH, Kind.PARTIAL)
+STAGING = (Kind.STAGING, Kind.QUANTIZE)
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class MemoryReport:
     @property
     def gather_arena_bytes(self) -> int:
         """Gathered buckets, at most."""
-        return max(self.footprint.live(*GATHERED), default=0)
+        return max(self.footprint.live(Kind.GATHER), default=0)
 
     @property
     def gradient_arena_bytes(self) -> int:
@@ -58,8 +57,7 @@ class MemoryReport:
     @property
     def temporary_arena_bytes(self) -> int:
         """Temporary activations that have a place in the arena, at most."""
-        placed = [buffer for buffer in self.footprint.arena.buffers if buffer.kind == "temporary"]
-        return max(live_bytes(placed), default=0)
+        return peak_of([buffer for buffer in self.footprint.arena.buffers if buffer.kind is Kind.TEMPORARY])
 
     @property
     def saved_bytes_at_peak(self) -> int:
@@ -72,13 +70,11 @@ class MemoryReport:
         return self._activations_at_peak()[1]
 
     def _activations_at_peak(self) -> tuple[int, int]:
-        pairs = zip(*map(self._activations, ("saved", "temporary")), strict=True)
-        return max(pairs, key=sum, default=(0, 0))
-
-    def _activations(self, kind: str) -> list[int]:
-        """Live bytes of activations of one kind at each position, but for those that have a place in the arena."""
-        buffers = [buffer for buffer in self.footprint.activations if buffer.kind == kind]
-        return live_at(buffers, self.footprint.num_positions)
+        saved, other = (
+            live_at([b for b in self.footprint.activations if b.kind is kind], self.footprint.num_positions)
+            for kind in (Kind.SAVED, Kind.TEMPORARY)
+        )
+        return max(zip(saved, other, strict=True), key=sum, default=(0, 0))
 
     def rows(self) -> list[tuple[str, int | None]]:
         """What it is for, and the bytes."""
@@ -131,40 +127,32 @@ class MemoryReport:
         from matplotlib.figure import Figure  # takes a second to import
 
         held, footprint = self.footprint.held, self.footprint
-        areas = {
-            "parameters": [held.parameters + held.secondaries] * footprint.num_positions,
-            "gradients": [held.gradients + held.unsharded_gradients] * footprint.num_positions,
-            "optimizer state": [held.optimizer_state] * footprint.num_positions,
-            "buffers": [held.buffers] * footprint.num_positions,
-            "gathered buckets": footprint.live(*GATHERED),
+        held_bytes = {
+            "parameters": held.parameters + held.secondaries,
+            "gradients": held.gradients + held.unsharded_gradients,
+            "optimizer state": held.optimizer_state,
+            "buffers": held.buffers,
+        }
+        areas = {name: [nbytes] * footprint.num_positions for name, nbytes in held_bytes.items()} | {
+            "gathered buckets": footprint.live(Kind.GATHER),
             "gradient buckets": footprint.live(*GRADIENTS),
             "staging": footprint.live(*STAGING),
-            "saved activations": footprint.live("saved"),
-            "temporary activations": footprint.live("temporary"),
+            "saved activations": footprint.live(Kind.SAVED),
+            "temporary activations": footprint.live(Kind.TEMPORARY),
         }
         shown = {name: [nbytes / 2**20 for nbytes in live] for name, live in areas.items() if any(live)}
         figure = Figure(figsize=(10, 5), layout="constrained")
         axes = figure.subplots()
         axes.stackplot(range(footprint.num_positions), *shown.values(), labels=list(shown), step="post", linewidth=0)
-        peak, height = footprint.peak_position, footprint.lower_bound_bytes
-        axes.plot([peak], [height / 2**20], "kv", clip_on=False)
-        axes.annotate(
-            f"peak {format_bytes(height)}",
-            (peak, height / 2**20),
-            textcoords="offset points",
-            xytext=(0, 8),
-            ha="center",
-        )
-        axes.axhline(self.planned_peak_bytes / 2**20, color="black", linestyle=":", linewidth=1)
-        axes.annotate(
-            f"planned {format_bytes(self.planned_peak_bytes)}", (0, self.planned_peak_bytes / 2**20), va="bottom"
-        )
-        boundary = self.step.end_forward
-        if boundary is not None:
-            axes.axvline(self.step.positions()[boundary], color="black", linewidth=1)
-        axes.set(
-            xlabel="operator (the line: end of forward)", ylabel="MiB on a rank", xlim=(0, footprint.num_positions)
-        )
-        axes.set_ylim(0, self.planned_peak_bytes / 2**20 * 1.1)
+        peak, planned_mib = (footprint.peak_position, self.lower_bound_bytes / 2**20), self.planned_peak_bytes / 2**20
+        axes.plot(*peak, "kv", clip_on=False)
+        text = f"peak {format_bytes(self.lower_bound_bytes)}"
+        axes.annotate(text, peak, textcoords="offset points", xytext=(0, 8), ha="center")
+        axes.axhline(planned_mib, color="black", linestyle=":", linewidth=1)
+        axes.annotate(f"planned {format_bytes(self.planned_peak_bytes)}", (0, planned_mib), va="bottom")
+        if self.step.end_forward is not None:
+            axes.axvline(self.step.positions()[self.step.end_forward], color="black", linewidth=1)
+        axes.set(xlabel="operator (the line: end of forward)", ylabel="MiB on a rank")
+        axes.set(xlim=(0, footprint.num_positions), ylim=(0, planned_mib * 1.1))
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
         figure.savefig(Path(path), dpi=150)

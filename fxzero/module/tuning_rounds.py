@@ -21,7 +21,8 @@ import torch
 from fxzero.comm import agree
 from fxzero.comm.without_ranks import PlanningComm
 from fxzero.cost.calibrate import calibrate_once
-from fxzero.cost.job_costs import CostModel, choose_sizes, optimizer_bytes
+from fxzero.cost.choose_sizes import choose_sizes
+from fxzero.cost.job_costs import CostModel, optimizer_bytes
 from fxzero.cost.measured import MEASURED_STEPS, seconds_by_name, seconds_by_run
 from fxzero.cost.model import Cluster, roofline
 from fxzero.graph.schedule_text import totals

@@ -22,7 +22,8 @@ from fxzero.graph.names import format_bytes
 from fxzero.graph.nodes import Role, members
 from fxzero.graph.recipe import Fqns, Recipe
 from fxzero.graph.step import Phase, StepGraph
-from fxzero.memory.footprint import Footprint, Held, footprint_of, live_at
+from fxzero.memory.footprint import Footprint, Held, footprint_of
+from fxzero.memory.lifetimes import live_at
 from fxzero.passes import RecomputeActivations, RematerializeViews, default_passes
 from fxzero.planning.run_passes import run_passes
 

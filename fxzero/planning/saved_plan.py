@@ -100,7 +100,8 @@ def _label(variant: Variant, plan: Plan) -> str:
 
 def _facts(planned: VariantPlan) -> Facts:
     memory = planned.arena.memory
-    buffers = [[*dataclasses.astuple(buffer), at] for buffer, at in zip(memory.buffers, memory.offsets, strict=True)]
+    placed = zip(memory.buffers, memory.offsets, strict=True)
+    buffers = [[b.kind.value, b.name, b.nbytes, b.start, b.end, offset] for b, offset in placed]
     events = planned.events
     return {
         "schedule": format_schedule(planned.step),

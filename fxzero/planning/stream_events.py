@@ -23,6 +23,7 @@ from fxzero.graph.aliasing import is_view
 from fxzero.graph.nodes import Role, gathered_params, is_gather, is_inside, operands, role, wait_of, wire_format
 from fxzero.graph.step import StepGraph
 from fxzero.memory.arena_plan import Placed
+from fxzero.memory.lifetimes import Kind, Writer
 
 COMPUTE, COMMUNICATION = "compute", "communication"
 BEGIN = -1
@@ -176,9 +177,9 @@ def occupied_before(step: StepGraph, placed: Placed, *, accumulate: bool) -> dic
             apart = offset + buffer.nbytes <= other_offset or other_offset + earlier.nbytes <= offset
             if earlier.end >= buffer.start or apart:
                 continue
-            if other_kind == "gather":
+            if other_kind is Kind.GATHER:
                 before.setdefault(start, []).extend(readers_of(other))
-            is_read_at_wait = is_gather(other) or other_kind in ("scratch", "partial")
+            is_read_at_wait = is_gather(other) or other_kind.read_at_wait
             if is_read_at_wait and works_at_wait(step, other, accumulate=accumulate):
                 wait = wait_of(other)
                 if at[wait] <= earlier.end:  # else only its start used them, for whose work later starts wait too
@@ -186,11 +187,13 @@ def occupied_before(step: StepGraph, placed: Placed, *, accumulate: bool) -> dic
     return before
 
 
-def _written_by_start(step: StepGraph, kind: str, start: fx.Node) -> bool:
-    """False for memory that only compute writes."""
-    if kind == "staging":
+def _written_by_start(step: StepGraph, kind: Kind, start: fx.Node) -> bool:
+    """False for memory that compute writes first."""
+    if kind is Kind.STAGING:
         return is_gather(start) and (wire_format(start) is None or is_inside(start))
-    return kind not in ("gradient", "quantize") and not (kind == "gather" and step.is_staged(start))
+    if kind is Kind.GATHER and step.is_staged(start):
+        return False
+    return kind.written_by is Writer.COLLECTIVE
 
 
 @dataclass(frozen=True)

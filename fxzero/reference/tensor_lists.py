@@ -8,45 +8,24 @@ Sums are the backend's. On two gloo ranks they are those of `GlooComm`, bit for 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 
 import torch.distributed as dist
 from torch import Tensor
 
-from fxzero.comm.backend import Backend
+from fxzero.comm.backend import NativeBackend
 from fxzero.comm.base import Bound, Comm, LocalComm
 from fxzero.comm.gloo import GlooComm
 from fxzero.comm.group import GroupComm
 from fxzero.comm.nccl import NcclComm
 from fxzero.comm.without_ranks import PlanningComm
-from fxzero.errors import CommunicationError
 from fxzero.graph.layout import Payload
-from fxzero.graph.sharding import Sharding
-
-
-class ListBackend(Backend):
-    """What is added to a shard needs a place; the backend has the rest."""
-
-    def reduce_scratch_numel(self, payload: Payload, sharding: Sharding, *, accumulate: bool) -> int:
-        return accumulate * payload.slice_numel if sharding.shard_ranks > 1 else 0
-
-    def gather_wait_bytes(self, payload: Payload) -> int:
-        return 0
-
-    def reduce_wait_bytes(self, payload: Payload) -> int:
-        return 0
 
 
 class _TensorLists(GroupComm):
     """What replaces the bound collectives of a backend; all else is the backend's own."""
 
-    backend = ListBackend()
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        super().__init__(group)
-        self._under_way: list[list[dist.Work]] = []
-        """Of each collective that was started in this phase: what is still waited for."""
+    backend = NativeBackend()
 
     def bind_gather(self, payload: Payload, shard: Tensor, full: Tensor) -> Bound:
         outputs = [list(full.split(payload.slice_numel))]
@@ -77,7 +56,7 @@ class _TensorLists(GroupComm):
         works: list[dist.Work] = []
 
         def start() -> None:
-            self._under_way.append(works)
+            self._in_flight.append((works, what))
             try:
                 works.append(launch())
             except RuntimeError as error:
@@ -95,20 +74,6 @@ class _TensorLists(GroupComm):
                 finish()
 
         return Bound(start, wait)
-
-    def drain(self) -> None:
-        super().drain()
-        self._under_way.clear()
-
-    def abandon(self) -> None:
-        for works in self._under_way:
-            for work in works:
-                with contextlib.suppress(RuntimeError):
-                    work.wait()
-            works.clear()
-        super().abandon()
-        with contextlib.suppress(CommunicationError):
-            self.drain()
 
 
 class ListGlooComm(_TensorLists, GlooComm):
@@ -133,7 +98,7 @@ def with_tensor_lists(comm: Comm) -> Comm:
     if type(comm) is LocalComm:
         return comm
     if type(comm) is PlanningComm:
-        return PlanningComm(comm.rank, comm.sharding, ListBackend())
+        return PlanningComm(comm.rank, comm.sharding, NativeBackend())
     if type(comm) is GlooComm:
         return ListGlooComm(comm.group)
     if type(comm) is NcclComm:

@@ -19,12 +19,12 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
+from fxzero.comm.base import in_turn
 from fxzero.graph.layout import ALIGNMENT_BYTES, align
 from fxzero.graph.nodes import Role, role, started_by
-from fxzero.memory.arena_plan import Placed
+from fxzero.memory.arena_plan import Place, Placed
 from fxzero.memory.lifetimes import Buffer
 from fxzero.runtime.binding import Binder
-from fxzero.runtime.cuda_streams import Events
 from fxzero.runtime.storage import Arena, storage_view
 
 Call = Callable[[], object]
@@ -35,7 +35,7 @@ class TransientMemory(Arena):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self._storages: dict[tuple[str, fx.Node], torch.UntypedStorage] = {}
+        self._storages: dict[Place, torch.UntypedStorage] = {}
         self._at: dict[int, torch.UntypedStorage] = {}
         self._end = 0
         self._opened: list[torch.UntypedStorage] = []
@@ -45,7 +45,7 @@ class TransientMemory(Arena):
 
     def spread(self, placed: Placed) -> Placed:
         """Offsets at which no two buffers overlap, by which `view` knows them."""
-        spread: dict[tuple[str, fx.Node], tuple[Buffer, int]] = {}
+        spread: dict[Place, tuple[Buffer, int]] = {}
         for key, (buffer, _) in placed.items():
             if key not in self._storages:
                 self._storages[key] = torch.empty(0, dtype=torch.uint8, device=self.device).untyped_storage()
@@ -107,52 +107,38 @@ class TransientBinder(Binder):
             for (_, start), (buffer, at) in self.placed.items()
         ]
 
-    def recorded(self, events: Events | None) -> dict[fx.Node, Call]:
-        calls = super().recorded(events)
+    def recorded(self) -> dict[fx.Node, Call]:
+        calls = super().recorded()
         for life in self._lives:
             if role(life.begin) is Role.GRAD_SLOT:  # no statement of its own
-                calls[life.begin] = _then(life.take, calls.get(life.begin))
+                calls[life.begin] = in_turn(life.take, calls.get(life.begin))
             if role(life.end) is Role.RELEASE:
-                calls[life.end] = _then(calls.get(life.end), life.give_back)
+                calls[life.end] = in_turn(calls.get(life.end), life.give_back)
         return calls
 
     def finish(self) -> None:
         """Take each buffer before its first use and give it back after its last.
 
-        At a start both are done on the compute stream, before the collective, which waits for an event of that. What
-        stays gathered until the shards change is not given back.
+        At a start both are done on the compute stream, before the collective, which waits for an event of that. A
+        bucket that stays gathered until the shards change is not given back.
         """
         names, copies = self.names, self.copies
         for life in self._lives:
             begin = role(life.begin)
             if begin is Role.WAIT:
                 wait = f"wait_{started_by(life.begin).name}"
-                names[wait] = _then(life.take, names[wait])
+                names[wait] = in_turn(life.take, names[wait])
             elif begin is Role.WRITE_GRAD:
                 names[life.begin.name] = _taking(life.take, names[life.begin.name])
             elif begin is not Role.GRAD_SLOT:
-                copies[life.start] = _then(life.take, copies.get(life.start))
+                copies[life.start] = in_turn(life.take, copies.get(life.start))
         for life in self._lives:
             if role(life.end) is Role.WAIT:
                 wait = f"wait_{started_by(life.end).name}"
-                names[wait] = _then(names[wait], life.give_back)
+                names[wait] = in_turn(names[wait], life.give_back)
             elif role(life.end) in (Role.ALL_GATHER, Role.REDUCE_SCATTER):
-                copies[life.end] = _then(copies.get(life.end), life.give_back)
+                copies[life.end] = in_turn(copies.get(life.end), life.give_back)
         self._memory.close()
-
-
-def _then(first: Call | None, second: Call | None) -> Call:
-    """One function that calls both, where they are there."""
-    if first is None or second is None:
-        only = first or second
-        assert only is not None
-        return only
-
-    def both() -> None:
-        first()
-        second()
-
-    return both
 
 
 def _taking(take: Call, write: Callable[..., object]) -> Callable[..., object]:

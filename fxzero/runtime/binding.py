@@ -34,6 +34,7 @@ from fxzero.graph.nodes import (
 from fxzero.graph.variant import Stash, Variant
 from fxzero.graph.wire import SCALE_DTYPE
 from fxzero.memory.arena_plan import Placed, is_partial, scratch_nbytes
+from fxzero.memory.lifetimes import Kind
 from fxzero.planning.codegen import NAMES_IN_SOURCE, PLACE_PREFIX, Code
 from fxzero.planning.plan import VariantPlan
 from fxzero.runtime.cuda_streams import Events, bind_events
@@ -57,19 +58,23 @@ class Binder:
     names: dict[str, Any] = field(default_factory=dict[str, Any])
     """The globals of the code."""
     gathered: dict[fx.Node, dict[str, torch.Tensor]] = field(default_factory=dict[fx.Node, "dict[str, torch.Tensor]"])
-    """The parameters of each all_gather, by name."""
+    """Maps each all_gather to its parameters, by name."""
     slots: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
-    """The slot of each gradient, by parameter."""
+    """Maps each parameter to the slot of its gradient."""
     copies: dict[fx.Node, Callable[[], object]] = field(default_factory=dict[fx.Node, Callable[[], object]])
-    """What comes before a start, on the compute stream: it fills the staging buffer of the start with what it sends."""
-    secondaries: dict[tuple[str, ...], Payload] = field(default_factory=dict[tuple[str, ...], Payload])
-    """As of `StepGraph.secondaries`."""
-    inside: dict[fx.Node, Bound] = field(default_factory=dict[fx.Node, Bound])
-    """For each gather that leaves secondary shards: the same from those, if they are there."""
+    """Maps a start to the function that fills its staging buffer, called just before it on the compute stream."""
+    from_secondaries: dict[fx.Node, Bound] = field(default_factory=dict[fx.Node, Bound])
+    """Maps each gather that leaves secondary shards to the gather that later reads these, inside the node."""
 
     def __post_init__(self) -> None:
         self.step, self.code = self.planned.step, self.planned.code
         self.placed: Placed = self.planned.arena.placed
+        self.secondaries = self.step.secondaries()
+        planned_events = self.planned.events
+        self.events: Events | None = None
+        """The events of two CUDA streams; None where one thread does all."""
+        if planned_events is not None:
+            self.events = bind_events(self.step, planned_events, torch.cuda, self.shards.device)
 
     @classmethod
     def memory_for(cls, arena: Arena, nbytes: int) -> Arena:
@@ -81,38 +86,34 @@ class Binder:
         """Make the globals of the generated code and define its functions in them.
 
         Returns:
-            forward, backward; gather_kept, which gathers what forward keeps; forward_again, which is forward for when
-            the buckets that stay gathered until the shards change are there.
+            forward, backward; gather_kept, which gathers what forward keeps; forward_again, which is the forward to run
+            where buckets of the last micro-step are still there; timed_forward and timed_backward, which make a phase
+            that a stopwatch measures.
         """
-        code, names, events = self.code, self.names, self._events()
-        names |= NAMES_IN_SOURCE | {f"record_{node.name}": call for node, call in self.recorded(events).items()}
-        if events is not None:
-            names["record_begin"] = events.begin
+        code, names = self.code, self.names
+        starts = self.step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER)
+        names |= NAMES_IN_SOURCE | {f"record_{node.name}": call for node, call in self.recorded().items()}
         names |= {name: torch_internals.direct_call(target) for name, target in code.operators.items()}
-        self.secondaries = self.step.secondaries()
+        if self.events is not None:
+            names["record_begin"] = self.events.begin
         self.shards.keep_secondaries(self.secondaries.values())
-        for start in self.step.nodes(Role.ALL_GATHER):
-            self._bind_gather(start)
-        for start in self.step.nodes(Role.REDUCE_SCATTER):
-            self._bind_reduce(start)
+        for start in starts:
+            bound = self._bind_gather(start) if is_gather(start) else self._bind_reduce(start)
+            names |= {start.name: bound.start or _nothing, f"wait_{start.name}": bound.wait or _nothing}
         if not self.step.synchronize:
             self._bind_unsharded()
         self._bind_static()
         for node in code.placed:
-            offset, value = self.placed["temporary", node][1], node.meta["val"]
-            names[f"{PLACE_PREFIX}{node.name}"] = self.arena.view(offset, value.numel(), value.dtype).view(value.shape)
+            value = node.meta["val"]
+            place = self._view(Kind.TEMPORARY, node, value.numel(), value.dtype)
+            names[f"{PLACE_PREFIX}{node.name}"] = place.view(value.shape)
         self.finish()
-        if events is not None:
-            for start in self.step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER):
-                names[start.name] = events.start(start, names[start.name], self.copies.get(start))
-        for start, copy in self.copies.items() if events is None else ():
-            names[start.name] = in_turn(copy, names[start.name])
+        names |= {start.name: self._launch(start, names[start.name]) for start in starts}
         functions = {"gather_kept": in_turn(*self._gather_kept())} | _define(code, names)
-        if self.step.resident or self.inside:
-            again = names | self._gather_inside(events) | self._skip_resident(events)
+        again = names
+        if self.step.resident or self.from_secondaries:
+            again = names | self._where_buckets_are_there()
             functions["forward_again"] = _define(code, again)["forward"]
-        else:
-            again = names
         functions["timed"] = functools.lru_cache(maxsize=1)(partial(self._timed, again))
         return functions
 
@@ -121,50 +122,44 @@ class Binder:
         code, mark = self.planned.timed_code(), {"mark": watch.mark}
         return _define(code, self.names | mark) | {"forward_again": _define(code, again | mark)["forward"]}
 
-    def recorded(self, events: Events | None) -> dict[fx.Node, Callable[[], object]]:
-        """What the generated code calls after nodes."""
-        return {} if events is None else dict(events.recorded)
+    def recorded(self) -> dict[fx.Node, Callable[[], object]]:
+        """The functions that the generated code calls after nodes."""
+        return {} if self.events is None else dict(self.events.recorded)
 
     def finish(self) -> None:
-        """Called when everything is bound, but for the order of streams."""
+        """Called when everything is bound, but for the copies before starts and the order of streams."""
 
-    def _skip_resident(self, events: Events | None) -> dict[str, Callable[..., object]]:
-        """Globals that skip the gathers of buckets that are there; on CUDA, an event stands for each."""
+    def _launch(self, start: fx.Node, call: Callable[[], object]) -> Callable[[], object]:
+        """The start of a collective behind the copies that it sends, on the communication stream if there is one."""
+        copies = self.copies.get(start)
+        return in_turn(copies, call) if self.events is None else self.events.start(start, call, copies)
+
+    def _where_buckets_are_there(self) -> dict[str, Callable[..., object]]:
+        """Globals for the buckets of the last micro-step: no gather of resident ones; others from secondary shards."""
         names: dict[str, Callable[..., object]] = {}
         for start in self.step.nodes(Role.ALL_GATHER):
-            if members(start) not in self.step.resident:
+            if members(start) in self.step.resident:
+                launch, wait = _nothing, _nothing
+                if self.events is not None:  # an event stands for the gather
+                    passed = torch.cuda.Event()
+                    launch, wait = self.events.start(start, passed.record), passed.wait
+            elif start in self.from_secondaries:
+                launch, wait = self.from_secondaries[start].stage
+                launch = self._launch(start, launch)
+            else:
                 continue
-            names |= {start.name: _nothing, f"wait_{start.name}": _nothing}
-            if events is not None:
-                passed = torch.cuda.Event()
-                names |= {start.name: events.start(start, passed.record), f"wait_{start.name}": passed.wait}
+            names |= {start.name: launch, f"wait_{start.name}": wait}
         return names
-
-    def _gather_inside(self, events: Events | None) -> dict[str, Callable[..., object]]:
-        """Globals that gather from secondary shards what else leaves them."""
-        names: dict[str, Callable[..., object]] = {}
-        for start, bound in self.inside.items():
-            assert bound.start is not None and bound.wait is not None
-            copies = self.copies.get(start)
-            first = in_turn(copies, bound.start) if events is None else events.start(start, bound.start, copies)
-            names |= {start.name: first, f"wait_{start.name}": bound.wait}
-        return names
-
-    def _events(self) -> Events | None:
-        """The events of two CUDA streams; None where one thread does all."""
-        if self.planned.events is None:
-            return None
-        return bind_events(self.step, self.planned.events, torch.cuda, self.shards.device)
 
     def _gather_kept(self) -> list[Callable[[], object]]:
-        """What gathers again the buckets that forward keeps: in the order of the schedule, for whose memory it is."""
+        """The calls that gather again the buckets that forward keeps, in the schedule's order."""
         calls: list[Callable[[], object]] = []
         for node in self.step.nodes(Role.ALL_GATHER, Role.WAIT):
             if not is_gather(node) or members(node) not in self.step.kept or members(node) in self.step.resident:
                 continue
             start = started_by(node)
             calls.append(self.names[start.name if node is start else f"wait_{start.name}"])
-            if ("staging", start) in self.placed and self.shards.device.type == "cuda":
+            if (Kind.STAGING, start) in self.placed and self.shards.device.type == "cuda":
                 calls.append(partial(torch.cuda.synchronize, self.shards.device))  # no event of the schedule covers it
         return calls
 
@@ -180,26 +175,24 @@ class Binder:
             raise PlanError(f"The plan gathers {fqns} together; the layout has {bucket.fqns}. Keep the buckets fixed.")
         return bucket
 
-    def _bind_gather(self, start: fx.Node) -> None:
+    def _bind_gather(self, start: fx.Node) -> Bound:
         """Bind one all-gather, and note where its parameters lie."""
         bucket = self._layout_bucket(start)
         shard = full = self.shards.params.parts[bucket]
         if not self.comm.gathers_in_place:
-            full = self._view("gather", start, bucket.gathered)
+            full = self._whole(Kind.GATHER, start, bucket.gathered)
         self.gathered[start] = unflatten(bucket, full)
         if self.step.is_staged(start):
-            bound = self._bind_staged_gather(start, bucket, shard, full)
-        else:
-            bound = self._gather_into(start, shard, full)
-        self._bind_collective(start, bound)
+            return self._bind_staged_gather(start, bucket, shard, full)
+        return self._gather_into(start, shard, full)
 
     def _gather_into(
         self, start: fx.Node, shard: torch.Tensor, full: torch.Tensor, bring: Callable[[], object] | None = None
     ) -> Bound:
-        """Gather what travels, from secondary shards or leaving them where some gather of the step reads them.
+        """Gather what travels: from secondary shards, or leaving them where another gather of the step reads them.
 
         Args:
-            bring: what follows the wait.
+            bring: a function to call after the wait.
         """
         travels, within = self.step.travels(start), self.secondaries.get(members(start))
         if within is None:
@@ -208,17 +201,16 @@ class Binder:
         again = self.comm.bind_gather_inside(travels, secondary, full).then(bring)
         if is_inside(start):
             return again
-        self.inside[start] = again
+        self.from_secondaries[start] = again
         return self.comm.bind_gather_keeping(travels, shard, full, secondary).then(bring)
 
     def _bind_staged_gather(self, start: fx.Node, bucket: Bucket, shard: torch.Tensor, full: torch.Tensor) -> Bound:
         """Gather into a staging buffer; what is sent in another type is a row of it, or of a secondary shard."""
-        travels, format = self.step.travels(start), wire_format(start)
-        staging, work = self._view("staging", start, travels), None
+        format, work = wire_format(start), None
+        staging = self._whole(Kind.STAGING, start, self.step.travels(start))
         if format is not None:
-            if ("quantize", start) in self.placed:
-                numel, dtype = bucket.shard_numel, SCALE_DTYPE
-                work = self.arena.view(self.placed["quantize", start][1], numel, dtype)
+            if (Kind.QUANTIZE, start) in self.placed:
+                work = self._view(Kind.QUANTIZE, start, bucket.shard_numel, SCALE_DTYPE)
             row = self._own_row(start, staging)
             if not is_inside(start):
                 self.copies[start] = pack(format, shard, row, work)
@@ -231,28 +223,28 @@ class Binder:
         return self._gather_into(start, shard, staging, bring)
 
     def _own_row(self, start: fx.Node, staging: torch.Tensor) -> torch.Tensor:
-        """Where this rank writes what it sends in a type of the wire: in the secondary shard, if there is one."""
+        """The row in which this rank writes what it sends in a wire format: of the secondary shard, if there is one."""
         row_numel, within = self.step.travels(start).slice_numel, self.secondaries.get(members(start))
         if within is None:
             return staging.split(row_numel)[self.comm.rank]
         return self.shards.secondaries.parts[within].split(row_numel)[self.comm.rank % self.comm.sharding.num_nodes]
 
-    def _view(self, kind: str, start: fx.Node, payload: Payload) -> torch.Tensor:
-        """The memory of a collective in the arena, flat, `[payload.numel]`."""
-        return self.arena.view(self.placed[kind, start][1], payload.numel, payload.dtype)
+    def _view(self, kind: Kind, node: fx.Node, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """The memory of a node in the arena, flat."""
+        return self.arena.view(self.placed[kind, node][1], numel, dtype)
 
-    def _bind_collective(self, start: fx.Node, bound: Bound) -> None:
-        self.names[start.name] = bound.start or _nothing
-        self.names[f"wait_{start.name}"] = bound.wait or _nothing
+    def _whole(self, kind: Kind, start: fx.Node, payload: Payload) -> torch.Tensor:
+        """The memory of a whole payload in the arena, `[payload.numel]`."""
+        return self._view(kind, start, payload.numel, payload.dtype)
 
-    def _bind_reduce(self, start: fx.Node) -> None:
+    def _bind_reduce(self, start: fx.Node) -> Bound:
         """Bind one reduce-scatter, and the slots of its bucket."""
         bucket, variant = self._layout_bucket(start), self.variant
         shard = full = self.shards.grad_shard(bucket)
-        in_arena, is_staged = ("gradient", start) in self.placed, self.step.is_staged(start)
+        in_arena, is_staged = (Kind.GRADIENT, start) in self.placed, self.step.is_staged(start)
         if in_arena:
-            full = self._view("gradient", start, bucket.gradients)
-        sent = self._view("staging", start, self.step.travels(start)) if is_staged else full
+            full = self._whole(Kind.GRADIENT, start, bucket.gradients)
+        sent = self._whole(Kind.STAGING, start, self.step.travels(start)) if is_staged else full
         clear = _padding(bucket, full) if in_arena else []
         if in_arena and is_partial(self.step, start):
             bound = self._bind_partial(bucket, start, sent)
@@ -268,20 +260,21 @@ class Binder:
             self.copies[start] = in_turn(*before, bring)
         elif before:
             bound = Bound(in_turn(*before, bound.start), bound.wait)
-        self._bind_collective(start, bound)
         views = unflatten(bucket, full)
         for slot in operands(start):
             fqn = grad_fqn(slot)
             self.slots[fqn] = views[fqn]
             self.names[slot.name] = _writer(views[fqn], slot, add=False)
+        return bound
 
     def _reduce_into(
         self, shard: torch.Tensor, bucket: Bucket, start: fx.Node, sent: torch.Tensor, *, accumulate: bool
     ) -> Bound:
         """Average what is sent, in the collective's wire format, into a shard."""
-        placed, format = self.placed.get(("scratch", start)), wire_format(start)
-        nbytes = scratch_nbytes(self.step, self.comm.backend, start, accumulate=accumulate)
-        scratch = self.arena.view(placed[1], nbytes, torch.uint8) if placed else None
+        format, scratch = wire_format(start), None
+        if (Kind.SCRATCH, start) in self.placed:
+            nbytes = scratch_nbytes(self.step, self.comm.backend, start, accumulate=accumulate)
+            scratch = self._view(Kind.SCRATCH, start, nbytes, torch.uint8)
         if format is not None:
             assert scratch is not None
             return bind_narrow_reduce(self.comm, bucket, format, sent, scratch, shard, accumulate=accumulate)
@@ -291,7 +284,7 @@ class Binder:
 
     def _bind_partial(self, bucket: Bucket, start: fx.Node, sent: torch.Tensor) -> Bound:
         """Reduce a whole bucket aside and keep the slices of some members."""
-        room = self.arena.view(self.placed["partial", start][1], bucket.shard_numel, bucket.dtypes.shard)
+        room = self._view(Kind.PARTIAL, start, bucket.shard_numel, bucket.dtypes.shard)
         bound = self._reduce_into(room, bucket, start, sent, accumulate=False)
         keep: list[Callable[[], object]] = []
         for param in bucket.params:
@@ -342,7 +335,7 @@ def _nothing() -> None:
 
 
 def _writer(slot: torch.Tensor, node: fx.Node, *, add: bool) -> Callable[..., object]:
-    """What writes a gradient to its slot; a gradient the step does not reach is zeros."""
+    """The function that writes a gradient to its slot; a gradient the step does not reach is zeros."""
     if not node.all_input_nodes:
         return _nothing if add else slot.zero_
     return slot.add_ if add else slot.copy_

@@ -12,8 +12,8 @@ from torch import fx, nn
 
 from fxzero.capture import capture
 from fxzero.comm.gloo import GLOO
-from fxzero.cost.choose_sizes import _events, needs_of
-from fxzero.cost.job_costs import CostModel, choose_sizes
+from fxzero.cost.choose_sizes import _events, choose_sizes, needs_of
+from fxzero.cost.job_costs import CostModel
 from fxzero.cost.measured import seconds_by_name, with_measured
 from fxzero.cost.model import GBIT, Cluster, Costs, Device, Link, roofline
 from fxzero.cost.timeline import Event, events, play, simulate

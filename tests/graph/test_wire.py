@@ -21,6 +21,7 @@ from fxzero.comm.without_ranks import PlanningComm
 from fxzero.graph.layout import Bucket, ParamSpec, Payload
 from fxzero.graph.sharding import Sharding
 from fxzero.graph.wire import WireFormat, on_wire, split_rows
+from fxzero.memory.lifetimes import Kind
 from fxzero.passes import NarrowAllGathers, NarrowReduceScatters, default_passes
 from fxzero.planner import plan
 from tests.distributed import replicated
@@ -222,10 +223,10 @@ def test_staging_lies_in_the_arena_while_it_travels() -> None:
         passes = default_passes(bucket_bytes=2**20, prefetch_bytes=0, gather_dtype=gather_dtype)
         memory = plan(model, x, world_size=4, passes=passes).memory
         buffers = memory.footprint.arena.buffers
-        staging = [buffer for buffer in buffers if buffer.kind == "staging"]
+        staging = [buffer for buffer in buffers if buffer.kind is Kind.STAGING]
         assert {buffer.nbytes for buffer in staging} == {int(512 * 512 * row)}
         assert len(staging) == 7
-        work = [buffer for buffer in buffers if buffer.kind == "quantize"]
+        work = [buffer for buffer in buffers if buffer.kind is Kind.QUANTIZE]
         assert [buffer.nbytes for buffer in work] == [2**18] * (7 if gather_dtype is torch.int8 else 0)
         assert dict(memory.rows())["  staging, at most"]
 

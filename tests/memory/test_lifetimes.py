@@ -15,8 +15,8 @@ from fxzero.errors import MemoryOverlapError
 from fxzero.graph.layout import ALIGNMENT_BYTES, LayoutName
 from fxzero.graph.nodes import Role, is_gather, wait_of
 from fxzero.memory.activations import activations_of
-from fxzero.memory.arena_plan import plan_arenas
-from fxzero.memory.lifetimes import Buffer, MemoryPlan, gather_buffers, gradient_buffers, plan_around, plan_memory
+from fxzero.memory.arena_plan import arena_buffers, plan_arenas
+from fxzero.memory.lifetimes import Buffer, Kind, MemoryPlan, plan_around, plan_memory
 from fxzero.passes import default_passes
 from fxzero.planning.run_passes import run_passes
 from fxzero.runtime.storage import Arena
@@ -33,7 +33,7 @@ def lifetimes(draw: st.DrawFn) -> list[Buffer]:
     for index in range(number):
         start = draw(st.integers(0, 30))
         buffers.append(
-            Buffer("gather", f"b{index}", draw(st.integers(1, 5000)), start, start + draw(st.integers(0, 12)))
+            Buffer(Kind.GATHER, f"b{index}", draw(st.integers(1, 5000)), start, start + draw(st.integers(0, 12)))
         )
     return buffers
 
@@ -74,17 +74,21 @@ def test_what_is_placed_around_a_plan_shares_no_byte_and_leaves_it_as_it_is(
 
 
 def test_what_is_placed_around_a_plan_goes_into_its_holes() -> None:
-    fixed = MemoryPlan((Buffer("gather", "a", 512, 0, 5), Buffer("gather", "b", 512, 0, 5)), (0, 1024))
-    more = [Buffer("scratch", "c", 512, 3, 4), Buffer("scratch", "d", 256, 6, 9), Buffer("scratch", "e", 300, 4, 4)]
+    fixed = MemoryPlan((Buffer(Kind.GATHER, "a", 512, 0, 5), Buffer(Kind.GATHER, "b", 512, 0, 5)), (0, 1024))
+    more = [
+        Buffer(Kind.SCRATCH, "c", 512, 3, 4),
+        Buffer(Kind.SCRATCH, "d", 256, 6, 9),
+        Buffer(Kind.SCRATCH, "e", 300, 4, 4),
+    ]
     assert plan_around(fixed, more).offsets == (0, 1024, 512, 0, 1536)
 
 
 def test_plan_with_overlapping_live_buffers_is_refused() -> None:
-    first, second = Buffer("gather", "a", 512, 0, 5), Buffer("gradient", "b", 512, 5, 9)
+    first, second = Buffer(Kind.GATHER, "a", 512, 0, 5), Buffer(Kind.GRADIENT, "b", 512, 5, 9)
     with pytest.raises(MemoryOverlapError, match="gradient b at 256 and gather a at 0 are live together"):
         MemoryPlan((first, second), (0, 256)).verify()
     MemoryPlan((first, second), (0, 512)).verify()
-    MemoryPlan((first, Buffer("gradient", "b", 512, 6, 9)), (0, 256)).verify()
+    MemoryPlan((first, Buffer(Kind.GRADIENT, "b", 512, 6, 9)), (0, 256)).verify()
 
 
 @given(lifetimes(), st.data())
@@ -124,8 +128,8 @@ def test_arena_of_a_model_meets_the_lower_bound(
     arenas = plan_arenas(step, GLOO, activations_of(step))
     arena = arenas[accumulate and accumulate in arenas]
     plan = arena.memory
-    assert {start for kind, start in arena.placed if kind == "gather"} == (
-        {*gather_buffers(step)} if world_size > 1 else set()
+    assert {start for kind, start in arena.placed if kind is Kind.GATHER} == (
+        {*step.nodes(Role.ALL_GATHER)} if world_size > 1 else set()
     )
     assert plan.peak_bytes == plan.lower_bound_bytes
 
@@ -137,9 +141,9 @@ def test_what_travels_interleaved_is_planned_beside_its_bucket_at_the_copy_only(
     placed = plan_arenas(step, GLOO, activations_of(step))[False].placed
     at = step.positions()
     for start in step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER):
-        staging = placed["staging", start][0]
+        staging = placed[Kind.STAGING, start][0]
         assert (staging.start, staging.end) == (at[start], at[wait_of(start)])
-        bucket = placed["gather" if is_gather(start) else "gradient", start][0]
+        bucket = placed[Kind.GATHER if is_gather(start) else Kind.GRADIENT, start][0]
         assert (bucket.start if is_gather(start) else bucket.end) == at[wait_of(start) if is_gather(start) else start]
         assert staging.nbytes == bucket.nbytes == step.payload_of(start).nbytes
 
@@ -147,7 +151,8 @@ def test_what_travels_interleaved_is_planned_beside_its_bucket_at_the_copy_only(
 def test_schedule_of_equal_layers_meets_the_lower_bound() -> None:
     step = toy_step(num_layers=8)
     run_passes(step, default_passes(bucket_bytes=2**14, prefetch_bytes=2**15, reduce_bytes=2**15))
-    plan = plan_memory([*gather_buffers(step).values(), *gradient_buffers(step).values()])
+    buffers = arena_buffers(step, GLOO, activations_of(step), accumulate=False).values()
+    plan = plan_memory([buffer for buffer in buffers if buffer.kind in (Kind.GATHER, Kind.GRADIENT)])
     assert plan.peak_bytes == plan.lower_bound_bytes
 
 

@@ -13,6 +13,7 @@ from fxzero.graph.nodes import Role, info, is_random, role
 from fxzero.graph.schedule_text import totals
 from fxzero.graph.step import Phase, StepGraph
 from fxzero.memory.activations import activation_buffers
+from fxzero.memory.lifetimes import Kind
 from fxzero.passes import RecomputeActivations, default_passes
 from tests.helpers.toy_step import toy_step
 
@@ -50,7 +51,7 @@ def planned(recompute: Any, model: nn.Module | None = None) -> StepGraph:
 
 
 def saved_tensors(step: StepGraph) -> int:
-    nbytes = sum(buffer.nbytes for buffer in activation_buffers(step).values() if buffer.kind == "saved")
+    nbytes = sum(buffer.nbytes for buffer in activation_buffers(step).values() if buffer.kind is Kind.SAVED)
     assert nbytes % TENSOR_BYTES == 0
     return nbytes // TENSOR_BYTES
 

@@ -17,8 +17,8 @@ from fxzero.errors import PlanError
 from fxzero.graph.nodes import Role, members
 from fxzero.graph.recipe import Recipe
 from fxzero.graph.step import StepGraph
-from fxzero.memory.footprint import Footprint, Held, footprint_of, live_at
-from fxzero.memory.lifetimes import Buffer, MemoryPlan
+from fxzero.memory.footprint import Footprint, Held, footprint_of
+from fxzero.memory.lifetimes import Buffer, Kind, MemoryPlan, live_at
 from fxzero.models import GPT, GPT_PRESETS
 from fxzero.passes import default_passes
 from fxzero.planning.keep_within_budget import _Gap as Gap
@@ -41,7 +41,7 @@ def gaps_and_live(draw: st.DrawFn) -> tuple[list[Gap], list[Buffer]]:
         last = NUM_POSITIONS - 1 - first if nested else draw(st.integers(first, NUM_POSITIONS - 1))
         gaps.append(Gap((f"b{index}",), draw(st.integers(1, 6)), first, last))
     live = [
-        Buffer("gather", "x", draw(st.integers(1, 8)), position, position)
+        Buffer(Kind.GATHER, "x", draw(st.integers(1, 8)), position, position)
         for position in draw(st.sets(st.integers(0, NUM_POSITIONS - 1)))
     ]
     return sorted(gaps, key=lambda gap: (-gap.nbytes, gap.last - gap.first)), live

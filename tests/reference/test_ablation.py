@@ -18,7 +18,7 @@ from fxzero.graph.recipe import Recipe
 from fxzero.graph.schedule_text import format_schedule
 from fxzero.graph.sharding import Sharding
 from fxzero.graph.step import StepGraph
-from fxzero.memory.lifetimes import Buffer
+from fxzero.memory.lifetimes import Buffer, Kind
 from fxzero.passes import default_passes
 from fxzero.planning.run_passes import run_passes
 from fxzero.reference import ablation
@@ -185,8 +185,8 @@ def test_a_buffer_has_memory_from_take_to_give_back() -> None:
     step = toy_step(num_layers=1)
     first, second, *_ = step.graph.nodes
     buffers = {
-        ("gather", first): (Buffer("gather", "a", 1024, 0, 1), 0),
-        ("gather", second): (Buffer("gather", "b", 2048, 1, 2), 0),
+        (Kind.GATHER, first): (Buffer(Kind.GATHER, "a", 1024, 0, 1), 0),
+        (Kind.GATHER, second): (Buffer(Kind.GATHER, "b", 2048, 1, 2), 0),
     }
     placed = memory.spread(buffers)
     (_, at), (_, other) = placed.values()
@@ -199,7 +199,7 @@ def test_a_buffer_has_memory_from_take_to_give_back() -> None:
     memory.take(at, 1024)()
     view.fill_(3.0)
     again = memory.spread(buffers)  # another variant of the plan finds what is there
-    assert memory.view(again["gather", first][1], 256, torch.float32).eq(3.0).all()
+    assert memory.view(again[Kind.GATHER, first][1], 256, torch.float32).eq(3.0).all()
     memory.close()
     assert head.tolist() == [3.0] * 3
     memory.give_back(at)()

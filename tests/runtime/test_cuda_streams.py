@@ -22,6 +22,7 @@ from fxzero.graph.sharding import Sharding
 from fxzero.graph.step import StepGraph
 from fxzero.memory.activations import activations_of
 from fxzero.memory.arena_plan import Placed, plan_arenas
+from fxzero.memory.lifetimes import Kind
 from fxzero.passes import default_passes
 from fxzero.planning.codegen import generate
 from fxzero.planning.run_passes import run_passes
@@ -123,19 +124,19 @@ class Simulation:
                 self.clocks.learn(COMPUTE, self.done[started_by(node)])
                 if is_gather(node) and self.step.is_staged(node):
                     operation = self.clocks.tick(COMPUTE)
-                    self.touch(operation, "staging", started_by(node), writes=False, node=node)
-                    self.touch(operation, "gather", started_by(node), writes=True, node=node)
+                    self.touch(operation, Kind.STAGING, started_by(node), writes=False, node=node)
+                    self.touch(operation, Kind.GATHER, started_by(node), writes=True, node=node)
                     if self.step.payload_of(node).dtype is not torch.float32:
-                        self.touch(operation, "quantize", started_by(node), writes=True, node=node)
+                        self.touch(operation, Kind.QUANTIZE, started_by(node), writes=True, node=node)
                 if not is_gather(node) and (self.accumulate or wire_format(node) is not None):
                     operation = self.clocks.tick(COMPUTE)
-                    self.touch(operation, "scratch", started_by(node), writes=False, node=node)
+                    self.touch(operation, Kind.SCRATCH, started_by(node), writes=False, node=node)
             else:
                 operation = self.clocks.tick(COMPUTE)
                 for start in reads.get(node, []):
-                    self.touch(operation, "gather", start, writes=False, node=node)
+                    self.touch(operation, Kind.GATHER, start, writes=False, node=node)
                 for start in writes.get(node, []):
-                    self.touch(operation, "gradient", start, writes=True, node=node)
+                    self.touch(operation, Kind.GRADIENT, start, writes=True, node=node)
             if record := self.events.recorded.get(node):
                 record()
 
@@ -144,29 +145,29 @@ class Simulation:
             assert self.clocks.current == COMMUNICATION
             operation = self.clocks.tick(COMMUNICATION)
             if is_gather(node):
-                self.touch(operation, "staging" if staged else "gather", node, writes=True, node=node)
+                self.touch(operation, Kind.STAGING if staged else Kind.GATHER, node, writes=True, node=node)
             else:
-                self.touch(operation, "staging" if staged else "gradient", node, writes=False, node=node)
-                self.touch(operation, "scratch", node, writes=True, node=node)
+                self.touch(operation, Kind.STAGING if staged else Kind.GRADIENT, node, writes=False, node=node)
+                self.touch(operation, Kind.SCRATCH, node, writes=True, node=node)
             self.done[node] = dict(self.clocks.known[COMMUNICATION])
 
         def copies() -> None:
             assert self.clocks.current == COMPUTE
             operation = self.clocks.tick(COMPUTE)
             self.touch(
-                operation, "quantize" if is_gather(node) else "gradient", node, writes=is_gather(node), node=node
+                operation, Kind.QUANTIZE if is_gather(node) else Kind.GRADIENT, node, writes=is_gather(node), node=node
             )
-            self.touch(operation, "staging", node, writes=True, node=node)
+            self.touch(operation, Kind.STAGING, node, writes=True, node=node)
 
         staged = self.step.is_staged(node)
         sends_copy = staged and not (is_gather(node) and (wire_format(node) is None or is_inside(node)))
         self.events.start(node, collective, copies if sends_copy else None)()
 
-    def touch(self, operation: tuple[str, int], kind: str, start: fx.Node, *, writes: bool, node: fx.Node) -> None:
+    def touch(self, operation: tuple[str, int], kind: Kind, start: fx.Node, *, writes: bool, node: fx.Node) -> None:
         if (kind, start) not in self.placed:
             return
         buffer, offset = self.placed[kind, start]
-        access = Access(operation, offset, offset + buffer.nbytes, writes, f"{node.name} ({kind} {buffer.name})")
+        access = Access(operation, offset, offset + buffer.nbytes, writes, f"{node.name} ({kind.value} {buffer.name})")
         for earlier in self.accesses:
             overlap = earlier.begin < access.end and access.begin < earlier.end
             if overlap and (earlier.writes or writes) and earlier.operation[0] != operation[0]:

@@ -43,17 +43,20 @@ class Instance:
     @property
     def load(self) -> Ints:
         """The sum of the sizes in each section: no packing is lower than the largest."""
+        return self.covering(self.stop, self.sizes)
+
+    def covering(self, stop: Ints, values: Ints | int) -> Ints:
+        """`[num_sections]`: the sum of the values of the blocks that cover each section, block `i` up to `stop[i]`."""
         change = np.zeros(self.num_sections + 1, np.int64)
-        np.add.at(change, self.first, self.sizes)
-        np.subtract.at(change, self.stop, self.sizes)
+        np.add.at(change, self.first, values)
+        np.subtract.at(change, stop, values)
         return change.cumsum()[:-1]
 
     def contention(self) -> Ints:
         """For each block, the largest load of its sections."""
         load = self.load
-        return np.array(
-            [load[first:stop].max() for first, stop in zip(self.first, self.stop, strict=True)], dtype=np.int64
-        )
+        largest = [load[first:stop].max() for first, stop in zip(self.first, self.stop, strict=True)]
+        return np.array(largest, dtype=np.int64)
 
     def begins(self) -> Ints:
         """`[num_sections + 1]`: the number of blocks that start before each section."""

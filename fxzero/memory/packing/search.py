@@ -32,8 +32,6 @@ from fxzero.memory.packing.instance import Instance, Ints
 NEVER = 1 << 60
 """Above every offset: the lowest place of a placed block, the floor of a full section."""
 
-NOTHING: Ints = np.zeros(0, np.int64)
-
 Rule: TypeAlias = Literal["rank", "slack", "choices"]
 """Where to choose next, among the lowest places: by the blocks' rank alone, or in the section with the least slack or
 the fewest blocks that could lie there, each over how often the section failed."""
@@ -54,12 +52,8 @@ class Node:
     raised: list[int] = field(default_factory=list[int])  # here
     because: int = 0  # sections that explain why the blocks raised here cannot lie where they could
     states: list[bytes] = field(default_factory=list[bytes])
-    # The choice, and what it overwrote.
-    block: int = -1
-    low: Ints = field(default_factory=lambda: NOTHING)
-    floor: Ints = field(default_factory=lambda: NOTHING)
-    level: Ints = field(default_factory=lambda: NOTHING)
-    room: Ints = field(default_factory=lambda: NOTHING)
+    block: int = -1  # the choice
+    overwritten: tuple[Ints, ...] = ()  # by the choice: low, floor, level, room
     lowered: list[int] = field(default_factory=list[int])  # blocks no longer raised, now that they rest higher
 
 
@@ -73,13 +67,14 @@ class Search:
         self.stop: list[int] = instance.stop.tolist()
         self.span = [(1 << b) - (1 << a) for a, b in zip(self.first, self.stop, strict=True)]
         self.begins: list[int] = instance.begins().tolist()
-        num, num_sections = instance.num_blocks, instance.num_sections
+        num_sections = instance.num_sections
         overlap = (instance.first[:, None] < instance.stop) & (instance.first < instance.stop[:, None])
         np.fill_diagonal(overlap, False)
         self.apart = np.where(overlap, 0, NEVER)
         self.neighbours = [as_bits(row) for row in overlap]
-        self.members = [np.flatnonzero((instance.first <= s) & (s < instance.stop)) for s in range(num_sections)]
-        self.within = [as_bits((instance.first <= s) & (s < instance.stop)) for s in range(num_sections)]
+        within = [(instance.first <= s) & (s < instance.stop) for s in range(num_sections)]
+        self.members = [np.flatnonzero(row) for row in within]
+        self.within = [as_bits(row) for row in within]
         self.flat_members = np.concatenate(self.members)
         self.member_at = np.cumsum([0, *map(len, self.members)])
         # The largest floor of a block's sections is the larger of two entries of a table of powers of two.
@@ -88,9 +83,10 @@ class Search:
         self.head = power * num_sections + instance.first
         self.tail = power * num_sections + instance.stop - (1 << power)
         twins: dict[tuple[int, int, int], list[int]] = {}
-        for i in range(num):
-            twins.setdefault((self.first[i], self.stop[i], self.sizes[i]), []).append(i)
-        self.twins = [twins[self.first[i], self.stop[i], self.sizes[i]] for i in range(num)]
+        shapes = list(zip(self.first, self.stop, self.sizes, strict=True))
+        for block, shape in enumerate(shapes):
+            twins.setdefault(shape, []).append(block)
+        self.twins = [twins[shape] for shape in shapes]
         self.all_failed: dict[int, dict[bytes, int]] = {}  # by capacity: the reasons of states
         self.impossible = False
         self.steps = 0
@@ -145,10 +141,7 @@ class Search:
         self.left = instance.load
         self.room = self.capacity - self.left
         self.weight = np.ones(num_sections)
-        self.crossing = np.zeros(num_sections + 1, np.int64)  # blocks to place that are in a section and the next
-        np.add.at(self.crossing, instance.first, 1)
-        np.subtract.at(self.crossing, instance.stop - 1, 1)
-        self.crossing = self.crossing.cumsum()
+        self.crossing = instance.covering(instance.stop - 1, 1)  # blocks to place that are in a section and the next
 
     def examine(self, node: Node) -> int:
         """Choose a block for this node, or say which sections explain that there is no packing from here."""
@@ -226,8 +219,8 @@ class Search:
         blocks = slice(self.begins[node.begin], self.begins[node.end])
         offset = int(self.low[block])
         end = offset + self.sizes[block]
-        node.low, node.floor = self.low[blocks].copy(), self.floor[node.begin : node.end].copy()
-        node.level, node.room = self.level[first:stop].copy(), self.room[first:stop].copy()
+        changed = self.low[blocks], self.floor[node.begin : node.end], self.level[first:stop], self.room[first:stop]
+        node.overwritten = tuple(values.copy() for values in changed)
         node.lowered = [
             other
             for other in (np.flatnonzero(self.raised[blocks]) + blocks.start).tolist()
@@ -249,9 +242,9 @@ class Search:
     def take(self, node: Node) -> None:
         """Undo `put`."""
         block, first, stop = node.block, self.first[node.block], self.stop[node.block]
-        self.low[self.begins[node.begin] : self.begins[node.end]] = node.low
-        self.floor[node.begin : node.end] = node.floor
-        self.level[first:stop], self.room[first:stop] = node.level, node.room
+        low, floor, self.level[first:stop], self.room[first:stop] = node.overwritten
+        self.low[self.begins[node.begin] : self.begins[node.end]] = low
+        self.floor[node.begin : node.end] = floor
         self.left[first:stop] += self.sizes[block]
         self.crossing[first : stop - 1] += 1
         self.top[block] = self.capacity - self.sizes[block]
@@ -261,16 +254,11 @@ class Search:
     def after(self, node: Node) -> Node | None:
         """What to place next: sections that no block connects any more are apart, those with the least slack first."""
         cuts = (np.flatnonzero(self.crossing[node.begin : node.end - 1] == 0) + node.begin + 1).tolist()
-        if not cuts:
-            if self.room[node.begin] < NEVER:
-                return Node(node.begin, node.end, node.pending)
-            parts = []
-        else:
-            parts = [
-                (float(((self.room[a:b] - self.level[a:b]) / self.weight[a:b]).min()), a, b)
-                for a, b in zip([node.begin, *cuts], [*cuts, node.end], strict=True)
-                if self.room[a] < NEVER
-            ]
+        parts = [
+            (float(((self.room[a:b] - self.level[a:b]) / self.weight[a:b]).min()), a, b)
+            for a, b in zip([node.begin, *cuts], [*cuts, node.end], strict=True)
+            if self.room[a] < NEVER
+        ]
         pending = node.pending
         for _, begin, end in sorted(parts, reverse=True):
             pending = ((begin, end), pending)
