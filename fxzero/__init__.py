@@ -5,8 +5,6 @@ loss = zero(**batch).loss
 loss.backward()
 """
 
-from __future__ import annotations
-
 from fxzero.api import Schedule, ZeroModule, compile
 from fxzero.cost.model import Cluster, Device, Link
 from fxzero.errors import (

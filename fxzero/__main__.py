@@ -1,7 +1,5 @@
 """The commands of fxzero: `fxzero COMMAND` or `python -m fxzero COMMAND`."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Every error fxzero raises on purpose, one class per broken rule: what, where, why, and what to do."""
 
-from __future__ import annotations
-
 
 class FxzeroError(Exception):
     """Base of all errors of fxzero."""

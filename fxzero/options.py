@@ -1,7 +1,5 @@
 """The options of `compile()`: checked, and made into an engine."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Callable, Sequence

@@ -3,8 +3,6 @@
 `plan()` is the entry point for a cluster that is not there; the plans of a model that trains are made by its engine.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial

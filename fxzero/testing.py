@@ -8,8 +8,6 @@ a call costs some 20 ms instead of the seconds that importing torch takes. Funct
     engine_of(zero).sharded.comm                  # what is behind a compiled module, for tests that look inside
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import faulthandler

@@ -5,8 +5,6 @@ in its `__dict__`; but not the name of an operator (`torch.ops.aten._unsafe_view
 finds private symbols in other modules.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import re

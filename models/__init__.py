@@ -1,7 +1,5 @@
 """Toy and reference models: plain nn.Module, nothing of fxzero. Import them as fxzero.models."""
 
-from __future__ import annotations
-
 from .gpt import GPT, GPT_PRESETS, GPTConfig
 from .llama import LLAMA_PRESETS, Llama, LlamaConfig
 from .mlp import MLP, MLP_PRESETS, MLPConfig

@@ -6,8 +6,6 @@ Layer:  x + attention(norm(x)),  then  x + mlp(norm(x))
 Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; q, k and v are separate linears.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ Layer:  x + attention(norm(x)),  then  x + mlp(norm(x))
 Source: Touvron et al. 2023 (arXiv:2307.09288) and, for the 8b preset, the Llama 3 herd (arXiv:2407.21783).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ layers.0 .. layers.n-2:  linear -> [batch norm] -> gelu -> [dropout]
 layers.n-1:              linear
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -8,8 +8,6 @@ initialises a model that was built on the meta device; with the same seed, as if
 tied weights: built directly they keep what their first module drew, here what their last one did.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -6,8 +6,6 @@ Layer:  norm(x + attention(x)),  then  norm(x + mlp(x))
 Source: Liu et al. 2019 (arXiv:1907.11692), in the form of transformers' RobertaForMaskedLM, to which it is equal.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

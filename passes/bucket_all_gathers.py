@@ -1,7 +1,5 @@
 """One all-gather per bucket instead of one per parameter."""
 
-from __future__ import annotations
-
 import operator
 from dataclasses import dataclass
 

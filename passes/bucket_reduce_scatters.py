@@ -1,7 +1,5 @@
 """One reduce-scatter per bucket instead of one per gradient."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import fx

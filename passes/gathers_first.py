@@ -1,7 +1,5 @@
 """Start gathers that block compute before reductions that block nothing."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from fxzero.graph.nodes import Role, members, wait_of

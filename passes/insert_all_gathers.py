@@ -1,7 +1,5 @@
 """Gather each parameter before its first use in each phase."""
 
-from __future__ import annotations
-
 import operator
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Reduce each gradient where it is ready."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import fx

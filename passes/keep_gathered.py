@@ -1,7 +1,5 @@
 """Keep gathered buckets from forward until backward, where memory allows, instead of gathering them again."""
 
-from __future__ import annotations
-
 import itertools
 import operator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Gather a bucket inside the node if an earlier gather brought it there from other nodes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from fxzero.graph.nodes import members, set_inside

@@ -1,7 +1,5 @@
 """Gather parameters in a narrower dtype than their own."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Reduce gradients in a narrower dtype than their own."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

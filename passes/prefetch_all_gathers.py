@@ -1,7 +1,5 @@
 """Launch each all-gather early, so that it overlaps the compute before its wait."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from fxzero.graph.nodes import wait_of

@@ -1,7 +1,5 @@
 """Release each gathered bucket after its last reader."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from fxzero.graph import ops

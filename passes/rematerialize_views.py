@@ -1,7 +1,5 @@
 """Recompute in backward the values that forward computes from parameters alone."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import fx

@@ -1,7 +1,5 @@
 """Wait as late as is legal."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import fx

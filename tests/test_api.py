@@ -1,7 +1,5 @@
 """The module that compile returns, and what becomes of the model. World size 1."""
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle

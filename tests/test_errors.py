@@ -1,7 +1,5 @@
 """Mistakes of a user, through the public API: the error says what, where and what to do. World size 1."""
 
-from __future__ import annotations
-
 import inspect
 import random
 from typing import Any

@@ -1,7 +1,5 @@
 """Hugging Face models train unmodified: small configurations, otherwise their defaults, caches and dropout included."""
 
-from __future__ import annotations
-
 import copy
 import re
 import warnings

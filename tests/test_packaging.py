@@ -1,7 +1,5 @@
 """The wheel holds fxzero/... and nothing beside it; passes and models are in it, under fxzero."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

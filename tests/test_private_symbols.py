@@ -1,7 +1,5 @@
 """Private symbols of torch stand in torch_internals.py alone, where each says in which versions it was seen."""
 
-from __future__ import annotations
-
 import ast
 from pathlib import Path
 

@@ -8,8 +8,6 @@ fake_tensors.py swaps the module's tensors; temporaries.py and functional.py rem
 makes the StepGraph; failures.py explains why a model cannot be traced.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any

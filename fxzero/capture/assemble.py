@@ -1,7 +1,5 @@
 """Turn a traced graph into a StepGraph: placeholders first, writes to buffers at the end of forward, no idle nodes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 

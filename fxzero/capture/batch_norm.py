@@ -1,7 +1,5 @@
 """Run batch norm through operators that declare their writes to running statistics, which those of eager do not."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

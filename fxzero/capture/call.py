@@ -6,8 +6,6 @@
 The values of tensors are never part of a spec. Those of other arguments are, because a trace makes them constants.
 """
 
-from __future__ import annotations
-
 import enum
 import functools
 from collections.abc import Hashable, Mapping

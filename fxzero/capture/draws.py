@@ -6,8 +6,6 @@ around the recomputation. So a recomputed draw has the key of the draw in forwar
 drawing again. With preserve_rng_state=False, checkpoint restores nothing; the recomputation draws anew, as in eager.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import random

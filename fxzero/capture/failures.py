@@ -1,7 +1,5 @@
 """Explain why a model could not be traced: the operator, the user's source line, and the change to make there."""
 
-from __future__ import annotations
-
 import inspect
 import os
 import re

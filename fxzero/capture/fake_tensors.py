@@ -4,8 +4,6 @@ If the module's code binds a buffer to another tensor, `FakeState.rebound` has i
 attribute, the trace fails, because no later step would update the attribute.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 Before:  add_(buf, 1) | mul(buf, x)            After:  y = add(buf, 1) | mul(y, x) | copy_(buf, y)
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -6,8 +6,6 @@
 Every tensor is fake and of full size. A trace uses no memory, draws nothing, and leaves the module unchanged.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The return value of a model, taken apart into flat tensors and put together again after each step."""
 
-from __future__ import annotations
-
 import dataclasses
 import enum
 import warnings

@@ -6,8 +6,6 @@ label of the module that made the autograd node in forward. Modules that run ins
 recomputation of a checkpoint, label their own nodes.
 """
 
-from __future__ import annotations
-
 import bisect
 import contextlib
 import functools

@@ -6,8 +6,6 @@ After:   b = bernoulli(x, p) | d = div(b, p) | mul(x, d)
 Most models have in-place operators in dropout alone, so that this saves them a second trace (see functional.py).
 """
 
-from __future__ import annotations
-
 from typing import Any, cast
 
 import torch

@@ -1,3 +1,1 @@
 """What ranks exchange: collectives bound to their buffers, one backend a file, and agreement over the store."""
-
-from __future__ import annotations

@@ -1,7 +1,5 @@
 """What must be known of a backend before any rank is there: the memory that its collectives work in, and their work."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 
 from fxzero.graph.layout import Payload

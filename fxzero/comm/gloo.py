@@ -10,8 +10,6 @@ reduce-scatter is an all-reduce inside: twice the bytes, in no fixed order.
 - Sums are made in the dtype of the gradients: ((g0 + g1) + g2) / world_size, bit for bit, on every rank.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Iterable, Sequence
 

@@ -7,8 +7,6 @@ share of the core stays the same. It needs no privilege, and changes nothing whe
 Source: Linux's EEVDF scheduler; sched_setattr(2), whose `sched_runtime` is the slice of an ordinary thread since 6.12.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import logging

@@ -1,7 +1,5 @@
 """What gloo and NCCL share: the operations of one process group outside of the step, which block."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Generator
 from typing import Literal

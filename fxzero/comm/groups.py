@@ -1,7 +1,5 @@
 """The process groups of a rank: one, or the two of a mesh of nodes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import TypeAlias
 

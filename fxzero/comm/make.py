@@ -1,7 +1,5 @@
 """The table of backends, and the Comm for the process groups and the device at hand: the only place that chooses."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ Whatever stream is current at a start is what the collective's inputs are ready 
 waits for exactly that collective. `streams.py` decides which streams those are.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

@@ -10,8 +10,6 @@ Source: ZeRO++ (arXiv:2306.10209), qwZ, quantised per block; deviation: quantise
 copy. FSDP2's MixedPrecisionPolicy computes in the type that it gathers in; here the parameters are cast back.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

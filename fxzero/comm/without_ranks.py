@@ -1,7 +1,5 @@
 """Ranks that are not there: their numbers can be asked for, nothing can be bound or moved."""
 
-from __future__ import annotations
-
 from typing import Any, NoReturn
 
 from fxzero.comm.backend import Backend

@@ -1,3 +1,1 @@
 """The commands of `fxzero` beside `train`, and what all commands share: starting ranks, joining them, and errors."""
-
-from __future__ import annotations

@@ -1,7 +1,5 @@
 """The command line of `fxzero calibrate`: what this machine computes and communicates with."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from datetime import timedelta

@@ -1,7 +1,5 @@
 """How a command ends when the user has to change something."""
 
-from __future__ import annotations
-
 import os
 import sys
 

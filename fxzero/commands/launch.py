@@ -1,7 +1,5 @@
 """Starting ranks on this machine, through torch's own elastic launcher."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

@@ -3,8 +3,6 @@
 Alone there is one rank and no process group.
 """
 
-from __future__ import annotations
-
 import datetime
 import os
 from collections.abc import Callable, Generator

@@ -3,8 +3,6 @@
 Every rank measures at the same time, as in a step, and all take the median of each number.
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 import time

@@ -5,8 +5,6 @@ of events to play (`timeline.py`), in the order that the passes would write. Can
 order, so that equal costs give equal plans.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet

@@ -1,7 +1,5 @@
 """From a traced step to what is chosen from costs: the cost model of one training job, and the trials it is used in."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 

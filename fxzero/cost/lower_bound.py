@@ -11,8 +11,6 @@ path        the longest chain of one gather, compute, and one reduction
 Messages are single parameters, without latency, so the bound holds for every choice of buckets.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter

@@ -1,7 +1,5 @@
 """The seconds that were measured in some steps, as costs of any plan of the model."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 

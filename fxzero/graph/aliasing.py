@@ -1,7 +1,5 @@
 """Which values of a step share memory: views, and results of operators that write into an argument."""
 
-from __future__ import annotations
-
 import functools
 import operator
 from typing import Any, cast

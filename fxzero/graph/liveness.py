@@ -1,7 +1,5 @@
 """The nodes between which the memory of a collective's bucket is in use."""
 
-from __future__ import annotations
-
 import itertools
 
 from torch import fx

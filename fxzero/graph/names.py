@@ -1,7 +1,5 @@
 """How nodes, buckets and bytes read in schedules and errors: FQNs, never fx node names."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from torch import fx

@@ -1,7 +1,5 @@
 """The role of each node of a step, and the accessors through which passes read and write collectives."""
 
-from __future__ import annotations
-
 import enum
 import functools
 import operator

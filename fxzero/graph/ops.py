@@ -13,8 +13,6 @@ The position of a node in the graph is its place in the schedule. The functions 
 them.
 """
 
-from __future__ import annotations
-
 from typing import Any, NoReturn
 
 from torch import fx

@@ -4,8 +4,6 @@ A pass applies a rule to the nodes of a graph. The choice of sizes from costs (`
 candidates that have no graph yet, so that it predicts the schedule that the pass will write.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 

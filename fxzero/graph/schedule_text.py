@@ -3,8 +3,6 @@
 It has one line per collective, wait and release, and one per run of compute of a block; no times, no addresses.
 """
 
-from __future__ import annotations
-
 import difflib
 import operator
 from collections.abc import Iterator, Mapping, Sequence

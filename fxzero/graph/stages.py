@@ -10,8 +10,6 @@ bucket    [ 0 1 | 2 3 | 4 5 | 6 7 ]       the shards of four ranks in each of tw
 inside    [  0  |  1  |  2  |  3  ]       the slices that the ranks of one node exchange
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from fxzero.graph.layout import Payload

@@ -1,7 +1,5 @@
 """The ways in which a backward can end: where its gradients go, and whether they are added or overwrite."""
 
-from __future__ import annotations
-
 import enum
 from typing import NamedTuple
 

@@ -4,8 +4,6 @@ There are two levels: rules of any graph (`verify_graph`), and rules of a comple
 reduction of each gradient and a release of each bucket.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 
 from torch import fx

@@ -8,8 +8,6 @@ A collective moves a row for each rank, in rank order. Blocks are cut from the s
 own; the last block may be shorter.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch

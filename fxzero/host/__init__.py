@@ -1,3 +1,1 @@
 """The process and the machine that fxzero runs on: the allocator, the garbage collector, memory in use."""
-
-from __future__ import annotations

@@ -4,8 +4,6 @@ By default glibc gives a large block back to the kernel when it is freed, or tri
 step's block of that size comes as pages that have to be zeroed and mapped again, one fault each.
 """
 
-from __future__ import annotations
-
 import ctypes
 import logging
 

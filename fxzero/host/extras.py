@@ -1,7 +1,5 @@
 """Libraries that only some features need: `pip install 'fxzero[train]'` installs those of the extra "train"."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 
 from fxzero.errors import MissingExtraError

@@ -4,8 +4,6 @@ A plan of many layers is millions of small objects that all stay. The collector 
 made, and finds nothing: half of the time of choosing sizes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 from collections.abc import Generator

@@ -1,7 +1,5 @@
 """How much memory is in use, as the allocator of CUDA or the operating system counts it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

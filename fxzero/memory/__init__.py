@@ -1,3 +1,1 @@
 """Lifetimes to offsets: where everything lies in the arena, and what a rank's bytes are for."""
-
-from __future__ import annotations

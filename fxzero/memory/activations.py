@@ -11,8 +11,6 @@ neither asks the allocator for them nor fragments it; saved ones are the allocat
 before the backward of the first.
 """
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Where everything lies in the arena that a step needs there."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias

@@ -6,8 +6,6 @@ arena         one planned block, there from step to step: gathered and gradient 
 activations   what else operators make, saved for backward or temporary: the allocator's, known ahead of time
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass

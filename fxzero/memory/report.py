@@ -1,7 +1,5 @@
 """`zero.schedule.memory`: what a rank's memory is for, planned and measured, as a table and as a picture."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,3 +1,1 @@
 """The user's model taken over: its shards, weights, optimizers and calls."""
-
-from __future__ import annotations

@@ -6,8 +6,6 @@ open    compile    at a plan with a backward, if the options leave something to 
 made    `choose`   does nothing                                                                compares each plan
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from dataclasses import dataclass

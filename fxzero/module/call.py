@@ -1,7 +1,5 @@
 """One call of a compiled module as a torch.autograd.Function, whose backward writes gradients into the shards."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, TypeAlias

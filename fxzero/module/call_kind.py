@@ -5,8 +5,6 @@ Signature        a call begins         geometry and plain values of the argument
 Pattern          its backward begins   outputs that receive a gradient; a forward assumes those of the call before
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 

@@ -8,8 +8,6 @@ flags             equal          yes: `use_head=False`, `eval()`       at the fi
 shapes, the rest  may differ     no: a PlanError on the rank           never
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta

@@ -1,7 +1,5 @@
 """Each call of a compiled module: find or make the plan for its kind, run forward, and run backward when that comes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -62,7 +60,7 @@ class Engine:
         inputs, signature, executable = self.prepare(arguments)
         if executable.example_only:
             raise InputMismatchError("An input is on the meta device: it can be an example, not a batch to run on.")
-        executable.stopwatch = tuning.stopwatch if tuning.measures(executable) else executable.lines_to_measure
+        executable.stopwatch = tuning.stopwatch_for(executable)
         device_type = sharded.devices.compute.type
         if torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):

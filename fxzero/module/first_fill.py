@@ -1,7 +1,5 @@
 """Fix the layout of a model, which says what each rank owns, on all ranks alike; move its parameters into shards."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet

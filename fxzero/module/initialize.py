@@ -13,8 +13,6 @@ the order of their registration; else the values have the same distributions. Ch
 parameters outside its initialisers, in `__init__` itself, cannot be repeated.
 """
 
-from __future__ import annotations
-
 import inspect
 import sys
 from collections.abc import Callable, Generator

@@ -4,8 +4,6 @@ An element-wise optimizer gives the same numbers on a 1-D slice of a parameter a
 looks at the shape of a parameter, or at several elements at once, does not.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Check each optimizer that steps shards before its first step, and move the state that it makes into one buffer."""
 
-from __future__ import annotations
-
 import functools
 import time
 import weakref

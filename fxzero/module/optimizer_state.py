@@ -4,8 +4,6 @@ torch.optim makes its state (exp_avg and so on) in the first step, tensor by ten
 Right after that step it is moved into one buffer, so that it fragments nothing, and later steps allocate nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal

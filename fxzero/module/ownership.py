@@ -3,8 +3,6 @@
 The model stays the same object. The refusals are attributes of the instance, so that they can be taken back.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable
 from typing import Any, NoReturn

@@ -1,7 +1,5 @@
 """The plans of a model that were used last: one for each kind of call and pattern of outputs with a gradient."""
 
-from __future__ import annotations
-
 import warnings
 from collections import OrderedDict
 

@@ -1,7 +1,5 @@
 """Make the plan for a new kind of call: trace, choose, plan, fix the layout, agree with the other ranks, bind."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext

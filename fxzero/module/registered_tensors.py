@@ -3,8 +3,6 @@
 A tied parameter is one entry with several slots; a tensor that is put into the entry is in all of them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast

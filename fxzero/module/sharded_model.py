@@ -1,7 +1,5 @@
 """A compiled model on this rank: parameters, buffers and optimizers, and the shards once the layout is fixed."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace

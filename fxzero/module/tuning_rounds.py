@@ -9,8 +9,6 @@ due         MEASURED_STEPS backwards later     `choose_again`: chooses order and
 done        `choose_again`
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import statistics
@@ -105,12 +103,14 @@ class TuningRounds:
 
     # -- some steps later ----------------------------------------------------------------------------------------
 
-    def measures(self, executable: Executable) -> bool:
-        """True if the compute of the coming step is to be measured."""
-        if not self._is_time or executable.device.type != "cpu":
-            return False
-        step = executable.step
-        return step.has_backward and step.synchronize and not step.resident
+    def stopwatch_for(self, executable: Executable) -> Stopwatch | None:
+        """What measures the coming step: for a choice, for somebody who asked for the seconds of its lines, or both."""
+        step, asked = executable.step, executable.lines_to_measure
+        is_new = step.has_backward and step.synchronize and not step.resident
+        if not self._is_time or not is_new or executable.device.type != "cpu":
+            return asked
+        self.stopwatch.also = asked
+        return self.stopwatch
 
     @property
     def _is_time(self) -> bool:

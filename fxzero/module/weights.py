@@ -1,7 +1,5 @@
 """Full weights gathered from the shards, and loaded into them; each of these functions is a collective."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any

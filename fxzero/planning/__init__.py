@@ -1,3 +1,1 @@
 """What decides: a traced step becomes a plan, with its passes run, its proof, its memory, its events and its code."""
-
-from __future__ import annotations

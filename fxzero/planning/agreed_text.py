@@ -1,7 +1,5 @@
 """What ranks must have in common before they exchange a parameter, as text: one fact a line."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 
 from fxzero.graph.layout import Layout, ParamSpec

@@ -8,8 +8,6 @@
 Each graph runs on one rank, at the full size of the model, whatever the world size of the plan; see `run_step.py`.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import time

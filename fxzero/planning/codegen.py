@@ -12,8 +12,6 @@ Every parameter, and every view of one, lies at a fixed address, so it is no sta
 once (`Code.static`), as are the operators, the collectives and the gradient slots.
 """
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -7,8 +7,6 @@ of that kind. NaN and infinity must stand in the same places. Values that are no
 random state or the index of a maximum, are not compared.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable
 from typing import Any
 

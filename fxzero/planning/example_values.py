@@ -4,8 +4,6 @@ Other tensors get made-up values: a parameter of which this rank holds a part, a
 tangent. They are equal in every run and keep activations finite.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

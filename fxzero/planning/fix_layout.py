@@ -4,8 +4,6 @@ Without a trace the passes get a step that reads each parameter once, in the ord
 of execution in most models.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable, Sequence
 from itertools import pairwise

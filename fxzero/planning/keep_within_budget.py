@@ -6,8 +6,6 @@ arena bytes   |        ____                 Keeping a bucket from its last reade
               +---[ gap of a bucket ]-->    position
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

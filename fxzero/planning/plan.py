@@ -8,8 +8,6 @@ captured step --passes--> final graph --proof--> offsets --> stream events --> c
 A plan serves every call of its kind, whatever its backward meets. Binding it (`runtime/`) decides nothing.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass

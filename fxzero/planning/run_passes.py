@@ -7,8 +7,6 @@ Printing, dumping and timing are observers; a pass does none of it. `FXZERO_DUMP
 (another shape, eval) goes to `dir/plan_1`, the third to `dir/plan_2`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

@@ -13,8 +13,6 @@
 The world size of the graph does not matter: the placeholder of a parameter is fed the full parameter.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast

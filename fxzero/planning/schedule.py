@@ -1,7 +1,5 @@
 """`zero.schedule`: what will happen in a step, for people to print."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

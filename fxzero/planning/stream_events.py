@@ -9,8 +9,6 @@ are those of the transitive reduction of "queue order and requirements": each co
 inputs, compute waits for exactly that collective, and nothing waits for what another wait implies.
 """
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -22,8 +22,6 @@ are bound to, the function that clips. A step has no switch in it.
 Source: "Making DeepSpeed ZeRO run efficiently on more-affordable hardware" (Amazon Science, 2022), DeepSpeed PR 1453.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias

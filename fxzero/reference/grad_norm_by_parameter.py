@@ -1,7 +1,5 @@
 """The gradient norm parameter by parameter, each norm read by the host."""
 
-from __future__ import annotations
-
 import math
 from functools import reduce
 

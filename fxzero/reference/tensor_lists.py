@@ -6,8 +6,6 @@ and copy it out; gloo copies what it reduces too, and reduces by all-reduces: tw
 Sums are the backend's. On two gloo ranks they are those of `GlooComm`, bit for bit; on more, their order is gloo's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch.distributed as dist

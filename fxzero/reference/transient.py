@@ -9,8 +9,6 @@ the plan of the arena, so that what is in use at any time is the same. Parameter
 Source: FSDP1 frees and allocates the storage of its flat parameter in this way.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

@@ -1,3 +1,1 @@
 """Binds a plan to the storage of a rank and runs it; decides nothing."""
-
-from __future__ import annotations

@@ -3,8 +3,6 @@
 Parameters and views of them at their places in the arena, gradient slots, collectives, operators.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The global norm of the gradients: one pass over the gradient buffer, one all-reduce, no host synchronisation."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """The events of a plan on two CUDA streams, as functions for the generated code to call."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -3,8 +3,6 @@
 Nothing is decided in a step but which binding runs: overwrite or add to `.grad`, no_sync() or not.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -150,7 +148,7 @@ class Executable:
     def lines_to_measure(self) -> Stopwatch | None:
         """What measures the next step because somebody asked for the seconds of its lines."""
         lines = self._lines
-        return lines if lines is not None and len(lines.others) < MEASURED_STEPS else None
+        return lines if lines is not None and lines.num_steps < MEASURED_STEPS else None
 
     def restore_kept(self, generation: int) -> None:
         """Gather again what a forward kept, if other phases have run since and may have used its memory.

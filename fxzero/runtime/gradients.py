@@ -1,7 +1,5 @@
 """The life of `.grad` between backwards: overwrite or add, unsharded under no_sync(), settled before a norm."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 

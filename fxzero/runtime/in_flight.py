@@ -17,8 +17,6 @@ failed           in a phase        drops everything, and takes in what peers hav
 One change is not noticed, as it is not by autograd: a write through `param.data` between two micro-steps.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Literal, TypeAlias
 

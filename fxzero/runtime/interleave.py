@@ -8,8 +8,6 @@ were copied in. Source: DeepSpeed PR 1453 (coalesced collectives of partitioned 
 have planned, persistent places, where the original allocates and concatenates.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import partial
 

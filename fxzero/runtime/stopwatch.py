@@ -7,8 +7,6 @@ beyond its processor time the thread was blocked, or another thread had its core
 compute stream, so a wait lasts as long as that stream waits.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +29,8 @@ class Stopwatch:
     """For each step, seconds of processor time of all other threads."""
     cuda: Any = None
     """`torch.cuda`, or what looks like it, where a GPU computes."""
+    also: "Stopwatch | None" = None
+    """Receives the seconds of these steps as well."""
     _phases: list[list[Any]] = field(default_factory=list["list[Any]"])
     """The marks of the phases of the step that runs."""
     _unread: list[list[list[Any]]] = field(default_factory=list["list[list[Any]]"])
@@ -53,6 +53,11 @@ class Stopwatch:
                 self.read()
         return returned
 
+    @property
+    def num_steps(self) -> int:
+        """Steps so far, also those whose events are not read yet."""
+        return len(self.walls) + len(self._unread)
+
     def mark(self) -> None:
         """The end of a line."""
         if self.cuda is None:
@@ -66,8 +71,9 @@ class Stopwatch:
         """Turn marks into seconds."""
         for phases in self._unread:
             lines = [self._between(*marks) for phase in phases for marks in pairwise(phase)]
-            self.walls.append([wall for wall, _ in lines])
-            self.steps.append([busy for _, busy in lines])
+            for watch in filter(None, (self, self.also)):
+                watch.walls.append([wall for wall, _ in lines])
+                watch.steps.append([busy for _, busy in lines])
         self._unread.clear()
 
     def _between(self, begin: Any, end: Any) -> tuple[float, float]:

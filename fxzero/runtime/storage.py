@@ -1,7 +1,5 @@
 """One persistent block of bytes, and views of it."""
 
-from __future__ import annotations
-
 import torch
 
 

@@ -4,8 +4,6 @@ corpus -> text (tokens, sent by rank 0) -> batches -> loop -> report, export
 job.py runs all of it on one rank, as options.py asks; command.py is the command line. `fxzero.commands` starts ranks.
 """
 
-from __future__ import annotations
-
 from fxzero.train.models import load
 
 __all__ = ["load"]

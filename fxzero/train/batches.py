@@ -5,8 +5,6 @@ index = (step * accumulate + micro_step) * world_size * batch + rank * batch + r
 A step has one set of samples for every number of ranks, and a run can be resumed at any step.
 """
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass, field
 

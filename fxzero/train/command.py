@@ -1,7 +1,5 @@
 """The command line of `fxzero train`."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import os

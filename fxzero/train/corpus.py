@@ -4,8 +4,6 @@ Whole files are held out; only where there are too few files, the end of each fi
 in the order of their names, and chosen by a hash of the name, so that a text is split alike everywhere.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import sys

@@ -6,8 +6,6 @@ here in the order of the library.
 Source: https://huggingface.co/docs/safetensors, "Format".
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

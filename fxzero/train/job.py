@@ -1,7 +1,5 @@
 """One run of `fxzero train` on one rank: text, training, results."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import signal

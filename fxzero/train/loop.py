@@ -1,7 +1,5 @@
 """The training loop: an ordinary one of PyTorch, except for the line that compiles the model."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import time

@@ -1,7 +1,5 @@
 """The models that can be trained, with their presets, and loading the model of a finished run."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """The options of `fxzero train`, checked before anything starts."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The reports of a run: metrics as JSON lines, a picture of the loss, and a summary on the screen."""
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import asdict, dataclass, field

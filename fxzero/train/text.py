@@ -3,8 +3,6 @@
 It has RoBERTa's special tokens. At the smallest vocabulary, 256 bytes and the special tokens, it has no merges.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What of the network benchmark needs no network: bounds, reports, options, and saying where it cannot run."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

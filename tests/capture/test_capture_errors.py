@@ -1,7 +1,5 @@
 """Every refusal of a capture names what, where, and the cure; and leaves the module as it was."""
 
-from __future__ import annotations
-
 import functools
 import threading
 

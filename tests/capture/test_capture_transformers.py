@@ -1,7 +1,5 @@
 """Hugging Face models of random weights, captured and bit for bit equal to eager."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

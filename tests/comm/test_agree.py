@@ -1,7 +1,5 @@
 """Agreement over a store: ranks are threads here; real processes are in test_agree_ranks.py."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Agreement between real ranks, over the store of their process group."""
 
-from __future__ import annotations
-
 import os
 import time
 from datetime import timedelta

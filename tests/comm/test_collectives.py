@@ -1,7 +1,5 @@
 """Collectives between real gloo ranks: bytes, order of sums, memory they leave alone, and what a dead peer causes."""
 
-from __future__ import annotations
-
 import cProfile
 import os
 import signal

@@ -1,7 +1,5 @@
 """The threads that carry gloo's messages: found by name, with shorter slices than those of compute."""
 
-from __future__ import annotations
-
 import logging
 import os
 import threading

@@ -1,7 +1,5 @@
 """Nodes that shard inside and replicate across, without any rank: bytes, plans, and the order of calls on NCCL."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

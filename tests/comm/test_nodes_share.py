@@ -1,7 +1,5 @@
 """Nodes that share shards, without any rank: plans, memory, refusals, and the order of calls on NCCL."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Collectives without a process group: alone, planned for a cluster that is not there, and what is refused."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.distributed as dist

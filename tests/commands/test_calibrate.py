@@ -1,7 +1,5 @@
 """`fxzero calibrate`."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

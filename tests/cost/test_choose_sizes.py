@@ -1,7 +1,5 @@
 """Sizes and order chosen from costs: deterministic, no worse than what they replace, as the passes will write them."""
 
-from __future__ import annotations
-
 import dataclasses
 import gc
 import itertools

@@ -1,7 +1,5 @@
 """The lower bound against an exhaustive search: every order on the link, every place of every start."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Sequence
 

@@ -1,7 +1,5 @@
 """The timeline: what overlaps, what waits, what traffic takes from compute."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

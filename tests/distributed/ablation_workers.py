@@ -1,7 +1,5 @@
 """What ranks do in test_ablation_ranks.py: training without optimizations, beside training with all of them."""
 
-from __future__ import annotations
-
 import copy
 from collections import Counter
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What ranks do in test_api_ranks.py: real gloo ranks against what every rank computes by itself."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import math

@@ -1,7 +1,5 @@
 """Ranks whose model runs collectives of its own."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

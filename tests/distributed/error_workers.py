@@ -1,7 +1,5 @@
 """What ranks do in test_error_ranks.py: each returns the error that it met, and after how many seconds."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable

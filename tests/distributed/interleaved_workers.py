@@ -1,7 +1,5 @@
 """What ranks do in test_interleaved.py: the interleaved layout against the contiguous one and replicated training."""
 
-from __future__ import annotations
-
 import itertools
 from contextlib import nullcontext
 from typing import Any

@@ -1,7 +1,5 @@
 """Run on every rank: what stays gathered across micro-steps, and when it is gathered again."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 from collections.abc import Callable, Iterable

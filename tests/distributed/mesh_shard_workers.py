@@ -1,7 +1,5 @@
 """What ranks do in test_mesh_shard_ranks.py: nodes of ranks that share the shards."""
 
-from __future__ import annotations
-
 import functools
 import time
 from typing import Any

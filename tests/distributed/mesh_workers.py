@@ -1,7 +1,5 @@
 """What ranks do in test_mesh_ranks.py: nodes of ranks, each of which shards inside and is a replica of the others."""
 
-from __future__ import annotations
-
 import functools
 from datetime import timedelta
 from typing import Any

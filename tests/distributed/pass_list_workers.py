@@ -1,7 +1,5 @@
 """Train with lists of passes that nobody would write, beside training on the whole batch; workers of rank processes."""
 
-from __future__ import annotations
-
 import copy
 import random
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ Replicated training: each rank's gradient on a full copy, `((g_0 + g_1) + ...) /
 computes all ranks' gradients by itself, so nothing of what is tested is used to test it.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Without optimizations, on real gloo ranks: the same training, and what is turned off can be seen to be."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The trained module on real gloo ranks: every kind of call in any order, weights in and out, clipping."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Collectives that the model itself runs: in the schedule, in the order that ranks agree on, never recomputed."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Ranks that differ, fail or die: the others stop within seconds, with the rank and the reason."""
 
-from __future__ import annotations
-
 import pytest
 
 from fxzero.testing import run_ranks

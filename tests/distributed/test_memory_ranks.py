@@ -1,7 +1,5 @@
 """What a memory budget keeps gathered, on real gloo ranks."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import pytest

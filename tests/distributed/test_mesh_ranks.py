@@ -1,7 +1,5 @@
 """Sharding inside nodes that are replicas of each other, on real gloo ranks."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

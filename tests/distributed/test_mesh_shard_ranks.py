@@ -1,7 +1,5 @@
 """Nodes that share the shards, on real gloo ranks."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

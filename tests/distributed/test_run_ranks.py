@@ -1,7 +1,5 @@
 """The harness itself: results, failures, deaths and hangs of ranks."""
 
-from __future__ import annotations
-
 import os
 import time
 

@@ -1,7 +1,5 @@
 """Costs are measured and choices made by all ranks alike; training is the same bit for bit."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

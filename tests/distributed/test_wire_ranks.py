@@ -1,7 +1,5 @@
 """Collectives in narrower types on real gloo ranks: bit for bit training that rounds in the same places; bytes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

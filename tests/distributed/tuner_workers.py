@@ -1,7 +1,5 @@
 """What ranks do in test_tuner_ranks.py: train a model that is large enough to be tuned."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

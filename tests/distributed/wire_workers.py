@@ -1,7 +1,5 @@
 """Run on every rank: what travels narrower, against replicated training that rounds at the same places, bit for bit."""
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Mapping

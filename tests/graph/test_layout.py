@@ -1,7 +1,5 @@
 """Who owns which element: every element once, whatever the shapes and the number of ranks."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

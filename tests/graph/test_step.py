@@ -1,7 +1,5 @@
 """Nodes by role: looked up by target where a role has one, and in the order of the graph."""
 
-from __future__ import annotations
-
 import itertools
 
 import torch

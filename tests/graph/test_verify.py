@@ -1,7 +1,5 @@
 """One hand-broken graph per rule."""
 
-from __future__ import annotations
-
 import operator
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Run a captured step with real tensors and compare it, bit for bit, with eager PyTorch."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 

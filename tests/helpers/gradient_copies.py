@@ -1,7 +1,5 @@
 """Measures what a backward copies into the memory of gradients, operator by operator and inside of operators."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection
 from typing import Any

@@ -1,7 +1,5 @@
 """A small net with dropout, batch norm and an optional part, compiled and plain: what they do must be the same."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass
 from typing import Any

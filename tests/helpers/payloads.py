@@ -1,7 +1,5 @@
 """Payloads of two parameters, values for them, and a reduction with exactly the scratch that it asks for."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -7,8 +7,6 @@ class that defines it. Left out are names of operators (`torch.ops.aten._unsafe_
 from other libraries (`sys._getframe`), and the methods of every NamedTuple.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 from collections.abc import Iterable, Iterator, Mapping

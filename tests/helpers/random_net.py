@@ -1,7 +1,5 @@
 """Random small models: parameters that are shared, frozen, unused, tied the other way round, cast or concatenated."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from dataclasses import dataclass

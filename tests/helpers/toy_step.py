@@ -1,7 +1,5 @@
 """A hand-made step: a chain of linear layers, forward and backward, for tests of passes and the verifier."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

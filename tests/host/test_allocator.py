@@ -1,7 +1,5 @@
 """Freed memory that the process keeps: counted in page faults, in processes of their own."""
 
-from __future__ import annotations
-
 import ctypes
 import subprocess
 import sys

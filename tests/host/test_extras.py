@@ -1,7 +1,5 @@
 """Without the libraries of the extras all else works, and what needs them names the command that installs them."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

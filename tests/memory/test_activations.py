@@ -1,7 +1,5 @@
 """Planned activations against the allocator's own events."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable
 from dataclasses import replace

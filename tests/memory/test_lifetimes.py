@@ -1,7 +1,5 @@
 """The arena: random lifetimes against a checker of its own, broken plans, growth in place."""
 
-from __future__ import annotations
-
 import itertools
 from typing import get_args
 

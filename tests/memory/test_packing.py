@@ -1,7 +1,5 @@
 """The memory planner: every packing against a checker of its own, small ones against the optimum, known hard ones."""
 
-from __future__ import annotations
-
 import csv
 import itertools
 import random

@@ -1,7 +1,5 @@
 """`zero.schedule.memory`: a table and a picture of what a rank's memory is for."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The models: sizes, equality with transformers, ties, and initialisation after a build on the meta device."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

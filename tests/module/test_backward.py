@@ -1,8 +1,6 @@
 """Backwards that cannot be run, forwards whose backward never comes, and plans for other kinds of calls. World size
 1."""
 
-from __future__ import annotations
-
 import gc
 import weakref
 from collections.abc import Iterator

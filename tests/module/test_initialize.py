@@ -1,7 +1,5 @@
 """Meta models get the values of eager construction, one module at a time, or an error that names what lacks them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Which optimizers are let through, that cutting changes no bit of what they compute, and the check before a step."""
 
-from __future__ import annotations
-
 import gc
 import math
 from collections.abc import Callable

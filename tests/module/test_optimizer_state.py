@@ -1,7 +1,5 @@
 """Optimizer state in one buffer, and a steady state that asks the allocator for nothing of the model's."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Optimizers built before, between and after compile and the first call step shards as they step parameters."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Callable, Iterator

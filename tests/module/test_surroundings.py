@@ -1,7 +1,5 @@
 """A compiled module among other code: other modules before and behind it, modes of autograd around it. World size 1."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 from typing import Any

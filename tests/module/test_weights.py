@@ -1,7 +1,5 @@
 """Weights into the shards and out again. World size 1; tests/distributed/test_api_ranks.py has the rest."""
 
-from __future__ import annotations
-
 import copy
 from collections import OrderedDict
 from typing import Any

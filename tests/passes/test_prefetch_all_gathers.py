@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import pytest
 from expecttest import assert_expected_inline
 

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from expecttest import assert_expected_inline
 
 from fxzero.graph.nodes import Role, info, role

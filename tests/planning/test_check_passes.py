@@ -1,7 +1,5 @@
 """FXZERO_CHECK: passes that keep numbers are let through, the first that does not is named with the first value."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import logging

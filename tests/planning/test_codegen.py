@@ -1,7 +1,5 @@
 """The generated step: straight lines, values freed as they are used, literals and names that survive."""
 
-from __future__ import annotations
-
 import ast
 import copy
 import math

@@ -1,7 +1,5 @@
 """When two values are the same, and what is said of those that are not."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

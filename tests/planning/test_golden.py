@@ -3,8 +3,6 @@
 One process, no process group, no memory: the models are on the meta device.
 """
 
-from __future__ import annotations
-
 import difflib
 import os
 from collections.abc import Callable, Sequence

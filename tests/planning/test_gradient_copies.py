@@ -1,7 +1,5 @@
 """The gradient bytes that a schedule says are copied, against what the profiler sees copied."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Random models through prefixes of the passes, and what FXZERO_DUMP writes."""
 
-from __future__ import annotations
-
 import copy
 import sys
 from pathlib import Path

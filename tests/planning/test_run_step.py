@@ -1,7 +1,5 @@
 """What the words of the schedule do where a step is run on one rank, by hand and against ranks that communicate."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

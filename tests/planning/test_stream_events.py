@@ -1,7 +1,5 @@
 """Events between streams: enough, and not one too many; and the calls they become."""
 
-from __future__ import annotations
-
 import os
 from itertools import pairwise
 from typing import Any

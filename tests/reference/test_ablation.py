@@ -1,7 +1,5 @@
 """Optimizations are turned off by name, each where it is chosen; test_ablation_ranks.py has the rest."""
 
-from __future__ import annotations
-
 from typing import Any, get_args
 
 import pytest

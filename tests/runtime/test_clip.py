@@ -1,7 +1,5 @@
 """clip_grad_norm_ is that of torch. World size 1; tests/distributed/test_api_ranks.py has the rest."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -4,8 +4,6 @@ A fake `torch.cuda` keeps a vector clock per stream: an event holds the clock of
 stream that waits for an event knows all that the event knew. Each access is checked against all earlier ones.
 """
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """What a user sees in `.grad`: that of plain PyTorch, whatever is called in between. World size 1."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

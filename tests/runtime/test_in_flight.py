@@ -1,7 +1,5 @@
 """What of a model's memory is valid between the phases of its steps."""
 
-from __future__ import annotations
-
 import pytest
 
 from fxzero.comm.base import LocalComm

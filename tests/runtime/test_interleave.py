@@ -1,7 +1,5 @@
 """The copies of the interleaved layout move every element to its place, and nothing but zeros beside them."""
 
-from __future__ import annotations
-
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st

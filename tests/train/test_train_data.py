@@ -1,7 +1,5 @@
 """The text, its tokens and the batches of `fxzero train`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """`fxzero train` as a whole: alone in this process, and with ranks that it starts itself."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """What `fxzero train` writes: weights, metrics, picture, schedule; and how it refuses."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -7,8 +7,6 @@ searched. Otherwise capacities between the two are tried, the bound first, with 
 seconds: every rank decides the same. Instances too large for that get first fit (first_fit.py) as well.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Iterator, Sequence

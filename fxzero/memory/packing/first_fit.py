@@ -3,8 +3,6 @@
 Better than best fit where sizes differ by orders of magnitude: the small blocks fill what the large ones leave.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from fxzero.memory.packing.instance import Instance, Ints

@@ -7,8 +7,6 @@ c                          [=============]          however many positions there
 section:    0    0    0    1    1    1    1
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias

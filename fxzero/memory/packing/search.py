@@ -17,8 +17,6 @@ Prosser (Computational Intelligence 9(3), 1993); weights of what failed, Boussem
 MiniMalloc: each choice is put or raise, which bounds what was refused; explanations; failed states are remembered.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b

@@ -12,8 +12,6 @@ Source: best fit of Burke et al. (Operations Research 52(4), 2004), on fixed liv
 counts.
 """
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Iterator
 
