@@ -77,6 +77,40 @@ def fake_tensor_mode() -> Any:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
+def symbolic_fake_mode() -> tuple[Any, Any]:
+    """An environment of symbolic numbers, and a fake mode for it whose shapes stay numbers. 2.11 to 2.13."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # takes seconds to import
+
+    environment = ShapeEnv()
+    return environment, FakeTensorMode(shape_env=environment, allow_non_fake_inputs=True, static_shapes=True)
+
+
+def symbolic_number(environment: Any, value: int | float, name: str) -> Any:
+    """A SymInt or SymFloat that stands for a number. `torch._dynamo.source.ConstantSource`: 2.11 to 2.13."""
+    from torch._dynamo.source import ConstantSource  # takes seconds to import
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+    source = ConstantSource(name)
+    symbol = environment.create_unspecified_symbol(value, source=source, dynamic_dim=DimDynamic.DYNAMIC)
+    create = environment.create_symfloatnode if isinstance(value, float) else environment.create_symintnode
+    return create(symbol, hint=value, source=source)
+
+
+def symbol_of(number: Any) -> Any:
+    """The sympy symbol of a symbolic number. `SymNode._expr`: 2.11 to 2.13."""
+    return number.node._expr
+
+
+def is_symbolic(value: Any) -> bool:
+    """True for a symbolic number."""
+    return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def has_symbolic_shape(value: Any) -> bool:
+    """True for a tensor whose shape or strides have a symbolic number."""
+    return isinstance(value, torch.Tensor) and any(map(is_symbolic, (*value.shape, *value.stride())))
+
+
 def is_fake(tensor: torch.Tensor) -> bool:
     """True for a tensor without memory. `FakeTensor`: 2.11 to 2.13."""
     return isinstance(tensor, FakeTensor)
@@ -377,3 +411,45 @@ def in_function_transform() -> bool:
 def runs_in_this_backward(node: Any) -> bool:
     """True if the running backward will execute a node of its graph. `_will_engine_execute_node`: 2.11 to 2.13."""
     return torch._C._will_engine_execute_node(node)  # pyright: ignore[reportPrivateUsage]
+
+
+# -- Python state of modules ---------------------------------------------------------------------------------------
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Attributes in which a module holds its hooks: 2.11 to 2.13."""
+MODULE_ATTRIBUTES = frozenset(
+    {*_HOOKS, *TENSOR_TABLES, MODULE_TABLE, "_forward_hooks_with_kwargs", "_forward_hooks_always_called"}
+    | {"_forward_pre_hooks_with_kwargs", "_is_full_backward_hook", "_non_persistent_buffers_set", "_state_dict_hooks"}
+    | {"_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_compiled_call_impl"}
+)
+"""Attributes that every module has for torch's own use: 2.11 to 2.13."""
+
+
+def registered(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    """The tables in which `Module.__getattr__` looks: 2.11 to 2.13."""
+    return tuple(vars(module).get(table, {}) for table in (*TENSOR_TABLES, MODULE_TABLE))
+
+
+def children_of(module: nn.Module) -> dict[str, Any]:
+    """The table of a module's own submodules. `Module._modules`: 2.11 to 2.13."""
+    return vars(module)[MODULE_TABLE]
+
+
+def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """The tables of a module's forward and backward hooks: 2.11 to 2.13."""
+    return tuple(vars(module)[table] for table in _HOOKS)
+
+
+def forward_hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """The tables of a module's hooks before and after its forward: 2.11 to 2.13."""
+    return vars(module)[_HOOKS[1]], vars(module)[_HOOKS[0]]
+
+
+def global_hooks() -> tuple[dict[int, Any], ...]:
+    """The tables of hooks that run for every module. `torch.nn.modules.module._global_*_hooks`: 2.11 to 2.13."""
+    return tuple(getattr(nn.modules.module, f"_global{table}") for table in _HOOKS)
+
+
+def buffer_tables(module: nn.Module) -> tuple[Any, Any]:
+    """The table of a module's own buffers, and the names of those that a state dict leaves out: 2.11 to 2.13."""
+    return vars(module)[TENSOR_TABLES[1]], vars(module)["_non_persistent_buffers_set"]

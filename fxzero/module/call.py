@@ -8,13 +8,14 @@ import torch
 
 from fxzero import torch_internals
 from fxzero.errors import StaleBackwardError
+from fxzero.graph.nodes import Role
 from fxzero.module.call_kind import Pattern
 from fxzero.module.initialize import drawing_from, rng_state
 from fxzero.module.sharded_model import ShardedModel
 from fxzero.runtime.executable import Executable
 
-Replan: TypeAlias = Callable[[Pattern], Executable]
-"""Makes the executable for another pattern of arriving gradients."""
+Replan: TypeAlias = Callable[[Pattern], tuple[Executable, list[Any]]]
+"""Makes the executable for another pattern of arriving gradients, and gives the inputs that are Python state."""
 RunBackward: TypeAlias = Callable[[Executable, list[Any], list[torch.Tensor]], tuple[Any, ...]]
 """Runs the backward of an executable on its saved values and the arriving gradients; returns those of the inputs."""
 
@@ -39,7 +40,9 @@ class Call:
         self._sharded, self._run_backward = sharded, run_backward
         self.executable = executable
         self._inputs = inputs
-        self.trained_inputs = [index for index, tensor in enumerate(inputs) if tensor.requires_grad]
+        self._num_own = len(executable.step.nodes(Role.INPUT))
+        """The first inputs are so many tensors of the call; the others are Python state."""
+        self.trained_inputs = [index for index, x in enumerate(inputs[: self._num_own]) if x.requires_grad]
         """Indices of the inputs that receive a gradient."""
         self._replan: Replan | None = replan
         self._saved: list[Any] | None = None
@@ -66,7 +69,7 @@ class Call:
         outputs, saved = executable.forward(self._inputs, buffers)
         self._saved, self._generation = saved, sharded.in_flight.generation
         self._versions = torch_internals.changes_of_each(saved, executable.reachable)
-        for index in executable.saved_outputs:  # what is saved must not lead back to this call: that would be a cycle
+        for index in executable.outputs_to_detach:
             outputs = (*outputs[:index], outputs[index].detach(), *outputs[index + 1 :])
         return outputs
 
@@ -122,8 +125,9 @@ class Call:
         """Repeat forward under the plan for a pattern of arriving gradients, with equal draws, inputs and buffers."""
         before = self.executable
         assert self._replan is not None
-        self.executable = executable = self._replan(pattern)
-        inputs, buffers = list(self._inputs), self._sharded.buffers(executable)
+        self.executable, state = self._replan(pattern)
+        executable = self.executable
+        inputs, buffers = [*self._inputs[: self._num_own], *state], self._sharded.buffers(executable)
         for index, old in zip(before.written_inputs, self._before[0], strict=True):
             inputs[index] = old
         for index, old in zip(before.written_buffers, self._before[1], strict=True):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fxzero.capture.call import CallSpec, flatten_call
+from fxzero.capture.state import Values
 from fxzero.errors import InputMismatchError
 from fxzero.graph.variant import Stash
 from fxzero.host.memory_in_use import MemoryInUse
@@ -47,6 +48,7 @@ class Engine:
         pattern = self.plans.pattern_of(signature)
         bound = self.plans.find(signature, pattern)
         if bound is None:
+            self.plans.note_changes(signature, pattern, self.maker.numbers)
             bound = self._make(signature, pattern, arguments)
         executable = bound.executable(synchronize=self.synchronize or not signature.grad)
         self.last = executable
@@ -61,23 +63,31 @@ class Engine:
         if executable.example_only:
             raise InputMismatchError("An input is on the meta device: it can be an example, not a batch to run on.")
         executable.stopwatch = tuning.stopwatch_for(executable)
+        captured = executable.plan.captured
+        values = captured.state.read()
         device_type = sharded.devices.compute.type
         if torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
-                tensors = self._run(executable, inputs, signature, arguments)
+                tensors = self._run(executable, inputs, values, signature, arguments)
         else:
-            tensors = self._run(executable, inputs, signature, arguments)
-        return executable.plan.captured.output.rebuild(tensors)
+            tensors = self._run(executable, inputs, values, signature, arguments)
+        captured.state.replay(tensors, values)
+        return captured.output.rebuild(tensors)
 
     def _run(
-        self, executable: Executable, inputs: list[torch.Tensor], signature: Signature, arguments: Arguments
+        self,
+        executable: Executable,
+        inputs: list[torch.Tensor],
+        values: Values,
+        signature: Signature,
+        arguments: Arguments,
     ) -> Sequence[Any]:
         if executable.step.has_backward:
-            replan = partial(self._replan, signature, arguments, executable.step.synchronize)
-            call = Call(self.sharded, self.backward, executable, inputs, replan)
+            replan = partial(self._replan, signature, arguments, executable, values)
+            call = Call(self.sharded, self.backward, executable, [*inputs, *values.inputs], replan)
             return StepFunction.apply(call, self._anchor, *[x for x in inputs if x.requires_grad])  # type: ignore[no-any-return]
         with torch.no_grad():
-            outputs, _ = executable.forward(inputs, self.sharded.buffers(executable))
+            outputs, _ = executable.forward([*inputs, *values.inputs], self.sharded.buffers(executable))
         return [outputs[index] for index in executable.tensor_outputs]
 
     def backward(self, executable: Executable, saved: list[Any], tangents: list[torch.Tensor]) -> tuple[Any, ...]:
@@ -128,12 +138,29 @@ class Engine:
         self.plans.keep(signature, pattern, bound)
         return bound
 
-    def _replan(self, signature: Signature, arguments: Arguments, synchronize: bool, pattern: Pattern) -> Executable:
-        """The executable of a call for another pattern of arriving gradients, which later calls of its kind assume."""
-        bound = self.plans.find(signature, pattern)
-        if bound is None:
-            with self.maker.as_in(signature):
-                bound = self._make(signature, pattern, arguments)
+    def _replan(
+        self,
+        signature: Signature,
+        arguments: Arguments,
+        before: Executable,
+        values: Values,
+        pattern: Pattern,
+    ) -> tuple[Executable, list[Any]]:
+        """The executable of a call for another pattern of arriving gradients, which later calls of its kind assume.
+
+        Args:
+            before: ran the forward of the call.
+            values: of the Python state then.
+
+        Returns:
+            The executable, and the inputs of its graph that are values of the Python state.
+        """
+        with before.plan.captured.state.as_before(values):
+            bound = self.plans.find(signature, pattern)
+            if bound is None:
+                with self.maker.as_in(signature):
+                    bound = self._make(signature, pattern, arguments)
+            state = bound.plan.captured.state.read().inputs
         self.plans.prefer(signature, pattern)
-        self.last = executable = bound.executable(synchronize=synchronize)
-        return executable
+        self.last = executable = bound.executable(synchronize=before.step.synchronize)
+        return executable, state

@@ -15,6 +15,7 @@ from fxzero.errors import CaptureError
 from fxzero.host.allocator import give_back_freed_memory
 from fxzero.module.budget_round import BudgetRound
 from fxzero.module.call_kind import Arguments, Pattern, Signature
+from fxzero.module.changing_numbers import ChangingNumbers
 from fxzero.module.collective_orders import Mode, Orders, order_of
 from fxzero.module.first_fill import fix_layout
 from fxzero.module.sharded_model import ShardedModel
@@ -37,6 +38,7 @@ class PlanMaker:
     """The class that binds the variants of a plan."""
 
     def __post_init__(self) -> None:
+        self.numbers = ChangingNumbers()
         self._orders = Orders(self.sharded.group, self.sharded.comm.rank, self.sharded.timeout)
 
     def tune_again(self) -> bool:
@@ -91,7 +93,7 @@ class PlanMaker:
         if self._orders.is_empty and not fixes_layout:
             warn_if_out_of_order(plan.step, sharded.shards.layout)
         mode = Mode(plan.step.has_backward, signature.trained, captured.differentiated)
-        self._orders.check(mode, signature.flags, order, agreed=fixes_layout)
+        self._orders.check(mode, (signature.flags, captured.state.key), order, agreed=fixes_layout)
         bound = BoundPlan(plan, sharded.storage, self.binder)
         self.budget.warn_if_over(sharded, plan)
         example_only = any(leaf.device.type == "meta" for leaf in signature.tensor_leaves)
@@ -106,7 +108,8 @@ class PlanMaker:
             fqn: dataclasses.replace(spec, requires_grad=trained)
             for (fqn, spec), trained in zip(sharded.specs.items(), signature.trained, strict=True)
         }
-        captured = capture(
+        trace = partial(
+            capture,
             sharded.model,
             sharded.forward,
             *arguments,
@@ -116,6 +119,7 @@ class PlanMaker:
             with_backward=with_backward,
             differentiated=pattern,
         )
+        captured = self.numbers.captured(trace)
         if sharded.shards is not None:  # buckets go by the `requires_grad` of when the layout was fixed
             captured.step.params = {param.fqn: param for param in sharded.shards.layout.params}
         return captured

@@ -71,21 +71,25 @@ class Executable:
         """True for a plan that was made from tensors without values."""
         written = {node.args[0] for node in step.graph.nodes if node.target is torch.ops.aten.copy_.default}
         self.written_buffers = [i for i, node in enumerate(step.nodes(Role.BUFFER)) if node in written]
-        self.written_inputs = [i for i, node in enumerate(step.nodes(Role.INPUT)) if node in written]
+        self.written_inputs = [i for i, node in enumerate(step.arguments) if node in written]
         self.draws_random = any(is_random(node) for node in step.graph.nodes)
         self.tensor_outputs = [i for i, value in enumerate(step.model_outputs) if isinstance(value, fx.Node)]
         """Which of the flat outputs are tensors: they are the outputs of the autograd Function."""
         self.differentiable = frozenset(plan.captured.differentiable)
         outputs = {i: {*aliases(base(cast(fx.Node, step.model_outputs[i])))} for i in self.tensor_outputs}
-        held = {alias for node in step.nodes(Role.INPUT, Role.BUFFER) for alias in aliases(node)}.union(
+        held = {alias for node in step.nodes(Role.INPUT, Role.STATE, Role.BUFFER) for alias in aliases(node)}.union(
             *outputs.values()
         )
         saved = self.form.code.saved
-        self.reachable = [i for i, node in enumerate(saved) if node in held]
+        tensors = [i for i, node in enumerate(saved) if isinstance(node.meta["val"], torch.Tensor)]
+        self.reachable = [i for i in tensors if saved[i] in held]
         """Which saved values share memory with what the user holds."""
         self._tangents = [node.meta["val"].stride() for node in step.nodes(Role.TANGENT)]
-        self.saved_outputs = [i for i, memory in outputs.items() if not memory.isdisjoint(saved)]
-        """Outputs that share memory with saved values."""
+        first = {step.model_outputs[i]: i for i in reversed(self.tensor_outputs)}
+        is_repeated = [i for i in self.tensor_outputs if first[step.model_outputs[i]] != i]
+        is_saved = [i for i, memory in outputs.items() if not memory.isdisjoint(saved)]
+        self.outputs_to_detach = sorted({*is_saved, *is_repeated})
+        """Outputs that share memory with saved values, or that are there already: each needs a tensor of its own."""
 
     @property
     def step(self) -> StepGraph:
