@@ -240,5 +240,7 @@ def _text(value: Any) -> str:
         return "is absent"
     if isinstance(value, Tensor):
         return f"is an input: {str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if torch_internals.is_symbolic(value):
+        return "is an input"
     text = repr(value) if isinstance(value, (*PLAIN, tuple)) else f"this {type(value).__qualname__}"
     return f"= {text[:80]}"

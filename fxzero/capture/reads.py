@@ -110,7 +110,7 @@ def content_of(value: Any) -> Any:
 @functools.cache
 def _is_users(filename: str) -> bool:
     installed = filename.replace("\\", "/").rpartition("site-packages/")[2]
-    return is_user_file(filename) and not installed.startswith(_NOT_USERS)
+    return is_user_file(filename) and not filename.startswith("<frozen") and not installed.startswith(_NOT_USERS)
 
 
 def _is_plain_class(kind: type) -> bool:

@@ -6,6 +6,7 @@ state.replay(tensors, values)           after a forward that succeeded
 """
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ class Values(NamedTuple):
     """What the slots of numbers held."""
 
 
+_NOTHING = Values([], (), [])
+
+
 @dataclass(frozen=True)
 class PythonState:
     """The Python state of one plan."""
@@ -46,6 +50,16 @@ class PythonState:
     """Numbers that the forward read and that the graph has as constants."""
     num_returned: int
     """The first outputs of the graph are so many tensors that the model returns."""
+
+    @functools.cached_property
+    def has_inputs(self) -> bool:
+        """True if the graph reads something of it at each call."""
+        return bool(self.tensors or self.numbers.slots)
+
+    @functools.cached_property
+    def leaves_behind(self) -> bool:
+        """True if there is something to do after each forward."""
+        return bool(self.writes or self.observers)
 
     @property
     def key(self) -> str:
@@ -64,6 +78,8 @@ class PythonState:
 
     def read(self) -> Values:
         """The values of this call."""
+        if not self.has_inputs:
+            return _NOTHING
         numbers = self.numbers.read()
         lifted, left_behind = self.numbers.compute(*numbers)
         return Values([*(owner[key] for owner, key in self.tensors), *lifted], left_behind, numbers)

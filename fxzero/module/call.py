@@ -8,7 +8,6 @@ import torch
 
 from fxzero import torch_internals
 from fxzero.errors import StaleBackwardError
-from fxzero.graph.nodes import Role
 from fxzero.module.call_kind import Pattern
 from fxzero.module.initialize import drawing_from, rng_state
 from fxzero.module.sharded_model import ShardedModel
@@ -40,9 +39,7 @@ class Call:
         self._sharded, self._run_backward = sharded, run_backward
         self.executable = executable
         self._inputs = inputs
-        self._num_own = len(executable.step.nodes(Role.INPUT))
-        """The first inputs are so many tensors of the call; the others are Python state."""
-        self.trained_inputs = [index for index, x in enumerate(inputs[: self._num_own]) if x.requires_grad]
+        self.trained_inputs = [index for index, x in enumerate(inputs[: executable.num_inputs]) if x.requires_grad]
         """Indices of the inputs that receive a gradient."""
         self._replan: Replan | None = replan
         self._saved: list[Any] | None = None
@@ -127,7 +124,7 @@ class Call:
         assert self._replan is not None
         self.executable, state = self._replan(pattern)
         executable = self.executable
-        inputs, buffers = [*self._inputs[: self._num_own], *state], self._sharded.buffers(executable)
+        inputs, buffers = [*self._inputs[: executable.num_inputs], *state], self._sharded.buffers(executable)
         for index, old in zip(before.written_inputs, self._before[0], strict=True):
             inputs[index] = old
         for index, old in zip(before.written_buffers, self._before[1], strict=True):

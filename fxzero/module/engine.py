@@ -12,7 +12,7 @@ from fxzero.errors import InputMismatchError
 from fxzero.graph.variant import Stash
 from fxzero.host.memory_in_use import MemoryInUse
 from fxzero.module.call import Call, StepFunction
-from fxzero.module.call_kind import Arguments, Pattern, Signature
+from fxzero.module.call_kind import Arguments, Pattern, Signature, settings
 from fxzero.module.plan_cache import PlanCache
 from fxzero.module.plan_maker import PlanMaker
 from fxzero.module.sharded_model import ShardedModel
@@ -71,7 +71,8 @@ class Engine:
                 tensors = self._run(executable, inputs, values, signature, arguments)
         else:
             tensors = self._run(executable, inputs, values, signature, arguments)
-        captured.state.replay(tensors, values)
+        if captured.state.leaves_behind:
+            captured.state.replay(tensors, values)
         return captured.output.rebuild(tensors)
 
     def _run(
@@ -82,7 +83,7 @@ class Engine:
         signature: Signature,
         arguments: Arguments,
     ) -> Sequence[Any]:
-        if executable.step.has_backward:
+        if executable.has_backward:
             replan = partial(self._replan, signature, arguments, executable, values)
             call = Call(self.sharded, self.backward, executable, [*inputs, *values.inputs], replan)
             return StepFunction.apply(call, self._anchor, *[x for x in inputs if x.requires_grad])  # type: ignore[no-any-return]
@@ -129,6 +130,7 @@ class Engine:
             tuple([param.requires_grad for param in sharded.param_list]),
             torch.is_grad_enabled(),
             (autocast, torch.get_autocast_dtype(device_type) if autocast else None),
+            settings(),
         )
 
     def _make(self, signature: Signature, pattern: Pattern | None, arguments: Arguments) -> BoundPlan:

@@ -14,7 +14,7 @@ from fxzero.comm import agree
 from fxzero.errors import CaptureError
 from fxzero.host.allocator import give_back_freed_memory
 from fxzero.module.budget_round import BudgetRound
-from fxzero.module.call_kind import Arguments, Pattern, Signature
+from fxzero.module.call_kind import Arguments, Pattern, Signature, set_to
 from fxzero.module.changing_numbers import ChangingNumbers
 from fxzero.module.collective_orders import Mode, Orders, order_of
 from fxzero.module.first_fill import fix_layout
@@ -133,7 +133,10 @@ class PlanMaker:
         try:
             for module, training in zip(modules, signature.training, strict=True):
                 module.training = training
-            with torch.autocast(self.sharded.devices.compute.type, dtype=dtype, enabled=enabled):
+            with (
+                torch.autocast(self.sharded.devices.compute.type, dtype=dtype, enabled=enabled),
+                set_to(signature.settings),
+            ):
                 yield
         finally:
             for module, training in zip(modules, flags, strict=True):

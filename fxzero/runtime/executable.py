@@ -51,7 +51,10 @@ class Executable:
         self._binder, self._memory = binder, binder.memory_for(storage.arena, plan.arena_bytes)
         self._functions: dict[Variant, dict[str, Callable[..., Any]]] = {}
         self._variants = [variant for variant, planned in plan.variants.items() if planned.step is self.form.step]
-        step = self.form.step
+        self.step = step = self.form.step
+        self.has_backward = step.has_backward
+        self.num_inputs = len(step.nodes(Role.INPUT))
+        """Tensors of the call that forward takes; values of the Python state follow them."""
         self._lasting = _lasting(step)
         """The buckets that are there for the next micro-step, gathered or as secondary shards."""
         self.reached = list(step.grads)
@@ -92,10 +95,6 @@ class Executable:
         """Outputs that share memory with saved values, or that are there already: each needs a tensor of its own."""
 
     @property
-    def step(self) -> StepGraph:
-        return self.form.step
-
-    @property
     def has_run(self) -> bool:
         """True once a forward of it ran."""
         return bool(self._functions)
@@ -114,7 +113,7 @@ class Executable:
             functions = functions if watch is None else functions["timed"](watch)
             run = functions["forward_again" if are_there else "forward"]
             if watch is not None:
-                run = partial(watch.time_phase, run, is_first=True, is_last=not self.step.has_backward)
+                run = partial(watch.time_phase, run, is_first=True, is_last=not self.has_backward)
             outputs = run(inputs, buffers)
             self._in_flight.end_forward(self._lasting)
         except Exception as error:
