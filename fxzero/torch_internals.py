@@ -77,6 +77,21 @@ def fake_tensor_mode() -> Any:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
+@contextlib.contextmanager
+def fake_results_forgotten() -> Generator[None]:
+    """Drop what fake operators inside the block add to torch's cache, which lives as long as the process.
+
+    `FakeTensorMode.cache`: 2.11 to 2.13.
+    """
+    cache: dict[Any, Any] = FakeTensorMode.cache
+    before = len(cache)
+    try:
+        yield
+    finally:
+        while len(cache) > before:
+            cache.popitem()
+
+
 def is_fake(tensor: torch.Tensor) -> bool:
     """True for a tensor without memory. `FakeTensor`: 2.11 to 2.13."""
     return isinstance(tensor, FakeTensor)
