@@ -2,7 +2,8 @@
 
 import socket
 
-from torch.distributed.distributed_c10d import PrefixStore, TCPStore
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage] (public, documented)
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,
