@@ -1,7 +1,6 @@
 """The options of `compile()`: checked, and made into an engine."""
 
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -180,14 +179,22 @@ def choose_group(group: dist.ProcessGroup | None, mesh: DeviceMesh | None, acros
         raise InputMismatchError("This rank is no member of the process group. Compile on its members only.")
     if group is None and dist.is_available() and dist.is_initialized():
         return dist.group.WORLD
-    num_started = int(os.environ.get("WORLD_SIZE", "1"))
-    if group is None and num_started > 1:
-        warnings.warn(
-            f"{num_started} ranks were started (WORLD_SIZE), but torch.distributed is not initialised, so this one "
-            "trains alone. Call torch.distributed.init_process_group() before fxzero.compile.",
-            stacklevel=3,
-        )
+    if group is None:
+        _refuse_alone_by_mistake()
     return group
+
+
+def _refuse_alone_by_mistake() -> None:
+    """Raise InputMismatchError if a launcher started several ranks that do not know each other."""
+    started = os.environ.get("WORLD_SIZE", "").strip()
+    if started in ("", "1"):
+        return
+    said = f"{started} ranks were started" if started.isdecimal() else "Ranks were started"
+    raise InputMismatchError(
+        f"{said} (WORLD_SIZE={started}, RANK={os.environ.get('RANK', 'not set')}), but torch.distributed is not "
+        "initialised, so each of them would train alone. Call torch.distributed.init_process_group() before "
+        "fxzero.compile; or, where each is to train alone, take WORLD_SIZE out of the environment."
+    )
 
 
 def choose_device(model: nn.Module, device: torch.device | str | None, mesh: DeviceMesh | None) -> torch.device:

@@ -18,6 +18,7 @@ import torch.utils.checkpoint
 from torch import fx, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.distributed.distributed_c10d import Store
+from torch.fx._lazy_graph_module import _use_lazy_graph_module  # pyright: ignore[reportPrivateUsage]
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
@@ -111,6 +112,21 @@ def has_symbolic_shape(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and any(map(is_symbolic, (*value.shape, *value.stride())))
 
 
+@contextlib.contextmanager
+def fake_results_forgotten() -> Generator[None]:
+    """Drop what fake operators inside the block add to torch's cache, which lives as long as the process.
+
+    `FakeTensorMode.cache`: 2.11 to 2.13.
+    """
+    cache: dict[Any, Any] = FakeTensorMode.cache
+    before = len(cache)
+    try:
+        yield
+    finally:
+        while len(cache) > before:
+            cache.popitem()
+
+
 def is_fake(tensor: torch.Tensor) -> bool:
     """True for a tensor without memory. `FakeTensor`: 2.11 to 2.13."""
     return isinstance(tensor, FakeTensor)
@@ -136,12 +152,16 @@ def answer_device(op: Any, args: Any) -> torch.device | None:
 
 
 def trace_fx(function: Callable[..., Any], *inputs: Any) -> fx.GraphModule:
-    """A graph of the ATen operators that a function of fake tensors runs. `make_fx`: 2.11 to 2.13."""
+    """A graph of the ATen operators that a function of fake tensors runs; no code is written for it.
+
+    Code of fx stays in a cache for as long as the process lives. `make_fx`, `_lazy_graph_module`: 2.11 to 2.13.
+    """
 
     def traced(*values: Any) -> Any:  # make_fx counts the arguments of plain functions right, not of bound methods
         return function(*values)
 
-    return make_fx(traced)(*inputs)
+    with _use_lazy_graph_module(True):
+        return make_fx(traced)(*inputs)
 
 
 def traced_graph() -> fx.Graph:

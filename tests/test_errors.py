@@ -195,13 +195,21 @@ def test_every_error_is_documented_and_exported() -> None:
     assert public <= set(fxzero.__all__)
 
 
-def test_ranks_that_were_started_but_do_not_know_each_other_are_warned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_were_started_but_do_not_know_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.warns(
-        UserWarning, match=r"2 ranks were started .* Call torch.distributed.init_process_group"
-    ) as caught:
+    monkeypatch.setenv("RANK", "1")
+    told = r"2 ranks were started \(WORLD_SIZE=2, RANK=1\).* Call torch.distributed.init_process_group\(\) before"
+    with pytest.raises(InputMismatchError, match=told):
         fxzero.compile(Net())
-    assert caught[0].filename == __file__
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(InputMismatchError, match="WORLD_SIZE=two"):
+        fxzero.compile(Net())
+
+
+@pytest.mark.parametrize("size", ["1", "", " 1 "])
+def test_one_rank_that_was_started_trains_alone(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", size)
+    fxzero.compile(Net())(points()).loss.backward()
 
 
 def test_a_process_group_that_comes_after_compile_is_refused() -> None:

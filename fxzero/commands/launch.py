@@ -23,6 +23,10 @@ def launch(nproc: int, arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from fxzero.commands import rendezvous  # registers itself
+
+    for library in ("GLOO", "NCCL"):  # unless the user chose, ranks listen for each other on the loopback alone
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", rendezvous.loopback_interface())
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what happens to a rank is said below
     with tempfile.TemporaryDirectory(prefix="fxzero-") as folder:
         config = LaunchConfig(
@@ -30,8 +34,7 @@ def launch(nproc: int, arguments: list[str]) -> int:
             max_nodes=1,
             nproc_per_node=nproc,
             run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
+            rdzv_backend=rendezvous.NAME,
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
             shutdown_timeout=GRACE_SECONDS,

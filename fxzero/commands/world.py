@@ -4,16 +4,18 @@ Alone there is one rank and no process group.
 """
 
 import datetime
+import json
 import os
+import socket
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from fxzero.commands.errors import CommandError
+from fxzero.commands.errors import CommandError, OwnError
 
 T = TypeVar("T")
 
@@ -42,19 +44,18 @@ class World:
     def share(self, make: Callable[[], T]) -> T:
         """What rank 0 makes, on every rank; where that raises a CommandError, every rank raises it.
 
-        Numbers and strings only: what is large goes through `share_tensor`.
+        Numbers, strings and lists of them only (a tuple arrives as a list): what is large goes through `share_tensor`.
         """
-        box: list[object] = [None, None]
+        result, failure = None, None
         if self.is_main:
             try:
-                box[0] = make()
+                result = make()
             except CommandError as error:
-                box[1] = str(error)
-        if self.size > 1:
-            dist.broadcast_object_list(box, src=0, device=self.device)
-        if box[1] is not None:
-            raise CommandError(box[1])
-        return box[0]  # pyright: ignore[reportReturnType]
+                failure = error
+        told = self._from_rank(0, [result, None if failure is None else str(failure)])
+        if told[1] is not None:
+            raise CommandError(told[1]) from failure
+        return told[0]
 
     def share_tensor(self, tensor: torch.Tensor | None, length: int) -> torch.Tensor:
         """Rank 0's int32 `[length]` on the CPU of every rank; the others pass None."""
@@ -74,19 +75,27 @@ class World:
         return total.tolist()
 
     def gather(self, value: T) -> list[T]:
-        """A small value of every rank, on every rank."""
+        """A small value of every rank, on every rank: of numbers, strings, lists and dicts."""
+        return [self._from_rank(rank, value) for rank in range(self.size)]
+
+    def _from_rank(self, source: int, value: Any) -> Any:
+        """A value of one rank on every rank, sent as JSON: what other processes send is never unpickled."""
         if self.size == 1:
-            return [value]
-        box: list[T | None] = [None] * self.size
-        dist.all_gather_object(box, value)
-        return box  # pyright: ignore[reportReturnType]
+            return value
+        data = torch.tensor([*json.dumps(value).encode()], dtype=torch.uint8, device=self.device)
+        length = torch.tensor(len(data), device=self.device)
+        dist.broadcast(length, src=source)
+        if self.rank != source:
+            data = torch.empty(int(length), dtype=torch.uint8, device=self.device)
+        dist.broadcast(data, src=source)
+        return json.loads(bytes(data.tolist()))
 
 
 @contextmanager
 def joined(device: str) -> Generator[World]:
     """Join the ranks that torchrun (or `launch`) started, or be alone; leave them at the end."""
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    rank, size = _place("RANK", "WORLD_SIZE")
+    local_rank, local_size = _place("LOCAL_RANK", "LOCAL_WORLD_SIZE")
     world = World(rank, size, local_size, _choose_device(device, local_rank, local_size))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
@@ -96,11 +105,54 @@ def joined(device: str) -> Generator[World]:
         yield world
         return
     backend = "nccl" if world.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=TIMEOUT_SECONDS))
+    with _told_how_to_meet():
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=TIMEOUT_SECONDS))
     try:
         yield world
     finally:
         dist.destroy_process_group()
+
+
+def _place(rank_name: str, size_name: str) -> tuple[int, int]:
+    """A rank and the number of ranks, from the environment: (0, 1) where nothing is set.
+
+    Raises:
+        OwnError: they are no numbers, or not such numbers.
+    """
+    rank, size = _number(rank_name, 0), _number(size_name, 1)
+    if size < 1 or not 0 <= rank < size:
+        raise OwnError(
+            f"The environment says {rank_name}={rank} and {size_name}={size}; ranks count from 0 to one less "
+            "than their number. Start ranks with torchrun or --nproc, or unset both."
+        )
+    if size > 1 and rank_name not in os.environ:
+        raise OwnError(f"{size_name} is {size}, but {rank_name} is not set. Start ranks with torchrun or --nproc.")
+    return rank, size
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.strip().lstrip("+-").isdecimal():
+        raise OwnError(f"{name} is {text!r} in the environment; it must be a number, as torchrun sets it.")
+    return int(text)
+
+
+@contextmanager
+def _told_how_to_meet() -> Generator[None]:
+    """Check the address at which ranks meet, and raise OwnError where they cannot meet there in the block."""
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    meeting = f"MASTER_ADDR={address} and MASTER_PORT={port}"
+    start = "Start the ranks with torchrun or --nproc, which set them, or set both on all ranks."
+    if not address or not port:
+        raise OwnError(f"Ranks meet at MASTER_ADDR and MASTER_PORT, and the environment says {meeting}. {start}")
+    if not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise OwnError(f"MASTER_PORT is {port!r} in the environment; it must be the number of a port. {start}")
+    try:
+        socket.getaddrinfo(address, int(port))
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise OwnError(f"Ranks cannot meet at {meeting}: {reason}. {start}") from error
 
 
 def _choose_device(device: str, local_rank: int, local_size: int) -> torch.device:

@@ -75,7 +75,9 @@ def median_of_ranks(own: Cluster, group: Group | None, topic: str, timeout: time
 
 def measure_device(device: torch.device, dtype: torch.dtype = torch.float32) -> Device:
     """Rates of a matrix product [512, 512] x [512, 2048], of a sum of 32 MiB into 32 MiB, and of a tiny operator."""
-    left, right = torch.randn(512, 512, device=device).to(dtype), torch.randn(512, 2048, device=device).to(dtype)
+    generator = torch.Generator(device).manual_seed(0)  # the user's goes on as if nothing had been measured
+    left = torch.randn(512, 512, device=device, generator=generator).to(dtype)
+    right = torch.randn(512, 2048, device=device, generator=generator).to(dtype)
     into, addend = torch.zeros(2**23, device=device), torch.ones(2**23, device=device)
     tiny = torch.zeros(1, device=device)
     product = torch.empty(512, 2048, device=device, dtype=dtype)

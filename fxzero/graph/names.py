@@ -21,9 +21,25 @@ def format_ops(num_ops: int) -> str:
     return f"{num_ops} op " if num_ops == 1 else f"{num_ops} ops"
 
 
+def printable(name: str) -> str:
+    """A name of a module, parameter or buffer as one line of text: 'a\\nb' where it has a line break.
+
+    Such a name may be any text without a dot. Two names stay two.
+    """
+    if name.isprintable() and "\\" not in name:
+        return name
+    escaped = (char if char.isprintable() and char != "\\" else _escape(char) for char in name)
+    return "".join(escaped)
+
+
+def _escape(char: str) -> str:
+    return char.encode("unicode_escape").decode()
+
+
 def bucket_label(fqns: tuple[str, ...]) -> str:
     """The first member of a bucket, which no other bucket has, and the number of other members: 'layers.0.w +3'."""
-    return fqns[0] if len(fqns) == 1 else f"{fqns[0]} +{len(fqns) - 1}"
+    first = printable(fqns[0])
+    return first if len(fqns) == 1 else f"{first} +{len(fqns) - 1}"
 
 
 def block_depth(fqns: Iterable[str]) -> int:
@@ -50,5 +66,5 @@ def describe(node: fx.Node) -> str:
     if kind in COLLECTIVES:
         return f"'{kind.value} {bucket_label(members(node))}'"
     if kind is Role.WRITE_GRAD:
-        return f"'write_grad {grad_fqn(node)}'"
-    return f"'{kind.value} {info(node).fqn}'" if info(node).fqn else f"'{kind.value}'"
+        return f"'write_grad {printable(grad_fqn(node))}'"
+    return f"'{kind.value} {printable(info(node).fqn)}'" if info(node).fqn else f"'{kind.value}'"

@@ -13,7 +13,7 @@ from tabulate import tabulate
 from torch import fx
 
 from fxzero.graph.liveness import bucket_bytes_live
-from fxzero.graph.names import block_depth, block_of, bucket_label, format_bytes, format_ops
+from fxzero.graph.names import block_depth, block_of, bucket_label, format_bytes, format_ops, printable
 from fxzero.graph.nodes import (
     COLLECTIVES,
     WAIT_OF_MODEL,
@@ -135,7 +135,9 @@ def rows(step: StepGraph) -> Iterator[Row]:
 
 def _run(phase: Phase, block: str, num_ops: int, live: Mapping[fx.Node, int], nodes: Sequence[fx.Node]) -> Row:
     """The line of operators of one block."""
-    return Row(phase, "compute", block or ROOT, num_ops=num_ops, live_bytes=live[nodes[-1]], nodes=tuple(nodes))
+    return Row(
+        phase, "compute", printable(block) or ROOT, num_ops=num_ops, live_bytes=live[nodes[-1]], nodes=tuple(nodes)
+    )
 
 
 def _line(step: StepGraph, phase: Phase, live: Mapping[fx.Node, int], nodes: Sequence[fx.Node]) -> Row:
@@ -145,7 +147,7 @@ def _line(step: StepGraph, phase: Phase, live: Mapping[fx.Node, int], nodes: Seq
         sent = cast(Any, node.args[0])
         tensors = [] if action == WAIT_OF_MODEL else [sent] if isinstance(sent, fx.Node) else sent
         nbytes = sum(tensor_bytes(each.meta["val"]) for each in tensors)
-        name = block_of(info(node).fqn, block_depth(step.params)) or ROOT
+        name = printable(block_of(info(node).fqn, block_depth(step.params))) or ROOT
         return Row(phase, action, name, nbytes, live_bytes=live[node], nodes=every)
     is_start = started_by(node) is node
     action = role(node).value if is_start or is_gather(node) else "wait_reduce"

@@ -72,8 +72,8 @@ class Orders:
             agree.agree(self.group, "mode", order, timeout=self.timeout)
         elif known is not None and known != order:
             raise PlanError(f"rank {self.rank}: {_difference(known, order)}")
-        self._first.setdefault(mode, order)
-        self._of_flags.setdefault((mode, flags), order)
+        first = self._first.setdefault(mode, order)
+        self._of_flags.setdefault((mode, flags), first if order == first else order)  # one list for many flags
 
 
 def order_of(plan: Plan) -> list[str]:

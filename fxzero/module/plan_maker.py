@@ -62,7 +62,11 @@ class PlanMaker:
         self.sharded.look_at_modules()
         if torch_internals.in_function_transform():
             raise CaptureError("A compiled module cannot be called inside torch.func transforms. Use loss.backward().")
-        with torch.inference_mode(False), torch_internals.outside_of_autograd_modes():
+        with (
+            torch.inference_mode(False),
+            torch_internals.outside_of_autograd_modes(),
+            torch_internals.fake_results_forgotten(),
+        ):
             made = self._make(signature, pattern, arguments)
         give_back_freed_memory()
         return made

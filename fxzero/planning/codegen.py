@@ -8,11 +8,14 @@
         ...                                     reduce_scatter()
         return (mm,), [relu, x]                 return (None,)
 
+Names of modules, parameters and buffers may be any text: they stand in comments alone, as `describe` escapes them.
+
 Every parameter, and every view of one, lies at a fixed address, so it is no statement at all but a global that is bound
 once (`Code.static`), as are the operators, the collectives and the gradient slots.
 """
 
 import operator
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -193,7 +196,8 @@ class _Writer:
     def operator(self, target: Any) -> str:
         """The global that stands for an operator."""
         is_overload = torch_internals.is_overload(target)
-        name = self.free(str(target).replace(".", "_") if is_overload else getattr(target, "__name__", "operator"))
+        called = str(target) if is_overload else getattr(target, "__name__", "operator")
+        name = self.free(re.sub(r"\W", "_", called))
         while self.operators.setdefault(name, target) is not target:
             name = self.free(f"{name}_")
         return name
