@@ -81,9 +81,7 @@ def capture(
     """
     check_arguments(forward, args, kwargs)
     inputs, spec = flatten_call(args, kwargs)
-    make = partial(
-        Tracing, module, forward, args, kwargs, inputs, spec.tensor_paths, params, device, with_backward, differentiated
-    )
+    make = partial(Tracing, module, forward, args, kwargs, inputs, spec, params, device, with_backward, differentiated)
     tracing = make(StandIns(numbers) if numbers else None)
     try:
         root = tracing.run()

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxzero import torch_internals
 from fxzero.capture.batch_norm import run_declared, writes_undeclared
-from fxzero.capture.call import replace_tensors
+from fxzero.capture.call import CallSpec, replace_numbers, replace_tensors
 from fxzero.capture.draws import Draws, no_draws_of_python, numbered_draws
 from fxzero.capture.fake_tensors import FakeState, swapped_tensors
 from fxzero.capture.hooks import Observer, Observers
@@ -65,7 +65,7 @@ class Tracing:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     inputs: Sequence[Tensor]
-    input_paths: Sequence[str]
+    spec: CallSpec
     params: Mapping[str, ParamSpec]
     device: torch.device
     with_backward: bool
@@ -94,7 +94,7 @@ class Tracing:
             state = self._fake_state()
             inputs = [
                 _fake_like(path, tensor, self.device, tensor.requires_grad)
-                for path, tensor in zip(self.input_paths, self.inputs, strict=True)
+                for path, tensor in zip(self.spec.tensor_paths, self.inputs, strict=True)
             ]
         traced = partial(self._traced, state, torch.is_autocast_cache_enabled())
         with (
@@ -164,6 +164,10 @@ class Tracing:
         with _Interceptor(draws, recorder, self.reads), recorder.following(), swapped_tensors(self.module, state):
             args, kwargs = replace_tensors(self.args, self.kwargs, inputs)
             given = self._put_numbers(numbers)
+            slots = () if self.stand_ins is None else self.stand_ins.slots
+            arguments = {each.argument: n for each, n in zip(slots, numbers, strict=True) if each.argument is not None}
+            if arguments:
+                args, kwargs = replace_numbers(self.spec, args, kwargs, arguments)
             grad = torch.set_grad_enabled(self.with_backward)
             with grad, self._observers.watching(self.module), self.reads.following(), _DataWrites(state):
                 output = call_module(self.module, self.forward, args, kwargs)
@@ -227,7 +231,7 @@ class Tracing:
     def _label_placeholders(self, graph: fx.Graph, state: FakeState) -> None:
         infos = [NodeInfo(Role.PARAM, name) for name in state.params]
         infos += [NodeInfo(Role.BUFFER, name) for name in state.buffers]
-        infos += [NodeInfo(Role.INPUT, path) for path in self.input_paths]
+        infos += [NodeInfo(Role.INPUT, path) for path in self.spec.tensor_paths]
         infos += [NodeInfo(Role.STATE)] * (0 if self.stand_ins is None else len(self.stand_ins.slots))
         for node, info in zip(graph.nodes, infos, strict=True):
             node.meta[META_KEY] = info

@@ -61,6 +61,8 @@ class NumberSlot:
     label: str
     traced: Any
     """What it held when it was read."""
+    argument: int | None = None
+    """The index of its leaf, if it is an argument of the call."""
 
     @property
     def slot(self) -> tuple[int, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fxzero.capture.call import CallSpec, flatten_call
+from fxzero.capture.numbers import PinnedNumberError
 from fxzero.capture.state import Values
 from fxzero.errors import InputMismatchError
 from fxzero.graph.variant import Stash
@@ -43,13 +44,16 @@ class Engine:
 
     def prepare(self, arguments: Arguments) -> tuple[list[torch.Tensor], Signature, Executable]:
         """The tensors, the signature and the executable of a call, which is planned if its kind is new."""
-        inputs, spec = flatten_call(*arguments)
-        signature = self._signature(spec)
+        inputs, own = flatten_call(*arguments)
+        signature = self._signature(self.maker.numbers.arguments.generalized(own))
         pattern = self.plans.pattern_of(signature)
         bound = self.plans.find(signature, pattern)
         if bound is None:
             self.plans.note_changes(signature, pattern, self.maker.numbers)
-            bound = self._make(signature, pattern, arguments)
+            try:
+                bound = self._make(signature, pattern, arguments)
+            except PinnedNumberError:
+                return self.prepare(arguments)
         executable = bound.executable(synchronize=self.synchronize or not signature.grad)
         self.last = executable
         return inputs, signature, executable

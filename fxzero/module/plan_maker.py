@@ -123,7 +123,7 @@ class PlanMaker:
             with_backward=with_backward,
             differentiated=pattern,
         )
-        captured = self.numbers.captured(trace)
+        captured = self.numbers.captured(trace, signature.call)
         if sharded.shards is not None:  # buckets go by the `requires_grad` of when the layout was fixed
             captured.step.params = {param.fqn: param for param in sharded.shards.layout.params}
         return captured

@@ -392,6 +392,34 @@ def test_a_number_that_must_be_a_constant_is_traced_anew_with_one_warning() -> N
     assert len(engine_of(zero).plans) <= 8
 
 
+def arguments(forward: Callable[..., Tensor], steps: int = 8) -> fxzero.ZeroModule:
+    """Train beside the plain model with a number among the arguments that changes in each call."""
+    torch.manual_seed(0)
+    plain = variant(forward)()
+    zero = fxzero.compile(copy.deepcopy(plain))
+    for step in range(steps):
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+        outputs: list[Tensor] = []
+        for module in (zero, plain):
+            torch.manual_seed(step)
+            outputs.append(module(x, 0.1 + 0.07 * step))
+            outputs[-1].square().mean().backward()
+        assert torch.equal(*outputs), f"step {step}"
+        assert_same(zero, plain)
+    return zero
+
+
+def test_a_number_among_the_arguments_becomes_an_input() -> None:
+    zero = arguments(lambda self, x, beta: self.head(self.features(x)) * beta + (1 - beta))
+    assert len(engine_of(zero).plans) <= 4
+
+
+def test_a_number_among_the_arguments_that_must_be_a_constant_is_named_once() -> None:
+    with pytest.warns(UserWarning, match="changes from call to call") as caught:
+        arguments(lambda self, x, p: F.dropout(self.head(self.features(x)), p, training=True))
+    assert len([each for each in caught if "changes from call to call" in str(each.message)]) == 1
+
+
 def test_the_schedule_lists_what_is_guarded() -> None:
     torch.manual_seed(0)
     model = variant(lambda self, x: self.head(self.features(x)) * self.beta / self.config.temperature)()
