@@ -63,7 +63,7 @@ def compile(
 ) -> ZeroModule:
     """Take a model over and train it by ZeRO stage 3 on a schedule that is written before it runs.
 
-    Each parameter becomes this rank's shard, a 1-D slice of it, and the full storages are freed. The Parameter objects
+    Each parameter becomes this rank's shard, a slice `[n, 1, ...]`, and the full storages are freed. Parameter objects
     stay the same, so that an optimizer built before, or afterwards from `zero.parameters()`, steps the shards.
 
     Args:

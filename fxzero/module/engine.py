@@ -14,6 +14,7 @@ from fxzero.module.call import Call, StepFunction
 from fxzero.module.call_kind import Arguments, Pattern, Signature
 from fxzero.module.plan_cache import PlanCache
 from fxzero.module.plan_maker import PlanMaker
+from fxzero.module.replaced_data import Replaced, in_shards
 from fxzero.module.sharded_model import ShardedModel
 from fxzero.runtime.clip import clip_grad_norm_
 from fxzero.runtime.executable import BoundPlan, Executable
@@ -53,8 +54,13 @@ class Engine:
         return inputs, signature, executable
 
     def __call__(self, arguments: Arguments) -> Any:
+        if replaced := self.sharded.replaced():
+            with in_shards(replaced):
+                return self._call(arguments, replaced)
+        return self._call(arguments, replaced)
+
+    def _call(self, arguments: Arguments, replaced: Replaced) -> Any:
         sharded, tuning = self.sharded, self.maker.tuning
-        sharded.adopt_replaced_data()
         if tuning.is_due and torch.is_grad_enabled() and self.synchronize and self.maker.tune_again():
             self.plans.clear()
         inputs, signature, executable = self.prepare(arguments)
@@ -64,17 +70,22 @@ class Engine:
         device_type = sharded.devices.compute.type
         if torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
-                tensors = self._run(executable, inputs, signature, arguments)
+                tensors = self._run(executable, inputs, signature, arguments, replaced)
         else:
-            tensors = self._run(executable, inputs, signature, arguments)
+            tensors = self._run(executable, inputs, signature, arguments, replaced)
         return executable.plan.captured.output.rebuild(tensors)
 
     def _run(
-        self, executable: Executable, inputs: list[torch.Tensor], signature: Signature, arguments: Arguments
+        self,
+        executable: Executable,
+        inputs: list[torch.Tensor],
+        signature: Signature,
+        arguments: Arguments,
+        replaced: Replaced,
     ) -> Sequence[Any]:
         if executable.step.has_backward:
             replan = partial(self._replan, signature, arguments, executable.step.synchronize)
-            call = Call(self.sharded, self.backward, executable, inputs, replan)
+            call = Call(self.sharded, self.backward, executable, inputs, replan, replaced)
             return StepFunction.apply(call, self._anchor, *[x for x in inputs if x.requires_grad])  # type: ignore[no-any-return]
         with torch.no_grad():
             outputs, _ = executable.forward(inputs, self.sharded.buffers(executable))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fxzero.errors import FxzeroError, PlanError
-from tests.helpers.pairs import assert_same, both, pair, points, sgd
+from tests.helpers.pairs import as_shard, assert_same, both, pair, points, sgd
 
 
 def backward_both(zero: nn.Module, plain: nn.Module, seed: int = 0, **kwargs: Any) -> None:
@@ -192,7 +192,7 @@ def test_post_accumulate_grad_hooks_run_with_the_gradient_there() -> None:
     for name, param in zero.named_parameters():
         param.register_post_accumulate_grad_hook(lambda p, name=name: seen.update({name: p.grad.clone()}))
     backward_both(zero, plain)
-    expected = {name: param.grad.flatten() for name, param in plain.named_parameters() if param.grad is not None}
+    expected = {name: as_shard(param.grad) for name, param in plain.named_parameters() if param.grad is not None}
     assert seen.keys() == expected.keys()
     assert all(torch.equal(seen[name], grad) for name, grad in expected.items())
 
@@ -237,12 +237,12 @@ def test_no_sync_leaves_grad_untouched_until_the_backward_outside() -> None:
     for own, other in zip(zero.parameters(), plain.parameters(), strict=True):
         assert (own.grad is None) == (other.grad is None)
         if own.grad is not None:
-            torch.testing.assert_close(own.grad, other.grad.flatten(), rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(own.grad, as_shard(other.grad), rtol=1e-6, atol=1e-7)
     zero.clip_grad_norm_(0.1)
     nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
     for own, other in zip(zero.parameters(), plain.parameters(), strict=True):
         if own.grad is not None:
-            torch.testing.assert_close(own.grad, other.grad.flatten(), rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(own.grad, as_shard(other.grad), rtol=1e-5, atol=1e-7)
 
 
 def test_no_sync_adds_to_gradients_that_were_there_before() -> None:
@@ -253,7 +253,7 @@ def test_no_sync_adds_to_gradients_that_were_there_before() -> None:
         backward_both(zero, plain, 1)
     assert torch.equal(zero.head.weight.grad, before)
     backward_both(zero, plain, 2)
-    torch.testing.assert_close(zero.head.weight.grad, plain.head.weight.grad.flatten(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(zero.head.weight.grad, as_shard(plain.head.weight.grad), rtol=1e-6, atol=1e-7)
 
 
 def test_no_sync_holds_parameters_that_the_last_call_does_not_reach() -> None:
@@ -263,7 +263,7 @@ def test_no_sync_holds_parameters_that_the_last_call_does_not_reach() -> None:
             backward_both(zero, plain, 0, use_extra=True)
         backward_both(zero, plain, 1)  # one bucket has them all, so extra is reduced with it
         for own, other in zip(zero.parameters(), plain.parameters(), strict=True):
-            torch.testing.assert_close(own.grad, other.grad.flatten(), rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(own.grad, as_shard(other.grad), rtol=1e-6, atol=1e-7)
         zero.zero_grad()
         plain.zero_grad()
 
@@ -305,7 +305,7 @@ def test_no_sync_then_eval_then_training_goes_on() -> None:
     for module in (zero, plain):
         module.train()
     backward_both(zero, plain, 1)
-    torch.testing.assert_close(zero.body.weight.grad, plain.body.weight.grad.flatten(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(zero.body.weight.grad, as_shard(plain.body.weight.grad), rtol=1e-6, atol=1e-7)
 
 
 # -- freezing ----------------------------------------------------------------------------------------------------
