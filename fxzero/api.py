@@ -201,6 +201,7 @@ class ZeroModule(nn.Module):
             self,
             engine.sharded.held_shards,
             elementwise_optimizer=elementwise_optimizer,
+            on_begin=engine.before_optimizer,
             on_step=engine.after_optimizer,
         )
         ownership.take_over(model)
@@ -274,7 +275,7 @@ class ZeroModule(nn.Module):
             engine.synchronize = before
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset all gradients, also the unsharded ones of `no_sync()`, of which an optimizer knows nothing."""
+        """Reset all gradients, also those that `no_sync()` holds, as an optimizer's `zero_grad()` does for its own."""
         super().zero_grad(set_to_none)
         if (gradients := self._fxzero_engine.sharded.gradients) is not None:
             gradients.drop_held()

@@ -115,6 +115,16 @@ class Engine:
             in_flight.after_backward()
         return input_grads
 
+    def before_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse the step of an optimizer whose gradients no_sync() holds.
+
+        Raises:
+            PlanError: it would take gradients that are not averaged yet.
+        """
+        gradients = self.sharded.gradients
+        if gradients is not None and gradients.are_held:
+            gradients.check_reduced({id(param) for group in optimizer.param_groups for param in group["params"]})
+
     def after_optimizer(self, seconds: float) -> None:
         """Note that a step of an optimizer is over, of any in this process."""
         self.sharded.in_flight.after_step()

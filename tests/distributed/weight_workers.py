@@ -117,6 +117,7 @@ def attack_between_micro_steps(rank: int, world_size: int) -> None:
     for step in range(3):
         for module, optimizer in zip((plain, zero), optimizers, strict=True):
             weights = [param for param in module.parameters() if param.ndim == 2]
+            first = list[Tensor]()
             for micro in range(2):
                 module(points(rank, step)).pow(2).mean().backward()
                 if module is plain and micro == 0:
