@@ -28,6 +28,7 @@ from fxzero.module.engine import Engine
 from fxzero.module.first_fill import fix_layout_without_trace
 from fxzero.module.optimizer_classes import check_optimizer
 from fxzero.module.optimizer_guard import OptimizerGuard
+from fxzero.module.wrappers import refuse_wrappers
 from fxzero.options import Options, Without, check_mesh, choose_device, choose_group, choose_recipe
 from fxzero.planner import as_arguments
 from fxzero.planning.schedule import Schedule
@@ -205,6 +206,7 @@ class ZeroModule(nn.Module):
             on_step=engine.after_optimizer,
         )
         ownership.take_over(model)
+        refuse_wrappers(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model; the first call of each kind (shapes, train or eval, ...) traces and plans it.
