@@ -28,6 +28,7 @@ from fxzero.module.engine import Engine
 from fxzero.module.first_fill import fix_layout_without_trace
 from fxzero.module.optimizer_classes import check_optimizer
 from fxzero.module.optimizer_guard import OptimizerGuard
+from fxzero.module.wrappers import refuse_wrappers
 from fxzero.options import Options, Without, check_mesh, choose_device, choose_group, choose_recipe
 from fxzero.planner import as_arguments
 from fxzero.planning.schedule import Schedule
@@ -63,7 +64,7 @@ def compile(
 ) -> ZeroModule:
     """Take a model over and train it by ZeRO stage 3 on a schedule that is written before it runs.
 
-    Each parameter becomes this rank's shard, a 1-D slice of it, and the full storages are freed. The Parameter objects
+    Each parameter becomes this rank's shard, a slice `[n, 1, ...]`, and the full storages are freed. Parameter objects
     stay the same, so that an optimizer built before, or afterwards from `zero.parameters()`, steps the shards.
 
     Args:
@@ -201,9 +202,11 @@ class ZeroModule(nn.Module):
             self,
             engine.sharded.held_shards,
             elementwise_optimizer=elementwise_optimizer,
+            on_begin=engine.before_optimizer,
             on_step=engine.after_optimizer,
         )
         ownership.take_over(model)
+        refuse_wrappers(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model; the first call of each kind (shapes, train or eval, ...) traces and plans it.
@@ -274,7 +277,7 @@ class ZeroModule(nn.Module):
             engine.synchronize = before
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset all gradients, also the unsharded ones of `no_sync()`, of which an optimizer knows nothing."""
+        """Reset all gradients, also those that `no_sync()` holds, as an optimizer's `zero_grad()` does for its own."""
         super().zero_grad(set_to_none)
         if (gradients := self._fxzero_engine.sharded.gradients) is not None:
             gradients.drop_held()

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import fx, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.distributed._composable.contract import REGISTRY_KEY
 from torch.distributed.distributed_c10d import Store
 from torch.fx._lazy_graph_module import _use_lazy_graph_module  # pyright: ignore[reportPrivateUsage]
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
@@ -315,6 +316,10 @@ def copy_all(into: Sequence[torch.Tensor], source: Sequence[torch.Tensor]) -> No
 
 # -- modules -------------------------------------------------------------------------------------------------------
 
+COMPOSED = REGISTRY_KEY
+"""Attribute in which a module keeps the names of the composable parallelisms that were applied to it.
+
+`torch.distributed._composable.contract`: 2.11 to 2.13."""
 CONVERSION = "_apply"
 """Name of the method behind `Module.to`, `half`, `cuda` and the like, which they also call on submodules: 2.11 to 2.13.
 

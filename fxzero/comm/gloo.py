@@ -7,17 +7,21 @@ reduce-scatter is an all-reduce inside: twice the bytes, in no fixed order.
 - Every receive is posted before the sends of the same collective: "ready to receive" shares the stream with the data.
 - A message's tag is made from the members of its bucket, so a rank that runs another collective than its peers waits
   for a message that never comes, and ends with the name of the bucket; it never takes other bytes for parameters.
-- Sums are made in the dtype of the gradients: ((g0 + g1) + g2) / world_size, bit for bit, on every rank.
+- Sums are made in the dtype of the gradients: ((g0 + g1) + g2) / world_size, bit for bit, on every rank. Elements of
+  float16 whose sum overflows are divided first, as DDP does: (g0 / world_size + g1 / world_size) + g2 / world_size.
 """
 
+import math
 import zlib
 from collections.abc import Iterable, Sequence
+from functools import partial
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fxzero.comm.backend import Backend
-from fxzero.comm.base import Bound, Stage
+from fxzero.comm.base import Bound, Stage, in_turn
 from fxzero.comm.group import GroupComm
 from fxzero.graph.layout import Payload
 from fxzero.graph.sharding import Sharding
@@ -26,6 +30,26 @@ from fxzero.graph.sharding import Sharding
 def message_tag(word: str, payload: Payload) -> int:
     """A number for the messages of one collective, equal on all ranks, above those that users choose by hand."""
     return zlib.crc32("\n".join((word, *payload.fqns)).encode()) & 0x3FFFFFFF | 0x40000000
+
+
+_LARGEST_HALF = torch.finfo(torch.float16).max
+
+
+def is_half(payload: Payload) -> bool:
+    """True for gradients whose sum over ranks may overflow where their mean does not."""
+    return payload.dtype is torch.float16
+
+
+def _largest(term: Tensor) -> float:
+    return float(torch.linalg.vector_norm(term, math.inf)) if term.numel() else 0.0
+
+
+def average_of_quotients(terms: Sequence[Tensor]) -> Tensor:
+    """The sum, in order, of terms that are divided by their number first."""
+    total = terms[0] / len(terms)
+    for term in terms[1:]:
+        total.add_(term / len(terms))
+    return total
 
 
 class GlooBackend(Backend):
@@ -59,13 +83,17 @@ class GlooComm(GroupComm):
 
     Args:
         divisor: by which sums of gradients are divided. Default: the number of ranks.
+        divisor_before: by which float16 gradients are divided before the sum, in place of `divisor`. Default: none are.
     """
 
     backend = GLOO
 
-    def __init__(self, group: dist.ProcessGroup, *, divisor: int | None = None) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, *, divisor: int | None = None, divisor_before: int | None = None
+    ) -> None:
         super().__init__(group)
         self._divisor = self.shard_ranks if divisor is None else divisor
+        self._divisor_before = divisor_before
         self._peers = [(self.rank + step) % self.shard_ranks for step in range(1, self.shard_ranks)]
         """Who is sent to, in order; every rank starts with another one."""
 
@@ -144,18 +172,25 @@ class GlooComm(GroupComm):
     def bind_reduce(
         self, payload: Payload, full: Tensor, scratch: Tensor | None, shard: Tensor, *, accumulate: bool
     ) -> Bound:
-        own, divisor = full.split(payload.slice_numel)[self.rank], self._divisor
+        own = full.split(payload.slice_numel)[self.rank]
         terms = self._terms(payload, own, scratch, shard, accumulate)
         start, all_came = self.bind_exchange(payload, full, terms).stage
+        divisor, may_overflow = self._divisor, is_half(payload)
+        if self._divisor_before is not None and may_overflow:
+            start, divisor, may_overflow = in_turn(partial(full.div_, self._divisor_before), start), 1, False
         total = terms[1 if self.rank == 0 else 0]  # of two terms the order does not matter: g1 + g0 is g0 + g1
         addends = [term for term in terms if term is not total]
 
         def wait() -> None:
             all_came()
+            overflowing = may_overflow and sum(_largest(term) for term in terms) > _LARGEST_HALF
+            divided = average_of_quotients(terms) if overflowing else None
             for term in addends:
                 total.add_(term)
             if divisor != 1:
                 total.div_(divisor)
+            if divided is not None:
+                total.copy_(torch.where(total.isfinite(), total, divided))
             if accumulate:
                 shard.add_(total)
 

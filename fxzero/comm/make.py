@@ -33,13 +33,19 @@ class Family:
 
 
 def _gloo_replicate(nodes: Hierarchy) -> HierarchicalComm:
-    inside = LocalComm() if nodes.inside.size() == 1 else GlooComm(nodes.inside, divisor=1)
+    num_ranks = nodes.inside.size() * nodes.across.size()
+    inside = LocalComm()
+    if nodes.inside.size() > 1:
+        inside = GlooComm(nodes.inside, divisor=1, divisor_before=num_ranks)
     return GlooHierarchy(inside, GlooAcross(nodes.across))
 
 
 def _gloo_share(nodes: Hierarchy) -> HierarchicalComm:
     num_ranks = nodes.inside.size() * nodes.across.size()
-    return GlooShardedHierarchy(GlooComm(nodes.inside, divisor=1), GlooComm(nodes.across, divisor=num_ranks))
+    return GlooShardedHierarchy(
+        GlooComm(nodes.inside, divisor=1, divisor_before=num_ranks),
+        GlooComm(nodes.across, divisor=num_ranks, divisor_before=1),
+    )
 
 
 def _nccl_replicate(nodes: Hierarchy) -> HierarchicalComm:

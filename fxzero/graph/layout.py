@@ -84,6 +84,13 @@ class ParamSpec:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    def shard_shape(self, numel: int) -> tuple[int, ...]:
+        """Shape in which a rank sees a slice of `numel` elements: `[numel, 1, ...]`, of as many dimensions.
+
+        A scalar's slice has one dimension, since a rank may hold none of it.
+        """
+        return (numel, *(1 for _ in self.shape[1:]))
+
     @property
     def nbytes(self) -> int:
         """Bytes of the full parameter in its own dtype."""

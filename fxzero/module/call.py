@@ -10,6 +10,7 @@ from fxzero import torch_internals
 from fxzero.errors import StaleBackwardError
 from fxzero.module.call_kind import Pattern
 from fxzero.module.initialize import drawing_from, rng_state
+from fxzero.module.replaced_data import Replaced, in_shards
 from fxzero.module.sharded_model import ShardedModel
 from fxzero.runtime.executable import Executable
 
@@ -35,6 +36,7 @@ class Call:
         executable: Executable,
         inputs: list[torch.Tensor],
         replan: Replan,
+        replaced: Replaced,
     ) -> None:
         self._sharded, self._run_backward = sharded, run_backward
         self.executable = executable
@@ -42,6 +44,8 @@ class Call:
         self.trained_inputs = [index for index, x in enumerate(inputs[: executable.num_inputs]) if x.requires_grad]
         """Indices of the inputs that receive a gradient."""
         self._replan: Replan | None = replan
+        self._replaced = replaced
+        """The tensors that were in the place of shards in forward, which backward uses too."""
         self._saved: list[Any] | None = None
         self._param_version = 0
         self._generation = 0
@@ -80,6 +84,12 @@ class Call:
             The gradients of the inputs that require grad.
         """
         self._check()
+        if not self._replaced:
+            return self._run_checked(arriving)
+        with in_shards(self._replaced):
+            return self._run_checked(arriving)
+
+    def _run_checked(self, arriving: tuple[torch.Tensor | None, ...]) -> list[torch.Tensor | None]:
         pattern = self.executable.pattern_of(arriving)
         if pattern != self.executable.plan.captured.differentiated:
             self._run_again_for(pattern)
@@ -117,6 +127,7 @@ class Call:
 
     def _drop(self) -> None:
         self._saved, self._inputs, self._before, self._replan = None, [], ([], []), None
+        self._replaced = []
 
     def _run_again_for(self, pattern: Pattern) -> None:
         """Repeat forward under the plan for a pattern of arriving gradients, with equal draws, inputs and buffers."""

@@ -16,6 +16,7 @@ from fxzero.module.call import Call, StepFunction
 from fxzero.module.call_kind import Arguments, Pattern, Signature, settings
 from fxzero.module.plan_cache import PlanCache
 from fxzero.module.plan_maker import PlanMaker
+from fxzero.module.replaced_data import Replaced, in_shards
 from fxzero.module.sharded_model import ShardedModel
 from fxzero.runtime.clip import clip_grad_norm_
 from fxzero.runtime.executable import BoundPlan, Executable
@@ -59,8 +60,13 @@ class Engine:
         return inputs, signature, executable
 
     def __call__(self, arguments: Arguments) -> Any:
+        if replaced := self.sharded.replaced():
+            with in_shards(replaced):
+                return self._call(arguments, replaced)
+        return self._call(arguments, replaced)
+
+    def _call(self, arguments: Arguments, replaced: Replaced) -> Any:
         sharded, tuning = self.sharded, self.maker.tuning
-        sharded.adopt_replaced_data()
         if tuning.is_due and torch.is_grad_enabled() and self.synchronize and self.maker.tune_again():
             self.plans.clear()
         inputs, signature, executable = self.prepare(arguments)
@@ -72,9 +78,9 @@ class Engine:
         device_type = sharded.devices.compute.type
         if torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
-                tensors = self._run(executable, inputs, values, signature, arguments)
+                tensors = self._run(executable, inputs, values, signature, arguments, replaced)
         else:
-            tensors = self._run(executable, inputs, values, signature, arguments)
+            tensors = self._run(executable, inputs, values, signature, arguments, replaced)
         if captured.state.leaves_behind:
             captured.state.replay(tensors, values)
         return captured.output.rebuild(tensors)
@@ -86,10 +92,11 @@ class Engine:
         values: Values,
         signature: Signature,
         arguments: Arguments,
+        replaced: Replaced,
     ) -> Sequence[Any]:
         if executable.has_backward:
             replan = partial(self._replan, signature, arguments, executable, values)
-            call = Call(self.sharded, self.backward, executable, [*inputs, *values.inputs], replan)
+            call = Call(self.sharded, self.backward, executable, [*inputs, *values.inputs], replan, replaced)
             return StepFunction.apply(call, self._anchor, *[x for x in inputs if x.requires_grad])  # type: ignore[no-any-return]
         with torch.no_grad():
             outputs, _ = executable.forward([*inputs, *values.inputs], self.sharded.buffers(executable))
@@ -118,6 +125,16 @@ class Engine:
         if executable.leaves_buckets:
             in_flight.after_backward()
         return input_grads
+
+    def before_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse the step of an optimizer whose gradients no_sync() holds.
+
+        Raises:
+            PlanError: it would take gradients that are not averaged yet.
+        """
+        gradients = self.sharded.gradients
+        if gradients is not None and gradients.are_held:
+            gradients.check_reduced({id(param) for group in optimizer.param_groups for param in group["params"]})
 
     def after_optimizer(self, seconds: float) -> None:
         """Note that a step of an optimizer is over, of any in this process."""

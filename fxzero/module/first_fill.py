@@ -51,7 +51,6 @@ def fix_layout(
 
 def fix_layout_without_trace(sharded: ShardedModel, loaded: AbstractSet[str] = frozenset()) -> None:
     """Fix the layout in registration order, if it is not fixed yet."""
-    sharded.adopt_replaced_data()
     if sharded.shards is None:
         params = sharded.params
         now = [replace(spec, requires_grad=params[spec.fqn].requires_grad) for spec in sharded.specs.values()]

@@ -30,6 +30,7 @@ class OptimizerGuard:
         shards: returns this rank's part of each parameter as `param_shards` does, and nothing before there are shards.
             It must not hold the owner.
         elementwise_optimizer: see `check_optimizer`.
+        on_begin: called before each step of any optimizer; must not hold the owner.
         on_step: called after each step of any optimizer with its seconds; must not hold the owner.
     """
 
@@ -39,9 +40,10 @@ class OptimizerGuard:
         shards: Callable[[], Mapping[int, ParamShard]],
         *,
         elementwise_optimizer: bool,
+        on_begin: Callable[[torch.optim.Optimizer], object] = lambda optimizer: None,
         on_step: Callable[[float], object] = lambda seconds: None,
     ) -> None:
-        self._on_step = on_step
+        self._on_begin, self._on_step = on_begin, on_step
         self._began_s = 0.0
         self.shards = shards
         self.elementwise_optimizer = elementwise_optimizer
@@ -55,6 +57,7 @@ class OptimizerGuard:
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Check an optimizer in its first step, and again if groups were added."""
+        self._on_begin(optimizer)
         self._began_s = time.perf_counter()
         if self._num_groups_checked.get(optimizer) != len(optimizer.param_groups):
             shards = self.shards()

@@ -12,6 +12,7 @@ from fxzero.comm import agree
 from fxzero.errors import CheckpointError
 from fxzero.module.first_fill import fix_layout_without_trace
 from fxzero.module.registered_tensors import join
+from fxzero.module.replaced_data import in_shards
 from fxzero.module.sharded_model import ShardedModel
 from fxzero.planning.agreed_text import describe_options, describe_params
 from fxzero.runtime.interleave import gathered_members
@@ -27,14 +28,15 @@ def full_params(sharded: ShardedModel, *, rank0_only: bool) -> Iterator[tuple[st
     largest = max((bucket.shard_ranks * bucket.shard_nbytes for bucket in shards.layout.buckets), default=0)
     is_given = comm.is_rank0 or not rank0_only
     room = torch.empty(largest if is_given else 0, dtype=torch.uint8, device=shards.device)
-    for bucket in shards.layout.buckets:
-        shard = shards.params.parts[bucket]
-        full = room[: bucket.shard_ranks * bucket.shard_nbytes].view(bucket.dtypes.shard)
-        if rank0_only:
-            comm.gather_to_rank0(shard, full if is_given else None)
-        else:
-            comm.gather_to_all(shard, full)
-        yield from gathered_members(bucket, full) if is_given else ((fqn, None) for fqn in bucket.fqns)
+    with in_shards(sharded.replaced()):
+        for bucket in shards.layout.buckets:
+            shard = shards.params.parts[bucket]
+            full = room[: bucket.shard_ranks * bucket.shard_nbytes].view(bucket.dtypes.shard)
+            if rank0_only:
+                comm.gather_to_rank0(shard, full if is_given else None)
+            else:
+                comm.gather_to_all(shard, full)
+            yield from gathered_members(bucket, full) if is_given else ((fqn, None) for fqn in bucket.fqns)
 
 
 def state_dict(

@@ -288,7 +288,7 @@ class Binder:
         for param in bucket.params:
             if param.fqn in members(start):
                 part = bucket.slice_of(param, self.comm.rank)
-                mine = self.shards.grad_view(param.fqn)
+                mine = self.shards.grad_view(param.fqn).view(-1)
                 write = mine.add_ if self.variant.accumulate else mine.copy_
                 keep.append(partial(write, room[part.offset : part.offset + part.numel]))
         return bound.then(*keep)
