@@ -13,8 +13,9 @@ from fxzero.module.initialize import drawing_from, rng_state
 from fxzero.module.sharded_model import ShardedModel
 from fxzero.runtime.executable import Executable
 
-Replan: TypeAlias = Callable[[Pattern], Executable]
-"""Makes the executable for another pattern of arriving gradients."""
+Settle: TypeAlias = Callable[[Executable, Pattern], tuple[Executable, Executable, bool]]
+"""Given the executable that ran forward, and the outputs that receive a gradient: the executables of forward and of
+backward, and whether forward must run again."""
 RunBackward: TypeAlias = Callable[[Executable, list[Any], list[torch.Tensor]], tuple[Any, ...]]
 """Runs the backward of an executable on its saved values and the arriving gradients; returns those of the inputs."""
 
@@ -24,8 +25,8 @@ class Call:
 
     event     legal              what it does
     forward   once               runs the plan's forward; holds the inputs, and the values saved for backward
-    backward  once, afterwards   runs forward again if other outputs receive gradients than the plan assumes, then the
-                                 plan's backward; refused if a value that it reads has changed
+    backward  once, afterwards   runs forward again if it saved nothing for some output that receives a gradient, on any
+                                 rank; then runs the plan's backward; refused if a value that it reads has changed
     """
 
     def __init__(
@@ -34,14 +35,14 @@ class Call:
         run_backward: RunBackward,
         executable: Executable,
         inputs: list[torch.Tensor],
-        replan: Replan,
+        settle: Settle,
     ) -> None:
         self._sharded, self._run_backward = sharded, run_backward
         self.executable = executable
         self._inputs = inputs
         self.trained_inputs = [index for index, tensor in enumerate(inputs) if tensor.requires_grad]
         """Indices of the inputs that receive a gradient."""
-        self._replan: Replan | None = replan
+        self._settle: Settle | None = settle
         self._saved: list[Any] | None = None
         self._param_version = 0
         self._generation = 0
@@ -80,15 +81,19 @@ class Call:
             The gradients of the inputs that require grad.
         """
         self._check()
-        pattern = self.executable.pattern_of(arriving)
-        if pattern != self.executable.plan.captured.differentiated:
-            self._run_again_for(pattern)
+        before, pattern = self.executable, self.executable.pattern_of(arriving)
+        running = before
+        if before.may_differ or pattern != before.plan.captured.differentiated:
+            assert self._settle is not None
+            self.executable, running, again = self._settle(before, pattern)
+            if again:
+                self._run_again(before)
         saved = self._saved
         assert saved is not None
         self._drop()
         tangents = [grad for grad in arriving if grad is not None]
         self.executable.restore_kept(self._generation)
-        input_grads = self._run_backward(self.executable, saved, tangents)
+        input_grads = self._run_backward(running, saved, tangents)
         return [input_grads[index] for index in self.trained_inputs]
 
     def _check(self) -> None:
@@ -116,13 +121,11 @@ class Call:
             )
 
     def _drop(self) -> None:
-        self._saved, self._inputs, self._before, self._replan = None, [], ([], []), None
+        self._saved, self._inputs, self._before, self._settle = None, [], ([], []), None
 
-    def _run_again_for(self, pattern: Pattern) -> None:
-        """Repeat forward under the plan for a pattern of arriving gradients, with equal draws, inputs and buffers."""
-        before = self.executable
-        assert self._replan is not None
-        self.executable = executable = self._replan(pattern)
+    def _run_again(self, before: Executable) -> None:
+        """Repeat forward under another plan than before, with equal draws, inputs and buffers."""
+        executable = self.executable
         inputs, buffers = list(self._inputs), self._sharded.buffers(executable)
         for index, old in zip(before.written_inputs, self._before[0], strict=True):
             inputs[index] = old

@@ -12,6 +12,7 @@ from fxzero.graph.variant import Stash
 from fxzero.host.memory_in_use import MemoryInUse
 from fxzero.module.call import Call, StepFunction
 from fxzero.module.call_kind import Arguments, Pattern, Signature
+from fxzero.module.heads import Heads
 from fxzero.module.plan_cache import PlanCache
 from fxzero.module.plan_maker import PlanMaker
 from fxzero.module.sharded_model import ShardedModel
@@ -33,6 +34,7 @@ class Engine:
     ) -> None:
         self.sharded, self.maker, self.clip_grad_norm = sharded, maker, clip_grad_norm
         self.plans = PlanCache()
+        self.heads = Heads(sharded.group, sharded.comm.rank, sharded.timeout)
         self.synchronize = True
         """False inside no_sync()."""
         self.last: Executable | None = None
@@ -73,8 +75,8 @@ class Engine:
         self, executable: Executable, inputs: list[torch.Tensor], signature: Signature, arguments: Arguments
     ) -> Sequence[Any]:
         if executable.step.has_backward:
-            replan = partial(self._replan, signature, arguments, executable.step.synchronize)
-            call = Call(self.sharded, self.backward, executable, inputs, replan)
+            settle = partial(self._settle, signature, arguments)
+            call = Call(self.sharded, self.backward, executable, inputs, settle)
             return StepFunction.apply(call, self._anchor, *[x for x in inputs if x.requires_grad])  # type: ignore[no-any-return]
         with torch.no_grad():
             outputs, _ = executable.forward(inputs, self.sharded.buffers(executable))
@@ -97,7 +99,7 @@ class Engine:
         input_grads = executable.backward(variant, saved, tangents)
         if synchronize:
             self.maker.tuning.after_backward(executable)
-            gradients.publish(executable.reached, variant)
+            gradients.publish(executable.reached, variant, executable.unreached)
         else:
             gradients.hold(executable.reached, variant)
         if executable.leaves_buckets:
@@ -128,12 +130,28 @@ class Engine:
         self.plans.keep(signature, pattern, bound)
         return bound
 
-    def _replan(self, signature: Signature, arguments: Arguments, synchronize: bool, pattern: Pattern) -> Executable:
-        """The executable of a call for another pattern of arriving gradients, which later calls of its kind assume."""
-        bound = self.plans.find(signature, pattern)
-        if bound is None:
-            with self.maker.as_in(signature):
-                bound = self._make(signature, pattern, arguments)
-        self.plans.prefer(signature, pattern)
-        self.last = executable = bound.executable(synchronize=synchronize)
-        return executable
+    def _settle(
+        self, signature: Signature, arguments: Arguments, executable: Executable, pattern: Pattern
+    ) -> tuple[Executable, Executable, bool]:
+        """What runs forward and backward of a call whose backward begins.
+
+        Args:
+            executable: the one whose forward has run.
+            pattern: the outputs that receive a gradient.
+
+        Returns:
+            The executables of forward and backward, and whether forward must run again, as then on all ranks.
+        """
+        wanted, again = self.heads.settle(signature, executable, pattern, self.maker.meet)
+        synchronize = executable.step.synchronize
+        if again:
+            if executable.may_differ:
+                self.plans.clear()
+            bound = self.plans.find(signature, wanted)
+            if bound is None:
+                with self.maker.as_in(signature):
+                    bound = self._make(signature, wanted, arguments)
+            self.plans.prefer(signature, wanted)
+            self.last = executable = bound.executable(synchronize=synchronize)
+        running = executable if pattern == wanted else executable.narrowed(pattern)
+        return executable, running, again
