@@ -29,18 +29,44 @@ def needs_of(step: StepGraph) -> Needs:
     )
 
 
-def missing_from(needs: Needs, others: Needs) -> Need | None:
+def missing_from(needs: Sequence[Need], others: Sequence[Need]) -> Need | None:
     """The first need that `others` does not have, or has in another order; None if there is none."""
     remaining = iter(others)
     return next((need for need in needs if need not in remaining), None)
 
 
-def merge_needs(lists: Sequence[Needs]) -> Needs | None:
-    """All needs of some lists, in the order of each of them; None if two lists contradict each other."""
+def cannot_follow(needs: Needs, others: Needs) -> Need | None:
+    """The first need of a step whose collectives cannot be made those of `others`; None if there is none.
+
+    In a phase that gathers everything before it reduces anything, any order of its own can follow.
+    """
+    for phase in Phase:
+        own, agreed = _in_phase(phase, [needs, others])
+        is_free = _gathers_first(agreed) == agreed
+        missing = next((need for need in own if need not in agreed), None) if is_free else missing_from(own, agreed)
+        if missing is not None:
+            return missing
+    return None
+
+
+def merge_needs(lists: Sequence[Needs]) -> Needs:
+    """All needs of some lists, in the order of each of them.
+
+    In a phase in which two lists contradict each other, all gathers come before all reductions: any rank can follow
+    that, at the price of the memory that they hold.
+    """
+    return tuple(need for phase in Phase for need in _merge_phase(_in_phase(phase, lists)))
+
+
+def _merge_phase(lists: Sequence[Sequence[Need]]) -> Iterable[Need]:
     try:
-        return tuple(need for phase in Phase for need in _merge_in_order(_in_phase(phase, lists)))
+        return list(_merge_in_order(lists))
     except nx.NetworkXUnfeasible:
-        return None
+        return _gathers_first(dict.fromkeys(need for needs in lists for need in needs))
+
+
+def _gathers_first(needs: Iterable[Need]) -> list[Need]:
+    return sorted(needs, key=lambda need: need.role != Role.ALL_GATHER.value)
 
 
 def _in_phase(phase: Phase, lists: Sequence[Needs]) -> list[list[Need]]:

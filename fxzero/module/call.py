@@ -83,7 +83,7 @@ class Call:
         self._check()
         before, pattern = self.executable, self.executable.pattern_of(arriving)
         running = before
-        if before.may_differ or pattern != before.plan.captured.differentiated:
+        if pattern != before.plan.captured.differentiated or not before.is_settled:
             assert self._settle is not None
             self.executable, running, again = self._settle(before, pattern)
             if again:

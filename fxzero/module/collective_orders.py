@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from fxzero.comm import agree
 from fxzero.comm.groups import Group
 from fxzero.errors import PlanError, RankMismatchError
-from fxzero.graph.needs import merge_needs, missing_from
+from fxzero.graph.needs import cannot_follow, merge_needs
 from fxzero.graph.recipe import Need, Needs
 from fxzero.graph.verify import collectives
 from fxzero.planning.plan import Plan
@@ -43,8 +43,8 @@ class Orders:
     group: Group | None
     rank: int
     timeout: timedelta
-    _lists: dict[Mode, list[Needs]] = field(default_factory=dict[Mode, "list[Needs]"])
-    """What the calls of each mode need, on all ranks together; several lists where orders contradict each other."""
+    _needs: dict[Mode, Needs] = field(default_factory=dict[Mode, Needs])
+    """What the calls of each mode need, on all ranks together."""
     _orders: dict[tuple[Mode, Needs], list[str]] = field(default_factory=dict[Any, "list[str]"])
     """The collectives of the plans that were made from each list."""
     _meeting: set[Mode] = field(default_factory=set[Mode])
@@ -69,7 +69,7 @@ class Orders:
             anew: forget what the calls of the mode needed.
         """
         if anew:
-            self._lists.pop(mode, None)
+            self._needs.pop(mode, None)
         self._orders = {key: order for key, order in self._orders.items() if key[0] != mode}
         self._meeting.add(mode)
 
@@ -83,19 +83,17 @@ class Orders:
             PlanError: the call needs more than was agreed on, and other ranks do not.
             RankMismatchError: a rank reported a failure, or is elsewhere.
         """
-        lists = self._lists.setdefault(mode, [])
-        all_come = not lists or mode in self._meeting
-        for known in () if all_come else lists:
-            if missing_from(needs, known) is None:
-                return known, False
-        alone = None if all_come else self._refusal(missing_from(needs, lists[0]))
+        known, all_come = self._needs.get(mode, ()), mode not in self._needs or mode in self._meeting
+        missing = cannot_follow(needs, known)
+        if missing is None and not all_come:
+            return known, False
+        alone = None if all_come else self._refusal(missing)
         posts = agree.exchange(self.group, topic, _lines(mode, needs), timeout=self.timeout, alone=alone)
         self._meeting.discard(mode)
         _check_kinds(posts)
-        together = merge_needs([needs, *_needs_in(posts, mode)]) or needs
-        grown = merge_needs([*lists[-1:], together])
-        lists[-1:] = [*lists[-1:], together] if grown is None else [grown]
-        return lists[-1], not all_come
+        of_ranks = _needs_in(posts, mode)
+        self._needs[mode] = merge_needs([known, *of_ranks]) if of_ranks else needs
+        return self._needs[mode], not all_come
 
     def _refusal(self, missing: Need | None) -> str:
         return (

@@ -34,7 +34,7 @@ class Engine:
     ) -> None:
         self.sharded, self.maker, self.clip_grad_norm = sharded, maker, clip_grad_norm
         self.plans = PlanCache()
-        self.heads = Heads(sharded.group, sharded.comm.rank, sharded.timeout)
+        self.heads = Heads(sharded.group, sharded.comm.rank, sharded.timeout, sharded.comm.is_alone)
         self.synchronize = True
         """False inside no_sync()."""
         self.last: Executable | None = None
@@ -145,7 +145,7 @@ class Engine:
         wanted, again = self.heads.settle(signature, executable, pattern, self.maker.meet)
         synchronize = executable.step.synchronize
         if again:
-            if executable.may_differ:
+            if not self.sharded.comm.is_alone:
                 self.plans.clear()
             bound = self.plans.find(signature, wanted)
             if bound is None:

@@ -29,6 +29,8 @@ class Heads:
     group: Group | None
     rank: int
     timeout: timedelta
+    is_alone: bool
+    """True if there is no other rank."""
     _settled: set[tuple[bool, ...]] = field(default_factory=set["tuple[bool, ...]"])
     """The modes (every parameter's `requires_grad`) whose first backward was begun."""
 
@@ -45,9 +47,10 @@ class Heads:
             The outputs, and whether forward must run again for them.
         """
         assumed = executable.plan.captured.differentiated
-        if not executable.may_differ:
+        if self.is_alone:
             return pattern, pattern != assumed
         is_first = signature.trained not in self._settled
+        executable.is_settled = True
         if not is_first and set(pattern) <= set(assumed):
             return assumed, False
         outputs = sorted(executable.differentiable)

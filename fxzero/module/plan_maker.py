@@ -101,7 +101,7 @@ class PlanMaker:
             plan = make_plan(captured, recipe, backend, devices, sharded.passes, checks)
             order = order_of(plan)
         if fixes_layout:
-            fix_layout(sharded, layout_of(plan.step, recipe, sharded.passes), order)
+            fix_layout(sharded, layout_of(plan.step, sharded.recipe, sharded.passes), order)
         assert sharded.shards is not None
         if self._orders.is_empty and not fixes_layout:
             warn_if_out_of_order(plan.step, sharded.shards.layout)

@@ -83,8 +83,8 @@ class Executable:
         self.tensor_outputs = [i for i, value in enumerate(step.model_outputs) if isinstance(value, fx.Node)]
         """Which of the flat outputs are tensors: they are the outputs of the autograd Function."""
         self.differentiable = frozenset(plan.captured.differentiable)
-        self.may_differ = len(self.differentiable) > 1 and not storage.comm.is_alone
-        """True if other ranks may differentiate other outputs."""
+        self.is_settled = storage.comm.is_alone
+        """True once ranks know for which outputs the forwards of its mode save values."""
         outputs = {i: {*aliases(base(cast(fx.Node, step.model_outputs[i])))} for i in self.tensor_outputs}
         held = {alias for node in step.nodes(Role.INPUT, Role.BUFFER) for alias in aliases(node)}.union(
             *outputs.values()
