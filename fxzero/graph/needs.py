@@ -42,8 +42,10 @@ def cannot_follow(needs: Needs, others: Needs) -> Need | None:
     """
     for phase in Phase:
         own, agreed = _in_phase(phase, [needs, others])
+        all_agreed = frozenset(agreed)
         is_free = _gathers_first(agreed) == agreed
-        missing = next((need for need in own if need not in agreed), None) if is_free else missing_from(own, agreed)
+        unknown = (need for need in own if need not in all_agreed)
+        missing = next(unknown, None) if is_free else missing_from(own, agreed)
         if missing is not None:
             return missing
     return None
