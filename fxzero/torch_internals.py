@@ -8,6 +8,7 @@ finds private symbols in other modules.
 import contextlib
 import functools
 import re
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, cast
@@ -378,9 +379,13 @@ def load_hooks(module: nn.Module) -> list[Callable[..., object]]:
 
 
 def forget_flat_weights(module: nn.Module) -> None:
-    """Drop the weak references of an RNN to its weights; it rebuilds them. `_flat_weight_refs`: 2.11 to 2.13."""
+    """Let the weak references of an RNN to its weights be dead ones, so that its next call makes them anew.
+
+    `_flat_weight_refs`, as many as `_flat_weights_names`: 2.11 to 2.13.
+    """
     if isinstance(module, nn.RNNBase):
-        module._flat_weight_refs = []  # pyright: ignore[reportPrivateUsage]
+        rnn = cast(Any, module)
+        rnn._flat_weight_refs = [weakref.ref(nn.Identity()) for _ in rnn._flat_weights_names]
 
 
 def incompatible_keys(missing: list[str], unexpected: list[str]) -> Any:

@@ -7,7 +7,6 @@ state.replay(tensors, values)           after a forward that succeeded
 
 import contextlib
 import functools
-import hashlib
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from fxzero.capture.guards import Guards
 from fxzero.capture.hooks import Observer
 from fxzero.capture.numbers import Numbers, NumberSlot
-from fxzero.capture.reads import ABSENT, PLAIN, Kind, Read
+from fxzero.capture.reads import ABSENT, Kind, Read
 from fxzero.capture.writes import Write
 
 
@@ -60,12 +59,6 @@ class PythonState:
     def leaves_behind(self) -> bool:
         """True if there is something to do after each forward."""
         return bool(self.writes or self.observers)
-
-    @property
-    def key(self) -> str:
-        """A digest of the plain values that are guarded, of which the collectives may follow."""
-        plain = {label: repr(value) for label, value in self.guards.values.items() if isinstance(value, PLAIN)}
-        return hashlib.sha256(repr(sorted(plain.items())).encode()).hexdigest()[:16]
 
     def holds(self) -> bool:
         """True if the plan fits the state now."""

@@ -31,13 +31,15 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from fxzero import torch_internals
 from fxzero.comm.groups import Group, Hierarchy, resolve_group
-from fxzero.errors import CommunicationError, RankMismatchError
+from fxzero.errors import CommunicationError, FxzeroError, PlanError, RankMismatchError
 
 Posted: TypeAlias = "list[str] | str"
 """What a rank posts: its lines, or the text of the error that stopped it."""
 
 _LINGER_S = 1.0
 """For how long a rank that knows of a difference waits for others, to name all that differ and to let all read it."""
+_ALONE_S = 6.0
+"""For how long a rank waits for others that may not be on their way."""
 _MAX_CHECKED_FOR_OTHER_GROUPS = 64
 
 
@@ -52,21 +54,55 @@ def agree(group: Group | None, topic: str, lines: Sequence[str], *, timeout: tim
     _compare(group, topic, lines, timeout, may_differ=False)
 
 
-def exchange(group: Group | None, topic: str, lines: Sequence[str], *, timeout: timedelta) -> list[list[str]]:
+def exchange(
+    group: Group | None, topic: str, lines: Sequence[str], *, timeout: timedelta, alone: str | None = None
+) -> list[list[str]]:
     """The lines of all ranks of the group, in its order, once all have called this; they may differ.
 
+    Args:
+        alone: the text of an error to raise soon if a rank does not come and is not `busy`: it may never come.
+
     Raises: as `agree`, but for a difference.
+        PlanError: with the text `alone`.
     """
-    return _compare(group, topic, lines, timeout, may_differ=True) or [list(lines)]
+    return _compare(group, topic, lines, timeout, may_differ=True, alone=alone) or [list(lines)]
+
+
+@contextlib.contextmanager
+def busy(group: Group | None) -> Generator[None]:
+    """Let ranks that wait in an agreement know that this rank may be on its way to it for a long time."""
+    if not _members(group):
+        yield
+        return
+    store, key = torch_internals.default_store(), _busy_key(dist.get_rank())
+    with contextlib.suppress(RuntimeError):
+        store.set(key, "1")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(RuntimeError):
+            store.set(key, "")
+
+
+def _busy_key(rank: int) -> str:
+    return f"fxzero/busy/{rank}"
 
 
 def _compare(
-    group: Group | None, topic: str, lines: Sequence[str], timeout: timedelta, *, may_differ: bool
+    group: Group | None,
+    topic: str,
+    lines: Sequence[str],
+    timeout: timedelta,
+    *,
+    may_differ: bool,
+    alone: str | None = None,
 ) -> list[list[str]]:
     """See `Agreement.run`; empty where there is nobody to agree with."""
     try:
         agreement = _enter(group, topic)
-        return [] if agreement is None else agreement.run(list(lines), timeout.total_seconds(), may_differ=may_differ)
+        if agreement is None:
+            return []
+        return agreement.run(list(lines), timeout.total_seconds(), may_differ=may_differ, alone=alone)
     except RuntimeError as error:
         raise CommunicationError(
             f"Rank {dist.get_rank()} lost the store of the process group while ranks compared their {topic}: {error}\n"
@@ -163,8 +199,10 @@ class Agreement:
         store = PrefixStore(f"{_prefix(topic, members)}/{number}", job)
         return cls(job, store, topic, members, rank, number)
 
-    def run(self, lines: list[str], timeout_s: float, *, may_differ: bool = False) -> list[list[str]]:
-        """Post the lines and wait for the others; raises what `agree` raises.
+    def run(
+        self, lines: list[str], timeout_s: float, *, may_differ: bool = False, alone: str | None = None
+    ) -> list[list[str]]:
+        """Post the lines and wait for the others; raises what `exchange` raises.
 
         Returns:
             The lines of all members if they may differ, else nothing.
@@ -172,7 +210,7 @@ class Agreement:
         waiting_key = f"fxzero/{self.topic}/waiting/{self.rank}"
         self.job.set(waiting_key, json.dumps([self.members, self.number]))
         self.post(lines, may_differ=may_differ)
-        self._wait_for_all(timeout_s)
+        self._wait_for_all(timeout_s, alone)
         self.job.set(waiting_key, "")
         posts = [self._read(rank) for rank in self.members] if may_differ else []
         if self.store.add("left", 1) == len(self.members):  # the last one to read removes all keys
@@ -189,7 +227,7 @@ class Agreement:
             self.store.set("alarm", "1")
         self.store.add("arrived", 1)
 
-    def _wait_for_all(self, timeout_s: float) -> None:
+    def _wait_for_all(self, timeout_s: float, alone: str | None) -> None:
         started = time.monotonic()
         next_look = started + 1.0
         for pause_s in itertools.chain((0.001 * 1.5**n for n in range(13)), itertools.repeat(0.2)):
@@ -202,6 +240,8 @@ class Agreement:
             if now >= next_look:
                 self._look_for_other_groups()
                 next_look = now + (now - started)
+            if alone is not None and now - started >= _ALONE_S and (absent := self._absent_and_idle()):
+                self._fail(f"{alone} ({_ranks(absent)} did not come.)", PlanError)
             if now - started >= timeout_s:
                 absent = [rank for rank in self.members if not self.store.check([str(rank)])]
                 self._fail(
@@ -244,11 +284,17 @@ class Agreement:
                     f"({_ranks(members)}). Pass the same process group on every rank."
                 )
 
-    def _fail(self, text: str) -> NoReturn:
+    def _absent_and_idle(self) -> list[int]:
+        """The ranks that have not come and are not busy."""
+        absent = [rank for rank in self.members if not self.store.check([str(rank)])]
+        keys = {rank: _busy_key(rank) for rank in absent}
+        return [rank for rank, key in keys.items() if not (self.job.check([key]) and self.job.get(key))]
+
+    def _fail(self, text: str, kind: type[FxzeroError] = RankMismatchError) -> NoReturn:
         """Raise, and let the others of the group know why."""
         self._write(text)
         self.store.set("alarm", "1")
-        raise RankMismatchError(text)
+        raise kind(text)
 
 
 def describe(topic: str, members: Sequence[int], posts: dict[int, Posted]) -> str:

@@ -14,6 +14,7 @@ from fxzero.graph.variant import Stash
 from fxzero.host.memory_in_use import MemoryInUse
 from fxzero.module.call import Call, StepFunction
 from fxzero.module.call_kind import Arguments, Pattern, Signature, settings
+from fxzero.module.heads import Heads
 from fxzero.module.plan_cache import PlanCache
 from fxzero.module.plan_maker import PlanMaker
 from fxzero.module.replaced_data import Replaced, in_shards
@@ -36,6 +37,7 @@ class Engine:
     ) -> None:
         self.sharded, self.maker, self.clip_grad_norm = sharded, maker, clip_grad_norm
         self.plans = PlanCache()
+        self.heads = Heads(sharded.group, sharded.comm.rank, sharded.timeout, sharded.comm.is_alone)
         self.synchronize = True
         """False inside no_sync()."""
         self.last: Executable | None = None
@@ -95,8 +97,8 @@ class Engine:
         replaced: Replaced,
     ) -> Sequence[Any]:
         if executable.has_backward:
-            replan = partial(self._replan, signature, arguments, executable, values)
-            call = Call(self.sharded, self.backward, executable, [*inputs, *values.inputs], replan, replaced)
+            settle = partial(self._settle, signature, arguments, values)
+            call = Call(self.sharded, self.backward, executable, [*inputs, *values.inputs], settle, replaced)
             return StepFunction.apply(call, self._anchor, *[x for x in inputs if x.requires_grad])  # type: ignore[no-any-return]
         with torch.no_grad():
             outputs, _ = executable.forward([*inputs, *values.inputs], self.sharded.buffers(executable))
@@ -119,7 +121,7 @@ class Engine:
         input_grads = executable.backward(variant, saved, tangents)
         if synchronize:
             self.maker.tuning.after_backward(executable)
-            gradients.publish(executable.reached, variant)
+            gradients.publish(executable.reached, variant, executable.unreached)
         else:
             gradients.hold(executable.reached, variant)
         if executable.leaves_buckets:
@@ -161,29 +163,37 @@ class Engine:
         self.plans.keep(signature, pattern, bound)
         return bound
 
-    def _replan(
+    def _settle(
         self,
         signature: Signature,
         arguments: Arguments,
-        before: Executable,
         values: Values,
+        executable: Executable,
         pattern: Pattern,
-    ) -> tuple[Executable, list[Any]]:
-        """The executable of a call for another pattern of arriving gradients, which later calls of its kind assume.
+    ) -> tuple[Executable, Executable, bool, list[Any]]:
+        """What runs forward and backward of a call whose backward begins.
 
         Args:
-            before: ran the forward of the call.
-            values: of the Python state then.
+            values: of the Python state at the call.
+            executable: the one whose forward has run.
+            pattern: the outputs that receive a gradient.
 
         Returns:
-            The executable, and the inputs of its graph that are values of the Python state.
+            The executables of forward and backward, whether forward must run again, as then on all ranks, and the
+            inputs that are Python state then.
         """
-        with before.plan.captured.state.as_before(values):
-            bound = self.plans.find(signature, pattern)
-            if bound is None:
-                with self.maker.as_in(signature):
-                    bound = self._make(signature, pattern, arguments)
-            state = bound.plan.captured.state.read().inputs
-        self.plans.prefer(signature, pattern)
-        self.last = executable = bound.executable(synchronize=before.step.synchronize)
-        return executable, state
+        wanted, again = self.heads.settle(signature, executable, pattern, self.maker.meet)
+        state, synchronize = values.inputs, executable.step.synchronize
+        if again:
+            if not self.sharded.comm.is_alone:
+                self.plans.clear()
+            with executable.plan.captured.state.as_before(values):
+                bound = self.plans.find(signature, wanted)
+                if bound is None:
+                    with self.maker.as_in(signature):
+                        bound = self._make(signature, wanted, arguments)
+                state = bound.plan.captured.state.read().inputs
+            self.plans.prefer(signature, wanted)
+            self.last = executable = bound.executable(synchronize=synchronize)
+        running = executable if pattern == wanted else executable.narrowed(pattern)
+        return executable, running, again, state

@@ -59,6 +59,7 @@ def generate(
     *,
     record_begin: bool = False,
     marked: Collection[fx.Node] = (),
+    saved: tuple[fx.Node, ...] | None = None,
 ) -> Code:
     """Write the source of a complete StepGraph.
 
@@ -68,10 +69,12 @@ def generate(
             of backward.
         record_begin: call `record_begin` first of all.
         marked: nodes after which `mark` is called, to measure what runs between.
+        saved: what forward hands to backward. Default: what backward reads.
     """
     writer = _Writer(step, placed, recorded, marked)
     phases = dict(step.phases())
-    saved = _saved(step, phases, writer.static)
+    if saved is None:
+        saved = _saved(step, phases, writer.static)
     inputs, buffers = step.arguments, step.nodes(Role.BUFFER)
     outputs = [writer.literal(value) for value in step.model_outputs]
     arguments = [writer.free("inputs"), writer.free("buffers")]

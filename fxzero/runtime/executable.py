@@ -18,6 +18,7 @@ from fxzero.graph.nodes import Role, info, is_random, members
 from fxzero.graph.recipe import Fqns
 from fxzero.graph.step import StepGraph
 from fxzero.graph.variant import Variant
+from fxzero.planning.narrow import narrow
 from fxzero.planning.plan import Plan
 from fxzero.runtime.binding import Binder
 from fxzero.runtime.gradients import Gradients
@@ -47,9 +48,11 @@ class Executable:
 
     def __init__(self, plan: Plan, *, synchronize: bool, storage: Storage, binder: type[Binder] = Binder) -> None:
         self.plan, self.form = plan, plan.form(synchronize=synchronize)
-        self._storage, self._in_flight = storage, storage.in_flight
+        self._synchronize, self._storage, self._in_flight = synchronize, storage, storage.in_flight
         self._binder, self._memory = binder, binder.memory_for(storage.arena, plan.arena_bytes)
         self._functions: dict[Variant, dict[str, Callable[..., Any]]] = {}
+        self._narrowed: dict[tuple[int, ...], Executable] = {}
+        self._is_narrowed = False
         self._variants = [variant for variant, planned in plan.variants.items() if planned.step is self.form.step]
         self.step = step = self.form.step
         self.has_backward = step.has_backward
@@ -62,6 +65,10 @@ class Executable:
             storage.gradients.view(fqn)
         self.reduced = {fqn for start in step.nodes(Role.REDUCE_SCATTER) for fqn in members(start)}
         """The parameters in the buckets that backward reduces."""
+        self.unreached = [] if storage.comm.is_alone else sorted(self.reduced.difference(self.reached))
+        """Those of them that only other ranks may reach."""
+        for fqn in self.unreached:
+            storage.gradients.view(fqn)
         self.buffers = [info(node).fqn for node in step.nodes(Role.BUFFER)]
         """The names of the buffers that forward takes, in order."""
         self.buffer_geometry = [(node.meta["val"].shape, node.meta["val"].dtype) for node in step.nodes(Role.BUFFER)]
@@ -79,6 +86,8 @@ class Executable:
         self.tensor_outputs = [i for i, value in enumerate(step.model_outputs) if isinstance(value, fx.Node)]
         """Which of the flat outputs are tensors: they are the outputs of the autograd Function."""
         self.differentiable = frozenset(plan.captured.differentiable)
+        self.is_settled = storage.comm.is_alone
+        """True once ranks know for which outputs the forwards of its mode save values."""
         outputs = {i: {*aliases(base(cast(fx.Node, step.model_outputs[i])))} for i in self.tensor_outputs}
         held = {alias for node in step.nodes(Role.INPUT, Role.STATE, Role.BUFFER) for alias in aliases(node)}.union(
             *outputs.values()
@@ -126,6 +135,8 @@ class Executable:
         for index, (tangent, strides) in enumerate(zip(tangents, self._tangents, strict=True)):
             if tangent.stride() != strides:  # an expanded gradient, of sum() say: operators were traced for dense ones
                 tangents[index] = tangent.new_empty_strided(tangent.shape, strides).copy_(tangent)
+        if self._is_narrowed and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # its events do not cover the forward, which another has run
         functions = self._bound(variant)
         watch, self.stopwatch = self.stopwatch, None
         self._in_flight.begin_backward()
@@ -168,6 +179,16 @@ class Executable:
     def pattern_of(self, arriving: Sequence[torch.Tensor | None]) -> tuple[int, ...]:
         """Which outputs receive a gradient, as indices of the flat outputs."""
         return tuple([i for i, grad in zip(self.tensor_outputs, arriving, strict=True) if grad is not None])
+
+    def narrowed(self, pattern: tuple[int, ...]) -> "Executable":
+        """What runs backward, behind a forward of this one, where some of the differentiated outputs get a gradient."""
+        if pattern not in self._narrowed:
+            plan = narrow(self.plan, pattern)
+            self._narrowed[pattern] = Executable(
+                plan, synchronize=self._synchronize, storage=self._storage, binder=self._binder
+            )
+            self._narrowed[pattern]._is_narrowed = True
+        return self._narrowed[pattern]
 
     def _bound(self, variant: Variant) -> dict[str, Callable[..., Any]]:
         if variant not in self._functions:

@@ -12,6 +12,12 @@ from fxzero.graph.layout import Bucket
 from fxzero.graph.variant import Stash, Variant
 from fxzero.runtime.shards import FlatBuffer, Shards, unflatten
 
+UNREACHED = -0.0
+"""Negative zeros stand in each slot of a gradient bucket that a rank does not reach. Added to anything they change
+nothing, so the sum over ranks is all negative zeros where no rank reached the parameter, and only there."""
+_LOOKED_AT = 16
+"""Elements of a slice that are compared with it."""
+
 
 class Gradients:
     """Decides what happens to `.grad`, once per backward, in a few reads of attributes."""
@@ -78,8 +84,12 @@ class Gradients:
             self.settle()
         return Variant(accumulate, Stash.FLUSH if self._held else Stash.NONE)
 
-    def publish(self, reached: Sequence[str], variant: Variant) -> None:
+    def publish(self, reached: Sequence[str], variant: Variant, unreached: Sequence[str] = ()) -> None:
         """Point `.grad` of every parameter that a backward reached at its slice, and run hooks that wait for it.
+
+        Args:
+            reached: the parameters that this rank's backward has reached.
+            unreached: others that it has reduced, which other ranks may have reached.
 
         Raises:
             FxzeroError: a parameter has a hook on its gradient, which is nowhere whole.
@@ -89,6 +99,8 @@ class Gradients:
         if variant.stash is Stash.FLUSH:
             fqns = [*reached, *(fqn for fqn in self._held if fqn not in reached)]
             self._held = {}
+        if unreached:
+            fqns = [*fqns, *self._reached_elsewhere([fqn for fqn in unreached if fqn not in fqns])]
         self.are_there = True
         params = [self._params[fqn] for fqn in fqns]
         for fqn, param in zip(fqns, params, strict=True):
@@ -103,10 +115,21 @@ class Gradients:
             for hook in afterwards.values():
                 hook(params[index])
 
+    def _reached_elsewhere(self, fqns: Sequence[str]) -> list[str]:
+        """Those trained parameters without a `.grad` for which another rank had a gradient."""
+        params, views = self._params, self._views
+        asked = [fqn for fqn in fqns if params[fqn].requires_grad and params[fqn].grad is None and views[fqn].numel()]
+        if not asked:
+            return []
+        looked_at = [views[fqn].flatten()[:_LOOKED_AT] for fqn in asked]
+        values = torch.cat(looked_at)
+        is_blank = ((values == 0) & values.signbit()).split([len(each) for each in looked_at])
+        return [fqn for fqn, blank in zip(asked, is_blank, strict=True) if not blank.all()]
+
     def settle(self) -> list[torch.Tensor]:
         """Bring the gradient buffer in line with the `.grad` attributes, which the user may have changed.
 
-        A gradient set to None becomes zeros in the buffer; a tensor of the user's is copied in.
+        A gradient set to None becomes zeros (`UNREACHED`) in the buffer; a tensor of the user's is copied in.
 
         Returns:
             The gradient buffer: one flat tensor per dtype.
@@ -119,8 +142,8 @@ class Gradients:
             elif grad is not view:
                 view.copy_(grad)
                 param.grad = view
-        if missing:
-            torch_internals.zero_all(missing)
+        for view in missing:
+            view.fill_(UNREACHED)
         return self._shards.grads.segments
 
     # -- no_sync() -----------------------------------------------------------------------------------------------
@@ -130,8 +153,11 @@ class Gradients:
         if self._unsharded is None:
             trained = [bucket for bucket in self._shards.layout.buckets if bucket.requires_grad]
             self._unsharded = FlatBuffer(_whole_sizes(trained), self._shards.device)
+            for part in self._unsharded.parts.values():
+                part.fill_(UNREACHED)
         if bucket not in self._unsharded.parts:  # frozen when the layout was fixed
             self._unsharded.extend(FlatBuffer(_whole_sizes([bucket]), self._shards.device))
+            self._unsharded.parts[bucket].fill_(UNREACHED)
         return self._unsharded.parts[bucket]
 
     @property
@@ -151,8 +177,8 @@ class Gradients:
                 for fqn, slot in unflatten(bucket, part).items()
                 if fqn not in fqns
             ]
-            if others:
-                torch_internals.zero_all(others)
+            for slot in others:
+                slot.fill_(UNREACHED)
         for fqn in fqns:
             param = self._params[fqn]
             if param.grad is None:
@@ -177,8 +203,8 @@ class Gradients:
             param, grad = self._params[fqn], self._held.pop(fqn)[0]
             if param.grad is grad and grad is self._local.get(fqn):
                 param.grad = self.view(fqn).zero_()
-        if reset and self._held:
-            torch_internals.zero_all([self._slot(fqn) for fqn in reset])
+        for fqn in reset if self._held else ():
+            self._slot(fqn).fill_(UNREACHED)
 
     def _is_reset(self, fqn: str, grad: torch.Tensor, changes: int) -> bool:
         if self._params[fqn].grad is not grad:
