@@ -162,7 +162,8 @@ def _prepare(zero: ZeroModule, example: Any) -> None:
     """Trace, plan and shard now; give the model back to the user if that fails."""
     engine = zero._fxzero_engine
     try:
-        engine.prepare(as_arguments(example))
+        with engine.sharded.phases.phase("compile"):
+            engine.prepare(as_arguments(example))
     except BaseException:
         if engine.sharded.shards is None:  # the parameters are what they were
             ownership.give_back(engine.sharded.model)
@@ -202,6 +203,7 @@ class ZeroModule(nn.Module):
             engine.sharded.held_shards,
             elementwise_optimizer=elementwise_optimizer,
             on_step=engine.after_optimizer,
+            before_own_step=engine.sharded.phases.before_step,
         )
         ownership.take_over(model)
 
@@ -302,7 +304,8 @@ class ZeroModule(nn.Module):
         """
         engine = self._fxzero_engine
         sharded = engine.sharded
-        return engine.clip_grad_norm(sharded.gradients, sharded.comm, max_norm, norm_type, error_if_nonfinite)
+        with sharded.phases.phase("clip_grad_norm_"):
+            return engine.clip_grad_norm(sharded.gradients, sharded.comm, max_norm, norm_type, error_if_nonfinite)
 
     # -- weights -------------------------------------------------------------------------------------------------
 
@@ -362,8 +365,10 @@ class ZeroModule(nn.Module):
             `(name, tensor)`; the tensor has the full shape, and is None on other ranks if `rank0_only`. It is a view of
             memory that the next bucket overwrites: copy a tensor that you keep.
         """
-        fix_layout_without_trace(self._fxzero_engine.sharded)
-        return weights.full_params(self._fxzero_engine.sharded, rank0_only=rank0_only)
+        sharded = self._fxzero_engine.sharded
+        with sharded.phases.phase("iter_full_params"):
+            fix_layout_without_trace(sharded)
+        return weights.full_params(sharded, rank0_only=rank0_only)
 
     # -- the schedule --------------------------------------------------------------------------------------------
 

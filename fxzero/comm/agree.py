@@ -24,6 +24,7 @@ import zlib
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import NoReturn, TypeAlias, cast
 
 import torch.distributed as dist
@@ -31,10 +32,15 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from fxzero import torch_internals
 from fxzero.comm.groups import Group, Hierarchy, resolve_group
-from fxzero.errors import CommunicationError, RankMismatchError
+from fxzero.comm.heartbeat import heartbeat, log_of
+from fxzero.comm.peers import Peers
+from fxzero.comm.phases import Stop
+from fxzero.errors import CommunicationError, FxzeroError, RankMismatchError
 
 Posted: TypeAlias = "list[str] | str"
 """What a rank posts: its lines, or the text of the error that stopped it."""
+Look: TypeAlias = "Callable[[Sequence[int]], Stop | None]"
+"""Returns the reason why ranks will not come, if there is one."""
 
 _LINGER_S = 1.0
 """For how long a rank that knows of a difference waits for others, to name all that differ and to let all read it."""
@@ -66,7 +72,11 @@ def _compare(
     """See `Agreement.run`; empty where there is nobody to agree with."""
     try:
         agreement = _enter(group, topic)
-        return [] if agreement is None else agreement.run(list(lines), timeout.total_seconds(), may_differ=may_differ)
+        if agreement is None:
+            return []
+        peers = Peers(log_of(agreement.members))
+        look = partial(heartbeat().look, peers)
+        return agreement.run(list(lines), timeout.total_seconds(), may_differ=may_differ, look=look)
     except RuntimeError as error:
         raise CommunicationError(
             f"Rank {dist.get_rank()} lost the store of the process group while ranks compared their {topic}: {error}\n"
@@ -163,8 +173,13 @@ class Agreement:
         store = PrefixStore(f"{_prefix(topic, members)}/{number}", job)
         return cls(job, store, topic, members, rank, number)
 
-    def run(self, lines: list[str], timeout_s: float, *, may_differ: bool = False) -> list[list[str]]:
+    def run(
+        self, lines: list[str], timeout_s: float, *, may_differ: bool = False, look: Look = lambda ranks: None
+    ) -> list[list[str]]:
         """Post the lines and wait for the others; raises what `agree` raises.
+
+        Args:
+            look: returns the reason why some ranks will not come, if there is one.
 
         Returns:
             The lines of all members if they may differ, else nothing.
@@ -172,7 +187,7 @@ class Agreement:
         waiting_key = f"fxzero/{self.topic}/waiting/{self.rank}"
         self.job.set(waiting_key, json.dumps([self.members, self.number]))
         self.post(lines, may_differ=may_differ)
-        self._wait_for_all(timeout_s)
+        self._wait_for_all(timeout_s, look)
         self.job.set(waiting_key, "")
         posts = [self._read(rank) for rank in self.members] if may_differ else []
         if self.store.add("left", 1) == len(self.members):  # the last one to read removes all keys
@@ -189,9 +204,9 @@ class Agreement:
             self.store.set("alarm", "1")
         self.store.add("arrived", 1)
 
-    def _wait_for_all(self, timeout_s: float) -> None:
+    def _wait_for_all(self, timeout_s: float, look: Look) -> None:
         started = time.monotonic()
-        next_look = started + 1.0
+        next_look = next_look_at_peers = started + 1.0
         for pause_s in itertools.chain((0.001 * 1.5**n for n in range(13)), itertools.repeat(0.2)):
             arrived = self.store.add("arrived", 0)
             if self.store.check(["alarm"]):
@@ -202,13 +217,21 @@ class Agreement:
             if now >= next_look:
                 self._look_for_other_groups()
                 next_look = now + (now - started)
+            absent = self._absent() if now >= min(next_look_at_peers, started + timeout_s) else []
+            if now >= next_look_at_peers:
+                next_look_at_peers = now + 0.5
+                if absent and (stop := look(absent)) is not None:
+                    self._fail(stop.text, RankMismatchError if stop.is_difference else CommunicationError)
             if now - started >= timeout_s:
-                absent = [rank for rank in self.members if not self.store.check([str(rank)])]
                 self._fail(
                     f"{_ranks(absent).capitalize()} did not come to compare the {self.topic} within {timeout_s:g} s. "
                     "Every rank must compile the same models in the same order; look for an error on those ranks."
                 )
             time.sleep(min(pause_s, max(0.0, started + timeout_s - now)))
+
+    def _absent(self) -> list[int]:
+        """The ranks that have not posted yet."""
+        return [rank for rank in self.members if not self.store.check([str(rank)])]
 
     def _report_difference(self) -> NoReturn:
         """Raise what the posts of the ranks say, after a moment in which others may come and read."""
@@ -227,8 +250,7 @@ class Agreement:
 
     def _look_for_other_groups(self) -> None:
         """Fail if a rank that is waited for waits itself, for this rank, but in a group with other members."""
-        absent = (rank for rank in self.members if not self.store.check([str(rank)]))
-        for rank in itertools.islice(absent, _MAX_CHECKED_FOR_OTHER_GROUPS):
+        for rank in itertools.islice(self._absent(), _MAX_CHECKED_FOR_OTHER_GROUPS):
             key = f"fxzero/{self.topic}/waiting/{rank}"
             waits_in = self.job.get(key) if self.job.check([key]) else b""
             if not waits_in:
@@ -244,11 +266,11 @@ class Agreement:
                     f"({_ranks(members)}). Pass the same process group on every rank."
                 )
 
-    def _fail(self, text: str) -> NoReturn:
+    def _fail(self, text: str, kind: type[FxzeroError] = RankMismatchError) -> NoReturn:
         """Raise, and let the others of the group know why."""
         self._write(text)
         self.store.set("alarm", "1")
-        raise RankMismatchError(text)
+        raise kind(text)
 
 
 def describe(topic: str, members: Sequence[int], posts: dict[int, Posted]) -> str:

@@ -53,6 +53,10 @@ class Engine:
         return inputs, signature, executable
 
     def __call__(self, arguments: Arguments) -> Any:
+        with self.sharded.phases.phase("forward" if torch.is_grad_enabled() else "evaluation"):
+            return self._call(arguments)
+
+    def _call(self, arguments: Arguments) -> Any:
         sharded, tuning = self.sharded, self.maker.tuning
         sharded.adopt_replaced_data()
         if tuning.is_due and torch.is_grad_enabled() and self.synchronize and self.maker.tune_again():

@@ -19,6 +19,7 @@ from fxzero.graph.layout import ParamSpec
 from fxzero.graph.recipe import Recipe
 from fxzero.graph.step import Pass
 from fxzero.module.initialize import InitFn, check_meta_model
+from fxzero.module.model_phases import ModelPhases
 from fxzero.module.optimizer_classes import state_per_element
 from fxzero.module.optimizer_state import ParamShard, param_shards
 from fxzero.module.registered_tensors import join
@@ -71,6 +72,10 @@ class ShardedModel:
             lambda: this.gradients is not None and this.gradients.are_added_to,
             lambda: (this.version(), 0 if this.gradients is None else this.gradients.version),
         )
+        fqns = {id(param): fqn for fqn, param in self.params.items()}
+        self.phases = ModelPhases(self.comm.phases, type(self.model).__name__, fqns)
+        for optimizer in self.optimizers:
+            self.phases.watch(optimizer)
         self._addresses: list[int] = []
         """Address of each parameter's shard; empty before the layout is fixed."""
         self.look_at_modules()
