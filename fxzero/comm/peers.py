@@ -1,7 +1,7 @@
 """What ranks say of themselves in the store, and what a rank that waits for others concludes from it.
 
-Each rank renews one entry, once a second: who it is, and where it stands in the phases of each of its groups. An entry
-may be a second old, so a conclusion is drawn only from what stays true: two ranks gave one phase different names, a rank
+Each rank renews one entry, once a second: who it is, and where it stands in the phases of each of its groups. It may be
+a second old, so a conclusion is drawn only from what stays true: two ranks gave one phase different names, a rank
 failed in a phase, a process is gone.
 """
 

@@ -1,4 +1,4 @@
-"""The phases of one model: forward, backward and the like, named by step and micro-batch, and its optimizers' options."""
+"""The phases of one model, named by word, step and micro-batch, and the options of its optimizers."""
 
 import weakref
 import zlib
