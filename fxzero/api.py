@@ -28,6 +28,7 @@ from fxzero.module.engine import Engine
 from fxzero.module.first_fill import fix_layout_without_trace
 from fxzero.module.optimizer_classes import check_optimizer
 from fxzero.module.optimizer_guard import OptimizerGuard
+from fxzero.module.step_together import step_together
 from fxzero.options import Options, Without, check_mesh, choose_device, choose_group, choose_recipe
 from fxzero.planner import as_arguments
 from fxzero.planning.schedule import Schedule
@@ -274,6 +275,35 @@ class ZeroModule(nn.Module):
             yield
         finally:
             engine.synchronize = before
+
+    @contextmanager
+    def step_together(self) -> Generator[None]:
+        """A step that all ranks take, or none: put forward, backward and the optimizer's step inside.
+
+            for batch in loader:
+                try:
+                    with zero.step_together():
+                        zero(**batch).loss.backward()
+                        optimizer.step()
+                except (BadBatch, fxzero.StepLeftOutError) as error:
+                    log.warning("left out: %s", error)
+                optimizer.zero_grad()
+
+        Where a rank raises inside, its error leaves the block there, and a StepLeftOutError, which has the rank, the
+        error and the line, leaves it on all other ranks within seconds. Parameters, optimizers and their state are as
+        before the step; gradients, also those of earlier micro-batches, are dropped on all ranks; buffers may have
+        changed. All ranks can go on with their next batch. The optimizer's step waits until all ranks have come to it,
+        which costs a message to each. The messages use connections of their own, so that the process group stays
+        usable. Needs gloo, or a single rank.
+
+        Raises:
+            StepLeftOutError: another rank has failed in this step.
+            CommunicationError: a rank has ended, or failed inside of its optimizer's step.
+            RankMismatchError: ranks do different things, or have taken different numbers of steps.
+        """
+        sharded = self._fxzero_engine.sharded
+        with step_together(sharded.comm.phases, sharded.group, sharded.timeout):
+            yield
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset all gradients, also the unsharded ones of `no_sync()`, of which an optimizer knows nothing."""

@@ -58,23 +58,34 @@ def agree(group: Group | None, topic: str, lines: Sequence[str], *, timeout: tim
     _compare(group, topic, lines, timeout, may_differ=False)
 
 
-def exchange(group: Group | None, topic: str, lines: Sequence[str], *, timeout: timedelta) -> list[list[str]]:
+def exchange(
+    group: Group | None, topic: str, lines: Sequence[str], *, timeout: timedelta, is_anew: bool = False
+) -> list[list[str]]:
     """The lines of all ranks of the group, in its order, once all have called this; they may differ.
+
+    Args:
+        is_anew: ranks come here after one has failed, to begin anew.
 
     Raises: as `agree`, but for a difference.
     """
-    return _compare(group, topic, lines, timeout, may_differ=True) or [list(lines)]
+    return _compare(group, topic, lines, timeout, may_differ=True, is_anew=is_anew) or [list(lines)]
 
 
 def _compare(
-    group: Group | None, topic: str, lines: Sequence[str], timeout: timedelta, *, may_differ: bool
+    group: Group | None,
+    topic: str,
+    lines: Sequence[str],
+    timeout: timedelta,
+    *,
+    may_differ: bool,
+    is_anew: bool = False,
 ) -> list[list[str]]:
     """See `Agreement.run`; empty where there is nobody to agree with."""
     try:
         agreement = _enter(group, topic)
         if agreement is None:
             return []
-        peers = Peers(log_of(agreement.members))
+        peers = Peers(log_of(agreement.members), compares=not is_anew)
         look = partial(heartbeat().look, peers)
         return agreement.run(list(lines), timeout.total_seconds(), may_differ=may_differ, look=look)
     except RuntimeError as error:
@@ -221,7 +232,7 @@ class Agreement:
             if now >= next_look_at_peers:
                 next_look_at_peers = now + 0.5
                 if absent and (stop := look(absent)) is not None:
-                    self._fail(stop.text, RankMismatchError if stop.is_difference else CommunicationError)
+                    self._fail(stop.text, CommunicationError if stop.kind == "end" else RankMismatchError)
             if now - started >= timeout_s:
                 self._fail(
                     f"{_ranks(absent).capitalize()} did not come to compare the {self.topic} within {timeout_s:g} s. "

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fxzero import torch_internals
 from fxzero.comm.backend import Backend
 from fxzero.comm.base import Bound, Stage
 from fxzero.comm.group import GroupComm
@@ -77,12 +78,20 @@ class GlooComm(GroupComm):
         self._peers = [(self.rank + step) % self.shard_ranks for step in range(1, self.shard_ranks)]
         """Who is sent to, in order; every rank starts with another one."""
 
+        self._renewed: dist.ProcessGroup | None = None
+        """Connections of its own, in place of those of the group, for messages."""
+
     def close(self) -> None:
         for (
             peer
         ) in self._peers:  # where a wait for a message exceeds its timeout, gloo closes all connections of a group
             with contextlib.suppress(RuntimeError):
-                self.group.recv([torch.empty(1)], peer, _CLOSING_TAG).wait(timedelta(milliseconds=1))
+                (self._renewed or self.group).recv([torch.empty(1)], peer, _CLOSING_TAG).wait(timedelta(milliseconds=1))
+
+    def renew(self, made: dict[str, dist.ProcessGroup], generation: int) -> None:
+        if self.group_name not in made:
+            made[self.group_name] = torch_internals.gloo_connections(self.group, f"fxzero/{generation}")
+        self._renewed = made[self.group_name]
 
     def meet(self) -> None:
         self._exchange_with_all("the other ranks", "meet", torch.zeros(1, dtype=torch.uint8))
@@ -148,8 +157,7 @@ class GlooComm(GroupComm):
             copied: destination and source of a copy at the wait. The source then stays as it is until `drain`, which
                 waits until all messages have gone; the wait is over when all have come.
         """
-        group, log, lost = self.group, self.phases, self.lost
-        send, recv = group.send, group.recv
+        log, lost = self.phases, self.lost
         incoming = [([into], peer) for into, peer in receives if into.numel()]
         outgoing = [([message], peer) for message, peer in sends if message.numel()]
         awaited: list[dist.Work] = []
@@ -160,12 +168,12 @@ class GlooComm(GroupComm):
         def start() -> None:
             nonlocal awaited, sending, in_flight
             in_flight += entries
-            tagged, peer = tag ^ log.salt, None
+            group, tagged, peer = self._renewed or self.group, tag ^ log.salt, None
             try:
                 for into, peer in incoming:
-                    awaited += (recv(into, peer, tagged),)
+                    awaited += (group.recv(into, peer, tagged),)
                 for message, peer in outgoing:
-                    sending += (send(message, peer, tagged),)
+                    sending += (group.send(message, peer, tagged),)
             except RuntimeError as error:
                 raise lost(what, error, peer) from error
 

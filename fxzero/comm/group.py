@@ -12,7 +12,7 @@ from fxzero import torch_internals
 from fxzero.comm.base import Comm
 from fxzero.comm.heartbeat import heartbeat
 from fxzero.comm.phases import Stop
-from fxzero.errors import CommunicationError, FxzeroError, RankMismatchError
+from fxzero.errors import CommunicationError, FxzeroError, RankMismatchError, StepLeftOutError
 from fxzero.graph.layout import Payload
 from fxzero.graph.sharding import Sharding
 
@@ -30,9 +30,22 @@ class GroupComm(Comm):
         self._in_flight: list[tuple[list[dist.Work], str]] = []
         """The messages of each collective started in this phase that are not waited for yet, and its name in errors."""
 
+    @property
+    def group_name(self) -> str:
+        """The name of the process group, equal on all ranks."""
+        return self.group.group_name
+
     def close(self) -> None:
         """End all waits on the connections of this group in an error, on both sides."""
         self.group.abort()
+
+    def renew(self, made: dict[str, dist.ProcessGroup], generation: int) -> None:
+        """Make new connections in place of closed ones.
+
+        Raises:
+            FxzeroError: the backend cannot.
+        """
+        raise FxzeroError("step_together() needs gloo: other backends cannot go on once a rank has failed.")
 
     def all_reduce(self, tensor: Tensor, op: Literal["sum", "max"] = "sum") -> None:
         with self._named(f"an all-reduce of {tensor.numel()} elements"):
@@ -104,12 +117,16 @@ class GroupComm(Comm):
             if stop is None and peer is not None and "closed" in reason:
                 ranks = dist.get_process_group_ranks(self.group)
                 stop = Stop(
-                    False, f"rank {ranks[peer]} has closed its connections: it has ended, or its own error says why."
+                    "end", f"rank {ranks[peer]} has closed its connections: it has ended, or its own error says why."
                 )
-            beats.stop(log, stop or Stop(False, reason))
+            beats.stop(log, stop or Stop("end", reason))
             beats.linger(log)
-            if stop is not None and stop.is_difference:
+            if stop is not None and stop.kind == "difference":
                 return RankMismatchError(stop.text)
+            if stop is not None and stop.kind == "failure" and log.is_together:
+                return StepLeftOutError(
+                    f"{stop.text}\nAll ranks leave this step out, and can go on with the next batch."
+                )
             reason = reason if stop is None else stop.text
         return CommunicationError(
             f"{self.called} did not complete {what}: {reason}\n"

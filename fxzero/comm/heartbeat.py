@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from fxzero import torch_internals
-from fxzero.comm.peers import Peers, describe_error, entry_of, name_of_group
+from fxzero.comm.peers import Peers, describe_error, entry_of, is_gone, name_of_group
 from fxzero.comm.phases import PhaseLog, Stop
 
 TICK_S = 0.5
@@ -154,7 +154,11 @@ class Heartbeat:
 
 def _has_noticed(log: PhaseLog, entry: dict[str, Any] | None) -> bool:
     """True if the rank of an entry knows that this one failed or stopped, or has itself."""
-    theirs = None if entry is None or entry["ended"] else entry["groups"].get(name_of_group(log.members))
+    theirs = (
+        None
+        if entry is None or entry["ended"] or is_gone(entry, 0.0)
+        else entry["groups"].get(name_of_group(log.members))
+    )
     if theirs is None or theirs["stop"] is not None:
         return True
     return theirs["failed"] is not None and log.failed is not None and theirs["failed"][0] >= log.failed[0]
@@ -192,7 +196,12 @@ def log_of(members: tuple[int, ...]) -> PhaseLog:
 
 def report(log: PhaseLog, error: BaseException) -> None:
     """Say that the phase which this rank is in has failed here."""
-    if log.members and log.stop is None and (log.failed is None or log.failed[0] != log.number):
-        log.failed = log.number, describe_error(error)
+    if not log.members or log.stop is not None or (log.failed is not None and log.failed[0] == log.number):
+        return
+    log.failed = log.number, describe_error(error)
+    if log.is_together:
+        when = "in" if log.is_inside else "after"
+        heartbeat().stop(log, Stop("failure", f"rank {log.rank} failed {when} {log.what}: {log.failed[1]}"))
+    else:
         with contextlib.suppress(RuntimeError):
             heartbeat().publish()

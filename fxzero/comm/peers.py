@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,6 +21,7 @@ import torch.distributed as dist
 
 from fxzero.comm.phases import PhaseLog, Stop
 
+_LIBRARIES = (f"{os.sep}torch{os.sep}", f"{os.sep}fxzero{os.sep}", f"{os.sep}site-packages{os.sep}", "contextlib.py")
 STALE_S = 5.0
 """An entry that was not renewed for so long is that of a dead rank, where its process cannot be looked at."""
 
@@ -107,18 +109,27 @@ def _place(frame: FrameType) -> str:
 
 
 def describe_error(error: BaseException) -> str:
-    """An error in one line, with the last line of code outside of libraries that it came through."""
+    """An error in one line, with the innermost line of the user's code that it came through."""
     text = f"{type(error).__name__}: {(str(error).strip() or 'no text').splitlines()[0][:500]}"
-    traceback, place = error.__traceback__, ""
+    place = ""
+    frame = sys._getframe()  # pyright: ignore[reportPrivateUsage] (where it is reported, if it came through libraries alone)
+    while frame is not None and not place:
+        place = "" if _is_of_library(frame) else f" ({_place(frame)})"
+        frame = frame.f_back
+    traceback = error.__traceback__
     while traceback is not None:
-        path = traceback.tb_frame.f_code.co_filename
-        if (
-            not any(f"{os.sep}{name}{os.sep}" in path for name in ("torch", "fxzero", "site-packages"))
-            and path[:1] != "<"
-        ):
-            place = f" ({Path(path).name}:{traceback.tb_lineno})"
+        if not _is_of_library(traceback.tb_frame):
+            place = f" ({Path(traceback.tb_frame.f_code.co_filename).name}:{traceback.tb_lineno})"
         traceback = traceback.tb_next
     return text + place
+
+
+def _is_of_library(frame: FrameType) -> bool:
+    path = frame.f_code.co_filename
+    return path.startswith("<") or any(part in path for part in _LIBRARIES)
+
+
+_RAN_OUT = "If it has run out of batches: give every rank the same number of them."
 
 
 # -- what others conclude ----------------------------------------------------------------------------------------------
@@ -140,6 +151,8 @@ class Peers:
     """Judges the entries of the other ranks of a group."""
 
     log: PhaseLog
+    compares: bool = True
+    """False where ranks come to begin anew: only those that have ended or died are waited for in vain."""
     watches: dict[int, Watch] = field(default_factory=dict[int, Watch])
 
     def forget(self) -> None:
@@ -164,16 +177,16 @@ class Peers:
         if is_renewed:
             watch.beat, watch.renewed_s = entry["beat"], now_s
         theirs = entry["groups"].get(name_of_group(self.log.members))
-        if theirs is not None and (stop := self._compare(rank, theirs)) is not None:
+        if self.compares and theirs is not None and (stop := self._compare(rank, theirs)) is not None:
             return stop
-        if theirs is not None and (theirs["number"] > self.log.number or self._is_over(theirs)):
+        if self.compares and theirs is not None and (theirs["number"] > self.log.number or self._is_over(theirs)):
             return None  # it has done its part
-        at = f"after {theirs['recent'][-1][1]}" if theirs and theirs["recent"] else "before its first step"
+        seen = theirs["recent"][-1][1] if theirs and theirs["recent"] else "nothing yet"
         own = f"rank {self.log.rank} waits for it in {self.log.what}"
         if entry["ended"]:
-            return Stop(False, f"rank {rank} {entry['ended']} {at}; {own}. Give every rank the same number of batches.")
-        if _is_gone(entry, now_s - watch.renewed_s):
-            return Stop(False, f"rank {rank} has died {at}; {own}.")
+            return Stop("end", f"rank {rank} {entry['ended']} after {seen}; {own}. {_RAN_OUT}")
+        if is_gone(entry, now_s - watch.renewed_s):
+            return Stop("end", f"rank {rank} has died or ended, last seen in {seen}; {own}. {_RAN_OUT}")
         return self._judge_call(rank, entry, theirs, watch, is_renewed=is_renewed)
 
     def _is_over(self, theirs: dict[str, Any]) -> bool:
@@ -188,31 +201,32 @@ class Peers:
         for number, what, options in theirs["recent"]:
             if number in own and what != own[number].what:
                 return Stop(
-                    True,
+                    "difference",
                     f"Ranks do different things: rank {log.rank} is in {own[number].what}, rank {rank} in {what}.\n"
                     "Every rank must call the same models in the same order, with as many micro-batches, backwards and "
                     "optimizer steps.",
                 )
             if number in own and options != own[number].options:
-                return Stop(True, self._differing_options(rank, theirs["options"]))
+                return Stop("difference", self._differing_options(rank, theirs["options"]))
         if theirs["stop"] is not None:
             return Stop(*theirs["stop"])
         if theirs["failed"] is not None:
             number, error = theirs["failed"]
             what = next((what for place, what, _ in theirs["recent"] if place == number), "a phase")
             if number <= log.number and (log.failed is None or log.failed[0] != number):
-                return Stop(False, f"rank {rank} failed in {what}: {error}")
+                return Stop("failure", f"rank {rank} failed in {what}: {error}")
             if number == log.number and log.is_inside:
-                return Stop(False, f"rank {rank} failed in another place of {what}: {error}")
+                return Stop("failure", f"rank {rank} failed in another place of {what}: {error}")
         return None
 
     def _differing_options(self, rank: int, theirs: list[str]) -> str:
-        own = self.log.options
-        pairs = [(mine, other) for mine, other in zip(own, theirs, strict=False) if mine != other]
+        pairs = [
+            (mine, other) for mine, other in zip_longest(self.log.options, theirs, fillvalue="nothing") if mine != other
+        ]
         mine, other = pairs[0] if pairs else ("others before", "others before")
         return (
-            f"The optimizers of ranks have different options: rank {self.log.rank} has {mine}, rank {rank} has "
-            f"{other}.\nSet learning rates and all other options of optimizers alike on every rank."
+            f"The optimizers of ranks have different options: rank {self.log.rank} has {_apart(mine, other)}, rank {rank} "
+            f"has {_apart(other, mine)}.\nSet learning rates and all other options of optimizers alike on every rank."
         )
 
     def _judge_call(
@@ -230,13 +244,20 @@ class Peers:
         if not is_renewed:
             return None
         return Stop(
-            True,
+            "difference",
             f"Ranks do different things: rank {self.log.rank} is in {self.log.what}, rank {rank} waits in {calls[0]}.\n"
-            f"If rank {rank} has run out of batches: give every rank the same number of them.",
+            f"{_RAN_OUT}",
         )
 
 
-def _is_gone(entry: dict[str, Any], age_s: float) -> bool:
+def _apart(line: str, other: str) -> str:
+    """A line of options without those that another one has too."""
+    head, _, options = line.partition(": ")
+    others = other.partition(": ")[2].split(", ")
+    return f"{head}: {', '.join(option for option in options.split(', ') if option not in others)}" if options else line
+
+
+def is_gone(entry: dict[str, Any], age_s: float) -> bool:
     """True if the process of an entry has ended, as far as can be seen from here."""
     machine, _ = _this_process()
     process, started = entry["process"]

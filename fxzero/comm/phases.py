@@ -16,7 +16,9 @@ from __future__ import annotations
 import weakref
 import zlib
 from collections import deque
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
+
+import torch.distributed as dist
 
 from fxzero.errors import CommunicationError
 
@@ -40,8 +42,8 @@ class Phase(NamedTuple):
 class Stop(NamedTuple):
     """The reason why a rank cannot go on with its group."""
 
-    is_difference: bool
-    """Ranks do different things; else a rank has failed, ended or died."""
+    kind: Literal["difference", "failure", "end"]
+    """Ranks do different things, a rank has failed in a phase, or a rank has ended or died."""
     text: str
 
 
@@ -50,6 +52,30 @@ class Channel(Protocol):
 
     def close(self) -> None:
         """End all waits on the connections in an error, on both sides."""
+        ...
+
+    def renew(self, made: dict[str, dist.ProcessGroup], generation: int) -> None:
+        """Make new connections in place of closed ones; a collective.
+
+        Args:
+            made: the connections that were made for this generation, by the name of the group.
+        """
+        ...
+
+    @property
+    def group_name(self) -> str:
+        """The name of its process group, equal on all ranks."""
+        ...
+
+
+class LeavesOut(Protocol):
+    """A model that can leave a step out."""
+
+    num_steps: int
+    is_stepping: bool
+
+    def leave_out(self) -> None:
+        """Drop the gradients of a step that all ranks leave out."""
         ...
 
 
@@ -82,6 +108,12 @@ class PhaseLog:
         """The options of optimizers, one group a line, of the model whose phase began last."""
         self.channels: weakref.WeakSet[Channel] = weakref.WeakSet()
         """The communicators whose waits end when this rank stops."""
+        self.made: dict[str, dist.ProcessGroup] = {}
+        """The connections of their own that channels have, by the name of the group."""
+        self.is_together = False
+        """True inside of a step that all ranks take or none: then a failure stops all at once, and they begin anew."""
+        self.models: weakref.WeakSet[LeavesOut] = weakref.WeakSet()
+        """The models of these ranks."""
         self.num_models = 0
         """Models whose layout these ranks have fixed."""
 
@@ -106,11 +138,14 @@ class PhaseLog:
         self.is_inside = False
 
     def begin_anew(self, number: int) -> None:
-        """All ranks begin anew together with an equal number, after one had failed."""
+        """All ranks begin anew together with an equal number and new connections, after one had failed."""
         self.generation += 1
         self.number, self.is_inside = number, False
         self.failed = self.stop = None
         self.recent.clear()
+        self.made.clear()
+        for channel in sorted(self.channels, key=lambda channel: channel.group_name):
+            channel.renew(self.made, self.generation)
 
     @property
     def what(self) -> str:

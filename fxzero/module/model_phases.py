@@ -2,7 +2,7 @@
 
 import weakref
 import zlib
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,10 +19,23 @@ class ModelPhases:
         log: the phases of all models of the group.
         name: the name of the model's class.
         fqns: maps the id of each parameter to its name.
+        meet: returns once all ranks have come.
+        drop_gradients: drops the gradients of the model, also those that wait to be reduced.
     """
 
-    def __init__(self, log: PhaseLog, name: str, fqns: Mapping[int, str]) -> None:
+    def __init__(
+        self,
+        log: PhaseLog,
+        name: str,
+        fqns: Mapping[int, str],
+        meet: Callable[[], object] = lambda: None,
+        drop_gradients: Callable[[], object] = lambda: None,
+    ) -> None:
         self._log, self._name, self._fqns = log, name, fqns
+        self._meet, self._drop_gradients = meet, drop_gradients
+        self.is_stepping = False
+        """True from the beginning to the end of an optimizer's step."""
+        log.models.add(self)
         self.num_steps = 0
         """Steps that optimizers took with the model's parameters."""
         self._num_backwards = 0
@@ -75,7 +88,20 @@ class ModelPhases:
         """An optimizer is about to step parameters of the model."""
         self.watch(optimizer)
         self._note_options(optimizer)
+        if self._log.is_together:
+            with self.phase("optimizer's step"):
+                self._meet()
+        self.is_stepping = True
         self.num_steps += 1
+        self._num_backwards = 0
+
+    def after_step(self) -> None:
+        """The step of an optimizer is over, of any in this process."""
+        self.is_stepping = False
+
+    def leave_out(self) -> None:
+        """Drop the gradients of a step that all ranks leave out."""
+        self._drop_gradients()
         self._num_backwards = 0
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:

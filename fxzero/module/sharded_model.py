@@ -67,15 +67,17 @@ class ShardedModel:
         self.gradients: Gradients | None = None
         self.arena = Arena(self.devices.compute)
         this = weakref.proxy(self)  # no cycle: shards are freed with the last name of the module
+        fqns = {id(param): fqn for fqn, param in self.params.items()}
+        self.phases = ModelPhases(
+            self.comm.phases, type(self.model).__name__, fqns, self.comm.meet, lambda: this.drop_gradients()
+        )
+        for optimizer in self.optimizers:
+            self.phases.watch(optimizer)
         self.in_flight = InFlight(
             self.comm,
             lambda: this.gradients is not None and this.gradients.are_added_to,
             lambda: (this.version(), 0 if this.gradients is None else this.gradients.version),
         )
-        fqns = {id(param): fqn for fqn, param in self.params.items()}
-        self.phases = ModelPhases(self.comm.phases, type(self.model).__name__, fqns)
-        for optimizer in self.optimizers:
-            self.phases.watch(optimizer)
         self._addresses: list[int] = []
         """Address of each parameter's shard; empty before the layout is fixed."""
         self.look_at_modules()
@@ -135,6 +137,13 @@ class ShardedModel:
         """The recipe that each rank has chosen, in rank order; a collective."""
         posts = agree.exchange(self.group, topic, [own.to_json()], timeout=self.timeout)
         return [Recipe.from_json(line) for (line,) in posts]
+
+    def drop_gradients(self) -> None:
+        """Reset all gradients, also the unsharded ones of no_sync()."""
+        for param in self.param_list:
+            param.grad = None
+        if self.gradients is not None:
+            self.gradients.drop_held()
 
     # -- the layout ----------------------------------------------------------------------------------------------
 
