@@ -293,8 +293,8 @@ class ZeroModule(nn.Module):
         error and the line, leaves it on all other ranks within seconds. Parameters, optimizers and their state are as
         before the step; gradients, also those of earlier micro-batches, are dropped on all ranks; buffers may have
         changed. All ranks can go on with their next batch. The optimizer's step waits until all ranks have come to it,
-        which costs a message to each. The messages use connections of their own, so that the process group stays
-        usable. Needs gloo, or a single rank.
+        which costs a message to each; an error behind it makes the others leave out their next batch. The messages use
+        connections of their own, so that the process group stays usable. Needs gloo, or a single rank.
 
         Raises:
             StepLeftOutError: another rank has failed in this step.

@@ -225,8 +225,9 @@ class Peers:
         ]
         mine, other = pairs[0] if pairs else ("others before", "others before")
         return (
-            f"The optimizers of ranks have different options: rank {self.log.rank} has {_apart(mine, other)}, rank {rank} "
-            f"has {_apart(other, mine)}.\nSet learning rates and all other options of optimizers alike on every rank."
+            f"The optimizers of ranks have different options: rank {self.log.rank} has {_apart(mine, other)}, "
+            f"rank {rank} has {_apart(other, mine)}.\n"
+            "Set learning rates and all other options of optimizers alike on every rank."
         )
 
     def _judge_call(

@@ -16,6 +16,7 @@ from __future__ import annotations
 import weakref
 import zlib
 from collections import deque
+from collections.abc import Callable
 from typing import Literal, NamedTuple, Protocol
 
 import torch.distributed as dist
@@ -71,9 +72,6 @@ class Channel(Protocol):
 class LeavesOut(Protocol):
     """A model that can leave a step out."""
 
-    num_steps: int
-    is_stepping: bool
-
     def leave_out(self) -> None:
         """Drop the gradients of a step that all ranks leave out."""
         ...
@@ -112,6 +110,12 @@ class PhaseLog:
         """The connections of their own that channels have, by the name of the group."""
         self.is_together = False
         """True inside of a step that all ranks take or none: then a failure stops all at once, and they begin anew."""
+        self.restart: Callable[[], object] | None = None
+        """Begins anew together with the other ranks, where these have agreed to do so after a failure."""
+        self.num_steps = 0
+        """Steps that optimizers took with parameters of these ranks' models."""
+        self.is_stepping = False
+        """True from the beginning to the end of such a step."""
         self.models: weakref.WeakSet[LeavesOut] = weakref.WeakSet()
         """The models of these ranks."""
         self.num_models = 0
@@ -123,6 +127,8 @@ class PhaseLog:
         Raises:
             CommunicationError: this rank has stopped.
         """
+        if self.stop is not None and self.stop.kind == "failure" and self.restart is not None:
+            self.restart()
         if self.stop is not None:
             raise CommunicationError(
                 f"Rank {self.rank} cannot begin {what}: it has stopped.\n{self.stop.text}\nRestart from a checkpoint. "
@@ -150,4 +156,4 @@ class PhaseLog:
     @property
     def what(self) -> str:
         """The phase that began last, in words."""
-        return self.recent[-1].what if self.recent else "nothing yet"
+        return self.recent[-1].what if self.recent else "a step that was left out" if self.generation > 1 else "compile"

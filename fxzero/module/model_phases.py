@@ -33,8 +33,6 @@ class ModelPhases:
     ) -> None:
         self._log, self._name, self._fqns = log, name, fqns
         self._meet, self._drop_gradients = meet, drop_gradients
-        self.is_stepping = False
-        """True from the beginning to the end of an optimizer's step."""
         log.models.add(self)
         self.num_steps = 0
         """Steps that optimizers took with the model's parameters."""
@@ -91,13 +89,14 @@ class ModelPhases:
         if self._log.is_together:
             with self.phase("optimizer's step"):
                 self._meet()
-        self.is_stepping = True
+        self._log.is_stepping = True
+        self._log.num_steps += 1
         self.num_steps += 1
         self._num_backwards = 0
 
     def after_step(self) -> None:
         """The step of an optimizer is over, of any in this process."""
-        self.is_stepping = False
+        self._log.is_stepping = False
 
     def leave_out(self) -> None:
         """Drop the gradients of a step that all ranks leave out."""

@@ -11,6 +11,7 @@ an optimizer steps          waits until all ranks have come to this step
 from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 
 from fxzero.comm import agree
 from fxzero.comm.groups import Group
@@ -27,6 +28,7 @@ def step_together(log: PhaseLog, group: Group | None, timeout: timedelta) -> Gen
         raise FxzeroError("step_together() inside of another one: a step is taken or left out as a whole.")
     if log.members and (log.generation == 0 or log.failed is not None or log.stop is not None):
         _begin_anew(log, group, timeout)
+        log.restart = partial(_begin_anew, log, group, timeout)
     log.is_together = True
     try:
         yield
@@ -44,23 +46,25 @@ def _begin_anew(log: PhaseLog, group: Group | None, timeout: timedelta) -> None:
         RankMismatchError: some ranks have taken a step that others have not.
         CommunicationError: this rank stopped in a way that cannot be left out, or another one has ended.
     """
-    if log.stop is not None and log.stop.kind != "failure":
-        log.begin("step_together()")
-    steps = ",".join(map(str, sorted(model.num_steps for model in log.models)))
-    posts = agree.exchange(group, "steps", [steps, str(log.number)], timeout=timeout, is_anew=True)
-    for rank, (theirs, _) in zip(log.members, posts, strict=True):
-        if theirs != posts[0][0]:
-            raise RankMismatchError(
-                f"Rank {rank} has taken {theirs} optimizer steps, rank {log.members[0]} {posts[0][0]}: the step that "
-                "failed cannot be left out any more. Restart from a checkpoint, and step inside of step_together() alone."
+    if log.stop is not None and (log.stop.kind != "failure" or log.generation == 0):
+        log.begin("step_together()")  # which raises
+    lines = [str(log.num_steps), str(log.number)]
+    posts = agree.exchange(group, "steps", lines, timeout=timeout, is_anew=True)
+    for rank, (num_steps, _) in zip(log.members, posts, strict=True):
+        if num_steps != posts[0][0]:
+            text = (
+                f"Rank {rank} has taken {num_steps} optimizer steps, rank {log.members[0]} {posts[0][0]}: the step that "
+                "failed cannot be left out any more. Restart from a checkpoint, and step inside of step_together()."
             )
+            log.stop = Stop("difference", text)
+            raise RankMismatchError(text)
     log.begin_anew(max(int(number) for _, number in posts))
     heartbeat().publish()
 
 
 def _leave_out(log: PhaseLog, error: BaseException) -> None:
     """This rank has failed in a step, or was told that another one has."""
-    if log.members and any(model.is_stepping for model in log.models):
+    if log.members and log.is_stepping:
         text = f"rank {log.rank} failed in the middle of an optimizer's step: {describe_error(error)}"
         heartbeat().stop(log, Stop("end", f"{text}\nRestart from a checkpoint."))
     report(log, error)
