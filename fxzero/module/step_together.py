@@ -53,8 +53,8 @@ def _begin_anew(log: PhaseLog, group: Group | None, timeout: timedelta) -> None:
     for rank, (num_steps, _) in zip(log.members, posts, strict=True):
         if num_steps != posts[0][0]:
             text = (
-                f"Rank {rank} has taken {num_steps} optimizer steps, rank {log.members[0]} {posts[0][0]}: the step that "
-                "failed cannot be left out any more. Restart from a checkpoint, and step inside of step_together()."
+                f"Rank {rank} has taken {num_steps} optimizer steps, rank {log.members[0]} {posts[0][0]}: the step "
+                "that failed cannot be left out any more. Restart from a checkpoint, and step inside of step_together()."
             )
             log.stop = Stop("difference", text)
             raise RankMismatchError(text)
