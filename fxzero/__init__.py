@@ -19,6 +19,7 @@ from fxzero.errors import (
     RankMismatchError,
     ScheduleError,
     StaleBackwardError,
+    StepLeftOutError,
 )
 from fxzero.host.allocator import keep_freed_memory
 
@@ -40,6 +41,7 @@ __all__ = [
     "Schedule",
     "ScheduleError",
     "StaleBackwardError",
+    "StepLeftOutError",
     "ZeroModule",
     "compile",
     "keep_freed_memory",

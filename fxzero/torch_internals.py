@@ -19,7 +19,7 @@ import torch.utils.checkpoint
 from torch import fx, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.distributed._composable.contract import REGISTRY_KEY
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.fx._lazy_graph_module import _use_lazy_graph_module  # pyright: ignore[reportPrivateUsage]
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.node import map_arg
@@ -56,6 +56,16 @@ def reduce_scatter_base(group: dist.ProcessGroup) -> Callable[..., dist.Work]:
 def default_store() -> Store:
     """The store of the default process group. `_get_default_store`: 2.11 to 2.13."""
     return dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
+
+
+def gloo_connections(group: dist.ProcessGroup, name: str) -> dist.ProcessGroup:
+    """New connections between the ranks of a gloo group, which torch knows nothing of; a collective.
+
+    `ProcessGroup._get_backend`, `options._timeout`: 2.11 to 2.13.
+    """
+    timeout = cast(Any, group)._get_backend(torch.device("cpu")).options._timeout
+    store = PrefixStore(f"{name}/{group.group_name}", default_store())
+    return cast(Any, dist).ProcessGroupGloo(store, group.rank(), group.size(), timeout)
 
 
 COLLECTIVE_NAMESPACES = ("_c10d_functional", "_c10d_functional_autograd", "_dtensor")

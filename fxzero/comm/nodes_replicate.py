@@ -70,6 +70,10 @@ class HierarchicalComm(Comm):
         if self.node == 0:
             self.inside.gather_to_rank0(shard, full)
 
+    def meet(self) -> None:
+        self.inside.meet()
+        self.across.meet()
+
     def drain(self) -> None:
         self.inside.drain()
         self.across.drain()

@@ -84,6 +84,14 @@ class Call:
         Returns:
             The gradients of the inputs that require grad.
         """
+        synchronize = self.executable.step.synchronize
+        phases = self._sharded.phases
+        with phases.phase("backward" if synchronize else "backward under no_sync()"):
+            input_grads = self._run(arriving)
+        phases.after_backward()
+        return input_grads
+
+    def _run(self, arriving: tuple[torch.Tensor | None, ...]) -> list[torch.Tensor | None]:
         self._check()
         if not self._replaced:
             return self._run_checked(arriving)

@@ -62,10 +62,11 @@ class Engine:
         return inputs, signature, executable
 
     def __call__(self, arguments: Arguments) -> Any:
-        if replaced := self.sharded.replaced():
-            with in_shards(replaced):
-                return self._call(arguments, replaced)
-        return self._call(arguments, replaced)
+        with self.sharded.phases.phase("forward" if torch.is_grad_enabled() else "evaluation"):
+            if replaced := self.sharded.replaced():
+                with in_shards(replaced):
+                    return self._call(arguments, replaced)
+            return self._call(arguments, replaced)
 
     def _call(self, arguments: Arguments, replaced: Replaced) -> Any:
         sharded, tuning = self.sharded, self.maker.tuning
@@ -141,6 +142,7 @@ class Engine:
     def after_optimizer(self, seconds: float) -> None:
         """Note that a step of an optimizer is over, of any in this process."""
         self.sharded.in_flight.after_step()
+        self.sharded.phases.after_step()
         self.maker.tuning.after_optimizer(seconds)
 
     def _signature(self, spec: CallSpec) -> Signature:

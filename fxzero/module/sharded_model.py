@@ -19,6 +19,7 @@ from fxzero.graph.layout import ParamSpec
 from fxzero.graph.recipe import Recipe
 from fxzero.graph.step import Pass
 from fxzero.module.initialize import InitFn, check_meta_model
+from fxzero.module.model_phases import ModelPhases
 from fxzero.module.optimizer_classes import state_per_element
 from fxzero.module.optimizer_state import ParamShard, param_shards
 from fxzero.module.registered_tensors import join
@@ -67,6 +68,12 @@ class ShardedModel:
         self.gradients: Gradients | None = None
         self.arena = Arena(self.devices.compute)
         this = weakref.proxy(self)  # no cycle: shards are freed with the last name of the module
+        fqns = {id(param): fqn for fqn, param in self.params.items()}
+        self.phases = ModelPhases(
+            self.comm.phases, type(self.model).__name__, fqns, self.comm.meet, lambda: this.drop_gradients()
+        )
+        for optimizer in self.optimizers:
+            self.phases.watch(optimizer)
         self.in_flight = InFlight(
             self.comm,
             lambda: this.gradients is not None and this.gradients.are_added_to,
@@ -132,6 +139,13 @@ class ShardedModel:
         """The recipe that each rank has chosen, in rank order; a collective."""
         posts = agree.exchange(self.group, topic, [own.to_json()], timeout=self.timeout)
         return [Recipe.from_json(line) for (line,) in posts]
+
+    def drop_gradients(self) -> None:
+        """Reset all gradients, also the unsharded ones of no_sync()."""
+        for param in self.param_list:
+            param.grad = None
+        if self.gradients is not None:
+            self.gradients.drop_held()
 
     # -- the layout ----------------------------------------------------------------------------------------------
 
