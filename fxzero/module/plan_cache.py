@@ -85,5 +85,5 @@ class PlanCache:
                 f"{len(shapes)} different input shapes so far, each traced and planned for itself: "
                 f"{', '.join(map(str, shapes))}. Pad the inputs to a multiple (of 64 tokens, say) so that few shapes "
                 "remain.",
-                stacklevel=9,
+                stacklevel=10,
             )
