@@ -303,14 +303,14 @@ class ZeroModule(nn.Module):
 
         Args:
             max_norm: upper bound on the norm.
-            norm_type: 2.0 or infinity.
+            norm_type: the order of the norm: 2.0, infinity or another positive number.
             error_if_nonfinite: raise if the norm is not finite, which synchronises with the host.
 
         Returns:
             The norm before clipping: a tensor `[]` on the device, equal on all ranks.
 
         Raises:
-            ValueError: another norm_type.
+            ValueError: norm_type is not positive.
             RuntimeError: the norm is not finite and `error_if_nonfinite` is set.
         """
         engine = self._fxzero_engine
