@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,7 +24,7 @@ from fxzero.graph.layout import LayoutName
 from fxzero.graph.sharding import Placement
 from fxzero.graph.step import Pass
 from fxzero.memory.report import MemoryReport
-from fxzero.module import ownership, weights
+from fxzero.module import ownership, parts, weights
 from fxzero.module.budget_round import held
 from fxzero.module.engine import Engine
 from fxzero.module.first_fill import fix_layout_without_trace
@@ -154,7 +156,7 @@ def compile(
             short_gloo_slices=short_gloo_slices,
         )
         engine = options.make_engine(model, group, optimizers)
-        zero = ZeroModule(model, engine, elementwise_optimizer=elementwise_optimizer)
+        zero = _class_for(type(model))(model, engine, elementwise_optimizer=elementwise_optimizer)
         if example is not None:
             _prepare(zero, example)
     return zero
@@ -204,12 +206,14 @@ class ZeroModule(nn.Module):
             self,
             engine.sharded.held_shards,
             elementwise_optimizer=elementwise_optimizer,
+            compare=engine.compare_optimizer_state,
             on_begin=engine.before_optimizer,
             on_step=engine.after_optimizer,
             before_own_step=engine.sharded.phases.before_step,
         )
         ownership.take_over(model)
         refuse_wrappers(self)
+        parts.watch_parts(engine.sharded)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model; the first call of each kind (shapes, train or eval, ...) traces and plans it.
@@ -237,11 +241,17 @@ class ZeroModule(nn.Module):
         self._fxzero_model.training = mode
 
     def __getattr__(self, name: str) -> Any:
+        sharded = self.__dict__["_fxzero_engine"].sharded
+        parts.check_scalar(name, sharded)
         try:
             return super().__getattr__(name)
         except AttributeError:
-            value = getattr(self.__dict__["_fxzero_model"], name)
-        return _refuse_new_shapes(name) if name in _REFUSED_METHODS else value
+            model = self.__dict__["_fxzero_model"]
+            value = getattr(model, name)
+        if name in _REFUSED_METHODS:
+            return _refuse_new_shapes(name)
+        is_method = inspect.ismethod(value) and value.__self__ is model
+        return parts.outside_of_forward(name, value, sharded) if is_method else value
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_fxzero") or name in self.__dict__ or hasattr(type(self), name):
@@ -325,14 +335,14 @@ class ZeroModule(nn.Module):
 
         Args:
             max_norm: upper bound on the norm.
-            norm_type: 2.0 or infinity.
+            norm_type: the order of the norm: 2.0, infinity or another positive number.
             error_if_nonfinite: raise if the norm is not finite, which synchronises with the host.
 
         Returns:
             The norm before clipping: a tensor `[]` on the device, equal on all ranks.
 
         Raises:
-            ValueError: another norm_type.
+            ValueError: norm_type is not positive.
             RuntimeError: the norm is not finite and `error_if_nonfinite` is set.
         """
         engine = self._fxzero_engine
@@ -386,6 +396,11 @@ class ZeroModule(nn.Module):
             raise ValueError("assign=True would replace the shards. Load with assign=False.")
         return weights.load_state_dict(self._fxzero_engine.sharded, state_dict, strict=strict)
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Called where a module that holds this one loads a state dict; the parts of the model follow by themselves."""
+        sharded = self._fxzero_engine.sharded
+        parts.load_part(sharded, sharded.model, "", *args)
+
     def iter_full_params(self, *, rank0_only: bool = False) -> Iterator[tuple[str, torch.Tensor | None]]:
         """Gather the parameters bucket by bucket, each once under its canonical name; a collective.
 
@@ -423,6 +438,20 @@ class ZeroModule(nn.Module):
             holds = replace(holds, optimizer_state=state)
         measured = engine.memory_in_use.read() if executable.has_run else None
         return executable.plan.report(holds, engine.sharded.arena.nbytes, measured, synchronize=synchronize)
+
+
+@functools.cache
+def _class_for(kind: type[nn.Module]) -> type[ZeroModule]:
+    """ZeroModule, with the special methods of a container if models of this class are one."""
+    names = [name for name in ("__len__", "__getitem__", "__iter__", "__contains__") if hasattr(kind, name)]
+    return type("ZeroModule", (ZeroModule,), {name: _of_model(name) for name in names}) if names else ZeroModule
+
+
+def _of_model(name: str) -> Callable[..., Any]:
+    def call(self: ZeroModule, *args: Any) -> Any:
+        return getattr(self._fxzero_model, name)(*args)
+
+    return call
 
 
 def _refuse_new_shapes(name: str) -> Callable[..., NoReturn]:

@@ -335,6 +335,8 @@ CONVERSION = "_apply"
 """Name of the method behind `Module.to`, `half`, `cuda` and the like, which they also call on submodules: 2.11 to 2.13.
 
 No public method does the work of all of them. ZeroModule overrides it, and modules that are taken over hide it."""
+CALL, SAVE, LOAD = "_call_impl", "_save_to_state_dict", "_load_from_state_dict"
+"""Methods behind a call of a module, and behind the part of a state dict that is the module's own: 2.11 to 2.13."""
 TENSOR_TABLES = ("_parameters", "_buffers")
 """Attributes in which a module holds the parameters and buffers that it registers: 2.11 to 2.13."""
 MODULE_TABLE = "_modules"
@@ -343,6 +345,16 @@ RNN_CACHES = ("_flat_weights", "_flat_weight_refs")
 """Attributes that an nn.RNNBase rebuilds from its parameters in every call: 2.11 to 2.13."""
 EXTRA_STATE = "_extra_state"
 """Key, behind the module's name, of the result of `Module.get_extra_state` in a state dict: 2.11 to 2.13."""
+
+
+def own_method(module: nn.Module, name: str) -> Callable[..., Any]:
+    """A method as the module's class has it, also where an attribute of the instance hides it."""
+    return getattr(type(module), name).__get__(module)
+
+
+def is_persistent(module: nn.Module, buffer: str) -> bool:
+    """True if a buffer is saved in state dicts. `Module._non_persistent_buffers_set`: 2.11 to 2.13."""
+    return buffer not in module._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]
 
 
 def tensor_tables(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -371,7 +383,7 @@ def own_initialiser(module: nn.Module) -> Callable[[], object] | None:
 
 def add_metadata(state: dict[str, Any], source: dict[str, Any]) -> None:
     """Give a state dict the module versions of another one. The attribute `_metadata` of state dicts: 2.11 to 2.13."""
-    found = cast(Any, source)._metadata
+    found = getattr(source, "_metadata", {})  # a state dict of the model's own making may have none
     if hasattr(state, "_metadata"):
         cast(Any, state)._metadata.update(found)
     elif isinstance(state, OrderedDict):

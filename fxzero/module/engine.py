@@ -9,6 +9,7 @@ import torch
 from fxzero.capture.call import CallSpec, flatten_call
 from fxzero.capture.numbers import PinnedNumberError
 from fxzero.capture.state import Values
+from fxzero.comm import agree
 from fxzero.errors import InputMismatchError
 from fxzero.graph.variant import Stash
 from fxzero.host.memory_in_use import MemoryInUse
@@ -128,6 +129,14 @@ class Engine:
         if executable.leaves_buckets:
             in_flight.after_backward()
         return input_grads
+
+    def compare_optimizer_state(self, state: str) -> None:
+        """Refuse to step where ranks have other kinds of optimizer state, before any of them does; a collective.
+
+        Raises:
+            RankMismatchError: names who has what.
+        """
+        agree.agree(self.sharded.group, "optimizer state", [state], timeout=self.sharded.timeout)
 
     def before_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Refuse the step of an optimizer whose gradients no_sync() holds.

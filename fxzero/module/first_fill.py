@@ -12,9 +12,10 @@ from fxzero import torch_internals
 from fxzero.comm import agree
 from fxzero.comm.groups import Hierarchy
 from fxzero.comm.without_ranks import PlanningComm
-from fxzero.errors import FxzeroError
+from fxzero.errors import FxzeroError, OptimizerError
 from fxzero.graph.layout import Layout
 from fxzero.module.initialize import check_meta_model, initialize, rng_state
+from fxzero.module.optimizer_marks import foreign_state, is_marked
 from fxzero.module.optimizer_state import cut_state, param_shards
 from fxzero.module.registered_tensors import entries
 from fxzero.module.sharded_model import ShardedModel
@@ -45,7 +46,12 @@ def fix_layout(
     lines += describe_buffers(sharded.model)
     for optimizer in sharded.optimizers:
         lines += sharded.phases.describe(optimizer)
+    parts = param_shards(sharded.params, layout, sharded.comm.rank, sharded.devices.shards)
+    foreign = next(filter(None, (foreign_state(optimizer, parts) for optimizer in sharded.optimizers)), None)
+    lines += [foreign or "optimizer state: of this rank"] if sharded.optimizers else []
     agree.agree(sharded.group, "layout", lines, timeout=sharded.timeout)
+    if foreign is not None:
+        raise OptimizerError(foreign)
     sharded.phases.is_fixed()
     with torch.inference_mode(False):  # shards made in it could not be trained
         shards = Shards(layout, sharded.comm.rank, sharded.devices.shards)
@@ -85,8 +91,12 @@ def _fill(sharded: ShardedModel, shards: Shards, loaded: AbstractSet[str]) -> No
             skip=loaded,
             generator_state=_rng_state_of_rank0(sharded),
         )
+    parts = param_shards(sharded.params, shards.layout, shards.rank, shards.device)
     for optimizer in sharded.optimizers:
-        cut_state(optimizer, param_shards(sharded.params, shards))
+        if not is_marked(
+            optimizer, parts
+        ):  # else its state is that of the shards, and was loaded before they were made
+            cut_state(optimizer, parts)
     shard_full_params(shards, sharded.params, sharded.comm, sync_init=sharded.sync_init)
     for module in sharded.model.modules():
         torch_internals.forget_flat_weights(module)

@@ -12,6 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from fxzero.errors import OptimizerError
 from fxzero.module.optimizer_classes import check_optimizer
+from fxzero.module.optimizer_marks import foreign_state, mark
 from fxzero.module.optimizer_state import ParamShard, fits, name_of, parameters_of, rehome_state, text_of
 
 
@@ -22,7 +23,8 @@ class OptimizerGuard:
 
     event (of any optimizer)   condition                         what the guard does
     before_step                there are no shards yet           nothing
-                               first step, or groups were added  checks the optimizer; its state will move
+                               first step; groups were added;    checks the optimizer, and compares its state with
+                               state was loaded                  other ranks; its state will move
     after_step                 its state is to move              moves it into one buffer
 
     Args:
@@ -30,6 +32,8 @@ class OptimizerGuard:
         shards: returns this rank's part of each parameter as `param_shards` does, and nothing before there are shards.
             It must not hold the owner.
         elementwise_optimizer: see `check_optimizer`.
+        compare: compares between ranks what state an optimizer has before its first step, and after a load; raises
+            where that differs. It must not hold the owner.
         on_begin: called before each step of any optimizer; must not hold the owner.
         on_step: called after each step of any optimizer with its seconds; must not hold the owner.
         before_own_step: called before each step of an optimizer that holds shards; must not hold the owner.
@@ -41,15 +45,18 @@ class OptimizerGuard:
         shards: Callable[[], Mapping[int, ParamShard]],
         *,
         elementwise_optimizer: bool,
+        compare: Callable[[str], object] = lambda state: None,
         on_begin: Callable[[torch.optim.Optimizer], object] = lambda optimizer: None,
         on_step: Callable[[float], object] = lambda seconds: None,
         before_own_step: Callable[[torch.optim.Optimizer], object] = lambda optimizer: None,
     ) -> None:
-        self._on_begin, self._on_step, self._before_own_step = on_begin, on_step, before_own_step
+        self._compare, self._before_own_step = compare, before_own_step
+        self._on_begin, self._on_step = on_begin, on_step
         self._began_s = 0.0
         self.shards = shards
         self.elementwise_optimizer = elementwise_optimizer
-        self._num_groups_checked: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._checked: weakref.WeakKeyDictionary[Any, tuple[list[Any], int]] = weakref.WeakKeyDictionary()
+        """The list of groups that was checked, which a load replaces, and its length."""
         self._own: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         """Optimizers that hold shards."""
         self._to_rehome: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -60,14 +67,16 @@ class OptimizerGuard:
         _guards[owner] = self
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Check an optimizer in its first step, and again if groups were added."""
+        """Check an optimizer in its first step, and again if groups were added or state was loaded."""
         self._on_begin(optimizer)
         self._began_s = time.perf_counter()
-        if self._num_groups_checked.get(optimizer) != len(optimizer.param_groups):
+        groups = optimizer.param_groups
+        checked, length = self._checked.get(optimizer, (None, 0))
+        if checked is not groups or length != len(groups):
             shards = self.shards()
             self.check(optimizer, shards)
             if shards:
-                self._num_groups_checked[optimizer] = len(optimizer.param_groups)
+                self._checked[optimizer] = groups, len(groups)
                 self._to_rehome.add(optimizer)
                 if next(parameters_of(optimizer, shards), None) is not None:
                     self._own.add(optimizer)
@@ -85,7 +94,8 @@ class OptimizerGuard:
         """Refuse an optimizer that would step the shards wrongly.
 
         Raises:
-            OptimizerError: the class is refused, or the optimizer has a parameter twice or state for a full parameter.
+            OptimizerError: the class is refused, or the optimizer has a parameter twice, state for a full parameter, or
+                state of another rank's shards.
         """
         seen: set[int] = set()
         for _, param in parameters_of(optimizer, shards):
@@ -105,6 +115,12 @@ class OptimizerGuard:
                         f"is {text_of(param)}: the optimizer has state for the full parameter. Let compile cut it: "
                         "fxzero.compile(model, optimizer=optimizer)."
                     )
+        if seen:
+            foreign = foreign_state(optimizer, shards)
+            self._compare(foreign or f"{name_of(optimizer)} has {'loaded' if optimizer.state else 'no'} state")
+            if foreign is not None:
+                raise OptimizerError(foreign)
+            mark(optimizer, shards)
 
 
 _guards: weakref.WeakKeyDictionary[nn.Module, OptimizerGuard] = weakref.WeakKeyDictionary()

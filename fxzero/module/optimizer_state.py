@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fxzero.errors import OptimizerError
-from fxzero.graph.layout import ALIGNMENT_BYTES, ParamSpec, Slice, align
-from fxzero.runtime.shards import Shards
+from fxzero.graph.layout import ALIGNMENT_BYTES, Layout, ParamSpec, Slice, align
 from fxzero.runtime.storage import storage_view
 
 
@@ -73,11 +72,13 @@ class ParamShard:
         return self.spec.shard_shape(self.part.numel)
 
 
-def param_shards(params: Mapping[str, nn.Parameter], shards: Shards) -> dict[int, ParamShard]:
+def param_shards(
+    params: Mapping[str, nn.Parameter], layout: Layout, rank: int, device: torch.device
+) -> dict[int, ParamShard]:
     """Maps the id of each Parameter object to this rank's part of it."""
     return {
-        id(params[spec.fqn]): ParamShard(spec, bucket.slice_of(spec, shards.rank), shards.device)
-        for bucket in shards.layout.buckets
+        id(params[spec.fqn]): ParamShard(spec, bucket.slice_of(spec, rank), device)
+        for bucket in layout.buckets
         for spec in bucket.params
     }
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from fxzero import torch_internals
 from fxzero.errors import FxzeroError, InputMismatchError
+from fxzero.module.parts import forget_parts
 from fxzero.module.wrappers import allow_wrappers, refuse_wrappers
 
 _TAKEN = "_fxzero_taken"
@@ -101,6 +102,7 @@ def give_back(model: nn.Module) -> None:
     model.__dict__.update(own)
     for module in model.modules():
         del module.__dict__[torch_internals.CONVERSION]
+    forget_parts(model)
 
 
 def refuse_conversion(module: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor]) -> None:

@@ -3,7 +3,8 @@
 A tied parameter is one entry with several slots; a tensor that is put into the entry is in all of them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -65,6 +66,30 @@ def entries(model: nn.Module) -> list[Entry]:
                     entry = found.setdefault(id(tensor), Entry(tensor, is_param))
                     entry.slots.append(Slot(module, table, name, join(path, name)))
     return list(found.values())
+
+
+@contextmanager
+def standing_in(model: nn.Module, tensors: Mapping[str, Tensor]) -> Generator[None]:
+    """Let other tensors stand where the model holds those of these canonical names, inside of the block.
+
+    In the place of a parameter stands a Parameter that shares memory with the tensor.
+    """
+    held = [entry for entry in entries(model) if entry.fqn in tensors]
+    try:
+        for entry in held:
+            entry.put(_as_registered(entry, tensors[entry.fqn]))
+        yield
+    finally:
+        for entry in held:
+            entry.put(entry.tensor)
+
+
+def _as_registered(entry: Entry, tensor: Tensor) -> Tensor:
+    if not entry.is_param:
+        return tensor
+    param = nn.Parameter(tensor, requires_grad=entry.tensor.requires_grad)
+    vars(param).update(vars(entry.tensor))
+    return param
 
 
 def plain_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fxzero import torch_internals
 from fxzero.comm import agree
@@ -61,6 +61,8 @@ class ShardedModel:
     def __post_init__(self) -> None:
         self.params: dict[str, nn.Parameter] = dict(self.model.named_parameters())
         self.param_list = list(self.params.values())
+        self.ids = frozenset(map(id, self.param_list))
+        """Ids of the Parameter objects."""
         self.specs: dict[str, ParamSpec] = {fqn: spec_of(fqn, param) for fqn, param in self.params.items()}
         check_storage(self.params)
         self.shards: Shards | None = None
@@ -122,6 +124,10 @@ class ShardedModel:
             )
         return buffers  # type: ignore[return-value]
 
+    def fqn_of(self, param: Tensor) -> str:
+        """The canonical name of a parameter."""
+        return next(fqn for fqn, own in self.params.items() if own is param)
+
     def has_meta_params(self) -> bool:
         """True if some parameter has no values yet."""
         return any(param.is_meta for param in self.param_list)
@@ -157,7 +163,8 @@ class ShardedModel:
 
     def held_shards(self) -> dict[int, ParamShard]:
         """Maps the id of each Parameter object to this rank's part of it; empty before the layout is fixed."""
-        return {} if self.shards is None else param_shards(self.params, self.shards)
+        shards = self.shards
+        return {} if shards is None else param_shards(self.params, shards.layout, shards.rank, shards.device)
 
     def hold(self, shards: Shards) -> None:
         """Take in the shards that the parameters have become."""

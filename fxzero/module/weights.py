@@ -11,7 +11,7 @@ from fxzero import torch_internals
 from fxzero.comm import agree
 from fxzero.errors import CheckpointError
 from fxzero.module.first_fill import fix_layout_without_trace
-from fxzero.module.registered_tensors import join
+from fxzero.module.registered_tensors import entries, join, standing_in
 from fxzero.module.replaced_data import in_shards
 from fxzero.module.sharded_model import ShardedModel
 from fxzero.planning.agreed_text import describe_options, describe_params
@@ -48,24 +48,39 @@ def state_dict(
 
     See `ZeroModule.state_dict`.
     """
-    keep = sharded.comm.is_rank0 or not rank0_only
     full = _full_copies(sharded, rank0_only=rank0_only)
-    names = {id(param): fqn for fqn, param in sharded.params.items()}
-    local = nn.Module.state_dict(sharded.model, prefix=prefix, keep_vars=True)
-    result: dict[str, Any] = OrderedDict() if destination is None else destination
     with sharded.phases.phase("state_dict"):
         sharded.comm.meet()
-        for name, value in local.items():
-            if id(value) in names:
-                copy = full.get(names[id(value)])
-            else:
-                copy = value.detach().clone() if isinstance(value, torch.Tensor) else value
-                if isinstance(copy, torch.Tensor) and not rank0_only and _has_rank0(sharded):
-                    sharded.comm.broadcast_from_rank0(copy)
-            if keep:
-                result[name] = copy
-    torch_internals.add_metadata(result, local)
+        full |= _buffer_copies(sharded, rank0_only=rank0_only)
+    result: dict[str, Any] = OrderedDict() if destination is None else destination
+    if sharded.comm.is_rank0 or not rank0_only:
+        with standing_in(sharded.model, full):
+            own = type(sharded.model).state_dict
+            local = own(sharded.model, **({"prefix": prefix} if prefix else {}))
+        copies = {copy.untyped_storage().data_ptr(): copy for copy in full.values()}
+        result.update({name: _the_copy(value, copies) for name, value in local.items()})
+        torch_internals.add_metadata(result, local)
     return result
+
+
+def _the_copy(value: Any, copies: Mapping[int, torch.Tensor]) -> Any:
+    """The copy that a value is a view of, so that tied parameters share one tensor; the value itself if it is not."""
+    copy = copies.get(value.untyped_storage().data_ptr()) if isinstance(value, torch.Tensor) else None
+    if copy is not None and (copy.shape, copy.dtype, copy.stride()) == (value.shape, value.dtype, value.stride()):
+        return copy
+    return value
+
+
+def _buffer_copies(sharded: ShardedModel, *, rank0_only: bool) -> dict[str, torch.Tensor]:
+    """Copies of the buffers that state dicts have, by canonical name: those of rank 0, unless `rank0_only`."""
+    copies: dict[str, torch.Tensor] = {}
+    for entry in entries(sharded.model):
+        slot = entry.slots[0]
+        if not entry.is_param and torch_internals.is_persistent(slot.module, slot.name):
+            copies[entry.fqn] = copy = entry.tensor.detach().clone()
+            if not rank0_only and _has_rank0(sharded):
+                sharded.comm.broadcast_from_rank0(copy)
+    return copies
 
 
 def _has_rank0(sharded: ShardedModel) -> bool:
@@ -122,8 +137,13 @@ def load_state_dict(sharded: ShardedModel, state: Mapping[str, Any], *, strict: 
 def _names(sharded: ShardedModel) -> dict[str, str]:
     """Maps every name of a tensor in a state dict to the canonical name of its parameter or buffer."""
     canonical = {id(tensor): fqn for fqn, tensor in [*sharded.params.items(), *sharded.model.named_buffers()]}
-    local = nn.Module.state_dict(sharded.model, keep_vars=True)
-    return {name: canonical[id(value)] for name, value in local.items() if id(value) in canonical}
+    names: dict[str, str] = {}
+    for path, module in sharded.model.named_modules(remove_duplicate=False):
+        params, buffers = torch_internals.tensor_tables(module)
+        saved = {name: value for name, value in buffers.items() if torch_internals.is_persistent(module, name)}
+        table = {**params, **saved}
+        names |= {join(path, name): canonical[id(value)] for name, value in table.items() if value is not None}
+    return names
 
 
 def _extra_states(sharded: ShardedModel) -> dict[str, nn.Module]:

@@ -24,13 +24,15 @@ def clip_each_grad_norm_(
     """
     gradients, norm_type = checked(gradients, norm_type)
     segments = gradients.settle()
-    total = 0.0
+    if not segments:
+        return torch.zeros(())
+    total, is_sum = 0.0, norm_type != math.inf
     for grad in gradients.each:
         norm = torch.linalg.vector_norm(grad, norm_type, dtype=torch.float64).item() if grad.numel() else 0.0
-        total = total + norm**2 if norm_type == 2.0 else _larger(total, norm)
+        total = total + norm**norm_type if is_sum else _larger(total, norm)
     over_ranks = torch.tensor(total, dtype=torch.float64, device=segments[0].device)
-    comm.all_reduce(over_ranks, "sum" if norm_type == 2.0 else "max")
-    total = over_ranks.item() ** (0.5 if norm_type == 2.0 else 1.0)
+    comm.all_reduce(over_ranks, "sum" if is_sum else "max")
+    total = over_ranks.item() ** (1 / norm_type if is_sum else 1.0)
     if error_if_nonfinite and not math.isfinite(total):
         raise not_finite(norm_type)
     scale = max_norm / (total + 1e-6)

@@ -19,15 +19,20 @@ def clip_grad_norm_(
     """See ZeroModule.clip_grad_norm_. Padding is zero, so a norm over whole segments is that of the gradients."""
     gradients, norm_type = checked(gradients, norm_type)
     segments = gradients.settle()
+    if not segments:  # no parameter is trained
+        return torch.zeros(())
     norms = [_norm(segment, norm_type) for segment in segments]
-    local = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), norm_type)
-    if norm_type == 2.0:
-        total = local.square_()
+    total = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), norm_type)
+    if norm_type == math.inf:
+        comm.all_reduce(total, "max")
+    elif norm_type == 2.0:
+        total.square_()
         comm.all_reduce(total, "sum")
         total.sqrt_()
     else:
-        total = local
-        comm.all_reduce(total, "max")
+        total.pow_(norm_type)
+        comm.all_reduce(total, "sum")
+        total.pow_(1 / norm_type)
     if error_if_nonfinite and not bool(torch.isfinite(total)):
         raise not_finite(norm_type)
     scale = (max_norm / (total + 1e-6)).clamp_(max=1.0)
@@ -39,11 +44,11 @@ def clip_grad_norm_(
 def checked(gradients: Gradients | None, norm_type: float) -> tuple[Gradients, float]:
     """Refuse what cannot be clipped."""
     norm_type = float(norm_type)
-    if norm_type not in (2.0, math.inf):
-        raise ValueError(f"norm_type is {norm_type}; it must be 2.0 or inf")
+    if not norm_type > 0.0:
+        raise ValueError(f"norm_type is {norm_type}; it must be positive, 2.0, 1.0 or inf say")
     if gradients is not None:
         gradients.check_reduced()
-    if gradients is None or not gradients.are_there:
+    if gradients is None or not (gradients.are_there or gradients.are_all_frozen):
         raise PlanError("There are no gradients before the first backward. Call the module and backward first.")
     return gradients, norm_type
 

@@ -51,6 +51,11 @@ class Gradients:
         return torch_internals.num_changes(self._views.values())
 
     @property
+    def are_all_frozen(self) -> bool:
+        """True if no parameter is trained, so that there never are gradients."""
+        return not any(param.requires_grad for param in self._params.values())
+
+    @property
     def are_held(self) -> bool:
         """True while no_sync() holds gradients."""
         return bool(self._held)

@@ -20,7 +20,7 @@ def without(request: pytest.FixtureRequest) -> Without:
     return request.param
 
 
-@pytest.mark.parametrize("norm_type", [2, 2.0, float("inf")])
+@pytest.mark.parametrize("norm_type", [2, 2.0, 1, 3.5, float("inf")])
 def test_clipping_is_that_of_torch(norm_type: float, without: Without) -> None:
     zero, plain = pair(without=without)
     _backward(zero, plain)
@@ -59,14 +59,22 @@ def test_clipping_refuses_what_it_cannot_do(without: Without) -> None:
     with pytest.raises(PlanError, match="no gradients before the first backward"):
         zero.clip_grad_norm_(1.0)
     zero(points()).loss.backward()
-    with pytest.raises(ValueError, match=r"norm_type is 1.0; it must be 2.0 or inf"):
-        zero.clip_grad_norm_(1.0, 1)
+    with pytest.raises(ValueError, match=r"norm_type is 0.0; it must be positive"):
+        zero.clip_grad_norm_(1.0, 0)
     zero.head.bias.grad[0] = float("nan")
     for norm_type in (2.0, float("inf")):
         with pytest.raises(RuntimeError, match="not finite"):
             zero.clip_grad_norm_(1.0, norm_type, error_if_nonfinite=True)
     assert zero.clip_grad_norm_(1.0, float("inf")).isnan()
     assert zero.clip_grad_norm_(1.0).isnan()
+
+
+def test_the_norm_of_a_frozen_model_is_zero(without: Without) -> None:
+    zero, _ = pair(without=without)
+    zero.requires_grad_(False)
+    x = points().requires_grad_()
+    zero(x).loss.backward()
+    assert zero.clip_grad_norm_(1.0) == 0.0
 
 
 def test_gradients_below_the_norm_stay_as_they_are(without: Without) -> None:
