@@ -43,10 +43,11 @@ def launch(nproc: int, arguments: list[str]) -> int:
             elastic_launch(config, sys.executable)("-m", "fxzero", *arguments)
         except ChildFailedError as error:
             rank, first = error.get_first_failure()
-            if first.exitcode != ERROR_STATUS:
-                how = f"was killed by signal {-first.exitcode}" if first.exitcode < 0 else "failed"
+            code = first.exitcode if first.exitcode >= 0 else 128 - first.exitcode
+            if code != ERROR_STATUS:
+                how = f"was ended by signal {code - 128}" if code > 128 else "failed"
                 print(f"fxzero {arguments[0]}: rank {rank} {how}; the others were stopped.", file=sys.stderr)
-            return max(1, first.exitcode)
+            return code
         except SignalException as error:
             return 128 + error.sigval
     return 0
