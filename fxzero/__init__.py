@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         RankMismatchError,
         ScheduleError,
         StaleBackwardError,
+        StepLeftOutError,
     )
     from fxzero.host.allocator import keep_freed_memory
 
@@ -46,6 +47,7 @@ __all__ = [
     "Schedule",
     "ScheduleError",
     "StaleBackwardError",
+    "StepLeftOutError",
     "ZeroModule",
     "compile",
     "keep_freed_memory",

@@ -28,6 +28,8 @@ from fxzero.module.engine import Engine
 from fxzero.module.first_fill import fix_layout_without_trace
 from fxzero.module.optimizer_classes import check_optimizer
 from fxzero.module.optimizer_guard import OptimizerGuard
+from fxzero.module.step_together import step_together
+from fxzero.module.wrappers import refuse_wrappers
 from fxzero.options import Options, Without, check_mesh, choose_device, choose_group, choose_recipe
 from fxzero.planner import as_arguments
 from fxzero.planning.schedule import Schedule
@@ -63,7 +65,7 @@ def compile(
 ) -> ZeroModule:
     """Take a model over and train it by ZeRO stage 3 on a schedule that is written before it runs.
 
-    Each parameter becomes this rank's shard, a 1-D slice of it, and the full storages are freed. The Parameter objects
+    Each parameter becomes this rank's shard, a slice `[n, 1, ...]`, and the full storages are freed. Parameter objects
     stay the same, so that an optimizer built before, or afterwards from `zero.parameters()`, steps the shards.
 
     Args:
@@ -162,7 +164,8 @@ def _prepare(zero: ZeroModule, example: Any) -> None:
     """Trace, plan and shard now; give the model back to the user if that fails."""
     engine = zero._fxzero_engine
     try:
-        engine.prepare(as_arguments(example))
+        with engine.sharded.phases.phase("compile"):
+            engine.prepare(as_arguments(example))
     except BaseException:
         if engine.sharded.shards is None:  # the parameters are what they were
             ownership.give_back(engine.sharded.model)
@@ -201,9 +204,12 @@ class ZeroModule(nn.Module):
             self,
             engine.sharded.held_shards,
             elementwise_optimizer=elementwise_optimizer,
+            on_begin=engine.before_optimizer,
             on_step=engine.after_optimizer,
+            before_own_step=engine.sharded.phases.before_step,
         )
         ownership.take_over(model)
+        refuse_wrappers(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model; the first call of each kind (shapes, train or eval, ...) traces and plans it.
@@ -273,8 +279,37 @@ class ZeroModule(nn.Module):
         finally:
             engine.synchronize = before
 
+    @contextmanager
+    def step_together(self) -> Generator[None]:
+        """A step that all ranks take, or none: put forward, backward and the optimizer's step inside.
+
+            for batch in loader:
+                try:
+                    with zero.step_together():
+                        zero(**batch).loss.backward()
+                        optimizer.step()
+                except (BadBatch, fxzero.StepLeftOutError) as error:
+                    log.warning("left out: %s", error)
+                optimizer.zero_grad()
+
+        Where a rank raises inside, its error leaves the block there, and a StepLeftOutError, which has the rank, the
+        error and the line, leaves it on all other ranks within seconds. Parameters, optimizers and their state are as
+        before the step; gradients, also those of earlier micro-batches, are dropped on all ranks; buffers may have
+        changed. All ranks can go on with their next batch. The optimizer's step waits until all ranks have come to it,
+        which costs a message to each; an error behind it makes the others leave out their next batch. The messages use
+        connections of their own, so that the process group stays usable. Needs gloo, or a single rank.
+
+        Raises:
+            StepLeftOutError: another rank has failed in this step.
+            CommunicationError: a rank has ended, or failed inside of its optimizer's step.
+            RankMismatchError: ranks do different things, or have taken different numbers of steps.
+        """
+        sharded = self._fxzero_engine.sharded
+        with step_together(sharded.comm.phases, sharded.group, sharded.timeout):
+            yield
+
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset all gradients, also the unsharded ones of `no_sync()`, of which an optimizer knows nothing."""
+        """Reset all gradients, also those that `no_sync()` holds, as an optimizer's `zero_grad()` does for its own."""
         super().zero_grad(set_to_none)
         if (gradients := self._fxzero_engine.sharded.gradients) is not None:
             gradients.drop_held()
@@ -302,7 +337,8 @@ class ZeroModule(nn.Module):
         """
         engine = self._fxzero_engine
         sharded = engine.sharded
-        return engine.clip_grad_norm(sharded.gradients, sharded.comm, max_norm, norm_type, error_if_nonfinite)
+        with sharded.phases.phase("clip_grad_norm_"):
+            return engine.clip_grad_norm(sharded.gradients, sharded.comm, max_norm, norm_type, error_if_nonfinite)
 
     # -- weights -------------------------------------------------------------------------------------------------
 
@@ -362,8 +398,10 @@ class ZeroModule(nn.Module):
             `(name, tensor)`; the tensor has the full shape, and is None on other ranks if `rank0_only`. It is a view of
             memory that the next bucket overwrites: copy a tensor that you keep.
         """
-        fix_layout_without_trace(self._fxzero_engine.sharded)
-        return weights.full_params(self._fxzero_engine.sharded, rank0_only=rank0_only)
+        sharded = self._fxzero_engine.sharded
+        with sharded.phases.phase("iter_full_params"):
+            fix_layout_without_trace(sharded)
+        return weights.full_params(sharded, rank0_only=rank0_only)
 
     # -- the schedule --------------------------------------------------------------------------------------------
 

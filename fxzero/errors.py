@@ -52,6 +52,13 @@ class CommunicationError(FxzeroError):
     """
 
 
+class StepLeftOutError(FxzeroError):
+    """Another rank failed in a step that all ranks take or none (`step_together`); the message has its error.
+
+    Cure: go on with the next batch, as that rank can.
+    """
+
+
 class OptimizerError(FxzeroError, ValueError):
     """The optimizer cannot step shards: it is not element-wise, or its state does not fit them.
 

@@ -8,6 +8,7 @@ finds private symbols in other modules.
 import contextlib
 import functools
 import re
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, cast
@@ -17,7 +18,8 @@ import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import fx, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
-from torch.distributed.distributed_c10d import Store
+from torch.distributed._composable.contract import REGISTRY_KEY
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.fx._lazy_graph_module import _use_lazy_graph_module  # pyright: ignore[reportPrivateUsage]
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.node import map_arg
@@ -56,6 +58,16 @@ def default_store() -> Store:
     return dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
 
 
+def gloo_connections(group: dist.ProcessGroup, name: str) -> dist.ProcessGroup:
+    """New connections between the ranks of a gloo group, which torch knows nothing of; a collective.
+
+    `ProcessGroup._get_backend`, `options._timeout`: 2.11 to 2.13.
+    """
+    timeout = cast(Any, group)._get_backend(torch.device("cpu")).options._timeout
+    store = PrefixStore(f"{name}/{group.group_name}", default_store())
+    return cast(Any, dist).ProcessGroupGloo(store, group.rank(), group.size(), timeout)
+
+
 COLLECTIVE_NAMESPACES = ("_c10d_functional", "_c10d_functional_autograd", "_dtensor")
 """Where torch registers the collectives that models which are traced may call: 2.11 to 2.13."""
 
@@ -76,6 +88,40 @@ TRACER_FILES = re.compile(
 def fake_tensor_mode() -> Any:
     """A mode whose new tensors have no memory, and which also takes real tensors. `FakeTensorMode`: 2.11 to 2.13."""
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def symbolic_fake_mode() -> tuple[Any, Any]:
+    """An environment of symbolic numbers, and a fake mode for it whose shapes stay numbers. 2.11 to 2.13."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # takes seconds to import
+
+    environment = ShapeEnv()
+    return environment, FakeTensorMode(shape_env=environment, allow_non_fake_inputs=True, static_shapes=True)
+
+
+def symbolic_number(environment: Any, value: int | float, name: str) -> Any:
+    """A SymInt or SymFloat that stands for a number. `torch._dynamo.source.ConstantSource`: 2.11 to 2.13."""
+    from torch._dynamo.source import ConstantSource  # takes seconds to import
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+    source = ConstantSource(name)
+    symbol = environment.create_unspecified_symbol(value, source=source, dynamic_dim=DimDynamic.DYNAMIC)
+    create = environment.create_symfloatnode if isinstance(value, float) else environment.create_symintnode
+    return create(symbol, hint=value, source=source)
+
+
+def symbol_of(number: Any) -> Any:
+    """The sympy symbol of a symbolic number. `SymNode._expr`: 2.11 to 2.13."""
+    return number.node._expr
+
+
+def is_symbolic(value: Any) -> bool:
+    """True for a symbolic number."""
+    return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def has_symbolic_shape(value: Any) -> bool:
+    """True for a tensor whose shape or strides have a symbolic number."""
+    return isinstance(value, torch.Tensor) and any(map(is_symbolic, (*value.shape, *value.stride())))
 
 
 @contextlib.contextmanager
@@ -281,6 +327,10 @@ def copy_all(into: Sequence[torch.Tensor], source: Sequence[torch.Tensor]) -> No
 
 # -- modules -------------------------------------------------------------------------------------------------------
 
+COMPOSED = REGISTRY_KEY
+"""Attribute in which a module keeps the names of the composable parallelisms that were applied to it.
+
+`torch.distributed._composable.contract`: 2.11 to 2.13."""
 CONVERSION = "_apply"
 """Name of the method behind `Module.to`, `half`, `cuda` and the like, which they also call on submodules: 2.11 to 2.13.
 
@@ -339,9 +389,13 @@ def load_hooks(module: nn.Module) -> list[Callable[..., object]]:
 
 
 def forget_flat_weights(module: nn.Module) -> None:
-    """Drop the weak references of an RNN to its weights; it rebuilds them. `_flat_weight_refs`: 2.11 to 2.13."""
+    """Let the weak references of an RNN to its weights be dead ones, so that its next call makes them anew.
+
+    `_flat_weight_refs`, as many as `_flat_weights_names`: 2.11 to 2.13.
+    """
     if isinstance(module, nn.RNNBase):
-        module._flat_weight_refs = []  # pyright: ignore[reportPrivateUsage]
+        rnn = cast(Any, module)
+        rnn._flat_weight_refs = [weakref.ref(nn.Identity()) for _ in rnn._flat_weights_names]
 
 
 def incompatible_keys(missing: list[str], unexpected: list[str]) -> Any:
@@ -397,3 +451,45 @@ def in_function_transform() -> bool:
 def runs_in_this_backward(node: Any) -> bool:
     """True if the running backward will execute a node of its graph. `_will_engine_execute_node`: 2.11 to 2.13."""
     return torch._C._will_engine_execute_node(node)  # pyright: ignore[reportPrivateUsage]
+
+
+# -- Python state of modules ---------------------------------------------------------------------------------------
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Attributes in which a module holds its hooks: 2.11 to 2.13."""
+MODULE_ATTRIBUTES = frozenset(
+    {*_HOOKS, *TENSOR_TABLES, MODULE_TABLE, "_forward_hooks_with_kwargs", "_forward_hooks_always_called"}
+    | {"_forward_pre_hooks_with_kwargs", "_is_full_backward_hook", "_non_persistent_buffers_set", "_state_dict_hooks"}
+    | {"_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_compiled_call_impl"}
+)
+"""Attributes that every module has for torch's own use: 2.11 to 2.13."""
+
+
+def registered(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    """The tables in which `Module.__getattr__` looks: 2.11 to 2.13."""
+    return tuple(vars(module).get(table, {}) for table in (*TENSOR_TABLES, MODULE_TABLE))
+
+
+def children_of(module: nn.Module) -> dict[str, Any]:
+    """The table of a module's own submodules. `Module._modules`: 2.11 to 2.13."""
+    return vars(module)[MODULE_TABLE]
+
+
+def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """The tables of a module's forward and backward hooks: 2.11 to 2.13."""
+    return tuple(vars(module)[table] for table in _HOOKS)
+
+
+def forward_hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """The tables of a module's hooks before and after its forward: 2.11 to 2.13."""
+    return vars(module)[_HOOKS[1]], vars(module)[_HOOKS[0]]
+
+
+def global_hooks() -> tuple[dict[int, Any], ...]:
+    """The tables of hooks that run for every module. `torch.nn.modules.module._global_*_hooks`: 2.11 to 2.13."""
+    return tuple(getattr(nn.modules.module, f"_global{table}") for table in _HOOKS)
+
+
+def buffer_tables(module: nn.Module) -> tuple[Any, Any]:
+    """The table of a module's own buffers, and the names of those that a state dict leaves out: 2.11 to 2.13."""
+    return vars(module)[TENSOR_TABLES[1]], vars(module)["_non_persistent_buffers_set"]

@@ -10,6 +10,7 @@ from fxzero.graph.recipe import Recipe
 from fxzero.graph.step import Pass
 from fxzero.passes.bucket_all_gathers import BucketAllGathers
 from fxzero.passes.bucket_reduce_scatters import BucketReduceScatters
+from fxzero.passes.complete_collectives import CompleteCollectives
 from fxzero.passes.gathers_first import GathersFirst
 from fxzero.passes.insert_all_gathers import InsertAllGathers
 from fxzero.passes.insert_reduce_scatters import InsertReduceScatters
@@ -28,7 +29,8 @@ from fxzero.passes.write_grads_in_place import WriteGradsInPlace
 def inserting_passes(recipe: Recipe) -> tuple[Pass, ...]:
     """The first of the default passes: those that write one collective for each parameter and use."""
     recompute = RecomputeActivations(recipe.recompute, recipe.recompute_level)
-    return RematerializeViews(), recompute, InsertAllGathers(), InsertReduceScatters()
+    inserting = (RematerializeViews(), recompute, InsertAllGathers(), InsertReduceScatters())
+    return (*inserting, CompleteCollectives(recipe.needs)) if recipe.needs else inserting
 
 
 class DefaultPasses(tuple[Pass, ...]):
@@ -83,6 +85,7 @@ def default_passes(recipe: Recipe | None = None, /, **changes: Any) -> DefaultPa
 __all__ = [
     "BucketAllGathers",
     "BucketReduceScatters",
+    "CompleteCollectives",
     "DefaultPasses",
     "GathersFirst",
     "InsertAllGathers",

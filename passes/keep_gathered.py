@@ -1,6 +1,5 @@
 """Keep gathered buckets from forward until backward, where memory allows, instead of gathering them again."""
 
-import itertools
 import operator
 from dataclasses import dataclass
 
@@ -32,7 +31,7 @@ class KeepGathered:
     buckets: tuple[tuple[str, ...], ...] | None = None
     """Buckets to keep. None leaves the choice to `max_kept_bytes`."""
     resident: tuple[tuple[str, ...], ...] = ()
-    """Buckets that stay gathered even longer, until the shards change."""
+    """Buckets that stay gathered even longer, until the shards change; backward reads these too."""
 
     def __post_init__(self) -> None:
         if self.max_kept_bytes is not None and self.max_kept_bytes < 0:
@@ -52,8 +51,9 @@ class KeepGathered:
             stays = [members(start) in self.buckets for start in again]
         else:
             stays = kept_from_forward([step.payload_of(start).nbytes for start in again], self.max_kept_bytes)
-        for start in itertools.compress(again, stays):
-            self._keep(step, forward[members(start)], start)
+        for start, stay in zip(again, stays, strict=True):
+            if stay or members(start) in self.resident:
+                self._keep(step, forward[members(start)], start)
 
     def _keep(self, step: StepGraph, kept: fx.Node, again: fx.Node) -> None:
         """Let the readers of a second gather read the first, and drop the second."""

@@ -8,8 +8,9 @@ fake_tensors.py swaps the module's tensors; temporaries.py and functional.py rem
 makes the StepGraph; failures.py explains why a model cannot be traced.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from fxzero.capture.call import flatten_call
 from fxzero.capture.failures import check_arguments, explain
 from fxzero.capture.functional import functionalize
 from fxzero.capture.joint import Tracing, no_autocast
+from fxzero.capture.numbers import NO_NUMBERS, NumberSlot, PinnedNumberError, StandIns, take_out
 from fxzero.capture.outputs import OutputSpec
+from fxzero.capture.state import PythonState, state_of
 from fxzero.capture.temporaries import make_temporaries_functional
 from fxzero.graph.layout import ParamSpec
 from fxzero.graph.sharding import Sharding
@@ -40,6 +43,8 @@ class Captured:
     """Indices into `step.model_outputs` of outputs that require grad in eager."""
     differentiated: tuple[int, ...]
     """Indices of differentiable outputs that have a tangent, in the order of the TANGENT placeholders."""
+    state: PythonState
+    """The Python state that the step was traced for."""
 
 
 def capture(
@@ -53,6 +58,7 @@ def capture(
     sharding: Sharding,
     with_backward: bool,
     differentiated: tuple[int, ...] | None = None,
+    numbers: Sequence[NumberSlot] = (),
 ) -> Captured:
     """Trace one call of a module.
 
@@ -66,26 +72,38 @@ def capture(
         with_backward: False for a step under `torch.no_grad()`.
         differentiated: indices of the outputs that get a tangent. None: the output named `loss`, else the only scalar,
             else all.
+        numbers: slots of the Python state whose numbers become inputs of the graph.
 
     Raises:
+        PinnedNumberError: the trace needs one of these numbers itself.
         CaptureError: the model cannot be traced; the message says where, and what to change.
         InputMismatchError: the arguments do not fit `forward`.
     """
     check_arguments(forward, args, kwargs)
     inputs, spec = flatten_call(args, kwargs)
-    tracing = Tracing(
-        module, forward, args, kwargs, inputs, spec.tensor_paths, params, device, with_backward, differentiated
-    )
+    make = partial(Tracing, module, forward, args, kwargs, inputs, spec, params, device, with_backward, differentiated)
+    tracing = make(StandIns(numbers) if numbers else None)
     try:
         root = tracing.run()
+        if tracing.before.has_new_structure:  # hooks or submodules that the first forward adds
+            tracing = make(tracing.stand_ins)
+            root = tracing.run()
+        reads = list(tracing.reads.found.values())
+        tensors = tracing.read_as_inputs(root, reads)
         make_temporaries_functional(root.graph)
         with no_autocast(device):
             root = functionalize(root)
+        joint, stand_ins = tracing.joint, tracing.stand_ins
+        computed = NO_NUMBERS if stand_ins is None else take_out(root, stand_ins, joint.num_numbers)
+    except PinnedNumberError:
+        raise
     except Exception as error:
+        if numbers:
+            raise PinnedNumberError(str(error)) from error
         explained = explain(error)
         if explained is None:
             raise
         raise explained from error
-    joint = tracing.joint
+    state = state_of(module, reads, tensors, computed, joint.writes, joint.observers, joint.num_returned)
     step = assemble(root, joint, module, params, sharding)
-    return Captured(step, joint.output, joint.differentiable, joint.differentiated)
+    return Captured(step, joint.output, joint.differentiable, joint.differentiated, state)

@@ -43,6 +43,20 @@ class PlainLeaf(NamedTuple):
     type: type
     value: Hashable
 
+    @property
+    def is_input(self) -> bool:
+        """True for a number that is an input of the graph, whatever its value is."""
+        return self.value is ANY_NUMBER
+
+    @property
+    def number(self) -> int | float:
+        """The value of an int or a float."""
+        return float.fromhex(cast(str, self.value)) if self.type is float else cast(int, self.value)
+
+
+ANY_NUMBER = enum.Enum("AnyNumber", ["ANY"])["ANY"]
+"""Stands for the value of a number that is an input of the graph."""
+
 
 @dataclass(frozen=True)
 class CallSpec:
@@ -141,6 +155,22 @@ def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list
             raise InputMismatchError(f"{tree.paths[index]} is a {type(flat[index]).__qualname__}. {_CURE}")
     tensors = [value for value in flat if isinstance(value, Tensor)]
     return tensors, CallSpec(structure, tuple(filter(None, leaves)))
+
+
+def replace_numbers(
+    spec: CallSpec, args: tuple[Any, ...], kwargs: Mapping[str, Any], numbers: Mapping[int, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with other numbers.
+
+    Args:
+        spec: of the call.
+        numbers: by the index of their leaf.
+    """
+    if isinstance(spec.structure, _Tree):
+        flat, treespec = tree_flatten((args, dict(kwargs)))
+        return tree_unflatten([numbers.get(index, leaf) for index, leaf in enumerate(flat)], treespec)
+    flat = [numbers.get(index, value) for index, value in enumerate((*args, *kwargs.values()))]
+    return tuple(flat[: len(args)]), dict(zip(kwargs, flat[len(args) :], strict=True))
 
 
 def replace_tensors(

@@ -1,11 +1,10 @@
 """Replace a module's parameters and buffers by fake tensors for a trace, and restore them afterwards.
 
-If the module's code binds a buffer to another tensor, `FakeState.rebound` has it. If the code keeps a tensor in a plain
-attribute, the trace fails, because no later step would update the attribute.
+If the module's code binds a buffer to another tensor, `FakeState.rebound` has it.
 """
 
 import contextlib
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,76 +64,3 @@ def _check_rebound(name: str, before: Tensor, now: Any, is_param: bool) -> None:
             f"The forward turns buffer {name} from {before.dtype}{list(before.shape)} on {before.device} into {text}. "
             "A buffer keeps its shape, dtype and device. Register it with its largest shape and write into it."
         )
-
-
-@contextlib.contextmanager
-def unchanged_attributes(module: nn.Module) -> Generator[None]:
-    """Restore attributes of the module that got a tensor inside the block, and refuse such code.
-
-    Raises:
-        CaptureError: an attribute, or a list, dict or set in one, holds a tensor that it did not hold before.
-    """
-    before = [(name, owner, dict(vars(owner)), _contents(owner)) for name, owner in module.named_modules()]
-    found: list[tuple[str, str]] = []
-    try:
-        yield
-    finally:
-        for name, owner, attributes, contents in before:
-            found.extend((name, key) for key in _restore(owner, attributes, contents))
-    if found:
-        name, key = found[0]
-        where = f"{name}.{key}".removeprefix(".")
-        raise CaptureError(
-            f"The forward keeps a tensor in attribute '{key}' of module '{name}' ({type(module).__name__}: {where}). "
-            "Only buffers are updated by a compiled step. Return the tensor from forward, or make it a buffer: "
-            f"register_buffer('{key}', ...) in __init__ and self.{key}.copy_(...) in forward."
-        )
-
-
-def _contents(owner: nn.Module) -> dict[str, Any]:
-    """Shallow copies of the containers among a module's attributes."""
-    return {key: value.copy() for key, value in vars(owner).items() if isinstance(value, (list, dict, set))}
-
-
-def _restore(owner: nn.Module, attributes: dict[str, Any], contents: dict[str, Any]) -> list[str]:
-    """Undo changes of attributes that hold traced tensors; returns the names of these attributes."""
-    changed: list[str] = []
-    now = vars(owner)
-    if isinstance(owner, nn.RNNBase):
-        now.update({key: attributes[key] for key in torch_internals.RNN_CACHES if key in attributes})
-    for key in [key for key, value in now.items() if value is not attributes.get(key) and _holds_tensor(value)]:
-        changed.append(key)
-        if key in attributes:
-            now[key] = attributes[key]
-        else:
-            del now[key]
-    for key, content in contents.items():
-        container: Any = now.get(key)
-        if container is attributes[key] and _holds_new_tensor(container, content):
-            changed.append(_entry(key, container, content))
-            container.clear()
-            (container.extend if isinstance(container, list) else container.update)(content)
-    return changed
-
-
-def _entry(key: str, container: Any, content: Any) -> str:
-    """The name of a changed attribute; in a table of nn.Module's own, the name of the new entry."""
-    if key in torch_internals.TENSOR_TABLES and isinstance(container, Mapping):
-        return next(name for name in container if name not in content)
-    return key
-
-
-def _values(container: Any) -> Any:
-    return container.values() if isinstance(container, dict) else container
-
-
-def _holds_new_tensor(container: Any, content: Any) -> bool:
-    known = {id(value) for value in _values(content)}
-    return any(id(value) not in known and _holds_tensor(value) for value in _values(container))
-
-
-def _holds_tensor(value: Any, depth: int = 2) -> bool:
-    """True for a tensor, and for a container with a tensor at most `depth` levels deep."""
-    if depth == 0 or not isinstance(value, (list, tuple, dict, set)):
-        return isinstance(value, Tensor)
-    return any(_holds_tensor(item, depth - 1) for item in _values(value))

@@ -21,7 +21,8 @@ def functionalize(root: fx.GraphModule) -> fx.GraphModule:
     if not any(is_in_place(node) for node in root.graph.nodes):
         return root
     placeholders = root.graph.find_nodes(op="placeholder")
-    inputs = [node.meta["val"].detach() for node in placeholders]
+    values = [node.meta["val"] for node in placeholders]
+    inputs: list[Any] = [value.detach() if isinstance(value, Tensor) else value for value in values]
     replay = _Replay(root)
     with torch.no_grad(), inputs[0].fake_mode if inputs else torch_internals.fake_tensor_mode():
         traced = torch_internals.trace_fx(torch.func.functionalize(replay.run, remove="mutations"), *inputs)

@@ -10,18 +10,24 @@ import contextlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
 from fxzero import torch_internals
 from fxzero.capture.batch_norm import run_declared, writes_undeclared
-from fxzero.capture.call import replace_tensors
+from fxzero.capture.call import CallSpec, replace_numbers, replace_tensors
 from fxzero.capture.draws import Draws, no_draws_of_python, numbered_draws
-from fxzero.capture.fake_tensors import FakeState, swapped_tensors, unchanged_attributes
+from fxzero.capture.fake_tensors import FakeState, swapped_tensors
+from fxzero.capture.hooks import Observer, Observers
+from fxzero.capture.numbers import StandIns
 from fxzero.capture.outputs import OutputSpec, flatten_output, loss_index
 from fxzero.capture.provenance import Recorder, autograd_nodes
+from fxzero.capture.reads import Read, Reads, Slot
+from fxzero.capture.state import tensors_read
+from fxzero.capture.writes import Before, Output, Write
 from fxzero.errors import CaptureError, InputMismatchError
 from fxzero.graph import ops
 from fxzero.graph.layout import ParamSpec
@@ -42,6 +48,12 @@ class Joint:
     """Names of parameters whose gradients are outputs."""
     input_grads: tuple[int, ...]
     """Indices of inputs whose gradients are outputs."""
+    num_returned: int
+    """The first outputs of the model are so many that it returns; the others it leaves behind in its state."""
+    writes: tuple[Write, ...]
+    observers: tuple[Observer, ...]
+    num_numbers: int
+    """Numbers that are left behind, as the first outputs of the traced graph."""
 
 
 @dataclass
@@ -53,13 +65,21 @@ class Tracing:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     inputs: Sequence[Tensor]
-    input_paths: Sequence[str]
+    spec: CallSpec
     params: Mapping[str, ParamSpec]
     device: torch.device
     with_backward: bool
     differentiated: tuple[int, ...] | None
+    stand_ins: StandIns | None = None
+    """Symbolic numbers in the place of numbers of the Python state."""
     joint: Joint = field(init=False)
     """Outputs of the graph; set by `run`."""
+
+    def __post_init__(self) -> None:
+        self._fake_mode = torch_internals.fake_tensor_mode() if self.stand_ins is None else self.stand_ins.fake_mode
+        self.before = Before(self.module)
+        self.reads = Reads(self.module, self.before.add, self.before.alive)
+        self._observers = Observers(self.reads, self.before)
 
     def run(self) -> fx.GraphModule:
         """Trace forward and backward into one graph.
@@ -68,27 +88,51 @@ class Tracing:
             CaptureError: the model keeps tensors where a compiled step would not update them.
             Exception: any error of the trace; `failures.explain` makes a CaptureError of it.
         """
-        fake = torch_internals.fake_tensor_mode()
+        fake = self._fake_mode
+        numbers = [] if self.stand_ins is None else self.stand_ins.numbers
         with fake:
             state = self._fake_state()
             inputs = [
                 _fake_like(path, tensor, self.device, tensor.requires_grad)
-                for path, tensor in zip(self.input_paths, self.inputs, strict=True)
+                for path, tensor in zip(self.spec.tensor_paths, self.inputs, strict=True)
             ]
         traced = partial(self._traced, state, torch.is_autocast_cache_enabled())
         with (
             torch.inference_mode(False),
             _own_autocast_cache(),
-            unchanged_attributes(self.module),
+            self.before.restored(),
             no_draws_of_python(),
             numbered_draws(),
             torch.autograd.set_multithreading_enabled(False),
             torch_internals.eager_checkpoints(),
             fake,
         ):
-            root = torch_internals.trace_fx(traced, [*state.params.values()], [*state.buffers.values()], inputs)
+            root = torch_internals.trace_fx(
+                traced, [*state.params.values()], [*state.buffers.values()], inputs, numbers
+            )
         _make_tangents_placeholders(root.graph)
         return root
+
+    def read_as_inputs(self, root: fx.GraphModule, reads: Sequence[Read]) -> list[tuple[dict[Any, Any], Any]]:
+        """Make placeholders of the real tensors that attributes and globals hold.
+
+        Returns:
+            The dict and the key that hold each tensor, in the order of the placeholders.
+        """
+        graph = root.graph
+        constants = {node.target: getattr(root, node.target) for node in graph.find_nodes(op="get_attr")}
+        slots = tensors_read(reads, {k: each for k, each in constants.items() if not each.requires_grad})
+        last = next(reversed(graph.find_nodes(op="placeholder")), None)
+        for index, (target, (_, key)) in enumerate(slots.items()):
+            with graph.inserting_before() if last is None else graph.inserting_after(last):
+                last = graph.placeholder(f"state_{index}")
+            with self._fake_mode:
+                last.meta = {"val": _fake_like(str(key), constants[target], self.device)}
+            last.meta[META_KEY] = NodeInfo(Role.STATE, str(key))
+            for node in graph.find_nodes(op="get_attr", target=target):
+                node.replace_all_uses_with(last)
+                graph.erase_node(node)
+        return list(slots.values())
 
     def _fake_state(self) -> FakeState:
         """Fake parameters and buffers; to be called under the fake mode."""
@@ -100,7 +144,13 @@ class Tracing:
         return FakeState(params, buffers)
 
     def _traced(
-        self, state: FakeState, caches_casts: bool, params: list[Tensor], buffers: list[Tensor], inputs: list[Tensor]
+        self,
+        state: FakeState,
+        caches_casts: bool,
+        params: list[Tensor],
+        buffers: list[Tensor],
+        inputs: list[Tensor],
+        numbers: list[Any],
     ) -> list[Any]:
         """The function that is traced: forward, boundary, backward."""
         graph = torch_internals.traced_graph()
@@ -111,13 +161,22 @@ class Tracing:
         leaves: dict[str | int, Tensor] = {}
         results: list[Any] = []
         # A checkpoint runs modules in backward, so the stand-ins stay until its end.
-        with _Interceptor(draws, recorder), recorder.following(), swapped_tensors(self.module, state):
-            with torch.set_grad_enabled(self.with_backward):
-                args, kwargs = replace_tensors(self.args, self.kwargs, inputs)
+        with _Interceptor(draws, recorder, self.reads), recorder.following(), swapped_tensors(self.module, state):
+            args, kwargs = replace_tensors(self.args, self.kwargs, inputs)
+            given = self._put_numbers(numbers)
+            slots = () if self.stand_ins is None else self.stand_ins.slots
+            arguments = {each.argument: n for each, n in zip(slots, numbers, strict=True) if each.argument is not None}
+            if arguments:
+                args, kwargs = replace_numbers(self.spec, args, kwargs, arguments)
+            grad = torch.set_grad_enabled(self.with_backward)
+            with grad, self._observers.watching(self.module), self.reads.following(), _DataWrites(state):
                 output = call_module(self.module, self.forward, args, kwargs)
             tensors, spec = flatten_output(output)
+            returned = len(tensors)
+            writes, observers, left_behind = self._left_behind(state, tensors, given)
             differentiable = tuple(i for i, tensor in enumerate(tensors) if self.with_backward and tensor.requires_grad)
-            chosen = _choose(self.differentiated, differentiable, tensors, loss_index(output, tensors))
+            loss = loss_index(output, tensors[:returned])
+            chosen = _choose(self.differentiated, differentiable, tensors, returned, loss)
             if chosen:
                 recorder.label()
                 graph.call_function(ops.end_forward).meta[META_KEY] = NodeInfo(Role.END_FORWARD)
@@ -127,13 +186,53 @@ class Tracing:
         recorder.label()
         grads = tuple(key for key in leaves if isinstance(key, str))
         input_grads = tuple(key for key in leaves if isinstance(key, int))
-        self.joint = Joint(spec, len(tensors), differentiable, chosen, tuple(state.rebound), grads, input_grads)
-        return [*tensors, *state.rebound.values(), *results]
+        self.joint = Joint(
+            spec, len(tensors), differentiable, chosen, tuple(state.rebound), grads, input_grads, returned, writes,
+            observers, len(left_behind),
+        )  # fmt: skip
+        return [*left_behind, *tensors, *state.rebound.values(), *results]
+
+    def _put_numbers(self, numbers: list[Any]) -> dict[Slot, Any]:
+        """Put symbolic numbers into their slots; `Before.restored` takes them out."""
+        slots = () if self.stand_ins is None else self.stand_ins.slots
+        for each, number in zip(slots, numbers, strict=True):
+            self.before.add_entry(each.owner, each.key)
+            each.owner[each.key] = number
+        return {each.slot: number for each, number in zip(slots, numbers, strict=True)}
+
+    def _left_behind(
+        self, state: FakeState, tensors: list[Tensor], given: Mapping[Slot, Any]
+    ) -> tuple[tuple[Write, ...], tuple[Observer, ...], list[Any]]:
+        """What the forward leaves behind, the hooks that observe, and the numbers that it leaves behind.
+
+        Their tensors are added to the model's outputs.
+        """
+        numbers: list[Any] = []
+        params = {id(stand_in): name for name, stand_in in state.params.items()}
+
+        def index_of(leaf: Any) -> Output | None:
+            if id(leaf) in params:
+                raise CaptureError(
+                    f"The forward keeps parameter {params[id(leaf)]} in its state. Parameters are sharded: read it as "
+                    "an attribute of its module (self.weight) where it is used."
+                )
+            is_number = torch_internals.is_symbolic(leaf)
+            if not is_number and not (isinstance(leaf, Tensor) and torch_internals.is_fake(leaf)):
+                return None
+            kept = numbers if is_number else tensors
+            index = next((i for i, each in enumerate(kept) if each is leaf), len(kept))
+            if index == len(kept):
+                kept.append(leaf)
+            return Output(index, is_number)
+
+        writes = tuple(self.before.writes(self.reads.set_slots, given, index_of))
+        return writes, self._observers.found(index_of), numbers
 
     def _label_placeholders(self, graph: fx.Graph, state: FakeState) -> None:
         infos = [NodeInfo(Role.PARAM, name) for name in state.params]
         infos += [NodeInfo(Role.BUFFER, name) for name in state.buffers]
-        infos += [NodeInfo(Role.INPUT, path) for path in self.input_paths]
+        infos += [NodeInfo(Role.INPUT, path) for path in self.spec.tensor_paths]
+        infos += [NodeInfo(Role.STATE)] * (0 if self.stand_ins is None else len(self.stand_ins.slots))
         for node, info in zip(graph.nodes, infos, strict=True):
             node.meta[META_KEY] = info
 
@@ -171,11 +270,29 @@ def _own_autocast_cache() -> Generator[None]:
         torch.clear_autocast_cache()
 
 
+class _DataWrites(TorchFunctionMode):
+    """Refuses `param.data = ...`, which no tracer sees."""
+
+    def __init__(self, state: FakeState) -> None:
+        super().__init__()
+        self._params = {id(stand_in): name for name, stand_in in (state.params | state.buffers).items()}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == cast(Any, Tensor.data).__set__ and id(args[0]) in self._params:
+            raise CaptureError(
+                f"The forward sets {self._params[id(args[0])]}.data. Parameters are sharded, so that only the "
+                "optimizer may change them. Update it between steps, on the shards (zero.parameters()), or keep the "
+                "average in a second compiled model."
+            )
+        return func(*args, **(kwargs or {}))
+
+
 class _Interceptor(torch_internals.DispatchMode):
     """Runs every operator below autograd: draws go through `Draws`, and each node gets its source line."""
 
-    def __init__(self, draws: Draws, recorder: Recorder) -> None:
+    def __init__(self, draws: Draws, recorder: Recorder, reads: Reads) -> None:
         super().__init__()
+        self._reads = reads
         self._draws = draws
         self._recorder = recorder
 
@@ -183,8 +300,9 @@ class _Interceptor(torch_internals.DispatchMode):
         if device := torch_internals.answer_device(func, args):
             return device
         run = run_declared if writes_undeclared(func) else self._draws.run
-        result = run(func, args, kwargs or {})
-        self._recorder.label_line()
+        with self._reads.paused():
+            result = run(func, args, kwargs or {})
+            self._recorder.label_line()
         return result
 
 
@@ -203,11 +321,16 @@ def call_module(module: nn.Module, forward: Callable[..., Any], args: tuple[Any,
 
 
 def _choose(
-    wanted: tuple[int, ...] | None, differentiable: tuple[int, ...], tensors: Sequence[Tensor], loss: int | None
+    wanted: tuple[int, ...] | None,
+    differentiable: tuple[int, ...],
+    tensors: Sequence[Tensor],
+    num_returned: int,
+    loss: int | None,
 ) -> tuple[int, ...]:
-    """The outputs that get a tangent: the wanted ones, else the loss, else the only scalar, else all differentiable."""
-    if wanted is not None:
-        return tuple(index for index in wanted if index in differentiable)
+    """The outputs that get a tangent: the wanted ones, else the loss, else the only scalar, else all returned ones."""
+    if chosen := tuple(index for index in wanted or () if index in differentiable):
+        return chosen
+    differentiable = tuple(index for index in differentiable if index < num_returned)
     if loss in differentiable:
         return (loss,)
     scalars = [index for index in differentiable if tensors[index].dim() == 0]

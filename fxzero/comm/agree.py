@@ -24,6 +24,7 @@ import zlib
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import NoReturn, TypeAlias, cast
 
 import torch.distributed as dist
@@ -31,13 +32,20 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from fxzero import torch_internals
 from fxzero.comm.groups import Group, Hierarchy, resolve_group
-from fxzero.errors import CommunicationError, RankMismatchError
+from fxzero.comm.heartbeat import heartbeat, log_of
+from fxzero.comm.peers import Peers
+from fxzero.comm.phases import Stop
+from fxzero.errors import CommunicationError, FxzeroError, PlanError, RankMismatchError
 
 Posted: TypeAlias = "list[str] | str"
 """What a rank posts: its lines, or the text of the error that stopped it."""
+Look: TypeAlias = "Callable[[Sequence[int]], Stop | None]"
+"""Returns the reason why ranks will not come, if there is one."""
 
 _LINGER_S = 1.0
 """For how long a rank that knows of a difference waits for others, to name all that differ and to let all read it."""
+_ALONE_S = 6.0
+"""For how long a rank waits for others that may not be on their way."""
 _MAX_CHECKED_FOR_OTHER_GROUPS = 64
 
 
@@ -52,21 +60,66 @@ def agree(group: Group | None, topic: str, lines: Sequence[str], *, timeout: tim
     _compare(group, topic, lines, timeout, may_differ=False)
 
 
-def exchange(group: Group | None, topic: str, lines: Sequence[str], *, timeout: timedelta) -> list[list[str]]:
+def exchange(
+    group: Group | None,
+    topic: str,
+    lines: Sequence[str],
+    *,
+    timeout: timedelta,
+    alone: str | None = None,
+    is_anew: bool = False,
+) -> list[list[str]]:
     """The lines of all ranks of the group, in its order, once all have called this; they may differ.
 
+    Args:
+        alone: the text of an error to raise soon if a rank does not come and is not `busy`: it may never come.
+        is_anew: ranks come here after one has failed, to begin anew.
+
     Raises: as `agree`, but for a difference.
+        PlanError: with the text `alone`.
     """
-    return _compare(group, topic, lines, timeout, may_differ=True) or [list(lines)]
+    posts = _compare(group, topic, lines, timeout, may_differ=True, alone=alone, is_anew=is_anew)
+    return posts or [list(lines)]
+
+
+@contextlib.contextmanager
+def busy(group: Group | None) -> Generator[None]:
+    """Let ranks that wait in an agreement know that this rank may be on its way to it for a long time."""
+    if not _members(group):
+        yield
+        return
+    store, key = torch_internals.default_store(), _busy_key(dist.get_rank())
+    with contextlib.suppress(RuntimeError):
+        store.set(key, "1")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(RuntimeError):
+            store.set(key, "")
+
+
+def _busy_key(rank: int) -> str:
+    return f"fxzero/busy/{rank}"
 
 
 def _compare(
-    group: Group | None, topic: str, lines: Sequence[str], timeout: timedelta, *, may_differ: bool
+    group: Group | None,
+    topic: str,
+    lines: Sequence[str],
+    timeout: timedelta,
+    *,
+    may_differ: bool,
+    alone: str | None = None,
+    is_anew: bool = False,
 ) -> list[list[str]]:
     """See `Agreement.run`; empty where there is nobody to agree with."""
     try:
         agreement = _enter(group, topic)
-        return [] if agreement is None else agreement.run(list(lines), timeout.total_seconds(), may_differ=may_differ)
+        if agreement is None:
+            return []
+        peers = Peers(log_of(agreement.members), compares=not is_anew)
+        look = partial(heartbeat().look, peers)
+        return agreement.run(list(lines), timeout.total_seconds(), may_differ=may_differ, alone=alone, look=look)
     except RuntimeError as error:
         raise CommunicationError(
             f"Rank {dist.get_rank()} lost the store of the process group while ranks compared their {topic}: {error}\n"
@@ -163,8 +216,19 @@ class Agreement:
         store = PrefixStore(f"{_prefix(topic, members)}/{number}", job)
         return cls(job, store, topic, members, rank, number)
 
-    def run(self, lines: list[str], timeout_s: float, *, may_differ: bool = False) -> list[list[str]]:
-        """Post the lines and wait for the others; raises what `agree` raises.
+    def run(
+        self,
+        lines: list[str],
+        timeout_s: float,
+        *,
+        may_differ: bool = False,
+        alone: str | None = None,
+        look: Look = lambda ranks: None,
+    ) -> list[list[str]]:
+        """Post the lines and wait for the others; raises what `exchange` raises.
+
+        Args:
+            look: returns the reason why some ranks will not come, if there is one.
 
         Returns:
             The lines of all members if they may differ, else nothing.
@@ -172,7 +236,7 @@ class Agreement:
         waiting_key = f"fxzero/{self.topic}/waiting/{self.rank}"
         self.job.set(waiting_key, json.dumps([self.members, self.number]))
         self.post(lines, may_differ=may_differ)
-        self._wait_for_all(timeout_s)
+        self._wait_for_all(timeout_s, alone, look)
         self.job.set(waiting_key, "")
         posts = [self._read(rank) for rank in self.members] if may_differ else []
         if self.store.add("left", 1) == len(self.members):  # the last one to read removes all keys
@@ -189,9 +253,9 @@ class Agreement:
             self.store.set("alarm", "1")
         self.store.add("arrived", 1)
 
-    def _wait_for_all(self, timeout_s: float) -> None:
+    def _wait_for_all(self, timeout_s: float, alone: str | None, look: Look) -> None:
         started = time.monotonic()
-        next_look = started + 1.0
+        next_look = next_look_at_peers = started + 1.0
         for pause_s in itertools.chain((0.001 * 1.5**n for n in range(13)), itertools.repeat(0.2)):
             arrived = self.store.add("arrived", 0)
             if self.store.check(["alarm"]):
@@ -202,13 +266,23 @@ class Agreement:
             if now >= next_look:
                 self._look_for_other_groups()
                 next_look = now + (now - started)
+            if alone is not None and now - started >= _ALONE_S and (idle := self._absent_and_idle()):
+                self._fail(f"{alone} ({_ranks(idle)} did not come.)", PlanError)
+            absent = self._absent() if now >= min(next_look_at_peers, started + timeout_s) else []
+            if now >= next_look_at_peers:
+                next_look_at_peers = now + 0.5
+                if absent and (stop := look(absent)) is not None:
+                    self._fail(stop.text, CommunicationError if stop.kind == "end" else RankMismatchError)
             if now - started >= timeout_s:
-                absent = [rank for rank in self.members if not self.store.check([str(rank)])]
                 self._fail(
                     f"{_ranks(absent).capitalize()} did not come to compare the {self.topic} within {timeout_s:g} s. "
                     "Every rank must compile the same models in the same order; look for an error on those ranks."
                 )
             time.sleep(min(pause_s, max(0.0, started + timeout_s - now)))
+
+    def _absent(self) -> list[int]:
+        """The ranks that have not posted yet."""
+        return [rank for rank in self.members if not self.store.check([str(rank)])]
 
     def _report_difference(self) -> NoReturn:
         """Raise what the posts of the ranks say, after a moment in which others may come and read."""
@@ -227,8 +301,7 @@ class Agreement:
 
     def _look_for_other_groups(self) -> None:
         """Fail if a rank that is waited for waits itself, for this rank, but in a group with other members."""
-        absent = (rank for rank in self.members if not self.store.check([str(rank)]))
-        for rank in itertools.islice(absent, _MAX_CHECKED_FOR_OTHER_GROUPS):
+        for rank in itertools.islice(self._absent(), _MAX_CHECKED_FOR_OTHER_GROUPS):
             key = f"fxzero/{self.topic}/waiting/{rank}"
             waits_in = self.job.get(key) if self.job.check([key]) else b""
             if not waits_in:
@@ -244,11 +317,16 @@ class Agreement:
                     f"({_ranks(members)}). Pass the same process group on every rank."
                 )
 
-    def _fail(self, text: str) -> NoReturn:
+    def _absent_and_idle(self) -> list[int]:
+        """The ranks that have not come and are not busy."""
+        keys = {rank: _busy_key(rank) for rank in self._absent()}
+        return [rank for rank, key in keys.items() if not (self.job.check([key]) and self.job.get(key))]
+
+    def _fail(self, text: str, kind: type[FxzeroError] = RankMismatchError) -> NoReturn:
         """Raise, and let the others of the group know why."""
         self._write(text)
         self.store.set("alarm", "1")
-        raise RankMismatchError(text)
+        raise kind(text)
 
 
 def describe(topic: str, members: Sequence[int], posts: dict[int, Posted]) -> str:

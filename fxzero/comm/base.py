@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple, TypeAlias
 from torch import Tensor
 
 from fxzero.comm.backend import Backend, NativeBackend
+from fxzero.comm.phases import PhaseLog
 from fxzero.graph.layout import Payload
 from fxzero.graph.sharding import Sharding
 
@@ -62,6 +63,8 @@ class Comm(ABC):
     """The memory and the work that its collectives need."""
 
     def __init__(self, rank: int, sharding: Sharding) -> None:
+        self.phases = PhaseLog()
+        """The phases that the ranks go through together."""
         self.rank = rank
         """The number of this rank's shard."""
         self.sharding = sharding
@@ -157,6 +160,13 @@ class Comm(ABC):
     @abstractmethod
     def gather_to_rank0(self, shard: Tensor, full: Tensor | None) -> None:
         """Gather `shard` [slice_numel] of every rank into the `full` [numel] of rank 0 (None elsewhere)."""
+
+    def meet(self) -> None:
+        """Return once all ranks have come to this phase, where the backend can tell phases apart.
+
+        Collectives outside of a step follow it: a backend would take any two that meet for the same one.
+        """
+        return
 
     def drain(self) -> None:
         """End a phase: everything this rank has to send is out, so its shards may change."""

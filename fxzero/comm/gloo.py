@@ -5,27 +5,59 @@ processor time (gloo gathers through a buffer of its own), and leave no copy but
 reduce-scatter is an all-reduce inside: twice the bytes, in no fixed order.
 
 - Every receive is posted before the sends of the same collective: "ready to receive" shares the stream with the data.
-- A message's tag is made from the members of its bucket, so a rank that runs another collective than its peers waits
-  for a message that never comes, and ends with the name of the bucket; it never takes other bytes for parameters.
-- Sums are made in the dtype of the gradients: ((g0 + g1) + g2) / world_size, bit for bit, on every rank.
+- A message's tag is made from the members of its bucket and from the phase (`phases.py`): model, step, forward or
+  backward. So a rank that runs something else than its peers waits for a message that never comes, and is told why; it
+  never takes other bytes for parameters, nor the gradients of another step.
+- Sums are made in the dtype of the gradients: ((g0 + g1) + g2) / world_size, bit for bit, on every rank. Elements of
+  float16 whose sum overflows are divided first, as DDP does: (g0 / world_size + g1 / world_size) + g2 / world_size.
 """
 
+import contextlib
+import math
 import zlib
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from functools import partial
+from typing import Literal
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fxzero import torch_internals
 from fxzero.comm.backend import Backend
-from fxzero.comm.base import Bound, Stage
+from fxzero.comm.base import Bound, Stage, in_turn
 from fxzero.comm.group import GroupComm
 from fxzero.graph.layout import Payload
 from fxzero.graph.sharding import Sharding
+
+_CLOSING_TAG = 1
+"""The tag of messages that nobody sends."""
 
 
 def message_tag(word: str, payload: Payload) -> int:
     """A number for the messages of one collective, equal on all ranks, above those that users choose by hand."""
     return zlib.crc32("\n".join((word, *payload.fqns)).encode()) & 0x3FFFFFFF | 0x40000000
+
+
+_LARGEST_HALF = torch.finfo(torch.float16).max
+
+
+def is_half(payload: Payload) -> bool:
+    """True for gradients whose sum over ranks may overflow where their mean does not."""
+    return payload.dtype is torch.float16
+
+
+def _largest(term: Tensor) -> float:
+    return float(torch.linalg.vector_norm(term, math.inf)) if term.numel() else 0.0
+
+
+def average_of_quotients(terms: Sequence[Tensor]) -> Tensor:
+    """The sum, in order, of terms that are divided by their number first."""
+    total = terms[0] / len(terms)
+    for term in terms[1:]:
+        total.add_(term / len(terms))
+    return total
 
 
 class GlooBackend(Backend):
@@ -59,15 +91,57 @@ class GlooComm(GroupComm):
 
     Args:
         divisor: by which sums of gradients are divided. Default: the number of ranks.
+        divisor_before: by which float16 gradients are divided before the sum, in place of `divisor`. Default: none are.
     """
 
     backend = GLOO
 
-    def __init__(self, group: dist.ProcessGroup, *, divisor: int | None = None) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, *, divisor: int | None = None, divisor_before: int | None = None
+    ) -> None:
         super().__init__(group)
         self._divisor = self.shard_ranks if divisor is None else divisor
+        self._divisor_before = divisor_before
         self._peers = [(self.rank + step) % self.shard_ranks for step in range(1, self.shard_ranks)]
         """Who is sent to, in order; every rank starts with another one."""
+
+        self._renewed: dist.ProcessGroup | None = None
+        """Connections of its own, in place of those of the group, for messages."""
+
+    def close(self) -> None:
+        for (
+            peer
+        ) in self._peers:  # where a wait for a message exceeds its timeout, gloo closes all connections of a group
+            with contextlib.suppress(RuntimeError):
+                (self._renewed or self.group).recv([torch.empty(1)], peer, _CLOSING_TAG).wait(timedelta(milliseconds=1))
+
+    def renew(self, made: dict[str, dist.ProcessGroup], generation: int) -> None:
+        if self.group_name not in made:
+            made[self.group_name] = torch_internals.gloo_connections(self.group, f"fxzero/{generation}")
+        self._renewed = made[self.group_name]
+
+    def meet(self) -> None:
+        self._exchange_with_all("the other ranks", "meet", torch.zeros(1, dtype=torch.uint8))
+
+    def all_reduce(self, tensor: Tensor, op: Literal["sum", "max"] = "sum") -> None:
+        what = f"an all-reduce of {tensor.numel()} elements"
+        terms = self._exchange_with_all(what, f"all_reduce {op}", tensor)
+        total = terms[0].clone()
+        for term in terms[1:]:
+            torch.add(total, term, out=total) if op == "sum" else torch.maximum(total, term, out=total)
+        tensor.copy_(total)
+
+    def _exchange_with_all(self, what: str, word: str, tensor: Tensor) -> list[Tensor]:
+        """Send a small tensor to all ranks; returns those of all, in rank order."""
+        own = tensor.contiguous()
+        terms = [own if rank == self.rank else torch.empty_like(own) for rank in range(self.shard_ranks)]
+        tag = zlib.crc32(word.encode()) & 0x3FFFFFFF | 0x40000000
+        receives, sends = [(terms[peer], peer) for peer in self._peers], [(own, peer) for peer in self._peers]
+        start, wait = self.bind_messages(what, tag, receives, sends)
+        start()
+        wait()
+        self._in_flight.pop()
+        return terms
 
     def bind_gather(self, payload: Payload, shard: Tensor, full: Tensor) -> Bound:
         slices = full.split(payload.slice_numel)
@@ -110,33 +184,39 @@ class GlooComm(GroupComm):
             copied: destination and source of a copy at the wait. The source then stays as it is until `drain`, which
                 waits until all messages have gone; the wait is over when all have come.
         """
-        send, recv, lost = self.group.send, self.group.recv, self.lost
+        log, lost = self.phases, self.lost
         incoming = [([into], peer) for into, peer in receives if into.numel()]
         outgoing = [([message], peer) for message, peer in sends if message.numel()]
         awaited: list[dist.Work] = []
         sending: list[dist.Work] = awaited if copied is None else []
+        peers = [peer for _, peer in (*incoming, *outgoing)]
         in_flight, entries = self._in_flight, [(works, what) for works in (awaited, sending)[: 1 + bool(copied)]]
 
         def start() -> None:
             nonlocal awaited, sending, in_flight
             in_flight += entries
+            group, tagged, peer = self._renewed or self.group, tag ^ log.salt, None
             try:
                 for into, peer in incoming:
-                    awaited += (recv(into, peer, tag),)
+                    awaited += (group.recv(into, peer, tagged),)
                 for message, peer in outgoing:
-                    sending += (send(message, peer, tag),)
+                    sending += (group.send(message, peer, tagged),)
             except RuntimeError as error:
-                raise lost(what, error) from error
+                raise lost(what, error, peer) from error
 
         def wait() -> None:
             if copied is not None:
                 copied[0].copy_(copied[1])
+            log.waits += 1
+            work = None
             try:
                 for work in awaited:
                     work.wait()
             except RuntimeError as error:
-                raise lost(what, error) from error
+                peer = None if work is None else peers[awaited.index(work)]
+                raise lost(what, error, peer) from error
             finally:
+                log.waits += 1
                 del awaited[:]
 
         return start, wait
@@ -144,18 +224,25 @@ class GlooComm(GroupComm):
     def bind_reduce(
         self, payload: Payload, full: Tensor, scratch: Tensor | None, shard: Tensor, *, accumulate: bool
     ) -> Bound:
-        own, divisor = full.split(payload.slice_numel)[self.rank], self._divisor
+        own = full.split(payload.slice_numel)[self.rank]
         terms = self._terms(payload, own, scratch, shard, accumulate)
         start, all_came = self.bind_exchange(payload, full, terms).stage
+        divisor, may_overflow = self._divisor, is_half(payload)
+        if self._divisor_before is not None and may_overflow:
+            start, divisor, may_overflow = in_turn(partial(full.div_, self._divisor_before), start), 1, False
         total = terms[1 if self.rank == 0 else 0]  # of two terms the order does not matter: g1 + g0 is g0 + g1
         addends = [term for term in terms if term is not total]
 
         def wait() -> None:
             all_came()
+            overflowing = may_overflow and sum(_largest(term) for term in terms) > _LARGEST_HALF
+            divided = average_of_quotients(terms) if overflowing else None
             for term in addends:
                 total.add_(term)
             if divisor != 1:
                 total.div_(divisor)
+            if divided is not None:
+                total.copy_(torch.where(total.isfinite(), total, divided))
             if accumulate:
                 shard.add_(total)
 

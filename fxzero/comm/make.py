@@ -13,6 +13,7 @@ from fxzero.comm.gloo import GLOO, GlooComm
 from fxzero.comm.gloo_threads import hurry_message_threads
 from fxzero.comm.group import GroupComm
 from fxzero.comm.groups import Group, Hierarchy, resolve_group
+from fxzero.comm.heartbeat import log_of
 from fxzero.comm.nccl import NCCL, NcclComm
 from fxzero.comm.nodes_replicate import GlooAcross, GlooHierarchy, HierarchicalComm, NcclHierarchy
 from fxzero.comm.nodes_share import GlooShardedHierarchy, NcclShardedHierarchy
@@ -33,13 +34,19 @@ class Family:
 
 
 def _gloo_replicate(nodes: Hierarchy) -> HierarchicalComm:
-    inside = LocalComm() if nodes.inside.size() == 1 else GlooComm(nodes.inside, divisor=1)
+    num_ranks = nodes.inside.size() * nodes.across.size()
+    inside = LocalComm()
+    if nodes.inside.size() > 1:
+        inside = GlooComm(nodes.inside, divisor=1, divisor_before=num_ranks)
     return GlooHierarchy(inside, GlooAcross(nodes.across))
 
 
 def _gloo_share(nodes: Hierarchy) -> HierarchicalComm:
     num_ranks = nodes.inside.size() * nodes.across.size()
-    return GlooShardedHierarchy(GlooComm(nodes.inside, divisor=1), GlooComm(nodes.across, divisor=num_ranks))
+    return GlooShardedHierarchy(
+        GlooComm(nodes.inside, divisor=1, divisor_before=num_ranks),
+        GlooComm(nodes.across, divisor=num_ranks, divisor_before=1),
+    )
 
 
 def _nccl_replicate(nodes: Hierarchy) -> HierarchicalComm:
@@ -82,6 +89,13 @@ def make_comm(group: Group | None, device: torch.device, *, short_gloo_slices: b
         ValueError: the group has no backend for this device that fxzero knows.
     """
     comm = _choose_comm(group, device)
+    parts = [comm.inside, comm.across] if isinstance(comm, HierarchicalComm) else [comm]
+    members = group.ranks if isinstance(group, Hierarchy) else ()
+    for part in (part for part in parts if isinstance(part, GroupComm)):
+        comm.phases = part.phases = log_of(members or tuple(dist.get_process_group_ranks(part.group)))
+        part.phases.channels.add(part)
+        if part.group_name in part.phases.made:
+            part.renew(part.phases.made, part.phases.generation)
     if short_gloo_slices and isinstance(comm, (GlooComm, GlooHierarchy, GlooShardedHierarchy)):
         hurry_message_threads()
     return comm

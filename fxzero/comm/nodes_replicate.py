@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fxzero.comm.base import Bound, Comm, LocalComm, Stage, in_turn
-from fxzero.comm.gloo import GLOO, GlooComm, message_tag
+from fxzero.comm.gloo import GLOO, GlooComm, is_half, message_tag
 from fxzero.comm.group import GroupComm
 from fxzero.comm.nccl import NCCL, NcclComm
 from fxzero.graph.layout import Payload
@@ -69,6 +69,10 @@ class HierarchicalComm(Comm):
     def gather_to_rank0(self, shard: Tensor, full: Tensor | None) -> None:
         if self.node == 0:
             self.inside.gather_to_rank0(shard, full)
+
+    def meet(self) -> None:
+        self.inside.meet()
+        self.across.meet()
 
     def drain(self) -> None:
         self.inside.drain()
@@ -125,10 +129,14 @@ class GlooHierarchy(HierarchicalComm):
     ) -> Bound:
         room = self.scratch_for(payload, scratch, accumulate=accumulate)
         aside = room[-payload.slice_numel :] if room is not None and accumulate else shard
-        divisor = self.sharding.world_size
+        num_ranks = self.sharding.world_size
+        divisor = 1 if is_half(payload) else num_ranks  # halves are divided first, lest a node's sum overflow
         if self.shard_ranks == 1:
             result = full if accumulate else shard
-            stages = self._across.bind_all_reduce(payload, full, aside, result, divisor)
+            (begin, end), *others = self._across.bind_all_reduce(payload, full, aside, result, divisor)
+            if is_half(payload):
+                begin = in_turn(partial(full.div_, num_ranks), begin)
+            stages = [(begin, end), *others]
         else:
             result = aside
             within = self.inside.bind_reduce(payload, full, room, aside, accumulate=False)

@@ -6,6 +6,7 @@ reduce-scatter  inside: the slice of this rank, summed over the node; across: th
                 in their order and divided by the number of all ranks: ((g00 + g01) + (g10 + g11)) / 4
 
 A gradient so has the bits that it has where nodes are replicas, and crosses nodes once, as one slice less its part.
+Gradients in float16 are divided before the first sum, lest that overflow.
 
 gloo tells that a message is there only to those who wait for it. A second stage so starts at a later start of another
 collective, when compute has run since its own, or at its own wait:

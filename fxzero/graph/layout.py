@@ -84,6 +84,13 @@ class ParamSpec:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    def shard_shape(self, numel: int) -> tuple[int, ...]:
+        """Shape in which a rank sees a slice of `numel` elements: `[numel, 1, ...]`, of as many dimensions.
+
+        A scalar's slice has one dimension, since a rank may hold none of it.
+        """
+        return (numel, *(1 for _ in self.shape[1:]))
+
     @property
     def nbytes(self) -> int:
         """Bytes of the full parameter in its own dtype."""
@@ -184,9 +191,10 @@ class Bucket:
 
     @cached_property
     def shard_numel(self) -> int:
+        """Elements of a rank's shard: at least one aligned block, also where all parameters are empty."""
         last = self.params[-1]
         used = self.offsets[last.fqn] + last.numel
-        return align(-(-used // self.shard_ranks), self._alignment)
+        return align(max(1, -(-used // self.shard_ranks)), self._alignment)
 
     @property
     def numel(self) -> int:
@@ -249,7 +257,7 @@ class InterleavedBucket(Bucket):
 
     @cached_property
     def shard_numel(self) -> int:
-        return sum(self.part_numel(param) for param in self.params)
+        return max(self._alignment, sum(self.part_numel(param) for param in self.params))
 
     def slice_of(self, param: ParamSpec, rank: int) -> Slice:
         start = min(rank * self.part_numel(param), param.numel)

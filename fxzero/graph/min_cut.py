@@ -12,10 +12,12 @@ Source: Chen et al. (arXiv:1604.06174) for recomputing blocks, and the partition
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import networkx as nx
+import torch
 from torch import fx
 
 from fxzero.graph.aliasing import memory_of, written_by
@@ -96,10 +98,9 @@ def choose_saved(step: StepGraph, is_pinned: Callable[[fx.Node], bool]) -> tuple
     pinned = {node for node in compute if node not in can or is_pinned(node)}
     network: nx.DiGraph[Any] = nx.DiGraph()
     for node in compute:
-        # An edge without a capacity is never cut: a view has no bytes of its own to save, nor has a tuple of outputs.
-        nbytes = tensor_bytes(node.meta.get("val"))
-        can_be_saved = nbytes > 0 and (memory_of(node) is node or node in pinned)
-        capacity = {"capacity": nbytes} if can_be_saved or (node in pinned and node in needed) else {}
+        # An edge without a capacity is never cut.
+        can_be_saved = _can_be_saved(node, pinned) or (node in pinned and node in needed)
+        capacity = {"capacity": tensor_bytes(node.meta.get("val"))} if can_be_saved else {}
         network.add_edge((node, "in"), (node, "out"), **capacity)
         for source in node.all_input_nodes:
             if source in above and role(source) is Role.COMPUTE and node not in pinned:
@@ -110,6 +111,13 @@ def choose_saved(step: StepGraph, is_pinned: Callable[[fx.Node], bool]) -> tuple
     used = _all_above(needed & again, through=again) | (needed - again)
     saved = {node for node in used if node not in again and role(node) is Role.COMPUTE}
     return saved, used & again
+
+
+def _can_be_saved(node: fx.Node, pinned: set[fx.Node]) -> bool:
+    """False for a tuple of outputs, and for a view that can be computed again: it has no bytes of its own."""
+    is_output_of_pinned = node.target is operator.getitem and node.args[0] in pinned
+    has_own_bytes = memory_of(node) is node or node in pinned or is_output_of_pinned
+    return isinstance(node.meta.get("val"), torch.Tensor) and has_own_bytes
 
 
 def _recomputed(piece: nx.DiGraph[Any], pinned: set[fx.Node], needed: set[fx.Node]) -> set[fx.Node]:

@@ -26,6 +26,7 @@ class Role(enum.Enum):
     BUFFER = "buffer"
     CONSTANT = "constant"
     INPUT = "input"
+    STATE = "state"
     TANGENT = "tangent"
     COMPUTE = "compute"
     ALL_GATHER = "all_gather"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 
@@ -21,6 +21,20 @@ from fxzero.graph.wire import check_gather_dtype, check_reduce_dtype
 MIB = 2**20
 Fqns: TypeAlias = tuple[str, ...]
 """Names of the members of a bucket."""
+
+
+class Need(NamedTuple):
+    """A parameter that is gathered, or whose gradient is reduced, in one phase of a step."""
+
+    phase: str
+    role: str
+    fqn: str
+
+    def __str__(self) -> str:
+        return f"{self.role} of {self.fqn} in {self.phase}"
+
+
+Needs: TypeAlias = tuple[Need, ...]
 
 
 @dataclass(frozen=True)
@@ -54,6 +68,8 @@ class Recipe:
     """Recomputation of activations in backward: "none", "full" (repeated blocks), or an upper bound on saved bytes."""
     recompute_level: int | None = None
     """Level of recomputation, once it is chosen (`RecomputeActivations.level_for`)."""
+    needs: Needs = ()
+    """Gathers and reductions that ranks need together, where this rank lacks some (`CompleteCollectives`)."""
     gather_dtype: torch.dtype | None = None
     """Dtype in which parameters travel; None for their own."""
     reduce_dtype: torch.dtype | None = None
@@ -87,6 +103,7 @@ class Recipe:
         fields: dict[str, Any] = {name: _tuples(value) for name, value in json.loads(line).items()}
         for name in ("gather_dtype", "reduce_dtype"):
             fields[name] = None if fields[name] is None else getattr(torch, fields[name])
+        fields["needs"] = tuple(Need(*need) for need in fields.get("needs", ()))
         return cls(**fields)
 
 

@@ -73,6 +73,11 @@ class StepGraph:
         step.fixed_buckets = recipe.buckets
         return step
 
+    @property
+    def arguments(self) -> list[fx.Node]:
+        """The placeholders that each call gives values to: its own tensors, then values of the Python state."""
+        return [*self.nodes(Role.INPUT), *self.nodes(Role.STATE)]
+
     # -- phases --------------------------------------------------------------------------------------------------
 
     @property

@@ -10,11 +10,13 @@ from fxzero import torch_internals
 from fxzero.errors import StaleBackwardError
 from fxzero.module.call_kind import Pattern
 from fxzero.module.initialize import drawing_from, rng_state
+from fxzero.module.replaced_data import Replaced, in_shards
 from fxzero.module.sharded_model import ShardedModel
 from fxzero.runtime.executable import Executable
 
-Replan: TypeAlias = Callable[[Pattern], Executable]
-"""Makes the executable for another pattern of arriving gradients."""
+Settle: TypeAlias = Callable[[Executable, Pattern], tuple[Executable, Executable, bool, list[Any]]]
+"""Given the executable that ran forward, and the outputs that receive a gradient: the executables of forward and of
+backward, whether forward must run again, and the inputs that are Python state then."""
 RunBackward: TypeAlias = Callable[[Executable, list[Any], list[torch.Tensor]], tuple[Any, ...]]
 """Runs the backward of an executable on its saved values and the arriving gradients; returns those of the inputs."""
 
@@ -24,8 +26,8 @@ class Call:
 
     event     legal              what it does
     forward   once               runs the plan's forward; holds the inputs, and the values saved for backward
-    backward  once, afterwards   runs forward again if other outputs receive gradients than the plan assumes, then the
-                                 plan's backward; refused if a value that it reads has changed
+    backward  once, afterwards   runs forward again if it saved nothing for some output that receives a gradient, on any
+                                 rank; then runs the plan's backward; refused if a value that it reads has changed
     """
 
     def __init__(
@@ -34,14 +36,17 @@ class Call:
         run_backward: RunBackward,
         executable: Executable,
         inputs: list[torch.Tensor],
-        replan: Replan,
+        settle: Settle,
+        replaced: Replaced,
     ) -> None:
         self._sharded, self._run_backward = sharded, run_backward
         self.executable = executable
         self._inputs = inputs
-        self.trained_inputs = [index for index, tensor in enumerate(inputs) if tensor.requires_grad]
+        self.trained_inputs = [index for index, x in enumerate(inputs[: executable.num_inputs]) if x.requires_grad]
         """Indices of the inputs that receive a gradient."""
-        self._replan: Replan | None = replan
+        self._settle: Settle | None = settle
+        self._replaced = replaced
+        """The tensors that were in the place of shards in forward, which backward uses too."""
         self._saved: list[Any] | None = None
         self._param_version = 0
         self._generation = 0
@@ -66,7 +71,7 @@ class Call:
         outputs, saved = executable.forward(self._inputs, buffers)
         self._saved, self._generation = saved, sharded.in_flight.generation
         self._versions = torch_internals.changes_of_each(saved, executable.reachable)
-        for index in executable.saved_outputs:  # what is saved must not lead back to this call: that would be a cycle
+        for index in executable.outputs_to_detach:
             outputs = (*outputs[:index], outputs[index].detach(), *outputs[index + 1 :])
         return outputs
 
@@ -79,16 +84,34 @@ class Call:
         Returns:
             The gradients of the inputs that require grad.
         """
+        synchronize = self.executable.step.synchronize
+        phases = self._sharded.phases
+        with phases.phase("backward" if synchronize else "backward under no_sync()"):
+            input_grads = self._run(arriving)
+        phases.after_backward()
+        return input_grads
+
+    def _run(self, arriving: tuple[torch.Tensor | None, ...]) -> list[torch.Tensor | None]:
         self._check()
-        pattern = self.executable.pattern_of(arriving)
-        if pattern != self.executable.plan.captured.differentiated:
-            self._run_again_for(pattern)
+        if not self._replaced:
+            return self._run_checked(arriving)
+        with in_shards(self._replaced):
+            return self._run_checked(arriving)
+
+    def _run_checked(self, arriving: tuple[torch.Tensor | None, ...]) -> list[torch.Tensor | None]:
+        before, pattern = self.executable, self.executable.pattern_of(arriving)
+        running = before
+        if pattern != before.plan.captured.differentiated or not before.is_settled:
+            assert self._settle is not None
+            self.executable, running, again, state = self._settle(before, pattern)
+            if again:
+                self._run_again(before, state)
         saved = self._saved
         assert saved is not None
         self._drop()
         tangents = [grad for grad in arriving if grad is not None]
         self.executable.restore_kept(self._generation)
-        input_grads = self._run_backward(self.executable, saved, tangents)
+        input_grads = self._run_backward(running, saved, tangents)
         return [input_grads[index] for index in self.trained_inputs]
 
     def _check(self) -> None:
@@ -116,20 +139,23 @@ class Call:
             )
 
     def _drop(self) -> None:
-        self._saved, self._inputs, self._before, self._replan = None, [], ([], []), None
+        self._saved, self._inputs, self._before, self._settle = None, [], ([], []), None
+        self._replaced = []
 
-    def _run_again_for(self, pattern: Pattern) -> None:
-        """Repeat forward under the plan for a pattern of arriving gradients, with equal draws, inputs and buffers."""
-        before = self.executable
-        assert self._replan is not None
-        self.executable = executable = self._replan(pattern)
-        inputs, buffers = list(self._inputs), self._sharded.buffers(executable)
+    def _run_again(self, before: Executable, state: list[Any]) -> None:
+        """Repeat forward under another plan than before, with equal draws, inputs and buffers.
+
+        Args:
+            state: the inputs that are Python state.
+        """
+        executable = self.executable
+        inputs, buffers = [*self._inputs[: executable.num_inputs], *state], self._sharded.buffers(executable)
         for index, old in zip(before.written_inputs, self._before[0], strict=True):
             inputs[index] = old
         for index, old in zip(before.written_buffers, self._before[1], strict=True):
             buffers[index] = old
-        state, device = self._rng_state, self._sharded.devices.compute
-        with nullcontext() if state is None else drawing_from(state, device):
+        draws, device = self._rng_state, self._sharded.devices.compute
+        with nullcontext() if draws is None else drawing_from(draws, device):
             _, self._saved = executable.forward(inputs, buffers)
         self._generation = self._sharded.in_flight.generation
 

@@ -5,8 +5,12 @@ Signature        a call begins         geometry and plain values of the argument
 Pattern          its backward begins   outputs that receive a gradient; a forward assumes those of the call before
 """
 
+import contextlib
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
+
+import torch
 
 from fxzero.capture.call import CallSpec, TensorLeaf
 
@@ -29,6 +33,8 @@ class Signature:
     """`torch.is_grad_enabled()`."""
     autocast: tuple[bool, Any]
     """Whether autocast is on for the device that computes, and its dtype then."""
+    settings: tuple[Any, ...]
+    """Settings of torch that choose kernels; see `settings()`."""
 
     @property
     def tensor_leaves(self) -> list[TensorLeaf]:
@@ -42,4 +48,37 @@ class Signature:
         Plain arguments, `requires_grad` of each tensor, autocast, and the training flags.
         """
         plain = tuple(leaf.requires_grad if isinstance(leaf, TensorLeaf) else leaf for leaf in self.call.leaves)
-        return self.call.structure, plain, self.autocast, self.training
+        return self.call.structure, plain, self.autocast, self.settings, self.training
+
+
+_SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
+    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+)
+"""Settings of torch on which a trace depends: how to read each, and how to set it."""
+
+
+def settings() -> tuple[Any, ...]:
+    """What torch is set to."""
+    return tuple([read() for read, _ in _SETTINGS])
+
+
+@contextlib.contextmanager
+def set_to(wanted: tuple[Any, ...]) -> Generator[None]:
+    """Let torch be set as it was at some call, inside the block."""
+    before = settings()
+    _set(wanted)
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+def _set(wanted: tuple[Any, ...]) -> None:
+    for (read, put), value in zip(_SETTINGS, wanted, strict=True):
+        if read() != value:
+            put(value)

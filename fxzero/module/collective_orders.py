@@ -1,13 +1,15 @@
-"""The order of the collectives of each kind of call, on which all ranks agree the first time.
+"""The collectives of each mode of calls: every plan of a mode has one list of them, on which all ranks agree.
 
-Ranks may meet different shapes in one step, so no rank may wait for others because a shape is new to it.
+Ranks may meet different shapes, arguments and losses in one step, so no rank may wait for others because a call is new
+to it: the plan of a call that needs less makes the whole list, with nothing in the place of what it does not need.
 
-part of a call    on all ranks   may it change the collectives?        when ranks agree
-mode              equal          yes                                   at the first call of the mode
-flags             equal          yes: `use_head=False`, `eval()`       at the first call with these flags, if it does
-shapes, the rest  may differ     no: a PlanError on the rank           never
+a call needs            what happens
+in a new mode           ranks exchange what their calls need; the list is all of it
+no more than the list   its plan is completed to the list; nobody is asked
+more than the list      ranks that need more meet and extend the list; where others do not come, a PlanError
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -16,9 +18,14 @@ from typing import Any, NamedTuple
 
 from fxzero.comm import agree
 from fxzero.comm.groups import Group
-from fxzero.errors import PlanError
+from fxzero.errors import PlanError, RankMismatchError
+from fxzero.graph.needs import cannot_follow, merge_needs
+from fxzero.graph.recipe import Need, Needs
 from fxzero.graph.verify import collectives
 from fxzero.planning.plan import Plan
+
+HEADS = "heads"
+"""What a rank posts, in an agreement on a mode, that begins a backward."""
 
 
 class Mode(NamedTuple):
@@ -27,8 +34,6 @@ class Mode(NamedTuple):
     has_backward: bool
     trained: tuple[bool, ...]
     """Every parameter's `requires_grad`."""
-    differentiated: tuple[int, ...]
-    """Indices of the outputs that receive a gradient."""
 
 
 @dataclass
@@ -38,42 +43,102 @@ class Orders:
     group: Group | None
     rank: int
     timeout: timedelta
-    _first: dict[Mode, list[str]] = field(default_factory=dict[Mode, "list[str]"])
-    """The collectives of the first call of each mode."""
-    _of_flags: dict[tuple[Mode, Any], list[str]] = field(default_factory=dict[Any, "list[str]"])
-    """The collectives of calls with each mode and flags."""
+    _needs: dict[Mode, Needs] = field(default_factory=dict[Mode, Needs])
+    """What the calls of each mode need, on all ranks together."""
+    _orders: dict[tuple[Mode, Needs], list[str]] = field(default_factory=dict[Any, "list[str]"])
+    """The collectives of the plans that were made from each list."""
+    _meeting: set[Mode] = field(default_factory=set[Mode])
+    """Modes at whose next plan all ranks agree again."""
 
     @property
     def is_empty(self) -> bool:
-        return not self._first
+        return not self._orders
 
-    def expects_agreement(self, has_backward: bool, trained: tuple[bool, ...]) -> bool:
-        """True if no call like this one was made yet, so that the other ranks will wait for this one's collectives."""
-        return all((mode.has_backward, mode.trained) != (has_backward, trained) for mode in self._first)
+    def knows(self, mode: Mode) -> bool:
+        """False if the other ranks will wait for this one, to agree on the collectives of the mode."""
+        return any(known == mode for known, _ in self._orders)
 
-    def forget(self) -> None:
-        """Start anew, as all ranks do whose plans are made again."""
-        self._first.clear()
-        self._of_flags.clear()
+    def forget_orders(self) -> None:
+        """Start anew, as all ranks do whose plans are made again; what calls need stays."""
+        self._orders.clear()
 
-    def check(self, mode: Mode, flags: Any, order: list[str], *, agreed: bool) -> None:
+    def meet(self, mode: Mode, *, anew: bool) -> None:
+        """Let ranks agree again at the next plan of a mode, which all of them make together.
+
+        Args:
+            anew: forget what the calls of the mode needed.
+        """
+        if anew:
+            self._needs.pop(mode, None)
+        self._orders = {key: order for key, order in self._orders.items() if key[0] != mode}
+        self._meeting.add(mode)
+
+    def settle(self, mode: Mode, needs: Needs, topic: str) -> tuple[Needs, bool]:
+        """What all ranks need together in a mode, given what a new call on this rank needs.
+
+        Returns:
+            The list, and whether the lists of the mode have grown, so that older plans may have too few collectives.
+
+        Raises:
+            PlanError: the call needs more than was agreed on, and other ranks do not.
+            RankMismatchError: a rank reported a failure, or is elsewhere.
+        """
+        known, all_come = self._needs.get(mode, ()), mode not in self._needs or mode in self._meeting
+        missing = cannot_follow(needs, known)
+        if missing is None and not all_come:
+            return known, False
+        alone = None if all_come else self._refusal(missing)
+        posts = agree.exchange(self.group, topic, _lines(mode, needs), timeout=self.timeout, alone=alone)
+        self._meeting.discard(mode)
+        _check_kinds(posts)
+        of_ranks = _needs_in(posts, mode)
+        self._needs[mode] = merge_needs([known, *of_ranks]) if of_ranks else needs
+        return self._needs[mode], not all_come
+
+    def _refusal(self, missing: Need | None) -> str:
+        return (
+            f"rank {self.rank}: this call needs other collectives than the first one of its mode: the {missing} is not "
+            "among those that ranks agreed on, or has another place, and not all ranks need it now. Pass an example= "
+            "that reaches every parameter to fxzero.compile, or let the first call of some rank reach it; and use "
+            "parameters in one order."
+        )
+
+    def check(self, mode: Mode, needs: Needs, order: list[str], *, agreed: bool) -> None:
         """Accept the collectives of a new plan.
 
         Args:
-            flags: the part of the call that is equal on all ranks; hashable.
+            needs: the list that it was made from.
             agreed: ranks have compared this order already.
 
         Raises:
-            PlanError: calls with these flags had other collectives: a new shape changed them.
+            PlanError: the first plan from this list had other collectives.
             RankMismatchError: other ranks have other collectives.
         """
-        known = self._of_flags.get((mode, flags))
-        if known is None and not agreed and order != self._first.get(mode):
+        known = self._orders.get((mode, needs))
+        if known is None and not agreed:
             agree.agree(self.group, "mode", order, timeout=self.timeout)
         elif known is not None and known != order:
             raise PlanError(f"rank {self.rank}: {_difference(known, order)}")
-        first = self._first.setdefault(mode, order)
-        self._of_flags.setdefault((mode, flags), first if order == first else order)  # one list for many flags
+        self._orders.setdefault((mode, needs), order)
+
+
+def _check_kinds(posts: Sequence[Sequence[str]]) -> None:
+    """Refuse to compare what a call needs with what a backward differentiates (`heads.py`)."""
+    backwards = [index for index, post in enumerate(posts) if post[0] == HEADS]
+    if backwards:
+        raise RankMismatchError(
+            f"Rank {backwards[0]} of the group begins a backward that differentiates other outputs than before, where "
+            "others begin a call that needs other parameters. Run the same steps on every rank."
+        )
+
+
+def _lines(mode: Mode, needs: Needs) -> list[str]:
+    return [repr(mode), *(json.dumps(need) for need in needs)]
+
+
+def _needs_in(posts: Sequence[Sequence[str]], mode: Mode) -> list[Needs]:
+    """What the ranks posted that are in a mode."""
+    return [tuple(Need(*json.loads(line)) for line in lines) for kind, *lines in posts if kind == repr(mode)]
 
 
 def order_of(plan: Plan) -> list[str]:

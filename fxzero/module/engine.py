@@ -7,13 +7,17 @@ from typing import Any
 import torch
 
 from fxzero.capture.call import CallSpec, flatten_call
+from fxzero.capture.numbers import PinnedNumberError
+from fxzero.capture.state import Values
 from fxzero.errors import InputMismatchError
 from fxzero.graph.variant import Stash
 from fxzero.host.memory_in_use import MemoryInUse
 from fxzero.module.call import Call, StepFunction
-from fxzero.module.call_kind import Arguments, Pattern, Signature
+from fxzero.module.call_kind import Arguments, Pattern, Signature, settings
+from fxzero.module.heads import Heads
 from fxzero.module.plan_cache import PlanCache
 from fxzero.module.plan_maker import PlanMaker
+from fxzero.module.replaced_data import Replaced, in_shards
 from fxzero.module.sharded_model import ShardedModel
 from fxzero.runtime.clip import clip_grad_norm_
 from fxzero.runtime.executable import BoundPlan, Executable
@@ -33,6 +37,7 @@ class Engine:
     ) -> None:
         self.sharded, self.maker, self.clip_grad_norm = sharded, maker, clip_grad_norm
         self.plans = PlanCache()
+        self.heads = Heads(sharded.group, sharded.comm.rank, sharded.timeout, sharded.comm.is_alone)
         self.synchronize = True
         """False inside no_sync()."""
         self.last: Executable | None = None
@@ -42,42 +47,62 @@ class Engine:
 
     def prepare(self, arguments: Arguments) -> tuple[list[torch.Tensor], Signature, Executable]:
         """The tensors, the signature and the executable of a call, which is planned if its kind is new."""
-        inputs, spec = flatten_call(*arguments)
-        signature = self._signature(spec)
+        inputs, own = flatten_call(*arguments)
+        signature = self._signature(self.maker.numbers.arguments.generalized(own))
         pattern = self.plans.pattern_of(signature)
         bound = self.plans.find(signature, pattern)
         if bound is None:
-            bound = self._make(signature, pattern, arguments)
+            self.plans.note_changes(signature, pattern, self.maker.numbers)
+            try:
+                bound = self._make(signature, pattern, arguments)
+            except PinnedNumberError:
+                return self.prepare(arguments)
         executable = bound.executable(synchronize=self.synchronize or not signature.grad)
         self.last = executable
         return inputs, signature, executable
 
     def __call__(self, arguments: Arguments) -> Any:
+        with self.sharded.phases.phase("forward" if torch.is_grad_enabled() else "evaluation"):
+            if replaced := self.sharded.replaced():
+                with in_shards(replaced):
+                    return self._call(arguments, replaced)
+            return self._call(arguments, replaced)
+
+    def _call(self, arguments: Arguments, replaced: Replaced) -> Any:
         sharded, tuning = self.sharded, self.maker.tuning
-        sharded.adopt_replaced_data()
         if tuning.is_due and torch.is_grad_enabled() and self.synchronize and self.maker.tune_again():
             self.plans.clear()
         inputs, signature, executable = self.prepare(arguments)
         if executable.example_only:
             raise InputMismatchError("An input is on the meta device: it can be an example, not a batch to run on.")
         executable.stopwatch = tuning.stopwatch_for(executable)
+        captured = executable.plan.captured
+        values = captured.state.read()
         device_type = sharded.devices.compute.type
         if torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
-                tensors = self._run(executable, inputs, signature, arguments)
+                tensors = self._run(executable, inputs, values, signature, arguments, replaced)
         else:
-            tensors = self._run(executable, inputs, signature, arguments)
-        return executable.plan.captured.output.rebuild(tensors)
+            tensors = self._run(executable, inputs, values, signature, arguments, replaced)
+        if captured.state.leaves_behind:
+            captured.state.replay(tensors, values)
+        return captured.output.rebuild(tensors)
 
     def _run(
-        self, executable: Executable, inputs: list[torch.Tensor], signature: Signature, arguments: Arguments
+        self,
+        executable: Executable,
+        inputs: list[torch.Tensor],
+        values: Values,
+        signature: Signature,
+        arguments: Arguments,
+        replaced: Replaced,
     ) -> Sequence[Any]:
-        if executable.step.has_backward:
-            replan = partial(self._replan, signature, arguments, executable.step.synchronize)
-            call = Call(self.sharded, self.backward, executable, inputs, replan)
+        if executable.has_backward:
+            settle = partial(self._settle, signature, arguments, values)
+            call = Call(self.sharded, self.backward, executable, [*inputs, *values.inputs], settle, replaced)
             return StepFunction.apply(call, self._anchor, *[x for x in inputs if x.requires_grad])  # type: ignore[no-any-return]
         with torch.no_grad():
-            outputs, _ = executable.forward(inputs, self.sharded.buffers(executable))
+            outputs, _ = executable.forward([*inputs, *values.inputs], self.sharded.buffers(executable))
         return [outputs[index] for index in executable.tensor_outputs]
 
     def backward(self, executable: Executable, saved: list[Any], tangents: list[torch.Tensor]) -> tuple[Any, ...]:
@@ -97,16 +122,27 @@ class Engine:
         input_grads = executable.backward(variant, saved, tangents)
         if synchronize:
             self.maker.tuning.after_backward(executable)
-            gradients.publish(executable.reached, variant)
+            gradients.publish(executable.reached, variant, executable.unreached)
         else:
             gradients.hold(executable.reached, variant)
         if executable.leaves_buckets:
             in_flight.after_backward()
         return input_grads
 
+    def before_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse the step of an optimizer whose gradients no_sync() holds.
+
+        Raises:
+            PlanError: it would take gradients that are not averaged yet.
+        """
+        gradients = self.sharded.gradients
+        if gradients is not None and gradients.are_held:
+            gradients.check_reduced({id(param) for group in optimizer.param_groups for param in group["params"]})
+
     def after_optimizer(self, seconds: float) -> None:
         """Note that a step of an optimizer is over, of any in this process."""
         self.sharded.in_flight.after_step()
+        self.sharded.phases.after_step()
         self.maker.tuning.after_optimizer(seconds)
 
     def _signature(self, spec: CallSpec) -> Signature:
@@ -119,6 +155,7 @@ class Engine:
             tuple([param.requires_grad for param in sharded.param_list]),
             torch.is_grad_enabled(),
             (autocast, torch.get_autocast_dtype(device_type) if autocast else None),
+            settings(),
         )
 
     def _make(self, signature: Signature, pattern: Pattern | None, arguments: Arguments) -> BoundPlan:
@@ -128,12 +165,37 @@ class Engine:
         self.plans.keep(signature, pattern, bound)
         return bound
 
-    def _replan(self, signature: Signature, arguments: Arguments, synchronize: bool, pattern: Pattern) -> Executable:
-        """The executable of a call for another pattern of arriving gradients, which later calls of its kind assume."""
-        bound = self.plans.find(signature, pattern)
-        if bound is None:
-            with self.maker.as_in(signature):
-                bound = self._make(signature, pattern, arguments)
-        self.plans.prefer(signature, pattern)
-        self.last = executable = bound.executable(synchronize=synchronize)
-        return executable
+    def _settle(
+        self,
+        signature: Signature,
+        arguments: Arguments,
+        values: Values,
+        executable: Executable,
+        pattern: Pattern,
+    ) -> tuple[Executable, Executable, bool, list[Any]]:
+        """What runs forward and backward of a call whose backward begins.
+
+        Args:
+            values: of the Python state at the call.
+            executable: the one whose forward has run.
+            pattern: the outputs that receive a gradient.
+
+        Returns:
+            The executables of forward and backward, whether forward must run again, as then on all ranks, and the
+            inputs that are Python state then.
+        """
+        wanted, again = self.heads.settle(signature, executable, pattern, self.maker.meet)
+        state, synchronize = values.inputs, executable.step.synchronize
+        if again:
+            if not self.sharded.comm.is_alone:
+                self.plans.clear()
+            with executable.plan.captured.state.as_before(values):
+                bound = self.plans.find(signature, wanted)
+                if bound is None:
+                    with self.maker.as_in(signature):
+                        bound = self._make(signature, wanted, arguments)
+                state = bound.plan.captured.state.read().inputs
+            self.plans.prefer(signature, wanted)
+            self.last = executable = bound.executable(synchronize=synchronize)
+        running = executable if pattern == wanted else executable.narrowed(pattern)
+        return executable, running, again, state

@@ -18,7 +18,7 @@ from fxzero.module.initialize import check_meta_model, initialize, rng_state
 from fxzero.module.optimizer_state import cut_state, param_shards
 from fxzero.module.registered_tensors import entries
 from fxzero.module.sharded_model import ShardedModel
-from fxzero.planning.agreed_text import describe_layout
+from fxzero.planning.agreed_text import describe_buffers, describe_layout
 from fxzero.planning.fix_layout import layout_in_registration_order
 from fxzero.runtime.shards import Shards, install, shard_full_params
 
@@ -42,7 +42,11 @@ def fix_layout(
         )
     lines = describe_layout(layout, sharded.agreed) + [f"collective {line}" for line in order]
     lines += [f"mesh: {sharded.group}"] if isinstance(sharded.group, Hierarchy) else []
+    lines += describe_buffers(sharded.model)
+    for optimizer in sharded.optimizers:
+        lines += sharded.phases.describe(optimizer)
     agree.agree(sharded.group, "layout", lines, timeout=sharded.timeout)
+    sharded.phases.is_fixed()
     with torch.inference_mode(False):  # shards made in it could not be trained
         shards = Shards(layout, sharded.comm.rank, sharded.devices.shards)
         _fill(sharded, shards, loaded)
@@ -51,7 +55,6 @@ def fix_layout(
 
 def fix_layout_without_trace(sharded: ShardedModel, loaded: AbstractSet[str] = frozenset()) -> None:
     """Fix the layout in registration order, if it is not fixed yet."""
-    sharded.adopt_replaced_data()
     if sharded.shards is None:
         params = sharded.params
         now = [replace(spec, requires_grad=params[spec.fqn].requires_grad) for spec in sharded.specs.values()]

@@ -1,6 +1,6 @@
 """Which optimizers can step shards: the element-wise ones, whose update of an element needs that element alone.
 
-An element-wise optimizer gives the same numbers on a 1-D slice of a parameter as on the whole, bit for bit. One that
+An element-wise optimizer gives the same numbers on a slice of a parameter as on the whole, bit for bit. One that
 looks at the shape of a parameter, or at several elements at once, does not.
 """
 
@@ -32,7 +32,7 @@ ELEMENTWISE = tuple(_STATE_PER_ELEMENT)
 REFUSED: Mapping[type[torch.optim.Optimizer], str] = {
     torch.optim.LBFGS: "its directions come from dot products over all parameters, of which a rank has only a part",
     torch.optim.Adafactor: "it factors second moments over the rows and columns of whole matrices",
-    torch.optim.Muon: "it orthogonalises whole matrices, and a shard is a 1-D slice of one",
+    torch.optim.Muon: "it orthogonalises whole matrices, and a shard is a slice of one, not a matrix",
     torch.optim.SparseAdam: "it takes sparse gradients, and gradient shards are dense",
 }
 """The optimizers of torch.optim that are not element-wise, each with the reason."""
@@ -59,7 +59,7 @@ def check_optimizer(optimizer: object, *, elementwise_optimizer: bool) -> None:
             raise OptimizerError(f"{kind.__qualname__} cannot step shards: {reason}. Use one of {known}.")
     if not elementwise_optimizer:
         raise OptimizerError(
-            f"{kind.__module__}.{kind.__qualname__} is not known to be element-wise, and a shard is a 1-D slice of its "
+            f"{kind.__module__}.{kind.__qualname__} is not known to be element-wise, and a shard is a slice of its "
             "parameter. If its update of an element needs only that element's own gradient and state, pass "
             f"elementwise_optimizer=True to fxzero.compile; else use one of {known}."
         )

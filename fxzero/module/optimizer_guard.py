@@ -30,7 +30,9 @@ class OptimizerGuard:
         shards: returns this rank's part of each parameter as `param_shards` does, and nothing before there are shards.
             It must not hold the owner.
         elementwise_optimizer: see `check_optimizer`.
+        on_begin: called before each step of any optimizer; must not hold the owner.
         on_step: called after each step of any optimizer with its seconds; must not hold the owner.
+        before_own_step: called before each step of an optimizer that holds shards; must not hold the owner.
     """
 
     def __init__(
@@ -39,13 +41,17 @@ class OptimizerGuard:
         shards: Callable[[], Mapping[int, ParamShard]],
         *,
         elementwise_optimizer: bool,
+        on_begin: Callable[[torch.optim.Optimizer], object] = lambda optimizer: None,
         on_step: Callable[[float], object] = lambda seconds: None,
+        before_own_step: Callable[[torch.optim.Optimizer], object] = lambda optimizer: None,
     ) -> None:
-        self._on_step = on_step
+        self._on_begin, self._on_step, self._before_own_step = on_begin, on_step, before_own_step
         self._began_s = 0.0
         self.shards = shards
         self.elementwise_optimizer = elementwise_optimizer
         self._num_groups_checked: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._own: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        """Optimizers that hold shards."""
         self._to_rehome: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         """Optimizers that are taking their first step, in which they make their state."""
         self.state_nbytes = 0
@@ -55,6 +61,7 @@ class OptimizerGuard:
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Check an optimizer in its first step, and again if groups were added."""
+        self._on_begin(optimizer)
         self._began_s = time.perf_counter()
         if self._num_groups_checked.get(optimizer) != len(optimizer.param_groups):
             shards = self.shards()
@@ -62,6 +69,10 @@ class OptimizerGuard:
             if shards:
                 self._num_groups_checked[optimizer] = len(optimizer.param_groups)
                 self._to_rehome.add(optimizer)
+                if next(parameters_of(optimizer, shards), None) is not None:
+                    self._own.add(optimizer)
+        if optimizer in self._own:
+            self._before_own_step(optimizer)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Move the state that an optimizer made in its first step into one buffer."""

@@ -43,7 +43,7 @@ def rehome_state(optimizer: torch.optim.Optimizer, params: Collection[int]) -> i
     with torch.no_grad():
         for state, key in found:
             value = state[key]
-            home = storage_view(storage, offset, value.numel(), value.dtype, device)
+            home = storage_view(storage, offset, value.numel(), value.dtype, device).view(value.shape)
             home.copy_(value)
             offset += align(value.nbytes, ALIGNMENT_BYTES)
             state[key] = home
@@ -68,6 +68,10 @@ class ParamShard:
     part: Slice
     device: torch.device
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.spec.shard_shape(self.part.numel)
+
 
 def param_shards(params: Mapping[str, nn.Parameter], shards: Shards) -> dict[int, ParamShard]:
     """Maps the id of each Parameter object to this rank's part of it."""
@@ -81,8 +85,8 @@ def param_shards(params: Mapping[str, nn.Parameter], shards: Shards) -> dict[int
 def cut_state(optimizer: torch.optim.Optimizer, shards: Mapping[int, ParamShard]) -> None:
     """Cut the state that an optimizer has for full parameters into state for this rank's shards.
 
-    A tensor of the parameter's shape becomes a 1-D slice with storage of its own on the shard's device, so that the
-    full tensor is freed. Accumulators that Adagrad made for a meta model are made anew for the shard. Scalars are kept.
+    A tensor of the parameter's shape becomes a slice with storage of its own on the shard's device, so that the full
+    tensor is freed. Accumulators that Adagrad made for a meta model are made anew for the shard. Scalars are kept.
 
     Args:
         optimizer: one that passed `check_optimizer`; its parameters may be cut already.
@@ -113,7 +117,8 @@ def cut_state(optimizer: torch.optim.Optimizer, shards: Mapping[int, ParamShard]
             if isinstance(value, Tensor) and value.is_meta:
                 state[key] = _make_for_adagrad(optimizer, group, key, value, shard)
             elif _kind(key, value, shard.spec) == "like its parameter":
-                state[key] = value.reshape(-1)[shard.part.start : shard.part.stop].to(shard.device, copy=True)
+                own = value.reshape(-1)[shard.part.start : shard.part.stop]
+                state[key] = own.view(shard.shape).to(shard.device, copy=True)
 
 
 def _kind(key: str, value: object, spec: ParamSpec) -> Literal["like its parameter", "scalar", "other"]:
@@ -146,7 +151,7 @@ def _make_for_adagrad(
         return torch.zeros((), dtype=value.dtype, device=shard.device if group["fused"] else "cpu")
     initial = optimizer.defaults["initial_accumulator_value"]
     fill = complex(initial, initial) if value.is_complex() else initial
-    return torch.full((shard.part.numel,), fill, dtype=value.dtype, device=shard.device)
+    return torch.full(shard.shape, fill, dtype=value.dtype, device=shard.device)
 
 
 def name_of(optimizer: object) -> str:

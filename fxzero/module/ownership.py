@@ -12,6 +12,7 @@ from torch import nn
 
 from fxzero import torch_internals
 from fxzero.errors import FxzeroError, InputMismatchError
+from fxzero.module.wrappers import allow_wrappers, refuse_wrappers
 
 _TAKEN = "_fxzero_taken"
 """The attribute of a taken model that keeps the instance attributes which its refusals hide."""
@@ -85,6 +86,7 @@ def take_over(model: nn.Module) -> None:
     model.__dict__[_TAKEN] = {name: model.__dict__[name] for name in _REFUSALS if name in model.__dict__}
     model.__dict__.update(_REFUSALS)
     _taken.add(model)
+    refuse_wrappers(model)
     for module in model.modules():
         module.__dict__[torch_internals.CONVERSION] = _refuse_conversion_of(module)
 
@@ -92,6 +94,7 @@ def take_over(model: nn.Module) -> None:
 def give_back(model: nn.Module) -> None:
     """Undo `take_over`."""
     _taken.discard(model)
+    allow_wrappers(model)
     own = model.__dict__.pop(_TAKEN)
     for name in _REFUSALS:
         del model.__dict__[name]

@@ -1,13 +1,19 @@
 """The plans of a model that were used last: one for each kind of call and pattern of outputs with a gradient."""
 
+import logging
 import warnings
 from collections import OrderedDict
 
 from fxzero.module.call_kind import Pattern, Signature
+from fxzero.module.changing_numbers import ChangingNumbers
 from fxzero.runtime.executable import BoundPlan
+
+logger = logging.getLogger(__name__)
 
 MAX_PLANS = 64
 """Plans kept; the least recently used is dropped beyond."""
+MAX_ALIKE = 8
+"""Plans kept for one kind of call, which differ in the Python state that they were traced for."""
 MANY_SHAPES = 9
 """The number of different shapes at which a warning advises padding."""
 
@@ -16,27 +22,43 @@ class PlanCache:
     """Holds at most MAX_PLANS plans, and the pattern that the next forward of each kind of call assumes."""
 
     def __init__(self) -> None:
-        self._plans: OrderedDict[tuple[Signature, Pattern | None], BoundPlan] = OrderedDict()
+        self._plans: OrderedDict[tuple[Signature, Pattern | None], list[BoundPlan]] = OrderedDict()
+        """Plans that differ in the Python state that they were traced for, the last used one first."""
         self._patterns: dict[Signature, Pattern] = {}
+        self._preferred: dict[tuple[bool, ...], Pattern] = {}
+        """The pattern that was preferred last with each `requires_grad` of all parameters."""
         self._warned = False
 
     def __len__(self) -> int:
-        return len(self._plans)
+        return sum(map(len, self._plans.values()))
 
     def pattern_of(self, signature: Signature) -> Pattern | None:
-        """The pattern that the next forward of a kind of call assumes; None for a new kind."""
-        return self._patterns.get(signature)
+        """The pattern that the next forward of a kind of call assumes; a new kind assumes what others did last."""
+        known = self._patterns.get(signature)
+        return self._preferred.get(signature.trained) if known is None else known
 
     def prefer(self, signature: Signature, pattern: Pattern) -> None:
         """Let the next forward of a kind of call assume a pattern."""
-        self._patterns[signature] = pattern
+        self._patterns[signature] = self._preferred[signature.trained] = pattern
 
     def find(self, signature: Signature, pattern: Pattern | None) -> BoundPlan | None:
-        """The plan for a kind of call and a pattern, which becomes the last used one; None if there is none."""
-        bound = self._plans.get((signature, pattern))
-        if bound is not None:
-            self._plans.move_to_end((signature, pattern))
-        return bound
+        """The plan for a kind of call, a pattern and the Python state, which becomes the last used one; or None."""
+        alike = self._plans.get((signature, pattern), ())
+        for index, bound in enumerate(alike):
+            if bound.plan.captured.state.holds():
+                self._plans.move_to_end((signature, pattern))
+                if index:
+                    alike.insert(0, alike.pop(index))  # type: ignore[union-attr]
+                return bound
+        return None
+
+    def note_changes(self, signature: Signature, pattern: Pattern | None, numbers: ChangingNumbers) -> None:
+        """Note in what the Python state differs from that of the plan for this kind of call that was used last."""
+        alike = self._plans.get((signature, pattern))
+        if alike:
+            state = alike[0].plan.captured.state
+            numbers.note(state)
+            logger.info("traced anew, since it changed: %s", ", ".join(state.changed()[:5]))
 
     def clear(self) -> None:
         """Drop all plans; kinds of calls keep their patterns."""
@@ -44,10 +66,12 @@ class PlanCache:
 
     def keep(self, signature: Signature, pattern: Pattern, bound: BoundPlan) -> None:
         """Add a plan, and drop the least recently used one if there are too many."""
-        self._plans[signature, pattern] = bound
+        alike = self._plans.setdefault((signature, pattern), [])
+        alike.insert(0, bound)
+        del alike[MAX_ALIKE:]
         self._patterns.setdefault(signature, pattern)
         self._warn_of_many_shapes(signature)
-        while len(self._plans) > MAX_PLANS:
+        while len(self) > MAX_PLANS:
             (oldest, its_pattern), _ = self._plans.popitem(last=False)
             if self._patterns.get(oldest) == its_pattern:
                 del self._patterns[oldest]
@@ -61,5 +85,5 @@ class PlanCache:
                 f"{len(shapes)} different input shapes so far, each traced and planned for itself: "
                 f"{', '.join(map(str, shapes))}. Pad the inputs to a multiple (of 64 tokens, say) so that few shapes "
                 "remain.",
-                stacklevel=9,
+                stacklevel=10,
             )

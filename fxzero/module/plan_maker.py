@@ -12,16 +12,19 @@ from fxzero import torch_internals
 from fxzero.capture import Captured, capture
 from fxzero.comm import agree
 from fxzero.errors import CaptureError
+from fxzero.graph.needs import needs_of
+from fxzero.graph.recipe import Needs
 from fxzero.host.allocator import give_back_freed_memory
 from fxzero.module.budget_round import BudgetRound
-from fxzero.module.call_kind import Arguments, Pattern, Signature
+from fxzero.module.call_kind import Arguments, Pattern, Signature, set_to
+from fxzero.module.changing_numbers import ChangingNumbers
 from fxzero.module.collective_orders import Mode, Orders, order_of
 from fxzero.module.first_fill import fix_layout
 from fxzero.module.sharded_model import ShardedModel
 from fxzero.module.tuning_rounds import TuningRounds
 from fxzero.planning.check_passes import pass_checks
 from fxzero.planning.fix_layout import layout_of, warn_if_out_of_order
-from fxzero.planning.plan import make_plan
+from fxzero.planning.plan import make_plan, with_collectives
 from fxzero.runtime.binding import Binder
 from fxzero.runtime.executable import BoundPlan
 
@@ -37,14 +40,23 @@ class PlanMaker:
     """The class that binds the variants of a plan."""
 
     def __post_init__(self) -> None:
+        self.numbers = ChangingNumbers()
         self._orders = Orders(self.sharded.group, self.sharded.comm.rank, self.sharded.timeout)
 
     def tune_again(self) -> bool:
         """Choose order and prefetching from measured costs; a collective. True if plans must be made again."""
         is_changed = self.tuning.choose_again(self.sharded)
         if is_changed:
-            self._orders.forget()
+            self._orders.forget_orders()
         return is_changed
+
+    def meet(self, signature: Signature, *, anew: bool) -> None:
+        """Let ranks agree again on the collectives of a mode at its next plan, which all of them make together.
+
+        Args:
+            anew: forget what earlier calls needed.
+        """
+        self._orders.meet(Mode(signature.grad, signature.trained), anew=anew)
 
     def make(
         self, signature: Signature, pattern: Pattern | None, arguments: Arguments
@@ -64,6 +76,7 @@ class PlanMaker:
             torch.inference_mode(False),
             torch_internals.outside_of_autograd_modes(),
             torch_internals.fake_results_forgotten(),
+            agree.busy(self.sharded.group),
         ):
             made = self._make(signature, pattern, arguments)
         give_back_freed_memory()
@@ -76,7 +89,7 @@ class PlanMaker:
         needs_grad = any(signature.trained) or any(leaf.requires_grad for leaf in signature.tensor_leaves)
         with_backward = signature.grad and needs_grad
         fixes_layout = sharded.shards is None
-        others_wait = fixes_layout or self._orders.expects_agreement(with_backward, signature.trained)
+        others_wait = fixes_layout or not self._orders.knows(Mode(with_backward, signature.trained))
         topic = "layout" if fixes_layout else "mode"
         reporting = partial(agree.reporting_failure, sharded.group, topic) if others_wait else nullcontext
         with reporting():
@@ -84,23 +97,34 @@ class PlanMaker:
         self.tuning.choose(sharded, captured.step, topic)
         # Plans of evaluations made before a choice do not leave kept and resident buckets their places.
         drops_others = self.budget.choose(sharded, captured.step, topic)
+        mode = Mode(captured.step.has_backward, signature.trained)
+        with reporting():
+            needs = self._needs(captured)
+        together, has_grown = self._orders.settle(mode, needs, topic)
         with reporting():
             backend, devices = sharded.comm.backend, sharded.devices
             checks = partial(pass_checks, sharded.model, *arguments)
-            plan = make_plan(captured, sharded.recipe, backend, devices, sharded.passes, checks)
+            recipe = sharded.recipe if together == needs else dataclasses.replace(sharded.recipe, needs=together)
+            plan = make_plan(captured, recipe, backend, devices, sharded.passes, checks)
             order = order_of(plan)
         if fixes_layout:
             fix_layout(sharded, layout_of(plan.step, sharded.recipe, sharded.passes), order)
         assert sharded.shards is not None
         if self._orders.is_empty and not fixes_layout:
             warn_if_out_of_order(plan.step, sharded.shards.layout)
-        mode = Mode(plan.step.has_backward, signature.trained, captured.differentiated)
-        self._orders.check(mode, signature.flags, order, agreed=fixes_layout)
+        self._orders.check(mode, together, order, agreed=fixes_layout)
         bound = BoundPlan(plan, sharded.storage, self.binder)
         self.budget.warn_if_over(sharded, plan)
         example_only = any(leaf.device.type == "meta" for leaf in signature.tensor_leaves)
         bound.reducing.example_only = bound.holding.example_only = example_only
-        return bound, captured.differentiated, drops_others
+        return bound, captured.differentiated, drops_others or has_grown
+
+    def _needs(self, captured: Captured) -> Needs:
+        """What a step needs of other ranks; empty where there are none, or where a list of passes leaves no choice."""
+        sharded = self.sharded
+        if sharded.comm.is_alone or sharded.passes is not None:
+            return ()
+        return needs_of(with_collectives(captured.step, sharded.recipe))
 
     def _capture(
         self, signature: Signature, pattern: Pattern | None, arguments: Arguments, *, with_backward: bool
@@ -110,7 +134,8 @@ class PlanMaker:
             fqn: dataclasses.replace(spec, requires_grad=trained)
             for (fqn, spec), trained in zip(sharded.specs.items(), signature.trained, strict=True)
         }
-        captured = capture(
+        trace = partial(
+            capture,
             sharded.model,
             sharded.forward,
             *arguments,
@@ -120,6 +145,7 @@ class PlanMaker:
             with_backward=with_backward,
             differentiated=pattern,
         )
+        captured = self.numbers.captured(trace, signature.call)
         if sharded.shards is not None:  # buckets go by the `requires_grad` of when the layout was fixed
             captured.step.params = {param.fqn: param for param in sharded.shards.layout.params}
         return captured
@@ -133,7 +159,10 @@ class PlanMaker:
         try:
             for module, training in zip(modules, signature.training, strict=True):
                 module.training = training
-            with torch.autocast(self.sharded.devices.compute.type, dtype=dtype, enabled=enabled):
+            with (
+                torch.autocast(self.sharded.devices.compute.type, dtype=dtype, enabled=enabled),
+                set_to(signature.settings),
+            ):
                 yield
         finally:
             for module, training in zip(modules, flags, strict=True):

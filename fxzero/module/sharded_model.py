@@ -19,9 +19,11 @@ from fxzero.graph.layout import ParamSpec
 from fxzero.graph.recipe import Recipe
 from fxzero.graph.step import Pass
 from fxzero.module.initialize import InitFn, check_meta_model
+from fxzero.module.model_phases import ModelPhases
 from fxzero.module.optimizer_classes import state_per_element
 from fxzero.module.optimizer_state import ParamShard, param_shards
 from fxzero.module.registered_tensors import join
+from fxzero.module.replaced_data import Replaced, ReplacedData
 from fxzero.runtime.executable import Executable, Storage
 from fxzero.runtime.gradients import Gradients
 from fxzero.runtime.in_flight import InFlight
@@ -66,13 +68,20 @@ class ShardedModel:
         self.gradients: Gradients | None = None
         self.arena = Arena(self.devices.compute)
         this = weakref.proxy(self)  # no cycle: shards are freed with the last name of the module
+        fqns = {id(param): fqn for fqn, param in self.params.items()}
+        self.phases = ModelPhases(
+            self.comm.phases, type(self.model).__name__, fqns, self.comm.meet, lambda: this.drop_gradients()
+        )
+        for optimizer in self.optimizers:
+            self.phases.watch(optimizer)
         self.in_flight = InFlight(
             self.comm,
             lambda: this.gradients is not None and this.gradients.are_added_to,
             lambda: (this.version(), 0 if this.gradients is None else this.gradients.version),
         )
-        self._addresses: list[int] = []
-        """Address of each parameter's shard; empty before the layout is fixed."""
+        self._replaced_data: ReplacedData | None = None
+        """None before the layout is fixed."""
+        self._had_replaced = False
         self.look_at_modules()
         check_meta_model(self.model, self.init_fn, set(self.model.state_dict()))
 
@@ -131,6 +140,13 @@ class ShardedModel:
         posts = agree.exchange(self.group, topic, [own.to_json()], timeout=self.timeout)
         return [Recipe.from_json(line) for (line,) in posts]
 
+    def drop_gradients(self) -> None:
+        """Reset all gradients, also the unsharded ones of no_sync()."""
+        for param in self.param_list:
+            param.grad = None
+        if self.gradients is not None:
+            self.gradients.drop_held()
+
     # -- the layout ----------------------------------------------------------------------------------------------
 
     @property
@@ -147,26 +163,20 @@ class ShardedModel:
         """Take in the shards that the parameters have become."""
         self.recipe = replace(self.recipe, buckets=tuple(bucket.fqns for bucket in shards.layout.buckets))
         self.shards, self.gradients = shards, Gradients(shards, self.params)
-        self._addresses = [param.data_ptr() for param in self.param_list]
+        self._replaced_data = ReplacedData(self.params, shards)
 
-    def adopt_replaced_data(self) -> None:
-        """Copy a tensor that the user put in the place of a shard (`param.data = ...`) into the shard.
+    def replaced(self) -> Replaced:
+        """The shards in whose place the user put other tensors, which the coming phase must use.
+
+        Where there are some, or were in the call before, nothing that was gathered before is used again.
 
         Raises:
-            FxzeroError: its shape, dtype or device is not that of the shard.
+            FxzeroError: a tensor has another shape, dtype or device than the shard.
         """
-        if [param.data_ptr() for param in self.param_list] == self._addresses or not self._addresses:
-            return
-        for fqn, param, address in zip(self.params, self.param_list, self._addresses, strict=True):
-            if param.data_ptr() == address:
-                continue
-            assert self.shards is not None
-            data, shard = param.data, self.shards.param_view(fqn)
-            if (data.shape, data.dtype, data.device) != (shard.shape, shard.dtype, shard.device):
-                raise FxzeroError(
-                    f"The data of {fqn} was replaced by {data.dtype} {tuple(data.shape)} on {data.device}; its shard "
-                    f"here is {shard.dtype} {tuple(shard.shape)}. Load full weights with load_state_dict()."
-                )
-            param.data = shard
-            with torch.no_grad():
-                param.copy_(data)
+        if self._replaced_data is None:
+            return []
+        found = self._replaced_data.find()
+        if found or self._had_replaced:
+            self.in_flight.after_step()
+            self._had_replaced = bool(found)
+        return found

@@ -106,8 +106,9 @@ class TuningRounds:
     def stopwatch_for(self, executable: Executable) -> Stopwatch | None:
         """What measures the coming step: for a choice, for somebody who asked for the seconds of its lines, or both."""
         step, asked = executable.step, executable.lines_to_measure
-        is_new = step.has_backward and step.synchronize and not step.resident
-        if not self._is_time or not is_new or executable.device.type != "cpu":
+        if not self._is_time or not executable.has_backward or executable.device.type != "cpu":
+            return asked
+        if not step.synchronize or step.resident:
             return asked
         self.stopwatch.also = asked
         return self.stopwatch

@@ -12,6 +12,7 @@ from fxzero.comm import agree
 from fxzero.errors import CheckpointError
 from fxzero.module.first_fill import fix_layout_without_trace
 from fxzero.module.registered_tensors import join
+from fxzero.module.replaced_data import in_shards
 from fxzero.module.sharded_model import ShardedModel
 from fxzero.planning.agreed_text import describe_options, describe_params
 from fxzero.runtime.interleave import gathered_members
@@ -27,14 +28,17 @@ def full_params(sharded: ShardedModel, *, rank0_only: bool) -> Iterator[tuple[st
     largest = max((bucket.shard_ranks * bucket.shard_nbytes for bucket in shards.layout.buckets), default=0)
     is_given = comm.is_rank0 or not rank0_only
     room = torch.empty(largest if is_given else 0, dtype=torch.uint8, device=shards.device)
-    for bucket in shards.layout.buckets:
-        shard = shards.params.parts[bucket]
-        full = room[: bucket.shard_ranks * bucket.shard_nbytes].view(bucket.dtypes.shard)
-        if rank0_only:
-            comm.gather_to_rank0(shard, full if is_given else None)
-        else:
-            comm.gather_to_all(shard, full)
-        yield from gathered_members(bucket, full) if is_given else ((fqn, None) for fqn in bucket.fqns)
+    with in_shards(sharded.replaced()):
+        for number, bucket in enumerate(shards.layout.buckets, 1):
+            shard = shards.params.parts[bucket]
+            full = room[: bucket.shard_ranks * bucket.shard_nbytes].view(bucket.dtypes.shard)
+            with sharded.phases.phase(f"gathering of full parameters ({number} of {len(shards.layout.buckets)})"):
+                comm.meet()
+                if rank0_only:
+                    comm.gather_to_rank0(shard, full if is_given else None)
+                else:
+                    comm.gather_to_all(shard, full)
+            yield from gathered_members(bucket, full) if is_given else ((fqn, None) for fqn in bucket.fqns)
 
 
 def state_dict(
@@ -49,15 +53,17 @@ def state_dict(
     names = {id(param): fqn for fqn, param in sharded.params.items()}
     local = nn.Module.state_dict(sharded.model, prefix=prefix, keep_vars=True)
     result: dict[str, Any] = OrderedDict() if destination is None else destination
-    for name, value in local.items():
-        if id(value) in names:
-            copy = full.get(names[id(value)])
-        else:
-            copy = value.detach().clone() if isinstance(value, torch.Tensor) else value
-            if isinstance(copy, torch.Tensor) and not rank0_only and _has_rank0(sharded):
-                sharded.comm.broadcast_from_rank0(copy)
-        if keep:
-            result[name] = copy
+    with sharded.phases.phase("state_dict"):
+        sharded.comm.meet()
+        for name, value in local.items():
+            if id(value) in names:
+                copy = full.get(names[id(value)])
+            else:
+                copy = value.detach().clone() if isinstance(value, torch.Tensor) else value
+                if isinstance(copy, torch.Tensor) and not rank0_only and _has_rank0(sharded):
+                    sharded.comm.broadcast_from_rank0(copy)
+            if keep:
+                result[name] = copy
     torch_internals.add_metadata(result, local)
     return result
 
@@ -69,17 +75,18 @@ def _has_rank0(sharded: ShardedModel) -> bool:
 
 def _full_copies(sharded: ShardedModel, *, rank0_only: bool) -> dict[str, torch.Tensor]:
     """A copy of each parameter at full size by canonical name; empty on other ranks if `rank0_only`."""
-    if sharded.shards is None and not sharded.has_meta_params():  # nothing is sharded yet
-        if not rank0_only:
-            lines = describe_options(sharded.agreed) + describe_params(sharded.specs.values())
-            agree.agree(sharded.group, "state dict", lines, timeout=sharded.timeout)
-        given = {} if rank0_only and not sharded.comm.is_rank0 else sharded.params
-        copies = {fqn: param.detach().clone() for fqn, param in given.items()}
-        if not rank0_only and _has_rank0(sharded):
-            for copy in copies.values():
-                sharded.comm.broadcast_from_rank0(copy)
-        return copies
-    fix_layout_without_trace(sharded)
+    with sharded.phases.phase("state_dict"):
+        if sharded.shards is None and not sharded.has_meta_params():  # nothing is sharded yet
+            if not rank0_only:
+                lines = describe_options(sharded.agreed) + describe_params(sharded.specs.values())
+                agree.agree(sharded.group, "state dict", lines, timeout=sharded.timeout)
+            given = {} if rank0_only and not sharded.comm.is_rank0 else sharded.params
+            copies = {fqn: param.detach().clone() for fqn, param in given.items()}
+            if not rank0_only and _has_rank0(sharded):
+                for copy in copies.values():
+                    sharded.comm.broadcast_from_rank0(copy)
+            return copies
+        fix_layout_without_trace(sharded)
     return {fqn: value.clone() for fqn, value in full_params(sharded, rank0_only=rank0_only) if value is not None}
 
 
@@ -99,7 +106,8 @@ def load_state_dict(sharded: ShardedModel, state: Mapping[str, Any], *, strict: 
     tensors = {name: value for name, value in state.items() if name in names}
     _check_tensors(sharded, tensors, names)
     if sharded.has_meta_params():
-        fix_layout_without_trace(sharded, loaded=given)
+        with sharded.phases.phase("load_state_dict"):
+            fix_layout_without_trace(sharded, loaded=given)
     shards, targets = sharded.shards, {**sharded.params, **dict(sharded.model.named_buffers())}
     with torch.no_grad():
         for name, value in tensors.items():

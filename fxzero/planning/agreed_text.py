@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from torch import nn
+
 from fxzero.graph.layout import Layout, ParamSpec
 from fxzero.graph.recipe import Recipe
 from fxzero.graph.step import Pass
@@ -32,4 +34,12 @@ def describe_params(params: Iterable[ParamSpec]) -> list[str]:
         f"parameter {param.fqn}: {param.dtype} {'x'.join(map(str, param.shape)) or 'scalar'} "
         f"{'trained' if param.requires_grad else 'frozen'}"
         for param in params
+    ]
+
+
+def describe_buffers(model: nn.Module) -> list[str]:
+    """One buffer a line."""
+    return [
+        f"buffer {fqn}: {buffer.dtype} {'x'.join(map(str, buffer.shape)) or 'scalar'}"
+        for fqn, buffer in model.named_buffers()
     ]

@@ -67,7 +67,7 @@ class CheckPasses:
     def __init__(self, passes: Sequence[Pass], model: nn.Module, inputs: Sequence[Tensor]) -> None:
         self._tolerances = [float(getattr(each, "tolerance", 0.0)) for each in passes]
         self._model, self._inputs = model, inputs
-        self._values: dict[str, Tensor] = {}
+        self._values: dict[str, Any] = {}
         """The tensor that each placeholder is fed, by the name of its node."""
         self._step: StepGraph | None = None
         """A copy of the graph before the next pass."""

@@ -59,6 +59,7 @@ def generate(
     *,
     record_begin: bool = False,
     marked: Collection[fx.Node] = (),
+    saved: tuple[fx.Node, ...] | None = None,
 ) -> Code:
     """Write the source of a complete StepGraph.
 
@@ -68,11 +69,13 @@ def generate(
             of backward.
         record_begin: call `record_begin` first of all.
         marked: nodes after which `mark` is called, to measure what runs between.
+        saved: what forward hands to backward. Default: what backward reads.
     """
     writer = _Writer(step, placed, recorded, marked)
     phases = dict(step.phases())
-    saved = _saved(step, phases, writer.static)
-    inputs, buffers = step.nodes(Role.INPUT), step.nodes(Role.BUFFER)
+    if saved is None:
+        saved = _saved(step, phases, writer.static)
+    inputs, buffers = step.arguments, step.nodes(Role.BUFFER)
     outputs = [writer.literal(value) for value in step.model_outputs]
     arguments = [writer.free("inputs"), writer.free("buffers")]
     lines = [f"def forward({', '.join(arguments)}):"]
@@ -99,7 +102,7 @@ def _saved(step: StepGraph, phases: dict[Phase, list[fx.Node]], static: dict[fx.
     backward = set(phases.get(Phase.BACKWARD, ()))
     read = {source for node in backward for source in node.all_input_nodes}
     read |= {grad for grad in step.input_grads if isinstance(grad, fx.Node)}
-    before = (Role.INPUT, Role.BUFFER, Role.COMPUTE)
+    before = (Role.INPUT, Role.STATE, Role.BUFFER, Role.COMPUTE)
     return tuple(
         node
         for node in step.graph.nodes

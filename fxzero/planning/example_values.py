@@ -6,6 +6,7 @@ tangent. They are equal in every run and keep activations finite.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,8 +15,8 @@ from fxzero.graph.nodes import Role, info, role, tensor_bytes
 from fxzero.graph.step import StepGraph
 
 
-def example_values(step: StepGraph, model: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
-    """A tensor for each placeholder, by the name of its node.
+def example_values(step: StepGraph, model: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Any]:
+    """A tensor, or a number, for each placeholder, by the name of its node.
 
     Args:
         step: a captured step, before or after any passes.
@@ -24,15 +25,18 @@ def example_values(step: StepGraph, model: nn.Module, inputs: Sequence[Tensor]) 
     """
     generator = torch.Generator().manual_seed(0)
     paths = (info(node).fqn for node in step.nodes(Role.INPUT))
-    real: dict[tuple[Role, str], Tensor] = {
+    real: dict[tuple[Role, str], Any] = {
         **{(Role.PARAM, fqn): param.detach() for fqn, param in model.named_parameters()},
         **{(Role.BUFFER, fqn): buffer for fqn, buffer in model.named_buffers()},
         **{(Role.INPUT, path): tensor for path, tensor in zip(paths, inputs, strict=True)},
     }
-    values: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
     for node in step.graph.find_nodes(op="placeholder"):
         like = node.meta["val"]
         value = real.get((role(node), info(node).fqn))
+        if not isinstance(like, Tensor):  # a number of the Python state
+            values[node.name] = like
+            continue
         if value is None or value.is_meta or value.numel() != like.numel():
             value = _made_up(node, generator)
         if role(node) is Role.PARAM:
@@ -55,7 +59,7 @@ def _made_up(node: fx.Node, generator: torch.Generator) -> Tensor:
         flat = torch.randn(span, dtype=like.dtype, generator=generator)
     elif not like.is_floating_point():
         flat = torch.zeros(span, dtype=like.dtype)
-    elif role(node) in (Role.INPUT, Role.BUFFER):
+    elif role(node) in (Role.INPUT, Role.STATE, Role.BUFFER):
         flat = (torch.rand(span, generator=generator) + 0.5).to(like.dtype)
     else:
         row_numel = math.prod(like.shape[1:]) if role(node) is Role.PARAM else 1

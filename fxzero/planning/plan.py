@@ -49,7 +49,7 @@ class VariantPlan:
 
     def timed_code(self) -> Code:
         """The same code with a call of `mark` after each line of the schedule."""
-        return _code(
+        return code_of(
             self.step, self.activations, self.arena.placed, self.events, [row.nodes[-1] for row in rows(self.step)]
         )
 
@@ -135,7 +135,7 @@ def make_plan(
         step = captured.step.under(recipe)
         run_passes(step, chosen, observers=observers)
         verify_plan(step)
-        if not step.grads:
+        if not step.grads and not step.nodes(Role.REDUCE_SCATTER):
             return Plan(captured, recipe, devices, {ONLY_FORWARD: _variants(step, backend, devices)[False]})
         reducing = _variants(step, backend, devices)
         variants = {variant: reducing[variant.accumulate] for variant in SYNCHRONIZING}
@@ -187,22 +187,27 @@ def _variants(step: StepGraph, backend: Backend, devices: Devices, enough_bytes:
         if devices.compute.type == "cuda" and step.sharding.shard_ranks > 1:
             events = plan_stream_events(step, arena.placed, accumulate=accumulate)
         if code is None or events is not None or not step.is_persistent:
-            code = _code(step, activations, arena.placed, events)
+            code = code_of(step, activations, arena.placed, events)
         planned[accumulate] = VariantPlan(step, activations, arena, events, code)
     return planned
 
 
-def _code(
+def code_of(
     step: StepGraph,
     activations: Activations,
     placed: Placed,
     events: StreamEvents | None,
     marked: Collection[fx.Node] = (),
+    saved: tuple[fx.Node, ...] | None = None,
 ) -> Code:
-    """The source of a variant, with a call after each node that events or buffers of a moment ask for."""
+    """The source of a variant, with a call after each node that events or buffers of a moment ask for.
+
+    Args:
+        marked, saved: as of `generate`.
+    """
     recorded = {*(events.recorded if events is not None else ()), *_ends_without_statement(step, placed)}
     at_begin = events is not None and events.at_begin
-    return generate(step, activations.placed, recorded, record_begin=at_begin, marked=marked)
+    return generate(step, activations.placed, recorded, record_begin=at_begin, marked=marked, saved=saved)
 
 
 def _ends_without_statement(step: StepGraph, placed: Placed) -> Iterable[fx.Node]:

@@ -52,11 +52,11 @@ _UNINITIALIZED = ("aten.empty", "aten.new_empty")
 """Prefixes of operators whose result has undefined values. `run_step` fills it with NaN, so that two runs agree."""
 
 
-def run_step(step: StepGraph, values: Mapping[str, Tensor], watch: Watch | None = None) -> Results:
+def run_step(step: StepGraph, values: Mapping[str, Any], watch: Watch | None = None) -> Results:
     """Run a step once. It changes neither `values` nor any random generator, also when it fails.
 
     Args:
-        values: a tensor for each placeholder, by the name of its node; a parameter in its full shape.
+        values: a tensor or a number for each placeholder, by the name of its node; a parameter in its full shape.
         watch: called with each node and its value.
 
     Raises:
@@ -66,7 +66,9 @@ def run_step(step: StepGraph, values: Mapping[str, Tensor], watch: Watch | None 
         node.name: values[node.name] if role(node) is Role.PARAM else copy_of_tensor(values[node.name])
         for node in step.graph.find_nodes(op="placeholder")
     }
-    devices = sorted({tensor.device for tensor in fed.values()} - {torch.device("cpu")}, key=str)
+    devices = sorted(
+        {value.device for value in fed.values() if isinstance(value, Tensor)} - {torch.device("cpu")}, key=str
+    )
     main = devices[0] if devices else torch.device("cpu")
     with (
         torch.inference_mode(False),
@@ -88,8 +90,13 @@ def run_step(step: StepGraph, values: Mapping[str, Tensor], watch: Watch | None 
         }
 
 
-def copy_of_tensor(tensor: Tensor) -> Tensor:
-    """A copy of a tensor in memory of its own, with equal strides, also where elements of the tensor share memory."""
+def copy_of_tensor(tensor: Any) -> Any:
+    """A copy of a tensor in memory of its own, with equal strides, also where elements of the tensor share memory.
+
+    A number is returned as it is.
+    """
+    if not isinstance(tensor, Tensor):
+        return tensor
     tensor = tensor.detach()
     if tensor.numel() == 0:
         return tensor.clone()

@@ -5,13 +5,12 @@ from pathlib import Path
 
 from torch import fx
 
+from fxzero.capture.guards import Guards
 from fxzero.cost.measured import MeasuredLines
 from fxzero.cost.report import Timing, format_measured
 from fxzero.errors import FxzeroError
 from fxzero.graph.schedule_text import Totals, format_schedule, format_table, totals
-from fxzero.graph.step import (
-    StepGraph,
-)
+from fxzero.graph.step import StepGraph
 from fxzero.memory.report import MemoryReport
 from fxzero.planning.plan import Plan, VariantPlan
 from fxzero.planning.saved_plan import SavedPlan
@@ -78,6 +77,11 @@ class Schedule:
     def saved(self) -> SavedPlan:
         """The whole plan as data, to keep as JSON and to compare with another (`fxzero.planner.diff`)."""
         return SavedPlan.of(self.plan)
+
+    @property
+    def guards(self) -> Guards:
+        """The Python state that this schedule was traced for: print it. Another state has another plan."""
+        return self.plan.captured.state.guards
 
     @property
     def totals(self) -> Totals:

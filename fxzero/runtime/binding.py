@@ -36,7 +36,7 @@ from fxzero.memory.lifetimes import Kind
 from fxzero.planning.codegen import NAMES_IN_SOURCE, PLACE_PREFIX, Code
 from fxzero.planning.plan import VariantPlan
 from fxzero.runtime.cuda_streams import Events, bind_events
-from fxzero.runtime.gradients import Gradients
+from fxzero.runtime.gradients import UNREACHED, Gradients
 from fxzero.runtime.interleave import copy_in, copy_out
 from fxzero.runtime.shards import Shards, unflatten
 from fxzero.runtime.stopwatch import Stopwatch
@@ -288,7 +288,7 @@ class Binder:
         for param in bucket.params:
             if param.fqn in members(start):
                 part = bucket.slice_of(param, self.comm.rank)
-                mine = self.shards.grad_view(param.fqn)
+                mine = self.shards.grad_view(param.fqn).view(-1)
                 write = mine.add_ if self.variant.accumulate else mine.copy_
                 keep.append(partial(write, room[part.offset : part.offset + part.numel]))
         return bound.then(*keep)
@@ -333,10 +333,13 @@ def _nothing() -> None:
 
 
 def _writer(slot: torch.Tensor, node: fx.Node, *, add: bool) -> Callable[..., object]:
-    """The function that writes a gradient to its slot; a gradient the step does not reach is zeros."""
+    """The function that writes a gradient to its slot.
+
+    A gradient that the step does not reach is `UNREACHED`, which one that it reaches never is: it gets positive zeros.
+    """
     if not node.all_input_nodes:
-        return _nothing if add else slot.zero_
-    return slot.add_ if add else slot.copy_
+        return _nothing if add else partial(slot.fill_, UNREACHED)
+    return slot.add_ if add else partial(torch.add, other=0.0, out=slot)
 
 
 def _padding(bucket: Bucket, full: torch.Tensor) -> list[torch.Tensor]:

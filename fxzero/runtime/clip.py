@@ -41,6 +41,8 @@ def checked(gradients: Gradients | None, norm_type: float) -> tuple[Gradients, f
     norm_type = float(norm_type)
     if norm_type not in (2.0, math.inf):
         raise ValueError(f"norm_type is {norm_type}; it must be 2.0 or inf")
+    if gradients is not None:
+        gradients.check_reduced()
     if gradients is None or not gradients.are_there:
         raise PlanError("There are no gradients before the first backward. Call the module and backward first.")
     return gradients, norm_type

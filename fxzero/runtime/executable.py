@@ -18,6 +18,7 @@ from fxzero.graph.nodes import Role, info, is_random, members
 from fxzero.graph.recipe import Fqns
 from fxzero.graph.step import StepGraph
 from fxzero.graph.variant import Variant
+from fxzero.planning.narrow import narrow
 from fxzero.planning.plan import Plan
 from fxzero.runtime.binding import Binder
 from fxzero.runtime.gradients import Gradients
@@ -47,11 +48,16 @@ class Executable:
 
     def __init__(self, plan: Plan, *, synchronize: bool, storage: Storage, binder: type[Binder] = Binder) -> None:
         self.plan, self.form = plan, plan.form(synchronize=synchronize)
-        self._storage, self._in_flight = storage, storage.in_flight
+        self._synchronize, self._storage, self._in_flight = synchronize, storage, storage.in_flight
         self._binder, self._memory = binder, binder.memory_for(storage.arena, plan.arena_bytes)
         self._functions: dict[Variant, dict[str, Callable[..., Any]]] = {}
+        self._narrowed: dict[tuple[int, ...], Executable] = {}
+        self._is_narrowed = False
         self._variants = [variant for variant, planned in plan.variants.items() if planned.step is self.form.step]
-        step = self.form.step
+        self.step = step = self.form.step
+        self.has_backward = step.has_backward
+        self.num_inputs = len(step.nodes(Role.INPUT))
+        """Tensors of the call that forward takes; values of the Python state follow them."""
         self._lasting = _lasting(step)
         """The buckets that are there for the next micro-step, gathered or as secondary shards."""
         self.reached = list(step.grads)
@@ -59,6 +65,10 @@ class Executable:
             storage.gradients.view(fqn)
         self.reduced = {fqn for start in step.nodes(Role.REDUCE_SCATTER) for fqn in members(start)}
         """The parameters in the buckets that backward reduces."""
+        self.unreached = [] if storage.comm.is_alone else sorted(self.reduced.difference(self.reached))
+        """Those of them that only other ranks may reach."""
+        for fqn in self.unreached:
+            storage.gradients.view(fqn)
         self.buffers = [info(node).fqn for node in step.nodes(Role.BUFFER)]
         """The names of the buffers that forward takes, in order."""
         self.buffer_geometry = [(node.meta["val"].shape, node.meta["val"].dtype) for node in step.nodes(Role.BUFFER)]
@@ -71,25 +81,28 @@ class Executable:
         """True for a plan that was made from tensors without values."""
         written = {node.args[0] for node in step.graph.nodes if node.target is torch.ops.aten.copy_.default}
         self.written_buffers = [i for i, node in enumerate(step.nodes(Role.BUFFER)) if node in written]
-        self.written_inputs = [i for i, node in enumerate(step.nodes(Role.INPUT)) if node in written]
+        self.written_inputs = [i for i, node in enumerate(step.arguments) if node in written]
         self.draws_random = any(is_random(node) for node in step.graph.nodes)
         self.tensor_outputs = [i for i, value in enumerate(step.model_outputs) if isinstance(value, fx.Node)]
         """Which of the flat outputs are tensors: they are the outputs of the autograd Function."""
         self.differentiable = frozenset(plan.captured.differentiable)
+        self.is_settled = storage.comm.is_alone
+        """True once ranks know for which outputs the forwards of its mode save values."""
         outputs = {i: {*aliases(base(cast(fx.Node, step.model_outputs[i])))} for i in self.tensor_outputs}
-        held = {alias for node in step.nodes(Role.INPUT, Role.BUFFER) for alias in aliases(node)}.union(
+        held = {alias for node in step.nodes(Role.INPUT, Role.STATE, Role.BUFFER) for alias in aliases(node)}.union(
             *outputs.values()
         )
         saved = self.form.code.saved
-        self.reachable = [i for i, node in enumerate(saved) if node in held]
+        tensors = [i for i, node in enumerate(saved) if isinstance(node.meta["val"], torch.Tensor)]
+        self.reachable = [i for i in tensors if saved[i] in held]
         """Which saved values share memory with what the user holds."""
         self._tangents = [node.meta["val"].stride() for node in step.nodes(Role.TANGENT)]
-        self.saved_outputs = [i for i, memory in outputs.items() if not memory.isdisjoint(saved)]
-        """Outputs that share memory with saved values."""
-
-    @property
-    def step(self) -> StepGraph:
-        return self.form.step
+        also_differentiated = {step.model_outputs[i] for i in self.differentiable}
+        fixed = self.differentiable.symmetric_difference(self.tensor_outputs)
+        is_repeated = [i for i in fixed if step.model_outputs[i] in also_differentiated]
+        is_saved = [i for i, memory in outputs.items() if not memory.isdisjoint(saved)]
+        self.outputs_to_detach = sorted({*is_saved, *is_repeated})
+        """Outputs that share memory with saved values, or are another output detached: each needs its own tensor."""
 
     @property
     def has_run(self) -> bool:
@@ -110,7 +123,7 @@ class Executable:
             functions = functions if watch is None else functions["timed"](watch)
             run = functions["forward_again" if are_there else "forward"]
             if watch is not None:
-                run = partial(watch.time_phase, run, is_first=True, is_last=not self.step.has_backward)
+                run = partial(watch.time_phase, run, is_first=True, is_last=not self.has_backward)
             outputs = run(inputs, buffers)
             self._in_flight.end_forward(self._lasting)
         except Exception as error:
@@ -123,6 +136,8 @@ class Executable:
         for index, (tangent, strides) in enumerate(zip(tangents, self._tangents, strict=True)):
             if tangent.stride() != strides:  # an expanded gradient, of sum() say: operators were traced for dense ones
                 tangents[index] = tangent.new_empty_strided(tangent.shape, strides).copy_(tangent)
+        if self._is_narrowed and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # its events do not cover the forward, which another has run
         functions = self._bound(variant)
         watch, self.stopwatch = self.stopwatch, None
         self._in_flight.begin_backward()
@@ -165,6 +180,16 @@ class Executable:
     def pattern_of(self, arriving: Sequence[torch.Tensor | None]) -> tuple[int, ...]:
         """Which outputs receive a gradient, as indices of the flat outputs."""
         return tuple([i for i, grad in zip(self.tensor_outputs, arriving, strict=True) if grad is not None])
+
+    def narrowed(self, pattern: tuple[int, ...]) -> "Executable":
+        """What runs backward, behind a forward of this one, where some of the differentiated outputs get a gradient."""
+        if pattern not in self._narrowed:
+            plan = narrow(self.plan, pattern)
+            self._narrowed[pattern] = Executable(
+                plan, synchronize=self._synchronize, storage=self._storage, binder=self._binder
+            )
+            self._narrowed[pattern]._is_narrowed = True
+        return self._narrowed[pattern]
 
     def _bound(self, variant: Variant) -> dict[str, Callable[..., Any]]:
         if variant not in self._functions:

@@ -1,6 +1,6 @@
 """The life of `.grad` between backwards: overwrite or add, unsharded under no_sync(), settled before a norm."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
 import torch
@@ -12,6 +12,12 @@ from fxzero.graph.layout import Bucket
 from fxzero.graph.variant import Stash, Variant
 from fxzero.runtime.shards import FlatBuffer, Shards, unflatten
 
+UNREACHED = -0.0
+"""Negative zeros stand in each slot of a gradient bucket that a rank does not reach. Added to anything they change
+nothing, so the sum over ranks is all negative zeros where no rank reached the parameter, and only there."""
+_LOOKED_AT = 16
+"""Elements of a slice that are compared with it."""
+
 
 class Gradients:
     """Decides what happens to `.grad`, once per backward, in a few reads of attributes."""
@@ -22,15 +28,20 @@ class Gradients:
         self._views: dict[str, torch.Tensor] = {}
         self._pairs: list[tuple[nn.Parameter, torch.Tensor]] = []
         self._unsharded: FlatBuffer[Bucket] | None = None
-        self._held: dict[str, None] = {}
-        """Parameters whose unsharded gradients wait for the next synchronised backward."""
+        self._held: dict[str, tuple[torch.Tensor, int]] = {}
+        """Parameters whose unsharded gradients wait for the next synchronised backward.
+
+        Each with its `.grad` meanwhile, and how often that had been changed: code that resets it drops what is held.
+        """
+        self._local: dict[str, torch.Tensor] = {}
+        """This rank's slice of each unsharded gradient of its own batches: `.grad` while nothing is reduced."""
         self.are_there = False
         """True once a backward has reduced gradients."""
 
     def view(self, fqn: str) -> torch.Tensor:
         """The one tensor object that is ever `.grad` of a parameter."""
         if fqn not in self._views:
-            self._views[fqn] = self._shards.grad_view(fqn)
+            self._views[fqn] = self._shards.grad_view(fqn).data  # with a count of changes of its own
             self._pairs.append((self._params[fqn], self._views[fqn]))
         return self._views[fqn]
 
@@ -38,6 +49,11 @@ class Gradients:
     def version(self) -> int:
         """A number that changes when a `.grad` is changed in place by anything but a backward."""
         return torch_internals.num_changes(self._views.values())
+
+    @property
+    def are_held(self) -> bool:
+        """True while no_sync() holds gradients."""
+        return bool(self._held)
 
     @property
     def are_added_to(self) -> bool:
@@ -57,15 +73,23 @@ class Gradients:
 
     def variant(self, *, synchronize: bool) -> Variant:
         """How the coming backward must be bound; settles gradients that it will add to."""
+        self._drop_what_was_reset()
         if not synchronize:
             return Variant(False, Stash.MORE if self._held else Stash.FIRST)
+        for fqn, (grad, _) in self._held.items():
+            if grad is self._local.get(fqn):
+                self._params[fqn].grad = None
         accumulate = self._has_grad()
         if accumulate:
             self.settle()
         return Variant(accumulate, Stash.FLUSH if self._held else Stash.NONE)
 
-    def publish(self, reached: Sequence[str], variant: Variant) -> None:
+    def publish(self, reached: Sequence[str], variant: Variant, unreached: Sequence[str] = ()) -> None:
         """Point `.grad` of every parameter that a backward reached at its slice, and run hooks that wait for it.
+
+        Args:
+            reached: the parameters that this rank's backward has reached.
+            unreached: others that it has reduced, which other ranks may have reached.
 
         Raises:
             FxzeroError: a parameter has a hook on its gradient, which is nowhere whole.
@@ -75,6 +99,8 @@ class Gradients:
         if variant.stash is Stash.FLUSH:
             fqns = [*reached, *(fqn for fqn in self._held if fqn not in reached)]
             self._held = {}
+        if unreached:
+            fqns = [*fqns, *self._reached_elsewhere([fqn for fqn in unreached if fqn not in fqns])]
         self.are_there = True
         params = [self._params[fqn] for fqn in fqns]
         for fqn, param in zip(fqns, params, strict=True):
@@ -89,10 +115,21 @@ class Gradients:
             for hook in afterwards.values():
                 hook(params[index])
 
+    def _reached_elsewhere(self, fqns: Sequence[str]) -> list[str]:
+        """Those trained parameters without a `.grad` for which another rank had a gradient."""
+        params, views = self._params, self._views
+        asked = [fqn for fqn in fqns if params[fqn].requires_grad and params[fqn].grad is None and views[fqn].numel()]
+        if not asked:
+            return []
+        looked_at = [views[fqn].flatten()[:_LOOKED_AT] for fqn in asked]
+        values = torch.cat(looked_at)
+        is_blank = ((values == 0) & values.signbit()).split([len(each) for each in looked_at])
+        return [fqn for fqn, blank in zip(asked, is_blank, strict=True) if not blank.all()]
+
     def settle(self) -> list[torch.Tensor]:
         """Bring the gradient buffer in line with the `.grad` attributes, which the user may have changed.
 
-        A gradient set to None becomes zeros in the buffer; a tensor of the user's is copied in.
+        A gradient set to None becomes zeros (`UNREACHED`) in the buffer; a tensor of the user's is copied in.
 
         Returns:
             The gradient buffer: one flat tensor per dtype.
@@ -105,8 +142,8 @@ class Gradients:
             elif grad is not view:
                 view.copy_(grad)
                 param.grad = view
-        if missing:
-            torch_internals.zero_all(missing)
+        for view in missing:
+            view.fill_(UNREACHED)
         return self._shards.grads.segments
 
     # -- no_sync() -----------------------------------------------------------------------------------------------
@@ -116,8 +153,11 @@ class Gradients:
         if self._unsharded is None:
             trained = [bucket for bucket in self._shards.layout.buckets if bucket.requires_grad]
             self._unsharded = FlatBuffer(_whole_sizes(trained), self._shards.device)
+            for part in self._unsharded.parts.values():
+                part.fill_(UNREACHED)
         if bucket not in self._unsharded.parts:  # frozen when the layout was fixed
             self._unsharded.extend(FlatBuffer(_whole_sizes([bucket]), self._shards.device))
+            self._unsharded.parts[bucket].fill_(UNREACHED)
         return self._unsharded.parts[bucket]
 
     @property
@@ -126,7 +166,10 @@ class Gradients:
         return self._unsharded.nbytes if self._unsharded is not None else 0
 
     def hold(self, fqns: Sequence[str], variant: Variant) -> None:
-        """Note that a backward under no_sync() wrote these gradients; the first one clears all others."""
+        """Note that a backward under no_sync() wrote these gradients; the first one clears all others.
+
+        `.grad` of a parameter that had none becomes this rank's slice of what is held, as DDP has it whole.
+        """
         if variant.stash is Stash.FIRST and self._unsharded is not None:
             others = [
                 slot
@@ -134,9 +177,68 @@ class Gradients:
                 for fqn, slot in unflatten(bucket, part).items()
                 if fqn not in fqns
             ]
-            if others:
-                torch_internals.zero_all(others)
-        self._held.update(dict.fromkeys(fqns))
+            for slot in others:
+                slot.fill_(UNREACHED)
+        for fqn in fqns:
+            param = self._params[fqn]
+            if param.grad is None:
+                param.grad = self._local_view(fqn)
+            self._held[fqn] = param.grad, torch_internals.num_changes([param.grad])
+
+    def _local_view(self, fqn: str) -> torch.Tensor:
+        if fqn not in self._local:
+            self._local[fqn] = self._shards.cut(fqn, self._slot(fqn)).data  # with a count of changes of its own
+        return self._local[fqn]
+
+    def _drop_what_was_reset(self) -> None:
+        """Forget held gradients whose `.grad` was set to None, replaced or zeroed since, by an optimizer say.
+
+        Raises:
+            PlanError: a `.grad` was changed otherwise, which cannot be done to the part of it that is held elsewhere.
+        """
+        if not self._held:
+            return
+        reset = [fqn for fqn, (grad, changes) in self._held.items() if self._is_reset(fqn, grad, changes)]
+        for fqn in reset:
+            param, grad = self._params[fqn], self._held.pop(fqn)[0]
+            if param.grad is grad and grad is self._local.get(fqn):
+                param.grad = self.view(fqn).zero_()
+        for fqn in reset if self._held else ():
+            self._slot(fqn).fill_(UNREACHED)
+
+    def _is_reset(self, fqn: str, grad: torch.Tensor, changes: int) -> bool:
+        if self._params[fqn].grad is not grad:
+            return True
+        if torch_internals.num_changes([grad]) == changes:
+            return False
+        if grad.any():
+            raise PlanError(
+                f"The gradient of {fqn} was changed while no_sync() holds a part of it, which is not reduced yet. "
+                "Change gradients after the backward outside of no_sync(); optimizer.zero_grad() drops what is held."
+            )
+        return True
+
+    def _slot(self, fqn: str) -> torch.Tensor:
+        bucket = self._shards.layout.bucket_of[fqn]
+        return unflatten(bucket, self.unsharded_bucket(bucket))[fqn]
+
+    def check_reduced(self, params: Collection[int] | None = None) -> None:
+        """Refuse to use gradients while no_sync() holds some.
+
+        Args:
+            params: ids of the parameters whose gradients are used; default: all.
+
+        Raises:
+            PlanError: some are held.
+        """
+        self._drop_what_was_reset()
+        held = [fqn for fqn in self._held if params is None or id(self._params[fqn]) in params]
+        if held:
+            raise PlanError(
+                f"no_sync() holds the gradient of {held[0]} (and {len(held) - 1} more), which ranks have not averaged "
+                "yet. Run the last backward of an accumulation outside of no_sync() before you clip or step; "
+                "optimizer.zero_grad() drops what is held."
+            )
 
     def check_flush(self, reduced: AbstractSet[str]) -> None:
         """Refuse to leave unsharded gradients behind.
@@ -149,6 +251,8 @@ class Gradients:
         """
         left = [fqn for fqn in self._held if fqn not in reduced]
         if left:
+            for fqn, (grad, _) in self._held.items():
+                self._params[fqn].grad = grad
             raise PlanError(
                 f"no_sync() holds the gradient of {left[0]} (and {len(left) - 1} more), but this call, outside it, "
                 "does not reduce the bucket. Let the last call of an accumulation, outside no_sync(), use every "

@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterable
 from typing import Literal, TypeAlias
 
 from fxzero.comm.base import Comm
-from fxzero.errors import CommunicationError, FxzeroError
+from fxzero.comm.heartbeat import report
+from fxzero.errors import FxzeroError
 from fxzero.graph.recipe import Fqns
 
 Stamp: TypeAlias = tuple[int, ...]
@@ -86,12 +87,12 @@ class InFlight:
         self._resident.clear()
 
     def failed(self, error: Exception) -> None:
-        """A phase has ended in an error: leave nothing in flight behind it."""
+        """A phase has ended in an error: tell the other ranks, and leave nothing in flight behind it."""
         self._phase = None
         self.generation += 1
         self._resident.clear()
-        if not isinstance(error, CommunicationError):
-            self._comm.abandon()
+        report(self._comm.phases, error)
+        self._comm.abandon()
 
     def _enter(self, phase: Literal["forward", "backward"]) -> None:
         if self._phase is not None:

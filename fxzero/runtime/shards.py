@@ -1,7 +1,7 @@
 """The persistent storage of one rank: all parameter shards in one buffer, all gradient shards in another.
 
 The user's Parameter objects live on: `p.data` is this rank's slice of the parameter, a view of the first buffer, and
-`p.grad` is a view of the second.
+`p.grad` is a view of the second. Both are `[numel, 1, ...]`, with as many dimensions as the parameter.
 """
 
 from __future__ import annotations
@@ -119,18 +119,19 @@ class Shards:
         return self.grads.parts[bucket]
 
     def param_view(self, fqn: str) -> torch.Tensor:
-        """This rank's slice of a parameter, flat; empty where the rank owns none of it."""
+        """This rank's slice of a parameter, `[numel, 1, ...]`; empty where the rank owns none of it."""
         return self._slice(self.params.parts[self.layout.bucket_of[fqn]], fqn)
 
     def grad_view(self, fqn: str) -> torch.Tensor:
-        """This rank's slice of a gradient, flat."""
+        """This rank's slice of a gradient, of the shape of the parameter's."""
         return self._slice(self.grad_shard(self.layout.bucket_of[fqn]), fqn)
 
     def cut(self, fqn: str, full: torch.Tensor) -> torch.Tensor:
-        """This rank's slice of a tensor shaped as the full parameter: a flat view of it."""
+        """This rank's slice of a tensor shaped as the full parameter: a view of it, shaped as the shard."""
         bucket = self.layout.bucket_of[fqn]
-        part = bucket.slice_of(self._spec(bucket, fqn), self.rank)
-        return full.reshape(-1)[part.start : part.stop]
+        spec = self._spec(bucket, fqn)
+        part = bucket.slice_of(spec, self.rank)
+        return full.reshape(-1)[part.start : part.stop].view(spec.shard_shape(part.numel))
 
     def store(self, fqn: str, full: torch.Tensor) -> None:
         """Copy this rank's slice of a full parameter into its shard."""
@@ -138,8 +139,12 @@ class Shards:
 
     def _slice(self, shard: torch.Tensor, fqn: str) -> torch.Tensor:
         bucket = self.layout.bucket_of[fqn]
-        part = bucket.slice_of(self._spec(bucket, fqn), self.rank)
-        return shard[part.offset : part.offset + part.numel]
+        spec = self._spec(bucket, fqn)
+        part = bucket.slice_of(spec, self.rank)
+        begin = (
+            part.offset if part.numel else 1
+        )  # an empty view is known by its offset, which a new tensor does not have
+        return shard[begin : begin + part.numel].view(spec.shard_shape(part.numel))
 
     @staticmethod
     def _spec(bucket: Bucket, fqn: str) -> ParamSpec:
@@ -173,7 +178,7 @@ def shard_full_params(shards: Shards, params: Mapping[str, nn.Parameter], comm: 
             comm.scatter_from_rank0(received, _flatten(bucket, params, shards.device) if comm.is_rank0 else None)
             for param in real:
                 part = bucket.slice_of(param, comm.rank)
-                shards.param_view(param.fqn).copy_(received[part.offset : part.offset + part.numel])
+                shards.param_view(param.fqn).view(-1).copy_(received[part.offset : part.offset + part.numel])
         else:
             for param in real:
                 shards.store(param.fqn, params[param.fqn])

@@ -2,6 +2,7 @@
 
 import functools
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -167,11 +168,21 @@ def test_tensors_kept_on_the_module(forward, name, then_fail):
 
     inner = module_of(failing)
     inner.last, inner.history, inner.table = None, [1], {"y": 2}
-    message = refused(nn.Sequential(inner), X)
+    if then_fail:
+        refused(nn.Sequential(inner), X)
+    else:
+        (write,) = trace(nn.Sequential(inner), X).state.writes
+        assert write.name == {"table": "0.table['x']"}.get(name, f"0.{name}")
     assert (inner.last, inner.history, inner.table) == (None, [1], {"y": 2})
     assert not hasattr(inner, "fresh")
-    if not then_fail:
-        assert f"attribute '{name}' of module '0'" in message and "register_buffer" in message
+
+
+def test_an_object_with_tensors_kept_on_the_module():
+    def forward(self, x):
+        self.last = SimpleNamespace(hidden=self.lin(x))
+        return self.last.hidden
+
+    assert "SimpleNamespace with tensors in last" in refused(module_of(forward), X)
 
 
 def test_plain_attributes_may_change():
@@ -180,7 +191,9 @@ def test_plain_attributes_may_change():
         return self.lin(x)
 
     model = module_of(forward)
-    trace(model, X)
+    (write,) = trace(model, X).state.writes
+    assert not hasattr(model, "calls")
+    write.replay((), ())
     assert model.calls == 1
 
 

@@ -63,6 +63,35 @@ def test_gather_and_reduce_are_exact_when_ranks_are_real(world_size: int) -> Non
     run_ranks(world_size, gather_and_reduce)
 
 
+def halves_that_overflow(rank: int, world_size: int) -> None:
+    comm = make_comm(None, CPU)
+    payload = make_payload(world_size, torch.float16, "halves")
+    ranks = [values(payload, peer).clone() for peer in range(world_size)]
+    for full in ranks:
+        full[::3] = 40_000.0  # the sum overflows, the mean does not
+    ranks[0][::6] = -40_000.0
+    ranks[-1][1] = float("inf")
+    own = [full.split(payload.slice_numel)[rank] for full in ranks]
+    total = own[0]
+    for term in own[1:]:
+        total = total + term
+    quotients = own[0] / world_size
+    for term in own[1:]:
+        quotients = quotients + term / world_size
+    plain = total / world_size
+    average = torch.where(plain.isfinite(), plain, quotients)
+    assert not torch.equal(plain, average)
+    for accumulate in (False, True):
+        shard = torch.zeros(payload.slice_numel, dtype=torch.float16)
+        full = ranks[rank].clone()
+        assert torch.equal(reduced(comm, payload, full, shard, accumulate=accumulate), average)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_halves_whose_sum_overflows_have_the_mean_of_ddp(world_size: int) -> None:
+    run_ranks(world_size, halves_that_overflow)
+
+
 def many_in_flight(rank: int, world_size: int) -> None:
     """Twelve collectives at once, waited for in reverse order, step after step, with new values each step."""
     comm = make_comm(None, CPU)

@@ -53,6 +53,10 @@ def reduce_over_nodes(rank: int, world_size: int, shape: tuple[int, int]) -> Non
             mean = average(payload, shape, comm.rank, 10)
             reduced(comm, payload, values(payload, 10 + rank), shard, accumulate=accumulate)
             assert torch.equal(shard, 1 + mean if accumulate else mean)
+    payload = make_payload(shape[1], torch.float16, "halves")
+    shard = torch.empty(payload.slice_numel, dtype=torch.float16)
+    reduced(comm, payload, torch.full((payload.numel,), 40_000.0, dtype=torch.float16), shard, accumulate=False)
+    assert torch.all((shard - 40_000.0).abs() <= 32.0)  # one unit in the last place
     payloads = [make_payload(shape[1], name=f"layers.{index}", numel=9_000 * index + 5) for index in range(5)]
     fulls = [torch.empty(payload.numel) for payload in payloads]
     shards = [torch.empty(payload.slice_numel) for payload in payloads]

@@ -62,15 +62,20 @@ def both(zero: nn.Module, plain: nn.Module, x: Tensor, *args: Any, seed: int = 0
 
 
 def assert_same(zero: nn.Module, plain: nn.Module) -> None:
-    """Parameters, gradients and buffers are the same, bit for bit; world size 1, where a shard is the whole, flat."""
+    """Parameters, gradients and buffers are the same, bit for bit; world size 1, where a shard is the whole."""
     for (name, own), (other_name, other) in zip(zero.named_parameters(), plain.named_parameters(), strict=True):
         assert name == other_name
-        assert torch.equal(own.detach(), other.detach().flatten()), f"{name} differs"
+        assert torch.equal(own.detach(), as_shard(other.detach())), f"{name} differs"
         assert (own.grad is None) == (other.grad is None), f"gradient of {name}: {own.grad} instead of {other.grad}"
         if own.grad is not None and other.grad is not None:
-            assert torch.equal(own.grad, other.grad.flatten()), f"gradient of {name} differs"
+            assert torch.equal(own.grad, as_shard(other.grad)), f"gradient of {name} differs"
     for (name, own), (_, other) in zip(zero.named_buffers(), plain.named_buffers(), strict=True):
         assert torch.equal(own, other), f"buffer {name} differs"
+
+
+def as_shard(full: Tensor) -> Tensor:
+    """A tensor of a parameter's full shape as the shard of one rank that holds all of it."""
+    return full.reshape(-1, *(1 for _ in full.shape[1:]))
 
 
 def sgd(module: nn.Module) -> torch.optim.Optimizer:
@@ -78,4 +83,4 @@ def sgd(module: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
 
 
-__all__ = ["Net", "Output", "assert_same", "both", "pair", "points", "sgd"]
+__all__ = ["Net", "Output", "as_shard", "assert_same", "both", "pair", "points", "sgd"]

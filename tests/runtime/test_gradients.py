@@ -1,13 +1,14 @@
 """What a user sees in `.grad`: that of plain PyTorch, whatever is called in between. World size 1."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fxzero.errors import FxzeroError, PlanError
-from tests.helpers.pairs import assert_same, both, pair, points, sgd
+from tests.helpers.pairs import as_shard, assert_same, both, pair, points, sgd
 
 
 def backward_both(zero: nn.Module, plain: nn.Module, seed: int = 0, **kwargs: Any) -> None:
@@ -192,7 +193,7 @@ def test_post_accumulate_grad_hooks_run_with_the_gradient_there() -> None:
     for name, param in zero.named_parameters():
         param.register_post_accumulate_grad_hook(lambda p, name=name: seen.update({name: p.grad.clone()}))
     backward_both(zero, plain)
-    expected = {name: param.grad.flatten() for name, param in plain.named_parameters() if param.grad is not None}
+    expected = {name: as_shard(param.grad) for name, param in plain.named_parameters() if param.grad is not None}
     assert seen.keys() == expected.keys()
     assert all(torch.equal(seen[name], grad) for name, grad in expected.items())
 
@@ -224,25 +225,25 @@ def test_hooks_on_gradients_are_refused() -> None:
 # -- no_sync() ---------------------------------------------------------------------------------------------------
 
 
-def test_no_sync_leaves_grad_untouched_until_the_backward_outside() -> None:
+def test_no_sync_has_the_local_gradients_until_the_backward_outside() -> None:
     zero, plain = pair()
     with zero.no_sync():
         backward_both(zero, plain, 0)
-        assert all(param.grad is None for param in zero.parameters())
+        assert_same(zero, plain)
         with zero.no_sync():
             backward_both(zero, plain, 1)
         backward_both(zero, plain, 2)
-    assert all(param.grad is None for param in zero.parameters())
+    assert_same(zero, plain)
     backward_both(zero, plain, 3)
     for own, other in zip(zero.parameters(), plain.parameters(), strict=True):
         assert (own.grad is None) == (other.grad is None)
         if own.grad is not None:
-            torch.testing.assert_close(own.grad, other.grad.flatten(), rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(own.grad, as_shard(other.grad), rtol=1e-6, atol=1e-7)
     zero.clip_grad_norm_(0.1)
     nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
     for own, other in zip(zero.parameters(), plain.parameters(), strict=True):
         if own.grad is not None:
-            torch.testing.assert_close(own.grad, other.grad.flatten(), rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(own.grad, as_shard(other.grad), rtol=1e-5, atol=1e-7)
 
 
 def test_no_sync_adds_to_gradients_that_were_there_before() -> None:
@@ -253,7 +254,7 @@ def test_no_sync_adds_to_gradients_that_were_there_before() -> None:
         backward_both(zero, plain, 1)
     assert torch.equal(zero.head.weight.grad, before)
     backward_both(zero, plain, 2)
-    torch.testing.assert_close(zero.head.weight.grad, plain.head.weight.grad.flatten(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(zero.head.weight.grad, as_shard(plain.head.weight.grad), rtol=1e-6, atol=1e-7)
 
 
 def test_no_sync_holds_parameters_that_the_last_call_does_not_reach() -> None:
@@ -263,7 +264,7 @@ def test_no_sync_holds_parameters_that_the_last_call_does_not_reach() -> None:
             backward_both(zero, plain, 0, use_extra=True)
         backward_both(zero, plain, 1)  # one bucket has them all, so extra is reduced with it
         for own, other in zip(zero.parameters(), plain.parameters(), strict=True):
-            torch.testing.assert_close(own.grad, other.grad.flatten(), rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(own.grad, as_shard(other.grad), rtol=1e-6, atol=1e-7)
         zero.zero_grad()
         plain.zero_grad()
 
@@ -293,6 +294,66 @@ def test_zero_grad_drops_what_no_sync_holds() -> None:
     assert_same(zero, plain)
 
 
+def _zeroed_by_optimizer(module: nn.Module, *, to_none: bool) -> None:
+    torch.optim.SGD(module.parameters(), 0.1).zero_grad(set_to_none=to_none)
+
+
+RESETS: dict[str, Callable[[nn.Module], object]] = {
+    "optimizer": lambda module: _zeroed_by_optimizer(module, to_none=True),
+    "optimizer, kept": lambda module: _zeroed_by_optimizer(module, to_none=False),
+    "by hand": lambda module: [setattr(param, "grad", None) for param in module.parameters()],
+    "one": lambda module: setattr(module.get_parameter("head.weight"), "grad", None),
+    "one, kept": lambda module: cast(Tensor, module.get_parameter("body.weight").grad).zero_(),
+}
+
+
+@pytest.mark.parametrize("how", RESETS)
+@pytest.mark.parametrize("reduced_before", [False, True])
+def test_what_no_sync_holds_goes_with_the_gradient(how: str, reduced_before: bool) -> None:
+    zero, plain = pair()
+    if reduced_before:
+        backward_both(zero, plain, 3)
+    with zero.no_sync():
+        backward_both(zero, plain, 0)
+    for module in (zero, plain):
+        RESETS[how](module)
+    backward_both(zero, plain, 1)
+    for own, other in zip(zero.parameters(), plain.parameters(), strict=True):
+        assert (own.grad is None) == (other.grad is None)
+        if own.grad is not None and other.grad is not None:
+            torch.testing.assert_close(own.grad, as_shard(other.grad), rtol=1e-6, atol=1e-7)
+
+
+def test_a_batch_under_no_sync_is_thrown_away_under_no_sync() -> None:
+    zero, plain = pair()
+    with zero.no_sync():
+        backward_both(zero, plain, 0)
+        for module in (zero, plain):
+            RESETS["optimizer"](module)
+        backward_both(zero, plain, 1)
+    backward_both(zero, plain, 2)
+    for own, other in zip(zero.parameters(), plain.parameters(), strict=True):
+        if own.grad is not None and other.grad is not None:
+            torch.testing.assert_close(own.grad, as_shard(other.grad), rtol=1e-6, atol=1e-7)
+
+
+def test_gradients_that_no_sync_holds_are_neither_stepped_nor_clipped_nor_scaled() -> None:
+    zero, _ = pair()
+    optimizer = sgd(zero)
+    with zero.no_sync():
+        zero(points(0)).loss.backward()
+    with pytest.raises(PlanError, match=r"no_sync\(\) holds the gradient of \S+ \(and \d more\), which ranks"):
+        optimizer.step()
+    with pytest.raises(PlanError, match=r"no_sync\(\) holds the gradient"):
+        zero.clip_grad_norm_(1.0)
+    nn.utils.clip_grad_norm_(zero.parameters(), 1e-3)
+    with pytest.raises(PlanError, match=r"The gradient of \S+ was changed while no_sync\(\) holds"):
+        zero(points(0)).loss.backward()
+    optimizer.zero_grad()
+    zero(points(0)).loss.backward()
+    optimizer.step()
+
+
 def test_no_sync_then_eval_then_training_goes_on() -> None:
     zero, plain = pair()
     with zero.no_sync():
@@ -305,7 +366,7 @@ def test_no_sync_then_eval_then_training_goes_on() -> None:
     for module in (zero, plain):
         module.train()
     backward_both(zero, plain, 1)
-    torch.testing.assert_close(zero.body.weight.grad, plain.body.weight.grad.flatten(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(zero.body.weight.grad, as_shard(plain.body.weight.grad), rtol=1e-6, atol=1e-7)
 
 
 # -- freezing ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,246 @@
+"""Says whether the Python state that a plan was traced for is there: one generated function per plan.
+
+A guard tests the identity of what a slot holds; only where that fails, whether it is equal for every computation (the
+same type, for floats the same bits). The source of the function has names that fxzero makes, never names or values of
+the user.
+
+    guards.hold()        microseconds for hundreds of modules
+    guards.failed()      the labels of guards that do not hold; slow
+"""
+
+import operator
+import struct
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, cast
+
+import numpy as np
+from torch import Tensor, nn
+
+from fxzero import torch_internals
+from fxzero.capture.reads import ABSENT, PLAIN, Kind, Read, Slot, content_of, is_container
+
+_DEPTH = 4
+"""Levels of containers in containers that are guarded."""
+_MAX_NAMED = 4
+"""Entries of a dict that are guarded one by one; larger dicts as a whole."""
+
+
+def same(now: Any, then: Any) -> bool:
+    """True if two values are equal for every computation: type, sign of zero, bits of NaN."""
+    if now is then:
+        return True
+    if type(now) is not type(then):
+        return False
+    if isinstance(now, float):
+        return struct.pack("d", now) == struct.pack("d", then)
+    if isinstance(now, (tuple, list)):
+        return len(now) == len(then) and all(map(same, now, then))
+    if isinstance(now, (*PLAIN, np.generic)):
+        return bool(now == then)
+    if isinstance(now, types.MethodType):
+        return now.__func__ is then.__func__ and now.__self__ is then.__self__
+    return False
+
+
+def _same_content(now: Any, then: Any) -> bool:
+    if isinstance(now, np.ndarray):
+        return now.dtype == then.dtype and now.tobytes() == then.tobytes()
+    return bool(now == then)
+
+
+def same_geometry(now: Any, then: Tensor) -> bool:
+    """True if a tensor can take the place of another one in a graph."""
+    return isinstance(now, Tensor) and (now.shape, now.stride(), now.dtype, now.device, now.requires_grad) == (
+        then.shape, then.stride(), then.dtype, then.device, then.requires_grad
+    )  # fmt: skip
+
+
+class Guards:
+    """The guards of one plan."""
+
+    def __init__(self, model: nn.Module, reads: Iterable[Read], inputs: Mapping[Slot, Any]) -> None:
+        """
+        Args:
+            reads: what the forward read.
+            inputs: slots whose values are inputs of the graph, and what they held: a tensor, whose geometry is guarded,
+                or a number, whose type is.
+        """
+        self._space: dict[str, Any] = {
+            "same": same, "same_content": _same_content, "same_geometry": same_geometry, "is_": operator.is_,
+        }  # fmt: skip
+        self._names: dict[int, str] = {}
+        self._terms: dict[str, str] = {}
+        """Maps each test to its label."""
+        self._inputs = inputs
+        self._paths = _paths(model, reads)
+        self.values: dict[str, Any] = {}
+        """Maps the label of each guarded slot to what it must hold."""
+        for read in reads:
+            label = self.label(read)
+            if not _holds_fake(read.value) and not _holds_fake(read.content):
+                for term in self._of_read(read):
+                    self._terms.setdefault(term, label)
+                    self.values[label] = read.value
+        for term, label in self._of_modules(model):
+            self._terms.setdefault(term, label)
+        self.hold = self._compile()
+
+    def failed(self) -> list[str]:
+        """The labels of the guards that do not hold, each once."""
+        failed = [label for term, label in self._terms.items() if not self._holds(term)]
+        return list(dict.fromkeys(failed))
+
+    def __str__(self) -> str:
+        lines = (f"{label} {_text(value)}" for label, value in self.values.items())
+        return "\n".join(lines) or "no Python state is read"
+
+    # -- the generated function ----------------------------------------------------------------------------------
+
+    def _compile(self) -> Any:
+        terms = list(self._terms)
+        parameters = ", ".join(f"{name}={name}" for name in self._names.values())
+        lines = [f"def hold({parameters}):", "  try:"]
+        lines += [f"    if not ({' and '.join(terms[i : i + 50])}): return False" for i in range(0, len(terms), 50)]
+        lines += ["    return True", "  except (KeyError, IndexError, AttributeError, ValueError): return False"]
+        exec(compile("\n".join(lines), "<fxzero guards>", "exec"), self._space)
+        return self._space["hold"]
+
+    def _holds(self, term: str) -> bool:
+        try:
+            return bool(eval(term, self._space))
+        except (KeyError, IndexError, AttributeError, ValueError):
+            return False
+
+    def _name(self, value: Any) -> str:
+        """The name that stands for an object in the generated source, which also keeps the object alive."""
+        name = self._names.setdefault(id(value), f"c{len(self._names)}")
+        self._space[name] = value
+        return name
+
+    # -- what is tested ------------------------------------------------------------------------------------------
+
+    def _of_read(self, read: Read) -> Iterator[str]:
+        owner, name = read.owner, read.name
+        if read.kind is Kind.ABSENT:
+            if hasattr(owner, "__dict__"):
+                yield f"{name!r} not in {self._name(vars(owner))}"
+            return
+        if read.kind is Kind.ATTRIBUTE:
+            yield from self._of_entry(vars(owner), name, read.value, read.content)
+        elif read.kind is Kind.GLOBAL:
+            yield from self._of_entry(owner, name, read.value, read.content)
+        elif read.kind is Kind.CLASS:
+            if hasattr(owner, "__dict__") and not isinstance(owner, type):
+                yield f"{name!r} not in {self._name(vars(owner))}"
+            kind = owner if isinstance(owner, type) else type(owner)
+            base = next((base for base in kind.__mro__ if name in vars(base)), None)
+            if base is not None:
+                yield from self._of_value(f"{self._name(base.__dict__)}[{name!r}]", read.value, read.content)
+        elif read.kind is Kind.CELL:
+            yield from self._of_value(f"{self._name(owner)}.cell_contents", read.value, read.content)
+        else:
+            yield from self._of_value(f"getattr({self._name(owner)}, {name!r})", read.value, read.content)
+
+    def _of_entry(
+        self, owner: dict[Any, Any], key: Any, value: Any, content: Any, depth: int = _DEPTH
+    ) -> Iterator[str]:
+        now = f"{self._name(owner)}[{key!r}]" if type(key) in (str, int) else f"{self._name(owner)}[{self._name(key)}]"
+        given = self._inputs.get((id(owner), key), ABSENT)
+        if given is ABSENT:
+            yield from self._of_value(now, value, content, depth)
+        elif isinstance(given, Tensor):
+            yield f"({now} is {self._name(given)} or same_geometry({now}, {self._name(given)}))"
+        else:
+            yield f"type({now}) is {self._name(type(given))}"
+
+    def _of_value(self, now: str, value: Any, content: Any, depth: int = _DEPTH) -> Iterator[str]:
+        constant = repr(value) if value is None or isinstance(value, bool) else self._name(value)
+        if isinstance(value, (*PLAIN, tuple, types.MethodType)) and not isinstance(value, (bool, type(None))):
+            yield f"({now} is {constant} or same({now}, {constant}))"
+        else:
+            yield f"{now} is {constant}"
+        if isinstance(value, (set, np.ndarray)):
+            yield f"same_content({constant}, {self._name(content)})"
+        elif depth and (isinstance(value, tuple) or is_container(value)):
+            yield from self._of_content(value, content, depth - 1)
+
+    def _of_content(self, container: Any, content: Any, depth: int) -> Iterator[str]:
+        """What a container holds, and what the containers in it hold."""
+        name, is_dict = self._name(container), isinstance(content, dict)
+        values: tuple[Any, ...] = tuple(content.values()) if is_dict else tuple(content)
+        if not isinstance(container, tuple):
+            yield f"len({name}) == {len(values)}"
+        has_inputs = is_dict and any((id(container), key) in self._inputs for key in content)
+        if is_dict and (len(values) <= _MAX_NAMED or has_inputs):
+            for key, value in cast("dict[Any, Any]", content).items():
+                yield from self._of_entry(cast("dict[Any, Any]", container), key, value, content_of(value), depth)
+            return
+        if is_dict:
+            yield f"all(map(is_, {name}, {self._name(tuple(content))}))"
+            yield f"all(map(same, {name}.values(), {self._name(values)}))"
+        elif values and not isinstance(container, tuple):
+            yield f"all(map(same, {name}, {self._name(values)}))"
+        for value in values if depth else ():
+            if is_container(value) and not isinstance(value, set):
+                yield from self._of_content(value, content_of(value), depth - 1)
+
+    def _of_modules(self, model: nn.Module) -> Iterator[tuple[str, str]]:
+        """Children, classes and hooks of every module."""
+        modules = tuple(model.modules())
+        hooks: list[tuple[str, Mapping[int, Any]]] = [("every module", each) for each in torch_internals.global_hooks()]
+        for module in modules:
+            path = self._paths[id(module)]
+            children = torch_internals.children_of(module)
+            if children:
+                yield f"len({self._name(children)}) == {len(children)}", f"the children of {path}"
+            for name, child in children.items():
+                label = f"{path}.{name}".removeprefix("the model.")
+                yield f"{self._name(children)}[{name!r}] is {self._name(child) if child is not None else None}", label
+            hooks += [(path, each) for each in torch_internals.hooks_of(module)]
+        empty = tuple(each for _, each in hooks if not each)
+        yield f"not any({self._name(empty)})", "hooks"
+        for path, each in hooks:
+            if each:
+                yield f"tuple({self._name(each)}.values()) == {self._name(tuple(each.values()))}", f"hooks of {path}"
+        classes = self._name(tuple(map(type, modules)))
+        yield f"all(map(is_, map(type, {self._name(modules)}), {classes}))", "the classes of modules"
+
+    def label(self, read: Read) -> str:
+        """The name of a slot, as the user would write it."""
+        owner, name = read.owner, str(read.name)
+        if read.kind is Kind.GLOBAL:
+            return f"{read.path}.{name} (global)"
+        if read.kind is Kind.CELL:
+            return f"{name} (of the closure of {read.path})"
+        path = read.path or self._paths.get(id(owner)) or type(owner).__qualname__
+        return f"{path}.{name}".removeprefix("the model.")
+
+
+def _paths(model: nn.Module, reads: Iterable[Read]) -> dict[int, str]:
+    """Names of modules, and of the objects that their attributes hold."""
+    paths = {id(module): name or "the model" for name, module in reversed([*model.named_modules()])}
+    for read in reads:
+        if read.kind is Kind.ATTRIBUTE and not isinstance(read.value, (*PLAIN, Tensor)):
+            owner = paths.get(id(read.owner), type(read.owner).__qualname__)
+            paths.setdefault(id(read.value), f"{owner}.{read.name}".removeprefix("the model."))
+    return paths
+
+
+def _holds_fake(value: Any, depth: int = 2) -> bool:
+    if isinstance(value, Tensor):
+        return torch_internals.is_fake(value)
+    if depth == 0 or not (isinstance(value, tuple) or is_container(value)):
+        return False
+    return any(_holds_fake(item, depth - 1) for item in (value.values() if isinstance(value, dict) else value))
+
+
+def _text(value: Any) -> str:
+    if value is ABSENT:
+        return "is absent"
+    if isinstance(value, Tensor):
+        return f"is an input: {str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if torch_internals.is_symbolic(value):
+        return "is an input"
+    text = repr(value) if isinstance(value, (*PLAIN, tuple)) else f"this {type(value).__qualname__}"
+    return f"= {text[:80]}"

@@ -1,0 +1,158 @@
+"""The Python state that a plan was traced for: what it must be, what of it is an input, and what a step leaves behind.
+
+state.holds()                           at each call: is it what the plan was traced for?
+values = state.read()                   tensors and numbers of the state, inputs of the graph
+state.replay(tensors, values)           after a forward that succeeded
+"""
+
+import contextlib
+import functools
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from fxzero.capture.guards import Guards
+from fxzero.capture.hooks import Observer
+from fxzero.capture.numbers import Numbers, NumberSlot
+from fxzero.capture.reads import ABSENT, Kind, Read
+from fxzero.capture.writes import Write
+
+
+class Values(NamedTuple):
+    """Values of the Python state at one call."""
+
+    inputs: list[Any]
+    """Inputs of the graph, in the order of its STATE placeholders: tensors, then numbers."""
+    left_behind: Sequence[Any]
+    """Numbers that the step leaves behind."""
+    numbers: list[Any]
+    """What the slots of numbers held."""
+
+
+_NOTHING = Values([], (), [])
+
+
+@dataclass(frozen=True)
+class PythonState:
+    """The Python state of one plan."""
+
+    guards: Guards
+    numbers: Numbers
+    tensors: tuple[tuple[dict[Any, Any], Any], ...]
+    """The dict and the key of each tensor that is an input."""
+    writes: tuple[Write, ...]
+    observers: tuple[Observer, ...]
+    """Hooks to call after each forward."""
+    candidates: tuple[NumberSlot, ...]
+    """Numbers that the forward read and that the graph has as constants."""
+    num_returned: int
+    """The first outputs of the graph are so many tensors that the model returns."""
+
+    @functools.cached_property
+    def has_inputs(self) -> bool:
+        """True if the graph reads something of it at each call."""
+        return bool(self.tensors or self.numbers.slots)
+
+    @functools.cached_property
+    def leaves_behind(self) -> bool:
+        """True if there is something to do after each forward."""
+        return bool(self.writes or self.observers)
+
+    def holds(self) -> bool:
+        """True if the plan fits the state now."""
+        return self.guards.hold() and (not self.numbers.slots or self.numbers.hold())
+
+    def changed(self) -> list[str]:
+        """The names of slots that do not hold what the plan was traced for."""
+        failed = self.guards.failed()
+        return failed if failed or self.numbers.hold() else [each.label for each in self.numbers.slots]
+
+    def read(self) -> Values:
+        """The values of this call."""
+        if not self.has_inputs:
+            return _NOTHING
+        numbers = self.numbers.read()
+        lifted, left_behind = self.numbers.compute(*numbers)
+        return Values([*(owner[key] for owner, key in self.tensors), *lifted], left_behind, numbers)
+
+    def replay(self, tensors: Sequence[Any], values: Values) -> None:
+        """Leave behind what the model's own forward would."""
+        for write in self.writes:
+            write.replay(tensors, values.left_behind)
+        for observer in self.observers:
+            observer.run(tensors)
+
+    @contextlib.contextmanager
+    def as_before(self, values: Values) -> Generator[None]:
+        """Let slots that the step wrote hold what they held before it, for a trace that comes later."""
+        entries = [(each.owner, each.key, each.before) for each in self.writes if isinstance(each.owner, dict)]
+        entries += [(s.owner, s.key, number) for s, number in zip(self.numbers.slots, values.numbers, strict=True)]
+        now = [(owner, key, owner.get(key, ABSENT)) for owner, key, _ in entries]
+        _put(entries)
+        try:
+            yield
+        finally:
+            _put(now)
+
+
+def _put(entries: Sequence[tuple[dict[Any, Any], Any, Any]]) -> None:
+    for owner, key, value in entries:
+        if value is ABSENT:
+            owner.pop(key, None)
+        else:
+            owner[key] = value
+
+
+def state_of(
+    model: nn.Module,
+    reads: Sequence[Read],
+    tensors: Sequence[tuple[dict[Any, Any], Any]],
+    numbers: Numbers,
+    writes: tuple[Write, ...],
+    observers: tuple[Observer, ...],
+    num_returned: int,
+) -> PythonState:
+    """The state of a trace that is over.
+
+    Args:
+        tensors: the dict and the key of each tensor that is an input.
+    """
+    inputs = {(id(owner), key): owner[key] for owner, key in tensors}
+    inputs |= {each.slot: each.value for each in numbers.slots}
+    guards = Guards(model, reads, inputs)
+    candidates = tuple(each for each in _number_slots(reads, guards) if each.slot not in inputs)
+    return PythonState(guards, numbers, tuple(tensors), writes, observers, candidates, num_returned)
+
+
+def tensors_read(reads: Sequence[Read], constants: Mapping[str, Tensor]) -> dict[str, tuple[dict[Any, Any], Any]]:
+    """The dict and the key that hold each tensor which a traced graph reads, by the target of its get_attr.
+
+    Args:
+        constants: the real tensors that the traced graph reads, by target.
+    """
+    targets = {id(constant): target for target, constant in constants.items()}
+    slots: dict[str, tuple[dict[Any, Any], Any]] = {}
+    for read in reads:
+        owner = _dict_of(read)
+        if owner is not None and isinstance(read.value, Tensor) and id(read.value) in targets:
+            slots.setdefault(targets[id(read.value)], (owner, read.name))
+    return slots
+
+
+def _dict_of(read: Read) -> dict[Any, Any] | None:
+    if read.kind is Kind.ATTRIBUTE:
+        return vars(read.owner)
+    return read.owner if read.kind is Kind.GLOBAL else None
+
+
+def _number_slots(reads: Sequence[Read], guards: Guards) -> Generator[NumberSlot]:
+    for read in reads:
+        owner = _dict_of(read)
+        if owner is not None and type(read.value) in (int, float):
+            yield NumberSlot(owner, read.name, guards.label(read), read.value)
+        elif isinstance(read.value, dict):
+            for key, value in read.content.items():
+                if type(value) in (int, float):
+                    yield NumberSlot(read.value, key, f"{guards.label(read)}[{key!r}]", value)

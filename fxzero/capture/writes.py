@@ -1,0 +1,278 @@
+"""State that a forward leaves behind, seen by comparing before and after a trace, and left behind again by each step.
+
+left behind                                        each step that succeeds
+a plain value (a counter, a flag)                  sets it: what it came from is guarded, or it is a number of the graph
+a tensor, or a list, tuple or dict of tensors      sets it to tensors that are outputs of the graph
+items added to a list, entries set in a dict       adds or sets them
+a hook, a submodule, a function or a class         nothing: it stays from the first trace, and the model is traced again
+any other object that holds a tensor               refused
+"""
+
+import collections
+import contextlib
+import gc
+import types
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from fxzero import torch_internals
+from fxzero.capture.reads import ABSENT, PLAIN, Slot, content_of, is_container
+from fxzero.errors import CaptureError
+from fxzero.torch_internals import TreeSpec, tree_flatten, tree_unflatten
+
+
+@dataclass(frozen=True)
+class Output:
+    """Stands for a tensor or a number that a step computes, in a value that it leaves behind."""
+
+    index: int
+    """Index into the flat outputs of the graph; of a number, into those of the plan's numbers."""
+    is_number: bool = False
+
+
+@dataclass(frozen=True)
+class Write:
+    """What each step does with one slot."""
+
+    owner: Any
+    """A dict (`vars` of an object, or one that the user made), a list, a deque or a set."""
+    key: Any
+    """The key of a dict; None for items that are added."""
+    leaves: tuple[Any, ...]
+    treespec: TreeSpec
+    before: Any
+    """What the slot held before the trace; for items that are added, how many there were."""
+    name: str
+
+    def value(self, tensors: Sequence[Any], numbers: Sequence[Any]) -> Any:
+        """What the slot gets."""
+        leaves = [
+            (numbers if leaf.is_number else tensors)[leaf.index] if isinstance(leaf, Output) else leaf
+            for leaf in self.leaves
+        ]
+        return tree_unflatten(leaves, self.treespec)
+
+    def replay(self, tensors: Sequence[Any], numbers: Sequence[Any]) -> None:
+        """Leave behind what eager would."""
+        value = self.value(tensors, numbers)
+        if isinstance(self.owner, dict):
+            self.owner[self.key] = value
+        elif isinstance(self.owner, set):
+            self.owner.update(value)
+        else:
+            self.owner.extend(value)
+
+
+class Before:
+    """The state of a model's modules, and of objects met on the way, before a forward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names: dict[int, str] = {}
+        self._objects: dict[int, tuple[int, dict[str, Any], dict[str, Any]]] = {}
+        """Maps the id of a `__dict__` to the id of its object, to it, and to a copy."""
+        self._containers: dict[int, tuple[Any, Any]] = {}
+        """Maps the id of a container to it and to what it held."""
+        self.alive: list[Any] = []
+        """Objects whose ids are in use."""
+        self._entries: list[tuple[dict[Any, Any], Any, Any]] = []
+        """Entries that symbolic numbers take the place of, with their numbers."""
+        self._buffer_tables: set[int] = set()
+        """Ids of tables of buffers, whose entries others swap."""
+        self._structure: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+        """Tables of hooks and submodules, and what they held."""
+        for name, module in model.named_modules():
+            self._add_attributes(module, name or "the model")
+            tables = (torch_internals.children_of(module), *torch_internals.hooks_of(module))
+            self._structure += [(table, dict(table)) for table in tables]
+
+    def add(self, value: Any) -> None:
+        """Remember what a plain object or a container holds now."""
+        if is_container(value):
+            self._containers.setdefault(id(value), (value, content_of(value)))
+        elif hasattr(value, "__dict__"):
+            self._add_attributes(value, type(value).__qualname__)
+
+    def add_entry(self, owner: dict[Any, Any], key: Any) -> None:
+        """Remember what an entry holds that is about to hold a symbolic number."""
+        self._entries.append((owner, key, owner[key]))
+
+    def _add_attributes(self, owner: Any, name: str) -> None:
+        attributes = vars(owner)
+        if id(attributes) in self._objects:
+            return
+        self._objects[id(attributes)] = id(owner), attributes, dict(attributes)
+        self._names[id(attributes)] = name
+        for key, value in attributes.items():
+            if is_container(value) and key not in torch_internals.MODULE_ATTRIBUTES:
+                self._containers.setdefault(id(value), (value, content_of(value)))
+                self._names.setdefault(id(value), f"{name}.{key}".removeprefix("the model."))
+        for table in torch_internals.buffer_tables(owner) if isinstance(owner, nn.Module) else ():
+            self._containers[id(table)] = table, content_of(table)
+            self._names[id(table)] = name
+            self._buffer_tables.add(id(table))
+
+    # -- after the forward ---------------------------------------------------------------------------------------
+
+    def writes(
+        self, set_slots: AbstractSet[Slot], given: Mapping[Slot, Any], index_of: Callable[[Any], Output | None]
+    ) -> Iterator[Write]:
+        """What each step must leave behind.
+
+        Args:
+            set_slots: attributes that were set, if only to what they held before.
+            given: the symbolic numbers that slots held.
+            index_of: gives the output that stands for a tensor or number that the step computes; None for other values.
+
+        Raises:
+            CaptureError: the forward removed something, or left something that no step can compute.
+        """
+        for owner, key, now, before in self._changes(set_slots, given):
+            if not _stays(now):
+                name = self._name_of(owner, key)
+                yield Write(owner, key, *_template(now, name, index_of), before, name)
+
+    def _changes(self, set_slots: AbstractSet[Slot], given: Mapping[Slot, Any]) -> Iterator[tuple[Any, Any, Any, Any]]:
+        """Owner, key, value now and value before of each changed slot; the key of items that were added is None."""
+        for object_id, attributes, before in list(self._objects.values()):
+            if removed := [key for key in before if key not in attributes and not _is_cache(key)]:
+                raise CaptureError(
+                    f"The forward deletes {self._name_of(attributes, removed[0])}, which a compiled step cannot do "
+                    "again. Set it to None."
+                )
+            for key, now in attributes.items():
+                held = before.get(key, ABSENT)
+                is_same = now is given.get((id(attributes), key), held) and (object_id, key) not in set_slots
+                if not is_same and not _is_cache(key) and key not in torch_internals.MODULE_ATTRIBUTES:
+                    yield attributes, key, now, held
+        for container, before in list(self._containers.values()):
+            if id(container) in self._names or not self._is_forgotten(container):
+                yield from self._changes_of(container, before, given)
+
+    def _is_forgotten(self, container: Any) -> bool:
+        """True for a container that only this object holds any more: the forward made it, and it is over."""
+        others = [each for each in gc.get_referrers(container) if not isinstance(each, types.FrameType)]
+        return all(each is self.alive or (isinstance(each, tuple) and each[0] is container) for each in others)
+
+    def _changes_of(
+        self, container: Any, before: Any, given: Mapping[Slot, Any]
+    ) -> Iterator[tuple[Any, Any, Any, Any]]:
+        if isinstance(container, dict) and before.keys() <= container.keys():
+            for key, now in cast("dict[Any, Any]", container).items():
+                held = before.get(key, ABSENT)
+                is_buffer = id(container) in self._buffer_tables and key in before
+                if now is not given.get((id(container), key), held) and not is_buffer:
+                    yield container, key, now, held
+        elif isinstance(container, set) and before <= container:
+            if now := container - before:
+                yield container, None, sorted(now, key=str), len(before)
+        elif isinstance(container, (list, collections.deque)) and _begins_with(container, before):
+            if now := list(container)[len(before) :]:
+                yield container, None, now, len(before)
+        else:
+            raise CaptureError(
+                f"The forward removes or replaces items of {self._name_of(container, None)}, which a compiled step "
+                "cannot do again. Let forward make a new list, or return the items."
+            )
+
+    def contents(self) -> dict[int, Any]:
+        """What every container holds now, by id."""
+        return {key: content_of(container) for key, (container, _) in self._containers.items()}
+
+    def differs_from(self, contents: Mapping[int, Any]) -> bool:
+        """True if a container holds other objects than at some time in the forward."""
+        return any(_differs(now, contents.get(key, before)) for key, (now, before) in self._containers.items())
+
+    def roll_back(self, contents: Mapping[int, Any]) -> None:
+        """Let containers hold again what they held at some time in the forward."""
+        for key, (container, before) in self._containers.items():
+            _fill(container, contents.get(key, before))
+
+    @contextlib.contextmanager
+    def restored(self) -> Generator[None]:
+        """Let everything hold again what it held, at the end of the block.
+
+        Hooks, submodules, functions and classes that were set stay: a second trace finds them.
+        """
+        try:
+            yield
+        finally:
+            for _, attributes, before in self._objects.values():
+                stay = {key: now for key, now in attributes.items() if now is not before.get(key) and _stays(now)}
+                if attributes.keys() != before.keys() or not all(map(_is, attributes.values(), before.values())):
+                    attributes.clear()
+                    attributes.update(before | stay)
+            for container, before in self._containers.values():
+                _fill(container, before)
+            for owner, key, value in self._entries:  # an object that was met late held a symbolic number then
+                owner[key] = value
+
+    @property
+    def has_new_structure(self) -> bool:
+        """True if hooks, submodules, functions or classes stay that were not there before."""
+        attributes = [(now, before) for _, now, before in self._objects.values()]
+        return any(now != before for now, before in self._structure) or any(
+            value is not before.get(key) and _stays(value) for now, before in attributes for key, value in now.items()
+        )
+
+    def _name_of(self, owner: Any, key: Any) -> str:
+        """The name of a slot, as the user would write it."""
+        name = self._names.get(id(owner), "a container that a closure or a global holds")
+        if key is None:
+            return name
+        is_attribute = id(owner) in self._objects or id(owner) in self._buffer_tables
+        return f"{name}.{key}".removeprefix("the model.") if is_attribute else f"{name}[{key!r}]"
+
+
+def _differs(container: Any, content: Any) -> bool:
+    return len(container) != len(content) or not all(map(_is, _items(container), _items(content)))
+
+
+def _fill(container: Any, content: Any) -> None:
+    if _differs(container, content):
+        container.clear()
+        (container.extend if isinstance(container, (list, collections.deque)) else container.update)(content)
+
+
+def _begins_with(container: Sequence[Any], before: Sequence[Any]) -> bool:
+    return len(container) >= len(before) and all(map(_is, container, before))
+
+
+def _template(value: Any, name: str, index_of: Callable[[Any], Output | None]) -> tuple[tuple[Any, ...], TreeSpec]:
+    """The leaves and the structure of a value that is left behind."""
+    flat, treespec = tree_flatten(value, is_leaf=lambda each: not isinstance(each, (list, tuple, dict)))
+    leaves: list[Any] = []
+    for leaf in flat:
+        output = index_of(leaf)
+        if output is None and not isinstance(leaf, PLAIN) and _holds_traced(leaf):
+            raise CaptureError(
+                f"The forward leaves a {type(leaf).__qualname__} with tensors in {name}. A compiled step can leave "
+                "behind tensors, plain values, and lists, tuples and dicts of them. Return it from forward instead."
+            )
+        leaves.append(leaf if output is None else output)
+    return tuple(leaves), treespec
+
+
+def _is(a: Any, b: Any) -> bool:
+    return a is b
+
+
+def _items(container: Any) -> Iterable[Any]:
+    return container.values() if isinstance(container, dict) else container
+
+
+def _is_cache(key: str) -> bool:
+    return key in torch_internals.RNN_CACHES
+
+
+def _stays(value: Any) -> bool:
+    return isinstance(value, nn.Module) or callable(value)
+
+
+def _holds_traced(value: Any) -> bool:
+    """True for an object that holds a traced tensor, directly or in one of its containers."""
+    flat = tree_flatten(list(vars(value).values()) if hasattr(value, "__dict__") else value)[0]
+    return any(isinstance(each, Tensor) and torch_internals.is_fake(each) for each in flat)

@@ -1,0 +1,207 @@
+"""A thread of each rank that says in the store, every second, where the rank stands, and looks after waits that last.
+
+    main thread      waits for messages, for over a second
+    this thread      reads the entries of the other ranks; if one of them shows that they will not come, says so itself
+                     and closes the connections: the waits of the main thread and of the other ranks end in an error
+    main thread      raises that reason
+
+Where the main thread waits in an agreement (`agree.py`), it reads the entries itself.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
+
+from fxzero import torch_internals
+from fxzero.comm.peers import Peers, describe_error, entry_of, is_gone, name_of_group
+from fxzero.comm.phases import PhaseLog, Stop
+
+TICK_S = 0.5
+"""Seconds between two looks at this rank's own wait."""
+LINGER_S = 2.0
+"""For how long a rank that fails or stops waits until the others have noticed."""
+
+
+class Heartbeat:
+    """The entry of this rank in the store of the job, and those of others."""
+
+    def __init__(self, store: Store, rank: int) -> None:
+        self._origin = weakref.ref(store)
+        self._store: Store = cast(Any, store).clone()  # a thread that waits in the user's store would hold it
+        self.rank = rank
+        self.logs: dict[tuple[int, ...], PhaseLog] = {}
+        self._beat = 0
+        self._ended: str | None = None
+        self._is_over = threading.Event()
+        self._lock = threading.RLock()
+        self._known: set[int] = set()
+        """Ranks that have an entry."""
+        self._thread = threading.Thread(target=self._run, name="fxzero heartbeat", daemon=True)
+        self.publish()
+        self._thread.start()
+        atexit.register(self.end)
+
+    # -- this rank -----------------------------------------------------------------------------------------------
+
+    def publish(self) -> None:
+        """Renew the entry of this rank."""
+        with self._lock:
+            self._beat += 1
+            entry = entry_of(list(self.logs.values()), self._beat, self._ended)
+            self._store.set(_key(self.rank), json.dumps(entry))
+
+    def end(self, how: str | None = None) -> None:
+        """Say that this rank leaves the job, and end the thread."""
+        atexit.unregister(self.end)
+        if self._is_over.is_set():
+            return
+        error = getattr(sys, "last_value", None)
+        self._ended = how or ("has ended" if error is None else f"has ended ({describe_error(error)})")
+        self._is_over.set()
+        with contextlib.suppress(RuntimeError):
+            self.publish()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=2 * TICK_S)
+
+    def is_of(self, store: Store) -> bool:
+        """True if this is the heartbeat of the job that a store belongs to."""
+        return self._origin() is store and not self._is_over.is_set()
+
+    # -- other ranks ---------------------------------------------------------------------------------------------
+
+    def entries(self, ranks: Iterable[int]) -> dict[int, dict[str, Any] | None]:
+        """The entries of ranks; None for a rank that has not written one yet."""
+        with self._lock:
+            return {rank: self._read(rank) for rank in ranks}
+
+    def _read(self, rank: int) -> dict[str, Any] | None:
+        if rank not in self._known:
+            if not self._store.check([_key(rank)]):
+                return None
+            self._known.add(rank)
+        return json.loads(self._store.get(_key(rank)))
+
+    def look(self, peers: Peers, ranks: Iterable[int] | None = None) -> Stop | None:
+        """The reason why waiting for ranks is in vain, if there is one.
+
+        Args:
+            ranks: default: all others of the group.
+        """
+        others = peers.log.members if ranks is None else ranks
+        return peers.reason_to_stop(self.entries(rank for rank in others if rank != self.rank))
+
+    def explain(self, log: PhaseLog, within_s: float = LINGER_S) -> Stop | None:
+        """The reason why connections were closed: a rank says it before it closes them, or has died."""
+        peers, deadline = Peers(log), time.monotonic() + within_s
+        with contextlib.suppress(RuntimeError):
+            while log.stop is None and time.monotonic() < deadline:
+                if (stop := self.look(peers)) is not None:
+                    return stop
+                time.sleep(0.05)
+        return log.stop
+
+    def stop(self, log: PhaseLog, stop: Stop) -> None:
+        """Say that this rank cannot go on, and close its connections, so that all who wait for it are told."""
+        if log.stop is None:
+            log.stop = stop
+            with contextlib.suppress(RuntimeError):
+                self.publish()
+            for channel in log.channels:
+                channel.close()
+
+    def linger(self, log: PhaseLog) -> None:
+        """Wait until the other ranks of a group have noticed that this one failed or stopped, for a moment."""
+        deadline = time.monotonic() + LINGER_S
+        others = [rank for rank in log.members if rank != self.rank]
+        with contextlib.suppress(RuntimeError):
+            while time.monotonic() < deadline and not all(
+                _has_noticed(log, entry) for entry in self.entries(others).values()
+            ):
+                time.sleep(0.02)
+
+    def _run(self) -> None:
+        published_s = time.monotonic()
+        judges: dict[tuple[int, ...], tuple[int, Peers]] = {}
+        while not self._is_over.wait(TICK_S):
+            if not _is_job(self._origin()):
+                self.end("has left its process group")
+                return
+            now_s = time.monotonic()
+            try:
+                if now_s - published_s >= 1.0:
+                    published_s = now_s
+                    self.publish()
+                for members, log in list(self.logs.items()):
+                    waits, peers = judges.setdefault(members, (0, Peers(log)))
+                    if waits != log.waits:
+                        judges[members] = log.waits, Peers(log)
+                    elif waits % 2 and log.stop is None and (stop := self.look(peers)) is not None:
+                        self.stop(log, stop)
+            except RuntimeError:  # the store is gone, and with it the job
+                return
+
+
+def _has_noticed(log: PhaseLog, entry: dict[str, Any] | None) -> bool:
+    """True if the rank of an entry knows that this one failed or stopped, or has itself."""
+    theirs = (
+        None
+        if entry is None or entry["ended"] or is_gone(entry, 0.0)
+        else entry["groups"].get(name_of_group(log.members))
+    )
+    if theirs is None or theirs["stop"] is not None:
+        return True
+    return theirs["failed"] is not None and log.failed is not None and theirs["failed"][0] >= log.failed[0]
+
+
+def _is_job(store: Store | None) -> bool:
+    """True while a store is that of the process group of this process."""
+    return store is not None and dist.is_initialized() and torch_internals.default_store() is store
+
+
+def _key(rank: int) -> str:
+    return f"fxzero/alive/{rank}"
+
+
+_current: Heartbeat | None = None
+
+
+def heartbeat() -> Heartbeat:
+    """The heartbeat of this rank in the job at hand; it starts with the first call."""
+    global _current
+    store = torch_internals.default_store()
+    if _current is None or not _current.is_of(store):
+        _current = Heartbeat(store, dist.get_rank())
+    return _current
+
+
+def log_of(members: tuple[int, ...]) -> PhaseLog:
+    """The phases of the ranks of a group, as this rank counts them."""
+    beats = heartbeat()
+    if members not in beats.logs:
+        beats.logs[members] = PhaseLog(members, beats.rank)
+        beats.publish()
+    return beats.logs[members]
+
+
+def report(log: PhaseLog, error: BaseException) -> None:
+    """Say that the phase which this rank is in has failed here."""
+    if not log.members or log.stop is not None or (log.failed is not None and log.failed[0] == log.number):
+        return
+    log.failed = log.number, describe_error(error)
+    if log.is_together:
+        when = "in" if log.is_inside else "after"
+        heartbeat().stop(log, Stop("failure", f"rank {log.rank} failed {when} {log.what}: {log.failed[1]}"))
+    else:
+        with contextlib.suppress(RuntimeError):
+            heartbeat().publish()

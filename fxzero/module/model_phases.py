@@ -1,0 +1,150 @@
+"""The phases of one model, named by word, step and micro-batch, and the options of its optimizers."""
+
+import weakref
+import zlib
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from fxzero.comm.heartbeat import heartbeat, report
+from fxzero.comm.phases import PhaseLog
+
+
+class ModelPhases:
+    """Begins and ends the phases of one model in the log of its group.
+
+    Args:
+        log: the phases of all models of the group.
+        name: the name of the model's class.
+        fqns: maps the id of each parameter to its name.
+        meet: returns once all ranks have come.
+        drop_gradients: drops the gradients of the model, also those that wait to be reduced.
+    """
+
+    def __init__(
+        self,
+        log: PhaseLog,
+        name: str,
+        fqns: Mapping[int, str],
+        meet: Callable[[], object] = lambda: None,
+        drop_gradients: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._log, self._name, self._fqns = log, name, fqns
+        self._meet, self._drop_gradients = meet, drop_gradients
+        log.models.add(self)
+        self.num_steps = 0
+        """Steps that optimizers took with the model's parameters."""
+        self._num_backwards = 0
+        """Backwards since the last step."""
+        self._seen = weakref.WeakKeyDictionary[torch.optim.Optimizer, list[list[Any]]]()
+        """The options of each group of the optimizers, as they were seen last."""
+        self._digest = 0
+        """Of all options that were seen, one after another."""
+        self._lines: dict[int, list[str]] = {}
+
+    def is_fixed(self) -> None:
+        """Ranks have agreed on the layout of this model: from now on it has a number among their models."""
+        self._log.num_models += 1
+        self._name = f"{self._name} (model {self._log.num_models})"
+
+    @contextmanager
+    def phase(self, word: str) -> Generator[None]:
+        """A phase of this model; other ranks are told of an error that leaves it."""
+        self.begin(word)
+        try:
+            yield
+        except BaseException as error:
+            self.failed(error)
+            raise
+        finally:
+            self._log.end()
+
+    def begin(self, word: str) -> None:
+        """A phase begins; `failed` or `end` follows."""
+        for optimizer in list(self._seen):
+            self._note_options(optimizer)
+        what = f"{word} of {self._name}, micro-batch {self._num_backwards + 1} of step {self.num_steps + 1}"
+        self._log.begin(what, self._digest)
+
+    def failed(self, error: BaseException) -> None:
+        """The phase that began last has failed on this rank."""
+        report(self._log, error)
+        if self._log.members and self._log.stop is None:
+            heartbeat().linger(self._log)
+
+    def end(self) -> None:
+        """The phase that began last is over."""
+        self._log.end()
+
+    def after_backward(self) -> None:
+        """A micro-batch is over."""
+        self._num_backwards += 1
+
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer is about to step parameters of the model."""
+        self.watch(optimizer)
+        self._note_options(optimizer)
+        if self._log.is_together:
+            with self.phase("optimizer's step"):
+                self._meet()
+        self._log.is_stepping = True
+        self._log.num_steps += 1
+        self.num_steps += 1
+        self._num_backwards = 0
+
+    def after_step(self) -> None:
+        """The step of an optimizer is over, of any in this process."""
+        self._log.is_stepping = False
+
+    def leave_out(self) -> None:
+        """Drop the gradients of a step that all ranks leave out."""
+        self._drop_gradients()
+        self._num_backwards = 0
+
+    def watch(self, optimizer: torch.optim.Optimizer) -> None:
+        """Compare the options of an optimizer with those of other ranks from now on."""
+        self._seen.setdefault(optimizer, [])
+
+    def _note_options(self, optimizer: torch.optim.Optimizer) -> None:
+        now = [_options(group) for group in optimizer.param_groups]
+        if now == self._seen[optimizer]:
+            return
+        self._seen[optimizer] = now
+        lines = self.describe(optimizer)
+        self._digest = zlib.crc32("\n".join(lines).encode(), self._digest) & 0x3FFFFFFF
+        self._lines[id(optimizer)] = lines
+        self._log.options = [line for each in self._lines.values() for line in each]
+
+    def describe(self, optimizer: torch.optim.Optimizer) -> list[str]:
+        """An optimizer as text, one group a line; parameters of other models do not count."""
+        lines: list[str] = []
+        for index, group in enumerate(optimizer.param_groups):
+            held = [self._fqns[id(param)] for param in group["params"] if id(param) in self._fqns]
+            options = ", ".join(f"{key}={_plain(value)!r}" for key, value in group.items() if _is_compared(key, value))
+            members = f"{len(held)} parameters" + (f", {held[0]} to {held[-1]} ({_digest_of(held):x})" if held else "")
+            lines.append(f"{type(optimizer).__name__} group {index}: {options}; {members}")
+        return lines
+
+
+def _digest_of(fqns: list[str]) -> int:
+    return zlib.crc32("\n".join(fqns).encode())
+
+
+def _options(group: Mapping[str, Any]) -> list[Any]:
+    """The options of a group that ranks compare, and how many parameters it has."""
+    return [*[_plain(value) for key, value in group.items() if _is_compared(key, value)], len(group["params"])]
+
+
+def _is_compared(key: str, value: object) -> bool:
+    return (isinstance(value, (float, int, str, tuple, list, type(None))) and key != "params") or _is_number(value)
+
+
+def _is_number(value: object) -> bool:
+    """True for a number in a tensor that can be read without waiting for a device."""
+    return isinstance(value, torch.Tensor) and value.numel() == 1 and value.device.type == "cpu"
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, torch.Tensor) else value
