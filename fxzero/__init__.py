@@ -5,23 +5,29 @@ loss = zero(**batch).loss
 loss.backward()
 """
 
-from fxzero.api import Schedule, ZeroModule, compile
-from fxzero.cost.model import Cluster, Device, Link
-from fxzero.errors import (
-    CaptureError,
-    CheckpointError,
-    CommunicationError,
-    FxzeroError,
-    InputMismatchError,
-    MissingExtraError,
-    OptimizerError,
-    PlanError,
-    RankMismatchError,
-    ScheduleError,
-    StaleBackwardError,
-    StepLeftOutError,
-)
-from fxzero.host.allocator import keep_freed_memory
+import importlib
+import importlib.util
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fxzero.api import Schedule, ZeroModule, compile
+    from fxzero.cost.model import Cluster, Device, Link
+    from fxzero.errors import (
+        CaptureError,
+        CheckpointError,
+        CommunicationError,
+        FxzeroError,
+        InputMismatchError,
+        MissingExtraError,
+        OptimizerError,
+        PlanError,
+        RankMismatchError,
+        ScheduleError,
+        StaleBackwardError,
+        StepLeftOutError,
+    )
+    from fxzero.host.allocator import keep_freed_memory
 
 __version__ = "0.1.0"
 
@@ -46,3 +52,29 @@ __all__ = [
     "compile",
     "keep_freed_memory",
 ]
+
+_MODULE_OF = {
+    "Cluster": "fxzero.cost.model",
+    "Device": "fxzero.cost.model",
+    "Link": "fxzero.cost.model",
+    "Schedule": "fxzero.api",
+    "ZeroModule": "fxzero.api",
+    "compile": "fxzero.api",
+    "keep_freed_memory": "fxzero.host.allocator",
+}
+"""Maps names in `__all__` to their modules; the others are errors."""
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, or a module of the package, which is imported when it is asked for."""
+    module = _MODULE_OF.get(name, "fxzero.errors") if name in __all__ else f"fxzero.{name}"
+    if name.startswith("_") or importlib.util.find_spec(module) is None:
+        raise AttributeError(f"module 'fxzero' has no attribute {name!r}")
+    found = importlib.import_module(module)
+    globals()[name] = getattr(found, name) if name in __all__ else found
+    return globals()[name]
+
+
+if "torch" in sys.modules:  # else later, so that the command line can say a word before it imports torch
+    for _name in __all__:
+        __getattr__(_name)

@@ -6,8 +6,6 @@ import sys
 import tempfile
 import uuid
 
-from fxzero.commands.errors import ERROR_STATUS
-
 GRACE_SECONDS = 600
 """How long ranks that are asked to stop may take to evaluate and to write what they have."""
 
@@ -43,10 +41,11 @@ def launch(nproc: int, arguments: list[str]) -> int:
             elastic_launch(config, sys.executable)("-m", "fxzero", *arguments)
         except ChildFailedError as error:
             rank, first = error.get_first_failure()
-            if first.exitcode != ERROR_STATUS:
-                how = f"was killed by signal {-first.exitcode}" if first.exitcode < 0 else "failed"
+            code = first.exitcode
+            if code < 0 or code == 1:
+                how = f"was killed by signal {-code}" if code < 0 else "failed"
                 print(f"fxzero {arguments[0]}: rank {rank} {how}; the others were stopped.", file=sys.stderr)
-            return max(1, first.exitcode)
+            return code if code > 0 else 128 - code
         except SignalException as error:
             return 128 + error.sigval
     return 0

@@ -12,12 +12,14 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
 import torch.distributed as dist
 
+from fxzero.errors import PlanError
 from fxzero.graph.schedule_text import format_diff, format_schedule
 from fxzero.graph.step import Pass, StepGraph
 from fxzero.graph.verify import verify_graph
@@ -45,16 +47,41 @@ class DumpSchedules:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with _writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         self._before = ""
 
     def __call__(self, index: int, name: str, step: StepGraph) -> None:
         text = format_schedule(step)
         stem = f"{index:02d}_{name}"
-        (self.folder / f"{stem}.txt").write_text(text + "\n")
-        if index > 0:
-            (self.folder / f"{stem}.diff").write_text(format_diff(self._before, text) + "\n")
+        with _writing(self.folder):
+            (self.folder / f"{stem}.txt").write_text(text + "\n", encoding="utf-8")
+            if index > 0:
+                changed = format_diff(self._before, text)
+                (self.folder / f"{stem}.diff").write_text(changed + "\n", encoding="utf-8")
         self._before = text
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Generator[None]:
+    """Raise PlanError where the block cannot write to a folder."""
+    try:
+        yield
+    except OSError as error:
+        raise PlanError(
+            f"Schedules cannot be written to {folder}: {error.strerror}. Let FXZERO_DUMP name a folder that can be "
+            "written to, or unset it."
+        ) from error
+
+
+def check_dump_folder() -> None:
+    """Raise PlanError if FXZERO_DUMP names a folder that cannot be written to; it is made if it is not there."""
+    if name := os.environ.get("FXZERO_DUMP"):
+        folder = Path(name)
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
 
 
 _num_dumped: dict[str, int] = {}

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from fxzero.commands.errors import CommandError, report
 from fxzero.commands.launch import launch, under_torchrun
+from fxzero.commands.progress import Progress
 from fxzero.commands.world import DEVICES, World, joined
 from fxzero.errors import MissingExtraError
 from fxzero.host.allocator import keep_freed_memory
@@ -74,12 +75,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 group.add_argument(flag, type=kind, default=default, choices=values, help=text)
 
 
-def run(arguments: argparse.Namespace, argv: list[str]) -> int:
+def run(arguments: argparse.Namespace, argv: list[str], progress: Progress) -> int:
     """Train as asked.
 
     Args:
         arguments: the parsed options of `add_arguments`.
         argv: the command line, for ranks that are started here.
+        progress: says what is going on until the first step.
 
     Returns:
         The exit status: 0; 2 if the user has to change something; 128 + signal if a signal ended the training early.
@@ -91,19 +93,23 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
         config_of(options.model, options.preset, options.seq)
         if _starts_ranks(options):
             options.check_files()
+            progress.at(f"starting {options.nproc} ranks")
+            progress.stop()  # the first of them goes on
             return launch(cast(int, options.nproc), argv)
         keep_freed_memory()
+        if under_torchrun():
+            progress.at("meeting the other ranks")
         with joined(options.device) as world:
-            return _run(options, world)
+            return _run(options, world, progress)
     except (CommandError, MissingExtraError) as error:
         return report("train", error)
 
 
-def _run(options: TrainOptions, world: World) -> int:
+def _run(options: TrainOptions, world: World, progress: Progress) -> int:
     from fxzero.train import job  # imports the libraries of the extra, which other commands can do without
 
     try:
-        signum = job.run(options, world)
+        signum = job.run(options, world, progress)
     except CommandError as error:
         return report("train", error)  # before the ranks part: the first one to end ends the others
     return 128 + signum if signum else 0

@@ -6,6 +6,7 @@ in the order of their names, and chosen by a hash of the name, so that a text is
 
 import hashlib
 import os
+import stat
 import sys
 import sysconfig
 from collections.abc import Collection, Iterator
@@ -15,6 +16,8 @@ from pathlib import Path
 from fxzero.commands.errors import CommandError
 
 HELD_OUT_FRACTION = 0.05
+_LOOK_BYTES = 2**16
+"""Of the start of a file, to see whether it is text before all of it is read."""
 
 _STDLIB_SKIPPED = {
     "__pycache__",
@@ -58,7 +61,7 @@ def read_corpus(data: Path | None) -> Corpus:
     """Read the text of `data`, a file or a folder, or the standard library's sources if it is None, and split it.
 
     Raises:
-        CommandError: there is no text, or none that can be read.
+        CommandError: there is no text, none that can be read, or more than fits into memory.
     """
     if data is None:
         name, files = f"standard library of Python {sys.version_info.major}.{sys.version_info.minor}", stdlib_files()
@@ -94,7 +97,7 @@ def split(documents: list[Document]) -> tuple[list[Document], list[Document]]:
     wanted = HELD_OUT_FRACTION * num_chars(documents)
     chosen: set[str] = set()
     size = 0
-    for document in sorted(documents, key=lambda each: hashlib.sha256(each.name.encode()).digest()):
+    for document in sorted(documents, key=lambda each: hashlib.sha256(os.fsencode(each.name)).digest()):
         if size < wanted and size + len(document.text) <= 1.5 * wanted:
             chosen.add(document.name)
             size += len(document.text)
@@ -122,10 +125,44 @@ def _walk(root: Path, skipped: Collection[str] = ("__pycache__",)) -> Iterator[t
 
 def _read(files: Iterator[tuple[str, Path]]) -> Iterator[Document]:
     """The files that are text."""
+    room = _memory_bytes() // 4  # a text is in memory as bytes, as characters and as tokens
     for name, path in files:
         try:
-            text = path.read_text(encoding="utf-8")
+            data = _bytes_of(path, room)
+            text = data.decode("utf-8")
         except (UnicodeDecodeError, OSError):
             continue
+        room -= len(data)
         if text.strip() and "\0" not in text:
             yield Document(name, text)
+
+
+def _bytes_of(path: Path, most: int) -> bytes:
+    """The bytes of a file, as many as it has when it is opened; none of what never ends or is surely no text.
+
+    Pipes, sockets and devices are never opened: a reader would wait for a writer, or read for ever.
+
+    Raises:
+        CommandError: there are more than `most`.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        return b""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        start = file.read(min(size, _LOOK_BYTES))
+        if b"\0" in start:
+            return b""
+        if size > most:
+            raise CommandError(
+                f"--data {path} has {size / 2**30:.1f} GiB, and with the files before it the text would take more than "
+                "a quarter of the memory of this machine. Give less text."
+            )
+        return start + file.read(size - len(start))
+
+
+def _memory_bytes() -> int:
+    """Bytes of memory of this machine; where it does not say, as if it had 64 GiB."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 2**36

@@ -6,10 +6,15 @@ here in the order of the library.
 Source: https://huggingface.co/docs/safetensors, "Format".
 """
 
+from __future__ import annotations
+
+import errno
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,6 +33,49 @@ _DTYPES = {
 """Maps each dtype to its name in the format. The library stores tensors in the order of these dtypes, then by name."""
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """The places of all tensors in a file."""
+
+    header: bytes
+    begins: dict[str, int]
+    """Where each tensor begins, from the start of the file."""
+    nbytes: int
+
+    @classmethod
+    def of(cls, announced: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> _Layout:
+        order = list(_DTYPES)
+        entries: dict[str, object] = {"__metadata__": dict(metadata)}
+        begins: dict[str, int] = {}
+        end = 0
+        for name, spec in sorted(announced.items(), key=lambda item: (order.index(item[1].dtype), item[0])):
+            begins[name], end = end, end + spec.nbytes
+            entries[name] = {
+                "dtype": _DTYPES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [begins[name], end],
+            }
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        header = len(text).to_bytes(8, "little") + text
+        return cls(header, {name: len(header) + begin for name, begin in begins.items()}, len(header) + end)
+
+
+def reserve_room(path: Path, announced: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Take the room on the disk that `save_stream` will need; raises OSError if there is none."""
+    nbytes = _Layout.of(announced, metadata).nbytes
+    with _partial(path).open("wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+        elif shutil.disk_usage(path.parent).free < nbytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def give_back_room(path: Path) -> None:
+    """Undo `reserve_room` where `save_stream` has not made a file of it."""
+    _partial(path).unlink(missing_ok=True)
+
+
 def save_stream(
     path: Path,
     announced: Mapping[str, torch.Tensor],
@@ -44,29 +92,28 @@ def save_stream(
     Raises:
         ValueError: a tensor that came is not the one announced, or one did not come.
     """
-    order = list(_DTYPES)
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    begins: dict[str, int] = {}
-    end = 0
-    for name, spec in sorted(announced.items(), key=lambda item: (order.index(item[1].dtype), item[0])):
-        begins[name], end = end, end + spec.nbytes
-        header[name] = {"dtype": _DTYPES[spec.dtype], "shape": list(spec.shape), "data_offsets": [begins[name], end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        data = file.tell()
-        file.truncate(data + end)
+    layout = _Layout.of(announced, metadata)
+    begins = dict(layout.begins)
+    partial = _partial(path)
+    with partial.open("r+b" if partial.exists() else "w+b") as file:
+        file.write(layout.header)
+        file.truncate(layout.nbytes)
         for name, tensor in tensors:
             found = tensor.dtype, tuple(tensor.shape)
             if name not in begins or found != (announced[name].dtype, tuple(announced[name].shape)):
                 raise ValueError(f"{name} {found} is not among the tensors announced, or was written before")
-            file.seek(data + begins.pop(name))
+            file.seek(begins.pop(name))
             file.write(_bytes_of(tensor))
-    if begins:
-        raise ValueError(f"{len(begins)} tensors were announced and did not come: {', '.join(list(begins)[:5])}")
+        if begins:
+            raise ValueError(f"{len(begins)} tensors were announced and did not come: {', '.join(list(begins)[:5])}")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def _partial(path: Path) -> Path:
+    """Where a file is until it is complete."""
+    return path.with_name(path.name + ".partial")
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

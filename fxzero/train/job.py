@@ -2,9 +2,7 @@
 
 import contextlib
 import itertools
-import signal
 import sys
-import threading
 from collections.abc import Generator
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,8 +11,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fxzero.commands.errors import CommandError
+from fxzero.commands.progress import Progress
+from fxzero.commands.signals import StopRequest
 from fxzero.commands.world import World
-from fxzero.train.export import save_stream
+from fxzero.train.export import give_back_room, reserve_room, save_stream
 from fxzero.train.loop import Trainer
 from fxzero.train.models import WEIGHTS_FILE, write_config
 from fxzero.train.options import TrainOptions
@@ -27,56 +27,57 @@ from fxzero.train.report import (
     format_summary,
     peak_memory_bytes,
 )
-from fxzero.train.text import read_text
+from fxzero.train.stopping import AgreedStop
+from fxzero.train.text import Text, read_text
 
 TOKENIZER_FILE = "tokenizer.json"
 
 
-@dataclass
-class Stop:
-    """The request to stop this rank."""
-
-    signum: int = 0
-    """The signal that asked for it; 0 for none."""
-
-
-def run(options: TrainOptions, world: World) -> int:
+def run(options: TrainOptions, world: World, progress: Progress) -> int:
     """Train with valid options, and write the results.
 
     Returns:
         The signal that ended the training early, or 0.
 
     Raises:
-        CommandError: on every rank, if the options do not fit each other, the text or the machine.
+        CommandError: on every rank, if the options do not fit each other, the text or the machine, or if results
+            cannot be written.
     """
     world.share(options.check_files)
     say = _say if world.is_main else lambda text: None
+    progress.at("reading the text and learning its tokens")
     text = read_text(options, world)
+    progress.at("building the model")
     metrics = Metrics()
     trainer = Trainer(options, world, text, metrics)
-    out = Path(world.share(lambda: str(_make_folder(options))))
+    results = Results(Path(world.share(lambda: str(_make_folder(options)))), options, trainer)
     ranks = "1 rank" if world.size == 1 else f"{world.size} ranks"
     say(
         f"{text.about}\n{options.model} {options.preset}, {trainer.num_params / 1e6:.2f} M parameters, over {ranks} on "
         f"{world.device.type}: {options.steps} steps of {trainer.tokens_per_step} tokens, vocabulary {text.vocab_size}"
     )
+    request = StopRequest()
+    stops = AgreedStop(world, request)
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(_stop_on_signal())
-        if world.is_main:
-            text.tokenizer.save(str(out / TOKENIZER_FILE))
-            write_config(out, options.model, options.preset, trainer.config)
-            metrics.file = stack.enter_context((out / METRICS_FILE).open("w", encoding="utf-8"))
-        trainer.train(lambda: stop.signum != 0)
+        stack.callback(metrics.close)
+        stack.callback(results.give_back_room)
+        world.share(lambda: results.begin(text, metrics))
+
+        def started() -> None:
+            progress.stop()
+            stack.enter_context(request.listening())
+
+        progress.at("tracing and planning the first steps")
+        trainer.train(started, stops)
         if trainer.step < options.steps:
             say(f"stopped after {trainer.step} of {options.steps} steps; writing what there is")
-        _write_weights(trainer, out / WEIGHTS_FILE)
+        results.write_weights()
         peaks = world.gather(peak_memory_bytes(world.device))
-        if world.is_main:
-            schedule = str(trainer.schedule)
-            (out / SCHEDULE_FILE).write_text(schedule + "\n", encoding="utf-8")
-            draw_loss(metrics, f"{options.model} {options.preset}, {ranks}", out / PICTURE_FILE)
-            say(format_summary(metrics, peaks, schedule, out))
-    return stop.signum if trainer.step < options.steps else 0
+        schedule = str(trainer.schedule)
+        world.share(lambda: results.write_reports(metrics, schedule, f"{options.model} {options.preset}, {ranks}"))
+        say(format_summary(metrics, peaks, schedule, results.out))
+        world.share(lambda: results.complete(metrics))
+    return stops.signum if trainer.step < options.steps else 0
 
 
 def _say(text: str) -> None:
@@ -95,35 +96,78 @@ def _make_folder(options: TrainOptions) -> Path:
     return out
 
 
-def _write_weights(trainer: Trainer, path: Path) -> None:
-    """Gather the parameters one by one, each of which rank 0 writes; a collective."""
-    stored = trainer.stored
-    gathered = trainer.zero.iter_full_params(rank0_only=True)
-    if not trainer.world.is_main:
-        for _ in gathered:
+@dataclass
+class Results:
+    """The files of a run in its folder, which rank 0 writes; what cannot be written is a CommandError."""
+
+    out: Path
+    options: TrainOptions
+    trainer: Trainer
+
+    def begin(self, text: Text, metrics: Metrics) -> None:
+        """Write what is known before training, and take the room that the weights will need."""
+        with self._writing(f"{WEIGHTS_FILE} and what comes with it", "Nothing was trained."):
+            (self.out / TOKENIZER_FILE).write_text(text.tokenizer.to_str(pretty=True), encoding="utf-8")
+            self._write_config()
+            metrics.file = (self.out / METRICS_FILE).open("w", encoding="utf-8")
+            reserve_room(self.out / WEIGHTS_FILE, self.trainer.stored, self._metadata)
+
+    def give_back_room(self) -> None:
+        """Leave nothing of weights that were not written."""
+        if self.trainer.world.is_main:
+            with contextlib.suppress(OSError):
+                give_back_room(self.out / WEIGHTS_FILE)
+
+    def write_weights(self) -> None:
+        """Gather the parameters one by one, each of which rank 0 writes; a collective."""
+        trainer, path = self.trainer, self.out / WEIGHTS_FILE
+        gathered = trainer.zero.iter_full_params(rank0_only=True)
+        failure: CommandError | None = None
+        if trainer.world.is_main:
+            parameters = ((name, tensor) for name, tensor in gathered if tensor is not None)
+            buffers = ((name, tensor) for name, tensor in trainer.zero.named_buffers() if name in trainer.stored)
+            try:
+                with self._writing(WEIGHTS_FILE, "The weights are lost."):
+                    save_stream(path, trainer.stored, itertools.chain(parameters, buffers), self._metadata)
+            except CommandError as error:
+                failure = error
+        for _ in gathered:  # the other ranks take part in each, and so does rank 0 after a failure
             pass
-        return
-    parameters = ((name, tensor) for name, tensor in gathered if tensor is not None)
-    buffers = ((name, tensor) for name, tensor in trainer.zero.named_buffers() if name in stored)
-    save_stream(path, stored, itertools.chain(parameters, buffers), {"format": "pt", **trainer.tied})
+        trainer.world.share(lambda: _raise(failure))
+
+    def write_reports(self, metrics: Metrics, schedule: str, title: str) -> None:
+        """Write the checksums of the weights and their tokenizer, the schedule and the picture of the loss."""
+        with self._writing("a report", f"{WEIGHTS_FILE} is complete."):
+            self._write_config(TOKENIZER_FILE, WEIGHTS_FILE)
+            (self.out / SCHEDULE_FILE).write_text(schedule + "\n", encoding="utf-8")
+            draw_loss(metrics, title, self.out / PICTURE_FILE)
+
+    def complete(self, metrics: Metrics) -> None:
+        """Write the checksums of all files, after the last of them was written."""
+        metrics.close()
+        with self._writing("a report", f"{WEIGHTS_FILE} is complete."):
+            if metrics.failure is not None:
+                raise metrics.failure
+            self._write_config(TOKENIZER_FILE, WEIGHTS_FILE, SCHEDULE_FILE, PICTURE_FILE, METRICS_FILE)
+
+    @property
+    def _metadata(self) -> dict[str, str]:
+        return {"format": "pt", **self.trainer.tied}
+
+    def _write_config(self, *files: str) -> None:
+        write_config(self.out, self.options.model, self.options.preset, self.trainer.config, files)
+
+    @contextlib.contextmanager
+    def _writing(self, what: str, so_far: str) -> Generator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CommandError(
+                f"{what} cannot be written to {self.out}: {error.strerror or error}. {so_far} Make room, or choose "
+                "another folder with --out."
+            ) from error
 
 
-@contextlib.contextmanager
-def _stop_on_signal() -> Generator[Stop]:
-    """The first Ctrl-C or SIGTERM asks to stop; a second Ctrl-C stops at once."""
-    stop = Stop()
-
-    def ask(signum: int, frame: object) -> None:
-        if stop.signum and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.signum = signum
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    previous = {signum: signal.signal(signum, ask) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
+def _raise(failure: CommandError | None) -> None:
+    if failure is not None:
+        raise failure

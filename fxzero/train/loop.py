@@ -70,8 +70,15 @@ class Trainer:
             self.model, optimizer=self.optimizer, device=world.device, init_fn=initializer(text.vocab_size)
         )
 
-    def evaluate(self) -> None:
-        """Log the loss on the held-out text over all ranks, with equal samples and masks each time."""
+    def evaluate(self, stops: Callable[[], bool]) -> bool:
+        """Log the loss on the held-out text over all ranks, with equal samples and masks each time.
+
+        Args:
+            stops: as in `train`.
+
+        Returns:
+            False if ranks were asked to stop; then nothing is logged.
+        """
         loss_sum, num_predicted = 0.0, 0
         self.zero.eval()
         with torch.no_grad():
@@ -80,41 +87,52 @@ class Trainer:
                 num = int((batch["labels"] != IGNORED).sum())
                 loss_sum += float(self.zero(**batch).loss) * num
                 num_predicted += num
+                if stops():
+                    return False
         self.zero.train()
         loss_sum, total = self.world.sum(loss_sum, num_predicted)
         self.metrics.add(HeldOutMetrics(self.step, loss_sum / total))
+        return True
 
-    def train(self, should_stop: Callable[[], bool]) -> None:
-        """Train to the last step, or until a rank is asked to stop; evaluate before, after and in between.
+    def train(self, started: Callable[[], None], stops: Callable[[], bool]) -> None:
+        """Train to the last step, or until ranks are asked to stop; evaluate before, after and in between.
+
+        Args:
+            started: called after the first step.
+            stops: called after each step and each batch of an evaluation; true on all ranks at once if they are to
+                stop.
 
         Raises:
             CommandError: on every rank, if the loss is not finite any more.
         """
         options = self.options
-        self.evaluate()
+        self.evaluate(stops)
         torch.manual_seed(generator_of("dropout", options.seed, self.world.rank).initial_seed())
         losses: list[torch.Tensor] = []
-        started = time.perf_counter()
+        begin = time.perf_counter()
         with tqdm(total=options.steps, unit="step", disable=not self.world.is_main, dynamic_ncols=True) as bar:
             while self.step < options.steps:
                 loss, grad_norm = self._train_step()
                 losses.append(loss)
+                if self.step == 1:
+                    started()
                 bar.update()
+                stopped = stops()
                 evaluates = options.eval_every and self.step % options.eval_every == 0
-                if self.step % options.log_every and self.step < options.steps and not evaluates:
+                if self.step % options.log_every and self.step < options.steps and not (evaluates or stopped):
                     continue
-                loss_sum, num_stops = self.world.sum(float(torch.stack(losses).sum()), should_stop())
-                entry = self._log(loss_sum, len(losses), float(grad_norm), time.perf_counter() - started)
+                (loss_sum,) = self.world.sum(float(torch.stack(losses).sum()))
+                entry = self._log(loss_sum, len(losses), float(grad_norm), time.perf_counter() - begin)
                 gathered = format_bytes(entry.gathered_bytes)
                 bar.set_postfix_str(f"loss {entry.loss:.3f}, {entry.tokens_per_s:.0f} tokens/s, {gathered} gathered")
                 if not math.isfinite(loss_sum):
                     raise CommandError(f"The loss is {loss_sum} at step {self.step}. Lower --lr, or raise --warmup.")
-                if num_stops:
-                    break
-                if evaluates and self.step < options.steps:
-                    self.evaluate()
-                losses, started = [], time.perf_counter()
-        self.evaluate()
+                if stopped:
+                    return
+                if evaluates and self.step < options.steps and not self.evaluate(stops):
+                    return
+                losses, begin = [], time.perf_counter()
+        self.evaluate(stops)
 
     def _train_step(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Take one optimizer step, without waiting for the device.

@@ -1,8 +1,11 @@
 """The models that can be trained, with their presets, and loading the model of a finished run."""
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +15,7 @@ from torch import nn
 
 from fxzero import models
 from fxzero.commands.errors import CommandError
+from fxzero.errors import CheckpointError
 from fxzero.host.extras import require
 
 WEIGHTS_FILE = "model.safetensors"
@@ -97,26 +101,101 @@ def default_lr(config: Any) -> float:
     return 3e-3 * 256 / (config.hidden_size * config.num_layers)
 
 
-def write_config(out: Path, model: str, preset: str, config: Any) -> None:
-    """Write the model, the preset and the configuration of the weights to a file."""
-    about = {"model": model, "preset": preset, "config": dataclasses.asdict(config)}
-    (out / CONFIG_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+def write_config(out: Path, model: str, preset: str, config: Any, files: Iterable[str] = ()) -> None:
+    """Write the model, the preset and the configuration of the weights to a file.
+
+    Args:
+        files: names of other files in the folder, all complete, whose checksums are written as well.
+    """
+    about: dict[str, Any] = {"model": model, "preset": preset, "config": dataclasses.asdict(config)}
+    if files:
+        about[_CHECKSUMS] = {name: _sha256(out / name) for name in files}
+        about[_CHECKSUMS][CONFIG_FILE] = _sha256_of_config(about)
+    partial = out / f"{CONFIG_FILE}.partial"
+    partial.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, out / CONFIG_FILE)
 
 
 def load(out_dir: str | Path) -> nn.Module:
     """The plain model that a run of `fxzero train` wrote to `out_dir`, in eval mode on the CPU.
 
-    Its tokenizer is `tokenizers.Tokenizer.from_file(out_dir + "/tokenizer.json")`.
+    Its tokenizer is `tokenizers.Tokenizer.from_file(out_dir + "/tokenizer.json")`. All files of the folder that a
+    checksum was written for are read, and compared with it.
 
     Raises:
+        CheckpointError: a file is missing, is not what was written, or does not fit the others; the message names it.
         MissingExtraError: safetensors is not installed.
     """
     require("fxzero.train.load", "train", "safetensors")
+    from safetensors import SafetensorError
     from safetensors.torch import load_model
 
     out = Path(out_dir)
-    about = json.loads((out / CONFIG_FILE).read_text(encoding="utf-8"))
-    architecture = ARCHITECTURES[about["model"]]
-    model = architecture.build(architecture.config(**about["config"]))
-    load_model(model, out / WEIGHTS_FILE)
+    about = _read_config(out / CONFIG_FILE)
+    weights = out / WEIGHTS_FILE
+    with _naming(weights):
+        weights.open("rb").close()
+    for name, checksum in about.get(_CHECKSUMS, {}).items():
+        if name != CONFIG_FILE and (out / name).exists():
+            with _naming(out / name):
+                if _sha256(out / name) != checksum:
+                    raise CheckpointError(f"{out / name} is not what was written: {_DAMAGED}")
+    with _naming(out / CONFIG_FILE, KeyError, TypeError, ValueError, RuntimeError):
+        architecture = ARCHITECTURES[about["model"]]
+        model = architecture.build(architecture.config(**about["config"]))
+    with _naming(weights, SafetensorError, KeyError, ValueError, RuntimeError):
+        load_model(model, weights)
     return model.eval()
+
+
+_CHECKSUMS = "sha256"
+_DAMAGED = "its checksum differs from the one of the run. Copy the folder again, or train again."
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The contents of a configuration that is whole.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    with _naming(path, ValueError):
+        about: Any = json.loads(path.read_text(encoding="utf-8"))
+    entries = {"model", "preset", "config"}
+    if not isinstance(about, dict) or about.keys() - {_CHECKSUMS} != entries:  # pyright: ignore[reportUnknownMemberType]
+        raise CheckpointError(
+            f"{path} is not what was written: it has other entries than a run of fxzero train writes."
+        )
+    found = cast("dict[str, Any]", about)
+    if _CHECKSUMS in found:
+        checksums = found[_CHECKSUMS]
+        if not isinstance(checksums, dict) or checksums.get(CONFIG_FILE) != _sha256_of_config(found):  # pyright: ignore[reportUnknownMemberType]
+            raise CheckpointError(f"{path} is not what was written: {_DAMAGED}")
+    return found
+
+
+def _sha256_of_config(about: dict[str, Any]) -> str:
+    """The checksum of a configuration and of the checksums in it, but for its own."""
+    checksums = {name: checksum for name, checksum in about[_CHECKSUMS].items() if name != CONFIG_FILE}
+    return hashlib.sha256(json.dumps({**about, _CHECKSUMS: checksums}, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _naming(path: Path, *errors: type[Exception]) -> Generator[None]:
+    """Raise CheckpointError with the file for an OSError of the block, or for one of other errors."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror or error}. Is it the folder of a run?"
+        ) from error
+    except errors as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path} is not what a run of fxzero train writes: {reason}") from error

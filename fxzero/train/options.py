@@ -1,12 +1,18 @@
 """The options of `fxzero train`, checked before anything starts."""
 
 import math
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from fxzero.commands.errors import CommandError
 from fxzero.commands.world import DEVICES
+from fxzero.errors import PlanError
+from fxzero.planning.run_passes import check_dump_folder
 
+_MOST = 2**31 - 1
+"""Bound on every number of things."""
 MODELS = ("roberta", "gpt", "llama")
 """The models that can be trained, by their modules' names in `fxzero.models`."""
 
@@ -52,6 +58,8 @@ class TrainOptions:
             _at_least(name, getattr(self, name), 0)
         _at_least("seq", self.seq, 8)
         _at_least("vocab_size", self.vocab_size, 261)
+        if not -(2**63) <= self.seed < 2**64:
+            raise CommandError(f"--seed {self.seed} must have at most 64 bits: from {-(2**63)} to {2**64 - 1}.")
         if self.nproc is not None:
             _at_least("nproc", self.nproc, 1)
         if self.warmup is not None:
@@ -62,10 +70,24 @@ class TrainOptions:
 
     def check_files(self) -> None:
         """Raise CommandError if the text is missing or the folder for the results is not empty; for rank 0."""
-        if self.data is not None and not self.data.exists():
-            raise CommandError(f"--data {self.data} does not exist. Give a text file, or a folder of text files.")
-        if self.out is not None and self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise CommandError(f"--out {self.out} exists already and is not empty. Choose another, or remove it.")
+        if self.data is not None:
+            with _told("--data", self.data):
+                if not self.data.exists():
+                    raise CommandError(f"--data {self.data} does not exist. Give a text file, or a folder of them.")
+                if not (self.data.is_dir() or self.data.is_file()):
+                    raise CommandError(
+                        f"--data {self.data} is a pipe or a device. Give a text file, or a folder of them."
+                    )
+        if self.out is not None:
+            with _told("--out", self.out):
+                if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+                    raise CommandError(
+                        f"--out {self.out} exists already and is not empty. Choose another, or remove it."
+                    )
+        try:
+            check_dump_folder()
+        except PlanError as error:
+            raise CommandError(str(error)) from error
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, steps: int) -> float:
@@ -87,5 +109,16 @@ def _one_of(flag: str, value: str, legal: tuple[str, ...]) -> None:
 
 
 def _at_least(name: str, value: float, least: int) -> None:
-    if not (math.isfinite(value) and value >= least):
+    if not value >= least:
         raise CommandError(f"{flag_of(name)} {value} must be at least {least}.")
+    if value > _MOST:
+        raise CommandError(f"{flag_of(name)} {value} must be at most {_MOST}.")
+
+
+@contextmanager
+def _told(flag: str, path: Path) -> Generator[None]:
+    """Raise CommandError for a path that the system refuses in the block."""
+    try:
+        yield
+    except OSError as error:
+        raise CommandError(f"{flag} {path} cannot be used: {error.strerror}.") from error

@@ -1,5 +1,6 @@
 """The reports of a run: metrics as JSON lines, a picture of the loss, and a summary on the screen."""
 
+import contextlib
 import json
 import sys
 from dataclasses import asdict, dataclass, field
@@ -50,6 +51,8 @@ class Metrics:
     """The metrics of a run, each written as a line when it comes, on the rank that has a file."""
 
     file: TextIO | None = None
+    failure: OSError | None = None
+    """Why no further line is written: a full disk must not end a training."""
     steps: list[StepMetrics] = field(default_factory=list[StepMetrics])
     held_out: list[HeldOutMetrics] = field(default_factory=list[HeldOutMetrics])
 
@@ -59,9 +62,19 @@ class Metrics:
             self.steps.append(entry)
         else:
             self.held_out.append(entry)
-        if self.file is not None:
+        if self.file is None or self.failure is not None:
+            return
+        try:
             self.file.write(json.dumps(asdict(entry)) + "\n")
             self.file.flush()
+        except OSError as error:
+            self.failure = error
+
+    def close(self) -> None:
+        """Close the file; what it could not take stays unwritten."""
+        if self.file is not None:
+            with contextlib.suppress(OSError):
+                self.file.close()
 
 
 def smoothed(values: list[float], weight: float = 0.8) -> list[float]:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fxzero
-from fxzero.errors import PassOrderError, ScheduleError
+from fxzero.errors import PassOrderError, PlanError, ScheduleError
 from fxzero.graph.nodes import Role
 from fxzero.graph.step import StepGraph
 from fxzero.graph.verify import verify_plan
@@ -235,3 +235,11 @@ def dump_on_rank(rank: int, world_size: int, folder: str) -> None:
 def test_dump_is_written_by_rank_0_alone(tmp_path: Path) -> None:
     run_ranks(2, dump_on_rank, str(tmp_path / "dump"))
     assert [path.name for path in tmp_path.iterdir()] == ["dump"]
+
+
+@pytest.mark.parametrize("below", ["", "folder"])
+def test_dump_that_cannot_be_written_is_told(below: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FXZERO_DUMP", str(tmp_path / "file" / below))
+    with pytest.raises(PlanError, match="Schedules cannot be written to .* Let FXZERO_DUMP name a folder"):
+        plan(RandomNet(random_net(1)), point(0), world_size=2)

@@ -127,3 +127,15 @@ def _start(arguments: list[str]) -> subprocess.Popen[str]:
 
 def _text(path: Path) -> str:
     return path.read_text() if path.exists() else ""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_before_the_first_step_a_signal_ends_it_at_once(signum: signal.Signals, data: Path, tmp_path: Path) -> None:
+    run = _start([*SMALL, "--data", str(data), "--out", str(tmp_path / "out")])
+    assert run.stdout is not None
+    assert run.stdout.readline() == "fxzero train: importing torch\n"
+    assert "fxzero train: tracing and planning the first steps\n" in run.stdout  # reads up to there
+    run.send_signal(signum)
+    _, errors = run.communicate(timeout=10)
+    assert run.returncode == -signum
+    assert "Traceback" not in errors
