@@ -50,8 +50,8 @@ def state_dict(
     result: dict[str, Any] = OrderedDict() if destination is None else destination
     if sharded.comm.is_rank0 or not rank0_only:
         with standing_in(sharded.model, full):
-            own = type(sharded.model).state_dict
-            local = own(sharded.model, **({"prefix": prefix} if prefix else {}))
+            own: Any = type(sharded.model).state_dict
+            local: dict[str, Any] = own(sharded.model, **({"prefix": prefix} if prefix else {}))
         copies = {copy.untyped_storage().data_ptr(): copy for copy in full.values()}
         result.update({name: _the_copy(value, copies) for name, value in local.items()})
         torch_internals.add_metadata(result, local)
