@@ -213,7 +213,7 @@ class ZeroModule(nn.Module):
         )
         ownership.take_over(model)
         refuse_wrappers(self)
-        parts.watch_parts(engine.sharded)
+        parts.watch_parts(engine.sharded, self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model; the first call of each kind (shapes, train or eval, ...) traces and plans it.
@@ -395,11 +395,6 @@ class ZeroModule(nn.Module):
         if assign:
             raise ValueError("assign=True would replace the shards. Load with assign=False.")
         return weights.load_state_dict(self._fxzero_engine.sharded, state_dict, strict=strict)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        """Called where a module that holds this one loads a state dict; the parts of the model follow by themselves."""
-        sharded = self._fxzero_engine.sharded
-        parts.load_part(sharded, sharded.model, "", *args)
 
     def iter_full_params(self, *, rank0_only: bool = False) -> Iterator[tuple[str, torch.Tensor | None]]:
         """Gather the parameters bucket by bucket, each once under its canonical name; a collective.

@@ -347,6 +347,14 @@ EXTRA_STATE = "_extra_state"
 """Key, behind the module's name, of the result of `Module.get_extra_state` in a state dict: 2.11 to 2.13."""
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """True for what torch.compile returns, and for a module that compiled itself.
+
+    `OptimizedModule._orig_mod`, `Module._compiled_call_impl`: 2.11 to 2.13.
+    """
+    return "_orig_mod" in vars(module)["_modules"] or module._compiled_call_impl is not None  # pyright: ignore
+
+
 def own_method(module: nn.Module, name: str) -> Callable[..., Any]:
     """A method as the module's class has it, also where an attribute of the instance hides it."""
     return getattr(type(module), name).__get__(module)

@@ -3,7 +3,7 @@
 import copy
 import io
 import pickle
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -325,6 +325,18 @@ def test_the_modes_of_a_user_do_not_reach_what_persists() -> None:
     other.loss.backward()
     assert_same(zero, plain)
     sgd(zero).step()
+
+
+def test_what_torch_compile_made_is_refused_and_so_is_torch_compile_of_a_compiled_module() -> None:
+    torch.manual_seed(0)
+    compiled = torch.compile(nn.Linear(4, 4), backend="eager")
+    itself = nn.Sequential(nn.Linear(4, 4))
+    itself[0].compile(backend="eager")
+    for model, name in ((compiled, "This model"), (nn.Sequential(compiled), "0 of this"), (itself, "0 of this")):
+        with pytest.raises(InputMismatchError, match=f"{name}.* was compiled by torch.compile"):
+            fxzero.compile(cast(nn.Module, model))
+    with pytest.raises(FxzeroError, match=r"torch\.compile of a module of fxzero\.compile"):
+        torch.compile(fxzero.compile(nn.Linear(4, 4)), backend="eager")
 
 
 def test_data_that_replaces_a_shard_is_taken_over() -> None:

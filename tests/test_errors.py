@@ -154,8 +154,7 @@ def test_a_frozen_model_runs() -> None:
     expected = model(points()).logits
     zero = fxzero.compile(model)
     assert torch.equal(zero(points()).logits, expected)
-    with pytest.raises(errors.PlanError, match="no gradients before the first backward"):
-        zero.clip_grad_norm_(1.0)
+    assert zero.clip_grad_norm_(1.0) == 0.0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -41,6 +41,11 @@ _GENERAL = (
     "others"
 )
 
+_MOMENTUM = (
+    "BatchNorm(momentum=None) divides by the number of batches, which it reads from a tensor. Give it a momentum: "
+    "momentum=0.1"
+)
+
 _CURES: tuple[tuple[str, str], ...] = (
     (r"mkldnn_rnn|_cudnn_rnn|_thnn_fused|rnn_layer", _RNN),
     (r"DynamicOutputShape", _REPLACE_SHAPE),
@@ -85,6 +90,8 @@ def explain(error: Exception) -> CaptureError | None:
     last_user = max((i for i, frame in enumerate(frames) if is_user_file(frame.filename)), default=-1)
     if _FAKE_ONLY.search(text):
         cure = _LEAVES_TORCH
+    if cure is _REPLACE_BRANCH and any("float(self.num_batches_tracked)" in (frame.line or "") for frame in frames):
+        cure = _MOMENTUM
     below = [frame for frame in frames[last_user + 1 :] if not frame.filename.endswith(_CHECKS)]
     # With a known cure, it is enough that the tracer was at work; else the tracer itself must have raised the error.
     if cure is not _LEAVES_TORCH and not any(

@@ -14,6 +14,7 @@ from fxzero.comm.groups import Hierarchy
 from fxzero.comm.without_ranks import PlanningComm
 from fxzero.errors import FxzeroError, OptimizerError
 from fxzero.graph.layout import Layout
+from fxzero.module.equal_models import compare_with_equal_models
 from fxzero.module.initialize import check_meta_model, initialize, rng_state
 from fxzero.module.optimizer_marks import foreign_state, is_marked
 from fxzero.module.optimizer_state import cut_state, param_shards
@@ -53,6 +54,7 @@ def fix_layout(
     if foreign is not None:
         raise OptimizerError(foreign)
     sharded.phases.is_fixed()
+    compare_with_equal_models(sharded, layout)
     with torch.inference_mode(False):  # shards made in it could not be trained
         shards = Shards(layout, sharded.comm.rank, sharded.devices.shards)
         _fill(sharded, shards, loaded)

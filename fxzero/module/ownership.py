@@ -58,8 +58,8 @@ def check_model(model: object) -> None:
     """Refuse an object that cannot be taken over.
 
     Raises:
-        InputMismatchError: it is no nn.Module, a part of it is compiled already, it is wrapped for data parallelism, or
-            it shares a parameter with another compiled model.
+        InputMismatchError: it is no nn.Module, a part of it is compiled already (by torch.compile too) or wrapped for
+            data parallelism, or it shares a parameter with another compiled model.
     """
     if not isinstance(model, nn.Module):
         raise InputMismatchError(f"fxzero.compile takes an nn.Module, not a {type(model).__qualname__}.")
@@ -72,6 +72,11 @@ def check_model(model: object) -> None:
             )
         if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             raise InputMismatchError(f"{part} is a {type(module).__name__}. Compile the module inside it: .module.")
+        if torch_internals.is_compiled(module):
+            raise InputMismatchError(
+                f"{part} was compiled by torch.compile, which a trace cannot follow. Give fxzero.compile the module as "
+                "it was before torch.compile(module) or module.compile()."
+            )
     own = {id(param): name for name, param in model.named_parameters()}
     for other in _taken:
         shared = next((name for name, param in other.named_parameters() if id(param) in own), None)

@@ -33,8 +33,13 @@ _HARMLESS = frozenset(
 """Names of functions of a tensor that compute nothing with its elements. In-place functions work on shards too."""
 
 
-def watch_parts(sharded: ShardedModel) -> None:
-    """Refuse calls and state dicts of the parts of a model from now on, and load whole tensors into its shards."""
+def watch_parts(sharded: ShardedModel, compiled: nn.Module) -> None:
+    """Refuse calls and state dicts of the parts of a model from now on, and load whole tensors into its shards.
+
+    Args:
+        compiled: the module that stands for the model; it loads as the model does where a parent loads.
+    """
+    vars(compiled)[torch_internals.LOAD] = functools.partial(load_part, sharded, sharded.model, "")
     held = weakref.ref(sharded)
     for path, module in sharded.model.named_modules():
         if any(param is not None for param in torch_internals.tensor_tables(module)[0].values()):

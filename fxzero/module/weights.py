@@ -56,7 +56,7 @@ def state_dict(
     if sharded.comm.is_rank0 or not rank0_only:
         with standing_in(sharded.model, full):
             own: Any = type(sharded.model).state_dict
-            local = own(sharded.model, **({"prefix": prefix} if prefix else {}))
+            local: dict[str, Any] = own(sharded.model, **({"prefix": prefix} if prefix else {}))
         copies = {copy.untyped_storage().data_ptr(): copy for copy in full.values()}
         result.update({name: _the_copy(value, copies) for name, value in local.items()})
         torch_internals.add_metadata(result, local)

@@ -54,6 +54,11 @@ def _install_hook() -> None:
 
 
 def _on_registration(module: nn.Module, name: str, submodule: Any) -> None:
+    if type(module).__name__ == "OptimizedModule" and isinstance(submodule, nn.Module) and _is_refusing(submodule):
+        raise FxzeroError(
+            "torch.compile of a module of fxzero.compile would trace its schedule, which runs as it is. Call the "
+            "module without torch.compile."
+        )
     found = _WRAPPERS.intersection(cls.__name__ for cls in type(module).__mro__)
     if found and isinstance(submodule, nn.Module) and any(map(_is_refusing, submodule.modules())):
         _refuse(*found)

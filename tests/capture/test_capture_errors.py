@@ -267,6 +267,11 @@ def test_shapes_that_do_not_fit_name_the_line():
     assert "torch.ones(5, 5)" in message and "plain model" in message
 
 
+def test_batch_norm_without_momentum_is_named():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, momentum=None))
+    assert "Give it a momentum: momentum=0.1" in refused(model, torch.ones(2, 4))
+
+
 def test_wrong_arguments_of_forward():
     with pytest.raises(InputMismatchError, match=r"missing a required argument: 'input'"):
         trace(nn.Linear(4, 4))

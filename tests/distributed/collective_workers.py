@@ -3,12 +3,14 @@
 import copy
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor, nn
 
 import fxzero
+from fxzero.errors import CaptureError
 from fxzero.graph.nodes import model_collective
 from fxzero.graph.verify import collectives
 from fxzero.testing import engine_of
@@ -103,3 +105,29 @@ def send_a_parameter(rank: int, world_size: int) -> str:
     zero = fxzero.compile(model, passes=fxzero.passes.default_passes(bucket_bytes=1))
     assert torch.equal(zero(x), reference(x))
     return str(zero.schedule)
+
+
+class SumsInPlace(nn.Module):
+    """Averages over the tokens of all ranks, as in-place collectives do it."""
+
+    def __init__(self, gathers: bool) -> None:
+        super().__init__()
+        self.head, self.gathers = nn.Linear(8, 4), gathers
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.head(x)
+        if self.gathers:
+            of_ranks = [torch.empty_like(y) for _ in range(dist.get_world_size())]
+            dist.all_gather(of_ranks, y.detach())
+            return (y @ torch.cat(of_ranks).T).mean()
+        count = torch.tensor(float(len(x)))
+        dist.all_reduce(count)
+        return y.sum() / count
+
+
+def sum_in_place(rank: int, world_size: int) -> None:
+    for gathers, name in ((False, "allreduce_"), (True, "allgather_")):
+        with pytest.raises(
+            CaptureError, match=rf"c10d.{name}.*Use the functional collective of that name.*At .*workers"
+        ):
+            fxzero.compile(SumsInPlace(gathers))(torch.ones(2, 8))

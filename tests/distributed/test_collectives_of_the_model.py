@@ -52,3 +52,7 @@ def test_a_parameter_that_is_sent_is_released_behind_the_wait() -> None:
 def test_the_result_of_each_pass_can_be_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FXZERO_CHECK", "1")
     run_ranks(2, collective_workers.train, "full")
+
+
+def test_collectives_that_write_into_their_arguments_are_refused_with_the_functional_ones_as_cure() -> None:
+    run_ranks(2, collective_workers.sum_in_place)
