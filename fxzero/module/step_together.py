@@ -54,7 +54,7 @@ def _begin_anew(log: PhaseLog, group: Group | None, timeout: timedelta) -> None:
         if num_steps != posts[0][0]:
             text = (
                 f"Rank {rank} has taken {num_steps} optimizer steps, rank {log.members[0]} {posts[0][0]}: the step "
-                "that failed cannot be left out any more. Restart from a checkpoint, and step inside of step_together()."
+                "that failed cannot be left out any more. Restart from a checkpoint; step inside of step_together()."
             )
             log.stop = Stop("difference", text)
             raise RankMismatchError(text)
