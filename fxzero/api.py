@@ -205,6 +205,7 @@ class ZeroModule(nn.Module):
             elementwise_optimizer=elementwise_optimizer,
             on_step=engine.after_optimizer,
             before_own_step=engine.sharded.phases.before_step,
+            after_own_step=engine.sharded.phases.after_step,
         )
         ownership.take_over(model)
 

@@ -116,8 +116,8 @@ class PhaseLog:
         """Begins anew together with the other ranks, where these have agreed to do so after a failure."""
         self.num_steps = 0
         """Steps that optimizers took with parameters of these ranks' models."""
-        self.is_stepping = False
-        """True from the beginning to the end of such a step."""
+        self.stepping_depth = 0
+        """0 outside of such a step; a step of a subclass may contain that of its base class."""
         self.models: weakref.WeakSet[LeavesOut] = weakref.WeakSet()
         """The models of these ranks."""
         self.num_models = 0

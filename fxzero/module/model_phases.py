@@ -63,6 +63,7 @@ class ModelPhases:
 
     def begin(self, word: str) -> None:
         """A phase begins; `failed` or `end` follows."""
+        self._log.stepping_depth = 0
         for optimizer in list(self._seen):
             self._note_options(optimizer)
         what = f"{word} of {self._name}, micro-batch {self._num_backwards + 1} of step {self.num_steps + 1}"
@@ -84,19 +85,22 @@ class ModelPhases:
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer is about to step parameters of the model."""
+        if self._log.stepping_depth:
+            self._log.stepping_depth += 1
+            return
         self.watch(optimizer)
         self._note_options(optimizer)
         if self._log.is_together:
             with self.phase("optimizer's step"):
                 self._meet()
-        self._log.is_stepping = True
+        self._log.stepping_depth = 1
         self._log.num_steps += 1
         self.num_steps += 1
         self._num_backwards = 0
 
     def after_step(self) -> None:
-        """The step of an optimizer is over, of any in this process."""
-        self._log.is_stepping = False
+        """A step that `before_step` announced is over."""
+        self._log.stepping_depth = max(0, self._log.stepping_depth - 1)
 
     def leave_out(self) -> None:
         """Drop the gradients of a step that all ranks leave out."""

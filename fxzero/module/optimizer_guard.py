@@ -32,6 +32,7 @@ class OptimizerGuard:
         elementwise_optimizer: see `check_optimizer`.
         on_step: called after each step of any optimizer with its seconds; must not hold the owner.
         before_own_step: called before each step of an optimizer that holds shards; must not hold the owner.
+        after_own_step: called after such a step; must not hold the owner.
     """
 
     def __init__(
@@ -42,8 +43,9 @@ class OptimizerGuard:
         elementwise_optimizer: bool,
         on_step: Callable[[float], object] = lambda seconds: None,
         before_own_step: Callable[[torch.optim.Optimizer], object] = lambda optimizer: None,
+        after_own_step: Callable[[], object] = lambda: None,
     ) -> None:
-        self._on_step, self._before_own_step = on_step, before_own_step
+        self._on_step, self._before_own_step, self._after_own_step = on_step, before_own_step, after_own_step
         self._began_s = 0.0
         self.shards = shards
         self.elementwise_optimizer = elementwise_optimizer
@@ -74,6 +76,8 @@ class OptimizerGuard:
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Move the state that an optimizer made in its first step into one buffer."""
         self._on_step(time.perf_counter() - self._began_s)
+        if optimizer in self._own:
+            self._after_own_step()
         if optimizer in self._to_rehome:
             self._to_rehome.discard(optimizer)
             self.state_nbytes += rehome_state(optimizer, self.shards().keys())

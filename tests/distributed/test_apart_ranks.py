@@ -55,7 +55,7 @@ STATE = {
     "buffers": "buffer extra: torch.float32 1",
     "class": "Adagrad group 0",
     "learning rate": "SGD group 0: lr=0.2",
-    "groups": "SGD group 1: ",
+    "groups": "1 parameters, words.weight to words.weight",
     "built later": "rank 1 has SGD group 0: lr=0.2",
 }
 
