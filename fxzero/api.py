@@ -210,6 +210,7 @@ class ZeroModule(nn.Module):
             on_begin=engine.before_optimizer,
             on_step=engine.after_optimizer,
             before_own_step=engine.sharded.phases.before_step,
+            after_own_step=engine.sharded.phases.after_step,
         )
         ownership.take_over(model)
         refuse_wrappers(self)

@@ -132,7 +132,7 @@ class Heartbeat:
 
     def _run(self) -> None:
         published_s = time.monotonic()
-        judges: dict[tuple[int, ...], tuple[int, Peers]] = {}
+        judges: dict[tuple[int, ...], tuple[tuple[int, int], Peers]] = {}
         while not self._is_over.wait(TICK_S):
             if not _is_job(self._origin()):
                 self.end("has left its process group")
@@ -143,10 +143,10 @@ class Heartbeat:
                     published_s = now_s
                     self.publish()
                 for members, log in list(self.logs.items()):
-                    waits, peers = judges.setdefault(members, (0, Peers(log)))
-                    if waits != log.waits:
-                        judges[members] = log.waits, Peers(log)
-                    elif waits % 2 and log.stop is None and (stop := self.look(peers)) is not None:
+                    before, peers = judges.setdefault(members, ((0, 0), Peers(log)))
+                    if before != log.progress:
+                        judges[members] = log.progress, Peers(log)
+                    elif log.may_wait and (stop := self.look(peers)) is not None:
                         self.stop(log, stop)
             except RuntimeError:  # the store is gone, and with it the job
                 return

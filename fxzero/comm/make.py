@@ -94,6 +94,7 @@ def make_comm(group: Group | None, device: torch.device, *, short_gloo_slices: b
     for part in (part for part in parts if isinstance(part, GroupComm)):
         comm.phases = part.phases = log_of(members or tuple(dist.get_process_group_ranks(part.group)))
         part.phases.channels.add(part)
+        part.phases.is_asynchronous |= isinstance(part, NcclComm)
         if part.group_name in part.phases.made:
             part.renew(part.phases.made, part.phases.generation)
     if short_gloo_slices and isinstance(comm, (GlooComm, GlooHierarchy, GlooShardedHierarchy)):

@@ -93,6 +93,8 @@ class PhaseLog:
         """The part of message tags that stands for the phase."""
         self.waits = 0
         """Odd while this rank waits for messages; counts beginnings and ends of waits."""
+        self.is_asynchronous = False
+        """True where a device waits for messages, not the host: then waits cannot be seen, and phases count alone."""
         self.is_inside = False
         """True from the beginning to the end of a phase."""
         self.recent: deque[Phase] = deque(maxlen=NUM_RECENT)
@@ -114,8 +116,8 @@ class PhaseLog:
         """Begins anew together with the other ranks, where these have agreed to do so after a failure."""
         self.num_steps = 0
         """Steps that optimizers took with parameters of these ranks' models."""
-        self.is_stepping = False
-        """True from the beginning to the end of such a step."""
+        self.stepping_depth = 0
+        """0 outside of such a step; a step of a subclass may contain that of its base class."""
         self.models: weakref.WeakSet[LeavesOut] = weakref.WeakSet()
         """The models of these ranks."""
         self.num_models = 0
@@ -138,6 +140,16 @@ class PhaseLog:
         self.recent.append(Phase(self.number, what, options))
         self.salt = (self.number * _SPREAD ^ zlib.crc32(what.encode()) ^ options) & _TAG_BITS
         self.is_inside = True
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Changes while this rank gets on."""
+        return self.number, self.waits
+
+    @property
+    def may_wait(self) -> bool:
+        """True if this rank waits for messages, or a device may do so on its behalf."""
+        return self.stop is None and (self.waits % 2 == 1 or (self.is_asynchronous and self.number > 0))
 
     def end(self) -> None:
         """The phase is over on this rank."""

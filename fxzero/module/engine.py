@@ -151,7 +151,6 @@ class Engine:
     def after_optimizer(self, seconds: float) -> None:
         """Note that a step of an optimizer is over, of any in this process."""
         self.sharded.in_flight.after_step()
-        self.sharded.phases.after_step()
         self.maker.tuning.after_optimizer(seconds)
 
     def _signature(self, spec: CallSpec) -> Signature:

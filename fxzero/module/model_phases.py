@@ -40,6 +40,8 @@ class ModelPhases:
         """Backwards since the last step."""
         self._seen = weakref.WeakKeyDictionary[torch.optim.Optimizer, list[list[Any]]]()
         """The options of each group of the optimizers, as they were seen last."""
+        self._with_numbers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        """Optimizers that have options in tensors, which may change in place."""
         self._digest = 0
         """Of all options that were seen, one after another."""
         self._lines: dict[int, list[str]] = {}
@@ -63,6 +65,9 @@ class ModelPhases:
 
     def begin(self, word: str) -> None:
         """A phase begins; `failed` or `end` follows."""
+        if not self._log.members:
+            return
+        self._log.stepping_depth = 0
         for optimizer in list(self._seen):
             self._note_options(optimizer)
         what = f"{word} of {self._name}, micro-batch {self._num_backwards + 1} of step {self.num_steps + 1}"
@@ -84,19 +89,24 @@ class ModelPhases:
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer is about to step parameters of the model."""
+        if not self._log.members:
+            return
+        if self._log.stepping_depth:
+            self._log.stepping_depth += 1
+            return
         self.watch(optimizer)
         self._note_options(optimizer)
         if self._log.is_together:
             with self.phase("optimizer's step"):
                 self._meet()
-        self._log.is_stepping = True
+        self._log.stepping_depth = 1
         self._log.num_steps += 1
         self.num_steps += 1
         self._num_backwards = 0
 
     def after_step(self) -> None:
-        """The step of an optimizer is over, of any in this process."""
-        self._log.is_stepping = False
+        """A step that `before_step` announced is over."""
+        self._log.stepping_depth = max(0, self._log.stepping_depth - 1)
 
     def leave_out(self) -> None:
         """Drop the gradients of a step that all ranks leave out."""
@@ -108,9 +118,14 @@ class ModelPhases:
         self._seen.setdefault(optimizer, [])
 
     def _note_options(self, optimizer: torch.optim.Optimizer) -> None:
-        now = [_options(group) for group in optimizer.param_groups]
+        now = [[*group.values()] for group in optimizer.param_groups]  # most are the objects that they were
+        if optimizer in self._with_numbers:
+            now = [[_plain(value) for value in values] for values in now]
         if now == self._seen[optimizer]:
             return
+        if any(_is_number(value) for values in now for value in values):
+            self._with_numbers.add(optimizer)
+            now = [[_plain(value) for value in values] for values in now]
         self._seen[optimizer] = now
         lines = self.describe(optimizer)
         self._digest = zlib.crc32("\n".join(lines).encode(), self._digest) & 0x3FFFFFFF
@@ -132,11 +147,6 @@ def _digest_of(fqns: list[str]) -> int:
     return zlib.crc32("\n".join(fqns).encode())
 
 
-def _options(group: Mapping[str, Any]) -> list[Any]:
-    """The options of a group that ranks compare, and how many parameters it has."""
-    return [*[_plain(value) for key, value in group.items() if _is_compared(key, value)], len(group["params"])]
-
-
 def _is_compared(key: str, value: object) -> bool:
     return (isinstance(value, (float, int, str, tuple, list, type(None))) and key != "params") or _is_number(value)
 
@@ -147,4 +157,4 @@ def _is_number(value: object) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, torch.Tensor) else value
+    return value.item() if _is_number(value) else value

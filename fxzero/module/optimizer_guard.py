@@ -37,6 +37,7 @@ class OptimizerGuard:
         on_begin: called before each step of any optimizer; must not hold the owner.
         on_step: called after each step of any optimizer with its seconds; must not hold the owner.
         before_own_step: called before each step of an optimizer that holds shards; must not hold the owner.
+        after_own_step: called after such a step; must not hold the owner.
     """
 
     def __init__(
@@ -49,9 +50,10 @@ class OptimizerGuard:
         on_begin: Callable[[torch.optim.Optimizer], object] = lambda optimizer: None,
         on_step: Callable[[float], object] = lambda seconds: None,
         before_own_step: Callable[[torch.optim.Optimizer], object] = lambda optimizer: None,
+        after_own_step: Callable[[], object] = lambda: None,
     ) -> None:
-        self._compare, self._before_own_step = compare, before_own_step
-        self._on_begin, self._on_step = on_begin, on_step
+        self._compare, self._on_begin, self._on_step = compare, on_begin, on_step
+        self._before_own_step, self._after_own_step = before_own_step, after_own_step
         self._began_s = 0.0
         self.shards = shards
         self.elementwise_optimizer = elementwise_optimizer
@@ -86,6 +88,8 @@ class OptimizerGuard:
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Move the state that an optimizer made in its first step into one buffer."""
         self._on_step(time.perf_counter() - self._began_s)
+        if optimizer in self._own:
+            self._after_own_step()
         if optimizer in self._to_rehome:
             self._to_rehome.discard(optimizer)
             self.state_nbytes += rehome_state(optimizer, self.shards().keys())

@@ -54,7 +54,7 @@ def _begin_anew(log: PhaseLog, group: Group | None, timeout: timedelta) -> None:
         if num_steps != posts[0][0]:
             text = (
                 f"Rank {rank} has taken {num_steps} optimizer steps, rank {log.members[0]} {posts[0][0]}: the step "
-                "that failed cannot be left out any more. Restart from a checkpoint, and step inside step_together()."
+                "that failed cannot be left out any more. Restart from a checkpoint; step inside of step_together()."
             )
             log.stop = Stop("difference", text)
             raise RankMismatchError(text)
@@ -64,7 +64,7 @@ def _begin_anew(log: PhaseLog, group: Group | None, timeout: timedelta) -> None:
 
 def _leave_out(log: PhaseLog, error: BaseException) -> None:
     """This rank has failed in a step, or was told that another one has."""
-    if log.members and log.is_stepping:
+    if log.members and log.stepping_depth:
         text = f"rank {log.rank} failed in the middle of an optimizer's step: {describe_error(error)}"
         heartbeat().stop(log, Stop("end", f"{text}\nRestart from a checkpoint."))
     report(log, error)
