@@ -38,7 +38,7 @@ Posted: TypeAlias = "list[str] | str"
 
 _LINGER_S = 1.0
 """For how long a rank that knows of a difference waits for others, to name all that differ and to let all read it."""
-_ALONE_S = 6.0
+ALONE_S = 6.0
 """For how long a rank waits for others that may not be on their way."""
 _MAX_CHECKED_FOR_OTHER_GROUPS = 64
 
@@ -240,7 +240,7 @@ class Agreement:
             if now >= next_look:
                 self._look_for_other_groups()
                 next_look = now + (now - started)
-            if alone is not None and now - started >= _ALONE_S and (absent := self._absent_and_idle()):
+            if alone is not None and now - started >= ALONE_S and (absent := self._absent_and_idle()):
                 self._fail(f"{alone} ({_ranks(absent)} did not come.)", PlanError)
             if now - started >= timeout_s:
                 absent = [rank for rank in self.members if not self.store.check([str(rank)])]
