@@ -206,8 +206,8 @@ def _choose(
     wanted: tuple[int, ...] | None, differentiable: tuple[int, ...], tensors: Sequence[Tensor], loss: int | None
 ) -> tuple[int, ...]:
     """The outputs that get a tangent: the wanted ones, else the loss, else the only scalar, else all differentiable."""
-    if chosen := tuple(index for index in wanted or () if index in differentiable):
-        return chosen
+    if wanted is not None:
+        return tuple(index for index in wanted if index in differentiable)
     if loss in differentiable:
         return (loss,)
     scalars = [index for index in differentiable if tensors[index].dim() == 0]

@@ -70,7 +70,7 @@ class GlooComm(GroupComm):
         """Who is sent to, in order; every rank starts with another one."""
 
     def bind_gather(self, payload: Payload, shard: Tensor, full: Tensor) -> Bound:
-        slices = full.split(payload.slice_numel)
+        slices = payload.slices(full)
         own = slices[self.rank]
         stage = self.bind_messages(
             self.what("all-gather", payload),
@@ -82,7 +82,7 @@ class GlooComm(GroupComm):
         return Bound(*stage)
 
     def bind_exchange(self, payload: Payload, sent: Tensor, received: Sequence[Tensor]) -> Bound:
-        slices = sent.split(payload.slice_numel)
+        slices = payload.slices(sent)
         stage = self.bind_messages(
             self.what("reduce-scatter", payload),
             message_tag("reduce_scatter", payload),
@@ -144,7 +144,7 @@ class GlooComm(GroupComm):
     def bind_reduce(
         self, payload: Payload, full: Tensor, scratch: Tensor | None, shard: Tensor, *, accumulate: bool
     ) -> Bound:
-        own, divisor = full.split(payload.slice_numel)[self.rank], self._divisor
+        own, divisor = payload.slices(full)[self.rank], self._divisor
         terms = self._terms(payload, own, scratch, shard, accumulate)
         start, all_came = self.bind_exchange(payload, full, terms).stage
         total = terms[1 if self.rank == 0 else 0]  # of two terms the order does not matter: g1 + g0 is g0 + g1
@@ -170,5 +170,6 @@ class GlooComm(GroupComm):
         """
         room = self.scratch_for(payload, scratch, accumulate=accumulate)
         blocks = [] if room is None else list(room.split(payload.slice_numel))
+        blocks = blocks if payload.numel else [own] * self.shard_ranks
         landing = iter(blocks if accumulate else [shard, *blocks])
         return [own if rank == self.rank else next(landing) for rank in range(self.shard_ranks)]

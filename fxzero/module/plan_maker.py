@@ -127,7 +127,8 @@ class PlanMaker:
             fqn: dataclasses.replace(spec, requires_grad=trained)
             for (fqn, spec), trained in zip(sharded.specs.items(), signature.trained, strict=True)
         }
-        captured = capture(
+        trace = partial(
+            capture,
             sharded.model,
             sharded.forward,
             *arguments,
@@ -135,8 +136,10 @@ class PlanMaker:
             device=sharded.devices.compute,
             sharding=sharded.comm.sharding,
             with_backward=with_backward,
-            differentiated=pattern,
         )
+        captured = trace(differentiated=pattern)
+        if pattern and captured.differentiable and not captured.differentiated:  # other outputs than of calls before
+            captured = trace(differentiated=None)
         if sharded.shards is not None:  # buckets go by the `requires_grad` of when the layout was fixed
             captured.step.params = {param.fqn: param for param in sharded.shards.layout.params}
         return captured

@@ -1,4 +1,4 @@
-"""What ranks do in test_heads_ranks.py: each step they need different parameters, or differentiate different outputs."""
+"""What ranks do in test_heads_ranks.py: different parameters or outputs in one step."""
 
 import copy
 from collections.abc import Callable

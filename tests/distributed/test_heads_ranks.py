@@ -1,4 +1,4 @@
-"""Ranks that need different parameters in one step, or differentiate different outputs: as with find_unused_parameters."""
+"""Ranks that need different parameters in one step, or differentiate different outputs."""
 
 import pytest
 
