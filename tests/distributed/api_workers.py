@@ -397,7 +397,8 @@ def unfreeze_under_a_budget(rank: int, world_size: int) -> None:
     params = [[*model.parameters()] for model in (both.zero, both.plain, *both.replicas)]
     for is_trained in (False, True):
         for own in params:
-            own[0].requires_grad_(is_trained), own[1].requires_grad_(is_trained)
+            for param in own[:2]:
+                param.requires_grad_(is_trained)
         both.zero(data(rank, 0)).square().mean().backward()
     both.zero.zero_grad()
     both.backward(lambda m, r: m(data(r, 1)).square().mean(), 1)
