@@ -328,8 +328,8 @@ def _choose(
     loss: int | None,
 ) -> tuple[int, ...]:
     """The outputs that get a tangent: the wanted ones, else the loss, else the only scalar, else all returned ones."""
-    if chosen := tuple(index for index in wanted or () if index in differentiable):
-        return chosen
+    if wanted is not None:
+        return tuple(index for index in wanted if index in differentiable)
     differentiable = tuple(index for index in differentiable if index < num_returned)
     if loss in differentiable:
         return (loss,)

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from fxzero import torch_internals
 from fxzero.graph.aliasing import is_view
-from fxzero.graph.nodes import is_in_place
+from fxzero.graph.nodes import is_in_place, is_random
 
 aten = torch.ops.aten
 
@@ -24,12 +24,16 @@ def make_temporaries_functional(graph: fx.Graph) -> None:
     """Rewrite every in-place operator whose functional form gives an equal result; the others stay."""
     made: set[fx.Node] = set()
     for node in list(graph.nodes):
-        if not is_in_place(node) or not _is_unshared(node, made):
+        if not is_in_place(node):
+            continue
+        if not _is_unshared(node, made):
+            _keep_strides(node)
             continue
         with graph.inserting_before(node):
             result = _functional_form(node)
         if result is not None and not _same_geometry(result, node):
             graph.erase_node(result)
+            _keep_strides(node)
         elif result is not None:
             made.add(result)
             node.replace_all_uses_with(result)
@@ -38,6 +42,24 @@ def make_temporaries_functional(graph: fx.Graph) -> None:
         source = cast(fx.Node, node.args[0])
         if source.target is aten.empty_like.default and _same_geometry(source, cast(fx.Node, source.args[0])):
             node.update_arg(0, source.args[0])  # bernoulli reads its geometry alone
+
+
+def _keep_strides(node: fx.Node) -> None:
+    """Copy the functional result of an in-place operator onto its target where the two have different strides.
+
+    Functionalization alone would give the target the strides of the result, in whose order later operators round.
+    """
+    target, op = node.args[0] if node.args else None, torch_internals.functional_form(node.target)
+    is_simple = torch_internals.written_names(node.target) == ("self",) and isinstance(target, fx.Node)
+    if not is_simple or op is None or node.target is aten.copy_.default or is_random(node):
+        return
+    with node.graph.inserting_before(node):
+        result = _call(node, op, *node.args, **node.kwargs)
+    value, own = result.meta["val"], cast(fx.Node, target).meta["val"]
+    if (value.shape, value.dtype) != (own.shape, own.dtype) or value.stride() == own.stride():
+        node.graph.erase_node(result)
+        return
+    node.target, node.args, node.kwargs = aten.copy_.default, (target, result), {}
 
 
 def _is_unshared(node: fx.Node, made: set[fx.Node]) -> bool:

@@ -44,7 +44,7 @@ Look: TypeAlias = "Callable[[Sequence[int]], Stop | None]"
 
 _LINGER_S = 1.0
 """For how long a rank that knows of a difference waits for others, to name all that differ and to let all read it."""
-_ALONE_S = 6.0
+ALONE_S = 6.0
 """For how long a rank waits for others that may not be on their way."""
 _MAX_CHECKED_FOR_OTHER_GROUPS = 64
 
@@ -266,7 +266,7 @@ class Agreement:
             if now >= next_look:
                 self._look_for_other_groups()
                 next_look = now + (now - started)
-            if alone is not None and now - started >= _ALONE_S and (idle := self._absent_and_idle()):
+            if alone is not None and now - started >= ALONE_S and (idle := self._absent_and_idle()):
                 self._fail(f"{alone} ({_ranks(idle)} did not come.)", PlanError)
             absent = self._absent() if now >= min(next_look_at_peers, started + timeout_s) else []
             if now >= next_look_at_peers:

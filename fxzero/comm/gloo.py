@@ -144,7 +144,7 @@ class GlooComm(GroupComm):
         return terms
 
     def bind_gather(self, payload: Payload, shard: Tensor, full: Tensor) -> Bound:
-        slices = full.split(payload.slice_numel)
+        slices = payload.slices(full)
         own = slices[self.rank]
         stage = self.bind_messages(
             self.what("all-gather", payload),
@@ -156,7 +156,7 @@ class GlooComm(GroupComm):
         return Bound(*stage)
 
     def bind_exchange(self, payload: Payload, sent: Tensor, received: Sequence[Tensor]) -> Bound:
-        slices = sent.split(payload.slice_numel)
+        slices = payload.slices(sent)
         stage = self.bind_messages(
             self.what("reduce-scatter", payload),
             message_tag("reduce_scatter", payload),
@@ -224,7 +224,7 @@ class GlooComm(GroupComm):
     def bind_reduce(
         self, payload: Payload, full: Tensor, scratch: Tensor | None, shard: Tensor, *, accumulate: bool
     ) -> Bound:
-        own = full.split(payload.slice_numel)[self.rank]
+        own = payload.slices(full)[self.rank]
         terms = self._terms(payload, own, scratch, shard, accumulate)
         start, all_came = self.bind_exchange(payload, full, terms).stage
         divisor, may_overflow = self._divisor, is_half(payload)
@@ -257,5 +257,6 @@ class GlooComm(GroupComm):
         """
         room = self.scratch_for(payload, scratch, accumulate=accumulate)
         blocks = [] if room is None else list(room.split(payload.slice_numel))
+        blocks = blocks if payload.numel else [own] * self.shard_ranks
         landing = iter(blocks if accumulate else [shard, *blocks])
         return [own if rank == self.rank else next(landing) for rank in range(self.shard_ranks)]

@@ -135,6 +135,10 @@ class Payload:
     def slice_nbytes(self) -> int:
         return self.slice_numel * self.dtype.itemsize
 
+    def slices(self, buffer: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The slice of each rank in a buffer `[numel]`, which may be empty."""
+        return buffer.view(self.num_slices, self.slice_numel).unbind()
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -191,10 +195,9 @@ class Bucket:
 
     @cached_property
     def shard_numel(self) -> int:
-        """Elements of a rank's shard: at least one aligned block, also where all parameters are empty."""
         last = self.params[-1]
         used = self.offsets[last.fqn] + last.numel
-        return align(max(1, -(-used // self.shard_ranks)), self._alignment)
+        return align(-(-used // self.shard_ranks), self._alignment)
 
     @property
     def numel(self) -> int:
@@ -257,7 +260,7 @@ class InterleavedBucket(Bucket):
 
     @cached_property
     def shard_numel(self) -> int:
-        return max(self._alignment, sum(self.part_numel(param) for param in self.params))
+        return sum(self.part_numel(param) for param in self.params)
 
     def slice_of(self, param: ParamSpec, rank: int) -> Slice:
         start = min(rank * self.part_numel(param), param.numel)

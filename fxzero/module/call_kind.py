@@ -41,15 +41,6 @@ class Signature:
         """The geometry of each tensor among the arguments."""
         return [leaf for leaf in self.call.leaves if isinstance(leaf, TensorLeaf)]
 
-    @property
-    def flags(self) -> tuple[Any, ...]:
-        """The part that one script sets alike on all ranks: it leaves out the geometry of tensors.
-
-        Plain arguments, `requires_grad` of each tensor, autocast, and the training flags.
-        """
-        plain = tuple(leaf.requires_grad if isinstance(leaf, TensorLeaf) else leaf for leaf in self.call.leaves)
-        return self.call.structure, plain, self.autocast, self.settings, self.training
-
 
 _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),

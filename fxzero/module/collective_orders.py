@@ -107,7 +107,7 @@ class Orders:
         """Accept the collectives of a new plan.
 
         Args:
-            needs: the list that it was made from.
+            needs: the list that it was made from; empty where the order is not completed to one.
             agreed: ranks have compared this order already.
 
         Raises:
@@ -115,11 +115,11 @@ class Orders:
             RankMismatchError: other ranks have other collectives.
         """
         known = self._orders.get((mode, needs))
-        if known is None and not agreed:
-            agree.agree(self.group, "mode", order, timeout=self.timeout)
-        elif known is not None and known != order:
+        if known is not None and known != order and needs:
             raise PlanError(f"rank {self.rank}: {_difference(known, order)}")
-        self._orders.setdefault((mode, needs), order)
+        if known != order and not agreed:
+            agree.agree(self.group, "mode", order, timeout=self.timeout)
+        self._orders[mode, needs] = order
 
 
 def _check_kinds(posts: Sequence[Sequence[str]]) -> None:

@@ -143,9 +143,10 @@ class PlanMaker:
             device=sharded.devices.compute,
             sharding=sharded.comm.sharding,
             with_backward=with_backward,
-            differentiated=pattern,
         )
-        captured = self.numbers.captured(trace, signature.call)
+        captured = self.numbers.captured(partial(trace, differentiated=pattern), signature.call)
+        if pattern and captured.differentiable and not captured.differentiated:  # other outputs than of calls before
+            captured = self.numbers.captured(partial(trace, differentiated=None), signature.call)
         if sharded.shards is not None:  # buckets go by the `requires_grad` of when the layout was fixed
             captured.step.params = {param.fqn: param for param in sharded.shards.layout.params}
         return captured

@@ -86,7 +86,7 @@ class Binder:
         Returns:
             forward, backward; gather_kept, which gathers what forward keeps; forward_again, which is the forward to run
             where buckets of the last micro-step are still there; timed_forward and timed_backward, which make a phase
-            that a stopwatch measures.
+            that a stopwatch measures; strided, which makes the backward for gradients with other strides than traced.
         """
         code, names = self.code, self.names
         starts = self.step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER)
@@ -112,13 +112,26 @@ class Binder:
         if self.step.resident or self.from_secondaries:
             again = names | self._where_buckets_are_there()
             functions["forward_again"] = _define(code, again)["forward"]
+        functions["strided"] = functools.lru_cache(maxsize=1)(self._strided)
         functions["timed"] = functools.lru_cache(maxsize=1)(partial(self._timed, again))
         return functions
 
     def _timed(self, again: dict[str, Any], watch: Stopwatch) -> dict[str, Callable[..., Any]]:
         """The functions with a call of a stopwatch after each line of the schedule; made for a few steps."""
-        code, mark = self.planned.timed_code(), {"mark": watch.mark}
+        code, mark = self.planned.timed_code(), {"mark": watch.mark} | self._reshapes()
         return _define(code, self.names | mark) | {"forward_again": _define(code, again | mark)["forward"]}
+
+    def _strided(self) -> Callable[..., Any]:
+        """The backward for gradients that arrive with other strides than in the trace, such as an expanded one.
+
+        Operators get them as they are, as in eager: the order in which they add may follow from strides.
+        """
+        return _define(self.code, self.names | self._reshapes())["backward"]
+
+    def _reshapes(self) -> dict[str, Callable[..., object]]:
+        """Globals that let views be copies where the strides allow no view."""
+        views, reshape = torch.ops.aten.view.default, torch.ops.aten.reshape.default
+        return {name: reshape for name, target in self.code.operators.items() if target is views}
 
     def recorded(self) -> dict[fx.Node, Callable[[], object]]:
         """The functions that the generated code calls after nodes."""

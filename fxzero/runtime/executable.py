@@ -133,16 +133,14 @@ class Executable:
 
     def backward(self, variant: Variant, saved: list[Any], tangents: list[torch.Tensor]) -> tuple[Any, ...]:
         """Run the backward phase: the gradients of the inputs; both lists are emptied as values are used."""
-        for index, (tangent, strides) in enumerate(zip(tangents, self._tangents, strict=True)):
-            if tangent.stride() != strides:  # an expanded gradient, of sum() say: operators were traced for dense ones
-                tangents[index] = tangent.new_empty_strided(tangent.shape, strides).copy_(tangent)
+        are_dense = [tangent.stride() for tangent in tangents] == self._tangents
         if self._is_narrowed and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # its events do not cover the forward, which another has run
         functions = self._bound(variant)
         watch, self.stopwatch = self.stopwatch, None
         self._in_flight.begin_backward()
         try:
-            run = functions["backward"]
+            run = functions["backward"] if are_dense else functions["strided"]()
             if watch is not None:
                 run = partial(watch.time_phase, functions["timed"](watch)["backward"], is_first=False, is_last=True)
             input_grads = run(saved, tangents)

@@ -507,3 +507,15 @@ def test_module_is_as_before_after_a_trace():
     trace(model, tokens())
     assert {name: dict(vars(m)) for name, m in model.named_modules()} == attributes
     assert all(now is tensors[name] for name, now in [*model.named_parameters(), *model.named_buffers()])
+
+
+def test_in_place_results_keep_the_strides_of_their_target():
+    def forward(self, x):
+        hidden = x + self.lin(torch.ones(4, 4))
+        hidden = torch.maximum(hidden, x) + hidden.amax(-1, keepdim=True)
+        shared = hidden.t()
+        shared.masked_fill_(shared < 0, 0.5)
+        return (torch.maximum(hidden, x) * hidden.amax(-1, keepdim=True)).square().mean()
+
+    x = torch.randn(4, 4).t().requires_grad_()
+    check_against_eager(module_of(forward), x)

@@ -368,3 +368,38 @@ def scale_gradients(rank: int, world_size: int) -> list[bool]:
         optimizer.zero_grad()
         changed.append(not torch.equal(param, before))
     return changed
+
+
+class Empty(nn.Module):
+    """Has a parameter without elements that is alone in its bucket."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.empty = nn.Linear(6, 4), nn.Parameter(torch.empty(0, 4, dtype=torch.bfloat16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.linear(x) + self.empty.sum().float()).square().mean()
+
+
+def train_with_an_empty_parameter(rank: int, world_size: int) -> None:
+    """Two steps."""
+    both = Pair(rank, world_size, Empty)
+    for seed in range(2):
+        both.backward(lambda m, r, seed=seed: m(data(r, seed)), seed)
+        both.step()
+
+
+def unfreeze_under_a_budget(rank: int, world_size: int) -> None:
+    """A frozen layer stays gathered, until backward needs it too, for the gradient of the layer below."""
+    both = Pair(
+        rank, world_size, lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), memory_budget=2**24
+    )
+    params = [[*model.parameters()] for model in (both.zero, both.plain, *both.replicas)]
+    for is_trained in (False, True):
+        for own in params:
+            for param in own[:2]:
+                param.requires_grad_(is_trained)
+        both.zero(data(rank, 0)).square().mean().backward()
+    both.zero.zero_grad()
+    both.backward(lambda m, r: m(data(r, 1)).square().mean(), 1)
+    both.step()

@@ -79,3 +79,12 @@ def test_two_compiled_modules_with_the_same_names_train_against_each_other() -> 
 
 def test_a_sharded_grad_scaler_skips_the_step_on_all_ranks() -> None:
     assert run_ranks(2, api_workers.scale_gradients) == [[True, False, True]] * 2
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_parameter_without_elements_may_be_alone_in_its_bucket(world_size: int) -> None:
+    run_ranks(world_size, api_workers.train_with_an_empty_parameter)
+
+
+def test_layers_may_be_unfrozen_under_a_memory_budget() -> None:
+    run_ranks(2, api_workers.unfreeze_under_a_budget)

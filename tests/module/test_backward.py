@@ -355,3 +355,51 @@ def test_an_input_on_meta_is_an_example_only() -> None:
     with pytest.raises(InputMismatchError, match="on the meta device"):
         zero(points().to("meta"))
     zero(points()).loss.backward()
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.RNN])
+def test_a_recurrent_layer_has_plans_for_several_lengths_and_evaluation(kind: type[nn.RNNBase]) -> None:
+    torch.manual_seed(0)
+    zero, plain = pair(kind(4, 6))
+    for length in (3, 5, 3):
+        x = torch.randn(length, 2, 4)
+        for module in (zero, plain):
+            module(x)[0].square().mean().backward()
+        assert_same(zero, plain)
+    zero.eval()
+    with torch.no_grad():
+        assert torch.equal(zero(x)[0], plain.eval()(x)[0])
+
+
+def test_an_expanded_gradient_reaches_batch_norm_as_in_eager() -> None:
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.linear(x)).view(2, -1)
+
+    torch.manual_seed(0)
+    zero, plain = pair(Norm())
+    x = torch.randn(4, 8)
+    for module in (zero, plain):
+        module(x).sum().backward()
+    assert_same(zero, plain)
+
+
+def test_a_new_length_assumes_the_outputs_that_were_differentiated_last() -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.pooler = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            hidden = self.body(x)
+            return hidden, self.pooler(hidden[0])
+
+    zero, _ = pair(Encoder())
+    for length in (3, 5):
+        zero(torch.ones(length, 4))[0].sum().backward()
+        assert engine_of(zero).last is not None and "pooler.weight" not in engine_of(zero).last.reached
+    assert len(engine_of(zero).plans) == 3  # the first length alone had a wrong guess

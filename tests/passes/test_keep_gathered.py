@@ -2,6 +2,7 @@ import pytest
 from expecttest import assert_expected_inline
 
 from fxzero.errors import PassOrderError
+from fxzero.graph.nodes import Role, members
 from fxzero.graph.schedule_text import format_schedule, totals
 from fxzero.passes import InsertAllGathers, KeepGathered, ReleaseParams, RematerializeViews, default_passes
 from fxzero.planning.run_passes import run_passes
@@ -65,3 +66,10 @@ def test_keeping_behind_releases_is_refused() -> None:
 def test_negative_budget_is_refused() -> None:
     with pytest.raises(ValueError, match="max_kept_bytes is -1; it must be at least 0, or None"):
         KeepGathered(max_kept_bytes=-1)
+
+
+def test_buckets_that_stay_until_the_shards_change_are_read_in_backward() -> None:
+    step = toy_step()
+    run_passes(step, [*BEFORE, KeepGathered(buckets=(), resident=(("layers.1.w",),))])
+    gathers = [fqns for fqns in map(members, step.nodes(Role.ALL_GATHER)) if fqns == ("layers.1.w",)]
+    assert len(gathers) == 1
