@@ -10,6 +10,7 @@ import torch
 
 from fxzero.comm.heartbeat import heartbeat, report
 from fxzero.comm.phases import PhaseLog
+from fxzero.module.optimizer_marks import PREFIX
 
 
 class ModelPhases:
@@ -148,7 +149,9 @@ def _digest_of(fqns: list[str]) -> int:
 
 
 def _is_compared(key: str, value: object) -> bool:
-    return (isinstance(value, (float, int, str, tuple, list, type(None))) and key != "params") or _is_number(value)
+    if key == "params" or key.startswith(PREFIX):
+        return False
+    return isinstance(value, (float, int, str, tuple, list, type(None))) or _is_number(value)
 
 
 def _is_number(value: object) -> bool:

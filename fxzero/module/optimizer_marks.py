@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from fxzero.module.optimizer_state import ParamShard, name_of
 
-_KEY = "fxzero_shards_"
+PREFIX = "fxzero_shards_"
 
 
 def mark(optimizer: torch.optim.Optimizer, shards: Mapping[int, ParamShard]) -> None:
@@ -51,7 +51,7 @@ def _marks(
         if held:
             slices = [(shard.spec.fqn, shard.part.start, shard.part.stop) for _, shard in held]
             digest = hashlib.sha256(repr(slices).encode()).hexdigest()[:12]
-            yield group, f"{_KEY}{held[0][0]}", f"{_this_rank()}, slices {digest}"
+            yield group, f"{PREFIX}{held[0][0]}", f"{_this_rank()}, slices {digest}"
 
 
 def _this_rank() -> str:
