@@ -235,6 +235,8 @@ class Reads:
             return
         if isinstance(obj, nn.Module) and (name in torch_internals.MODULE_ATTRIBUTES or name == "training"):
             return
+        if name in torch_internals.RNN_CACHES:  # rebuilt from the parameters
+            return
         if obj is self._model and name == "forward":  # which fxzero replaces
             return
         with self._muted():

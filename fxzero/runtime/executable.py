@@ -88,11 +88,12 @@ class Executable:
         self.reachable = [i for i in tensors if saved[i] in held]
         """Which saved values share memory with what the user holds."""
         self._tangents = [node.meta["val"].stride() for node in step.nodes(Role.TANGENT)]
-        first = {step.model_outputs[i]: i for i in reversed(self.tensor_outputs)}
-        is_repeated = [i for i in self.tensor_outputs if first[step.model_outputs[i]] != i]
+        also_differentiated = {step.model_outputs[i] for i in self.differentiable}
+        fixed = self.differentiable.symmetric_difference(self.tensor_outputs)
+        is_repeated = [i for i in fixed if step.model_outputs[i] in also_differentiated]
         is_saved = [i for i, memory in outputs.items() if not memory.isdisjoint(saved)]
         self.outputs_to_detach = sorted({*is_saved, *is_repeated})
-        """Outputs that share memory with saved values, or that are there already: each needs a tensor of its own."""
+        """Outputs that share memory with saved values, or are another output detached: each needs its own tensor."""
 
     @property
     def has_run(self) -> bool:

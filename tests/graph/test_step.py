@@ -17,4 +17,4 @@ def test_nodes_of_roles_are_those_of_a_walk_through_the_graph() -> None:
     nodes = list(step.graph.nodes)
     for pair in itertools.product(Role, repeat=2):
         assert step.nodes(*pair) == [node for node in nodes if role(node) in pair]
-    assert all(step.nodes(each) for each in Role if each not in (Role.CONSTANT, Role.BUFFER))
+    assert all(step.nodes(each) for each in Role if each not in (Role.CONSTANT, Role.BUFFER, Role.STATE))
