@@ -48,8 +48,6 @@ class Joint:
     """Names of parameters whose gradients are outputs."""
     input_grads: tuple[int, ...]
     """Indices of inputs whose gradients are outputs."""
-    num_returned: int
-    """The first outputs of the model are so many that it returns; the others it leaves behind in its state."""
     writes: tuple[Write, ...]
     observers: tuple[Observer, ...]
     num_numbers: int
@@ -187,8 +185,8 @@ class Tracing:
         grads = tuple(key for key in leaves if isinstance(key, str))
         input_grads = tuple(key for key in leaves if isinstance(key, int))
         self.joint = Joint(
-            spec, len(tensors), differentiable, chosen, tuple(state.rebound), grads, input_grads, returned, writes,
-            observers, len(left_behind),
+            spec, len(tensors), differentiable, chosen, tuple(state.rebound), grads, input_grads, writes, observers,
+            len(left_behind),
         )  # fmt: skip
         return [*left_behind, *tensors, *state.rebound.values(), *results]
 
