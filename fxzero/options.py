@@ -158,9 +158,7 @@ def choose_recipe(
             raise ValueError(
                 f"passes= is the whole list: take what schedules {', '.join(scheduled)} out of it instead."
             )
-    start, own_list = recipe_of(passes)
-    if own_list is not None and memory_budget is not None:
-        raise ValueError("memory_budget chooses for a list that default_passes() made; passes= has another.")
+    start, own_list = recipe_of(passes, memory_budget)
     if passes is None:
         gather_dtype, reduce_dtype = wire_dtypes
         max_kept_bytes = None if reshard is False else 0

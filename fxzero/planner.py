@@ -71,9 +71,7 @@ def plan(
         ValueError: another layout or relation of nodes, num_nodes does not divide world_size, or there is a
             memory_budget for a list of passes that `default_passes()` did not make.
     """
-    start, own_list = recipe_of(passes)
-    if own_list is not None and memory_budget is not None:
-        raise ValueError("memory_budget chooses for a list that default_passes() made; passes= has another.")
+    start, own_list = recipe_of(passes, memory_budget)
     sharding, devices = Sharding.over(world_size, num_nodes, across), Devices.all(torch.device("cpu"))
     backend = backend_for(devices.compute)
     chosen = replace(start, layout=layout)

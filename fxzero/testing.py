@@ -220,4 +220,5 @@ def _run(
         return _Answer(time.monotonic(), traceback.format_exc())
     finally:
         faulthandler.cancel_dump_traceback_later()
-        dist.destroy_process_group()
+        if dist.is_initialized():  # not where `fn` failed between two groups
+            dist.destroy_process_group()

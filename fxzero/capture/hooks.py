@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from fxzero import torch_internals
 from fxzero.capture.reads import Reads
-from fxzero.capture.writes import Before, Output
+from fxzero.capture.writes import Before, Output, Template
 from fxzero.errors import CaptureError
-from fxzero.torch_internals import TreeSpec, tree_flatten, tree_unflatten
+from fxzero.torch_internals import tree_flatten
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,8 @@ class Observer:
 
     hook: Callable[..., Any]
     module: nn.Module
-    leaves: tuple[Any, ...]
-    """Leaves of the arguments behind the module; an Output stands for a tensor."""
-    treespec: TreeSpec
+    arguments: Template
+    """The arguments behind the module."""
 
     def run(self, tensors: Sequence[Any]) -> None:
         """Call the hook.
@@ -40,8 +39,7 @@ class Observer:
         Raises:
             CaptureError: the hook returns a value, which would change what the forward computed.
         """
-        leaves = [tensors[leaf.index] if isinstance(leaf, Output) else leaf for leaf in self.leaves]
-        if self.hook(self.module, *tree_unflatten(leaves, self.treespec)) is not None:
+        if self.hook(self.module, *self.arguments.filled(tensors)) is not None:
             name = getattr(self.hook, "__qualname__", type(self.hook).__name__)
             raise CaptureError(
                 f"The hook {name} on a {type(self.module).__name__} returns a value that depends on the values of "
@@ -95,5 +93,5 @@ class Observers:
         for hook, module, arguments in self.calls:
             flat, treespec = tree_flatten(arguments)
             leaves = [(isinstance(leaf, Tensor) and index_of(leaf)) or leaf for leaf in flat]
-            observers.append(Observer(hook, module, tuple(leaves), treespec))
+            observers.append(Observer(hook, module, Template(tuple(leaves), treespec)))
         return tuple(observers)

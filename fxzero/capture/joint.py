@@ -31,7 +31,7 @@ from fxzero.capture.writes import Before, Output, Write
 from fxzero.errors import CaptureError, InputMismatchError
 from fxzero.graph import ops
 from fxzero.graph.layout import ParamSpec
-from fxzero.graph.nodes import META_KEY, NodeInfo, Role
+from fxzero.graph.nodes import META_KEY, NodeInfo, Role, add_placeholder
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,6 @@ class Joint:
     """Names of parameters whose gradients are outputs."""
     input_grads: tuple[int, ...]
     """Indices of inputs whose gradients are outputs."""
-    num_returned: int
-    """The first outputs of the model are so many that it returns; the others it leaves behind in its state."""
     writes: tuple[Write, ...]
     observers: tuple[Observer, ...]
     num_numbers: int
@@ -122,15 +120,15 @@ class Tracing:
         graph = root.graph
         constants = {node.target: getattr(root, node.target) for node in graph.find_nodes(op="get_attr")}
         slots = tensors_read(reads, {k: each for k, each in constants.items() if not each.requires_grad})
-        last = next(reversed(graph.find_nodes(op="placeholder")), None)
         for index, (target, (_, key)) in enumerate(slots.items()):
-            with graph.inserting_before() if last is None else graph.inserting_after(last):
-                last = graph.placeholder(f"state_{index}")
             with self._fake_mode:
-                last.meta = {"val": _fake_like(str(key), constants[target], self.device)}
-            last.meta[META_KEY] = NodeInfo(Role.STATE, str(key))
-            for node in graph.find_nodes(op="get_attr", target=target):
-                node.replace_all_uses_with(last)
+                value = _fake_like(str(key), constants[target], self.device)
+            first, *others = graph.find_nodes(op="get_attr", target=target)
+            meta = {"val": value, META_KEY: NodeInfo(Role.STATE, str(key))}
+            placeholder = add_placeholder(graph, f"state_{index}", first, meta)
+            for node in others:
+                node.replace_all_uses_with(placeholder)
+            for node in (first, *others):
                 graph.erase_node(node)
         return list(slots.values())
 
@@ -187,8 +185,8 @@ class Tracing:
         grads = tuple(key for key in leaves if isinstance(key, str))
         input_grads = tuple(key for key in leaves if isinstance(key, int))
         self.joint = Joint(
-            spec, len(tensors), differentiable, chosen, tuple(state.rebound), grads, input_grads, returned, writes,
-            observers, len(left_behind),
+            spec, len(tensors), differentiable, chosen, tuple(state.rebound), grads, input_grads, writes, observers,
+            len(left_behind),
         )  # fmt: skip
         return [*left_behind, *tensors, *state.rebound.values(), *results]
 
@@ -350,10 +348,6 @@ def no_autocast(device: torch.device) -> Generator[None]:
 def _make_tangents_placeholders(graph: fx.Graph) -> None:
     """Turn tangents into placeholders; the trace made them as values, where the shapes of outputs were known."""
     tangents = [node for node in graph.nodes if node.meta.get(META_KEY) == NodeInfo(Role.TANGENT)]
-    last = next(reversed(graph.find_nodes(op="placeholder")), None)
     for index, node in enumerate(tangents):
-        with graph.inserting_before() if last is None else graph.inserting_after(last):
-            last = graph.placeholder(f"tangent_{index}")
-        last.meta = node.meta
-        node.replace_all_uses_with(last)
+        add_placeholder(graph, f"tangent_{index}", node, node.meta)
         graph.erase_node(node)

@@ -22,7 +22,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from fxzero import torch_internals
-from fxzero.graph.nodes import META_KEY, NodeInfo, Role
+from fxzero.graph.nodes import META_KEY, NodeInfo, Role, add_placeholder
 
 Number: TypeAlias = "int | float"
 Condition: TypeAlias = "Callable[[Sequence[Number]], bool]"
@@ -167,12 +167,9 @@ def take_out(root: fx.GraphModule, stand_ins: StandIns, num_left_behind: int) ->
     lifted = [node for node in numeric if any(user not in numeric and user is not output for user in node.users)]
     compute = _function_of(graph, numeric, lifted, left_behind)
     output.args = (results,)
-    last = graph.find_nodes(op="placeholder")[-1]
     for index, node in enumerate(lifted):
-        with graph.inserting_after(last):
-            last = graph.placeholder(f"number_{index}")
-        last.meta = {"val": node.meta["val"].node.hint, META_KEY: NodeInfo(Role.STATE, f"number {index}")}
-        node.replace_all_uses_with(last)
+        meta = {"val": node.meta["val"].node.hint, META_KEY: NodeInfo(Role.STATE, f"number {index}")}
+        add_placeholder(graph, f"number_{index}", node, meta)
     for node in reversed(numeric):
         graph.erase_node(node)
     return Numbers(stand_ins.slots, compute, conditions)

@@ -47,8 +47,6 @@ class PythonState:
     """Hooks to call after each forward."""
     candidates: tuple[NumberSlot, ...]
     """Numbers that the forward read and that the graph has as constants."""
-    num_returned: int
-    """The first outputs of the graph are so many tensors that the model returns."""
 
     @functools.cached_property
     def has_inputs(self) -> bool:
@@ -112,7 +110,6 @@ def state_of(
     numbers: Numbers,
     writes: tuple[Write, ...],
     observers: tuple[Observer, ...],
-    num_returned: int,
 ) -> PythonState:
     """The state of a trace that is over.
 
@@ -123,7 +120,7 @@ def state_of(
     inputs |= {each.slot: each.value for each in numbers.slots}
     guards = Guards(model, reads, inputs)
     candidates = tuple(each for each in _number_slots(reads, guards) if each.slot not in inputs)
-    return PythonState(guards, numbers, tuple(tensors), writes, observers, candidates, num_returned)
+    return PythonState(guards, numbers, tuple(tensors), writes, observers, candidates)
 
 
 def tensors_read(reads: Sequence[Read], constants: Mapping[str, Tensor]) -> dict[str, tuple[dict[Any, Any], Any]]:

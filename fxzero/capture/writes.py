@@ -35,6 +35,22 @@ class Output:
 
 
 @dataclass(frozen=True)
+class Template:
+    """A value with an Output in the place of each tensor and number that a step computes."""
+
+    leaves: tuple[Any, ...]
+    treespec: TreeSpec
+
+    def filled(self, tensors: Sequence[Any], numbers: Sequence[Any] = ()) -> Any:
+        """The value of a step."""
+        leaves = [
+            (numbers if leaf.is_number else tensors)[leaf.index] if isinstance(leaf, Output) else leaf
+            for leaf in self.leaves
+        ]
+        return tree_unflatten(leaves, self.treespec)
+
+
+@dataclass(frozen=True)
 class Write:
     """What each step does with one slot."""
 
@@ -42,23 +58,14 @@ class Write:
     """A dict (`vars` of an object, or one that the user made), a list, a deque or a set."""
     key: Any
     """The key of a dict; None for items that are added."""
-    leaves: tuple[Any, ...]
-    treespec: TreeSpec
+    template: Template
     before: Any
     """What the slot held before the trace; for items that are added, how many there were."""
     name: str
 
-    def value(self, tensors: Sequence[Any], numbers: Sequence[Any]) -> Any:
-        """What the slot gets."""
-        leaves = [
-            (numbers if leaf.is_number else tensors)[leaf.index] if isinstance(leaf, Output) else leaf
-            for leaf in self.leaves
-        ]
-        return tree_unflatten(leaves, self.treespec)
-
     def replay(self, tensors: Sequence[Any], numbers: Sequence[Any]) -> None:
         """Leave behind what eager would."""
-        value = self.value(tensors, numbers)
+        value = self.template.filled(tensors, numbers)
         if isinstance(self.owner, dict):
             self.owner[self.key] = value
         elif isinstance(self.owner, set):
@@ -133,7 +140,7 @@ class Before:
         for owner, key, now, before in self._changes(set_slots, given):
             if not _stays(now):
                 name = self._name_of(owner, key)
-                yield Write(owner, key, *_template(now, name, index_of), before, name)
+                yield Write(owner, key, _template(now, name, index_of), before, name)
 
     def _changes(self, set_slots: AbstractSet[Slot], given: Mapping[Slot, Any]) -> Iterator[tuple[Any, Any, Any, Any]]:
         """Owner, key, value now and value before of each changed slot; the key of items that were added is None."""
@@ -241,8 +248,8 @@ def _begins_with(container: Sequence[Any], before: Sequence[Any]) -> bool:
     return len(container) >= len(before) and all(map(_is, container, before))
 
 
-def _template(value: Any, name: str, index_of: Callable[[Any], Output | None]) -> tuple[tuple[Any, ...], TreeSpec]:
-    """The leaves and the structure of a value that is left behind."""
+def _template(value: Any, name: str, index_of: Callable[[Any], Output | None]) -> Template:
+    """The template of a value that is left behind."""
     flat, treespec = tree_flatten(value, is_leaf=lambda each: not isinstance(each, (list, tuple, dict)))
     leaves: list[Any] = []
     for leaf in flat:
@@ -253,7 +260,7 @@ def _template(value: Any, name: str, index_of: Callable[[Any], Output | None]) -
                 "behind tensors, plain values, and lists, tuples and dicts of them. Return it from forward instead."
             )
         leaves.append(leaf if output is None else output)
-    return tuple(leaves), treespec
+    return Template(tuple(leaves), treespec)
 
 
 def _is(a: Any, b: Any) -> bool:

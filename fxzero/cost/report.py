@@ -11,7 +11,7 @@ from torch import fx
 from fxzero.cost.lower_bound import Bound, lower_bound
 from fxzero.cost.measured import MEASURED_STEPS, MeasuredLines
 from fxzero.cost.model import Costs
-from fxzero.cost.timeline import Predicted, Timeline, simulate, simulate_lines
+from fxzero.cost.timeline import Timeline, simulate, simulate_lines
 from fxzero.graph.names import bucket_label
 from fxzero.graph.nodes import Role, members, role
 from fxzero.graph.schedule_text import format_schedule, rows
@@ -52,8 +52,8 @@ class Timing:
         """Predicted over lower bound: how far from optimal the schedule can be at most."""
         return self.predicted_step_s / self.lower_bound_s if self.lower_bound_s else 1.0
 
-    def lines(self) -> list[Predicted]:
-        """The prediction for each line of the schedule."""
+    def lines(self) -> list[float]:
+        """The predicted seconds of each line of the schedule."""
         return simulate_lines(self.step, self.costs)
 
     def line(self) -> str:
@@ -84,11 +84,11 @@ class Timing:
         return tabulate(cells, headers=("a step of a rank", "time"), colalign=("left", "right"))
 
 
-def format_measured(step: StepGraph, predicted: Sequence[Predicted], measured: MeasuredLines, *, memory: bool) -> str:
+def format_measured(step: StepGraph, predicted: Sequence[float], measured: MeasuredLines, *, memory: bool) -> str:
     """A schedule with the milliseconds of each line: predicted, measured, and how many of those each wait blocked.
 
     Args:
-        predicted: empty where no costs are known.
+        predicted: the seconds of each line; empty where no costs are known.
         measured: empty before the first step.
         memory: as of `format_schedule`.
     """
@@ -99,13 +99,12 @@ def format_measured(step: StepGraph, predicted: Sequence[Predicted], measured: M
     blocked = [seconds if is_wait else 0.0 for seconds, is_wait in zip(blocked, waits, strict=True)]
     columns = {"measured ms": _cells(walls), "blocked ms": _cells(blocked)}
     if predicted:
-        expected = {"predicted ms": _cells([each.seconds for each in predicted])}
-        columns = expected | columns
+        columns = {"predicted ms": _cells(predicted)} | columns
     lines = [format_schedule(step, memory=memory, columns=columns)]
     if measured.num_steps < MEASURED_STEPS:
         left = MEASURED_STEPS - measured.num_steps
         lines.append(f"measured: {measured.num_steps} steps; print this again after {left} more")
-    totals = [f"predicted {_seconds(sum(each.seconds for each in predicted))}"] if predicted else []
+    totals = [f"predicted {_seconds(sum(predicted))}"] if predicted else []
     if measured.num_steps:
         totals.append(f"measured {_seconds(sum(walls))}, of which waits blocked {_seconds(sum(blocked))}")
     if totals:

@@ -169,25 +169,15 @@ def simulate(step: StepGraph, costs: Costs) -> Timeline:
     return play(events(step, costs), costs.link, costs.inside)
 
 
-class Predicted(NamedTuple):
-    """Seconds of one line of a schedule."""
-
-    seconds: float
-    blocked: float
-    """Seconds of them in which a wait has nothing to do."""
-
-
-def simulate_lines(step: StepGraph, costs: Costs) -> list[Predicted]:
-    """How long each line of a schedule takes for these costs."""
-    lines = list(rows(step))
-    happening = [events(step, costs, line.nodes) for line in lines]
+def simulate_lines(step: StepGraph, costs: Costs) -> list[float]:
+    """The seconds of each line of a schedule for these costs."""
+    happening = [events(step, costs, line.nodes) for line in rows(step)]
     begins: list[float] = []
     played = play(chain.from_iterable(happening), costs.link, costs.inside, begins)
-    ends, found, end = iter([*begins[1:], played.step_s]), list[Predicted](), 0.0
-    for line, own in zip(lines, happening, strict=True):
+    ends, seconds, end = iter([*begins[1:], played.step_s]), list[float](), 0.0
+    for own in happening:
         begin = end
         for _ in own:
             end = next(ends)
-        waits = line.nodes and role(line.nodes[-1]) is Role.WAIT
-        found.append(Predicted(end - begin, played.stalls.get(started_by(line.nodes[-1]), 0.0) if waits else 0.0))
-    return found
+        seconds.append(end - begin)
+    return seconds

@@ -214,6 +214,16 @@ def sent_until(wait: fx.Node) -> list[fx.Node]:
     return (cast(fx.Node, started.args[0]) if started.target is operator.getitem else started).all_input_nodes
 
 
+def add_placeholder(graph: fx.Graph, name: str, replaced: fx.Node, meta: dict[str, Any]) -> fx.Node:
+    """A new last placeholder that is read instead of a node."""
+    last = next(reversed(graph.find_nodes(op="placeholder")), None)
+    with graph.inserting_before() if last is None else graph.inserting_after(last):
+        placeholder = graph.placeholder(name)
+    placeholder.meta = meta
+    replaced.replace_all_uses_with(placeholder)
+    return placeholder
+
+
 def is_in_place(node: fx.Node) -> bool:
     """True for an operator that writes, or may write, into its arguments."""
     return torch_internals.is_overload(node.target) and torch_internals.is_mutable(node.target)

@@ -12,10 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import fx
+from torch.fx.node import map_arg
+
 from fxzero.capture import Captured
 from fxzero.capture.call import ANY_NUMBER, CallSpec, PlainLeaf
 from fxzero.capture.numbers import NumberSlot, PinnedNumberError
 from fxzero.capture.state import PythonState
+from fxzero.graph.nodes import Role, info, role
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +78,6 @@ class ChangingNumbers:
     _changes: dict[tuple[int, Any], int] = field(default_factory=dict[Any, int])
     _slots: dict[tuple[int, Any], NumberSlot] = field(default_factory=dict[Any, NumberSlot])
     _failed: dict[tuple[int, Any], int] = field(default_factory=dict[Any, int])
-    _warned: set[tuple[int, Any]] = field(default_factory=set[Any])
 
     def note(self, state: PythonState) -> None:
         """Note which numbers differ from those that a plan was traced for."""
@@ -96,7 +99,7 @@ class ChangingNumbers:
         plain = self._captured(trace)
         with contextlib.suppress(PinnedNumberError):
             found = trace(numbers=[*arguments, *plain.state.numbers.slots])
-            if operators_of(found) == operators_of(plain):
+            if is_same_step(found, plain):
                 return found
         self.arguments.pin(call)
         raise PinnedNumberError(f"{arguments[0].label} must be a constant")
@@ -113,7 +116,7 @@ class ChangingNumbers:
             except PinnedNumberError as error:
                 logger.debug("%s cannot be inputs: %s", [each.label for each in numbers], error)
                 found = None
-            if found is not None and operators_of(found) == operators_of(plain):
+            if found is not None and is_same_step(found, plain):
                 return found
             if len(numbers) == 1:
                 self._note_failure(numbers[0])
@@ -124,8 +127,7 @@ class ChangingNumbers:
 
     def _note_failure(self, each: NumberSlot) -> None:
         self._failed[each.slot] = self._failed.get(each.slot, 0) + 1
-        if not self._may_try(each.slot) and each.slot not in self._warned:
-            self._warned.add(each.slot)
+        if not self._may_try(each.slot):  # it is tried no more, so this comes once
             warn_of(each.label)
 
 
@@ -143,6 +145,21 @@ def warn_of(label: str) -> None:
     )
 
 
-def operators_of(captured: Captured) -> list[str]:
-    """The operators of a step, in order."""
-    return [str(node.target) for node in captured.step.graph.nodes if node.op == "call_function"]
+def is_same_step(found: Captured, plain: Captured) -> bool:
+    """True if a step with numbers as inputs computes, for their present values, what the step with constants does."""
+    return found.state.numbers.hold() and _operators(found) == _operators(plain)
+
+
+def _operators(captured: Captured) -> list[str]:
+    """The operators of a step and their arguments, with numbers of the state in the place of the inputs for them."""
+    given = dict(zip(captured.step.nodes(Role.STATE), captured.state.read().inputs, strict=True))
+    names: dict[fx.Node, Any] = {}
+    lines: list[str] = []
+    for node in captured.step.graph.nodes:
+        value = given.get(node)
+        if node.op == "call_function":
+            names[node] = f"%{len(lines)}"
+            lines.append(repr((str(node.target), map_arg((node.args, node.kwargs), names.__getitem__))))
+        else:
+            names[node] = value if isinstance(value, (int, float)) else f"{role(node).value} {info(node).fqn}"
+    return lines

@@ -162,10 +162,16 @@ def _holding(captured: Captured, recipe: Recipe, passes: Sequence[Pass], observe
     return step
 
 
-def recipe_of(passes: Sequence[Pass] | None) -> tuple[Recipe, tuple[Pass, ...] | None]:
-    """The recipe that a list of passes stands for, and the list itself if none of ours made it."""
+def recipe_of(passes: Sequence[Pass] | None, memory_budget: object = None) -> tuple[Recipe, tuple[Pass, ...] | None]:
+    """The recipe that a list of passes stands for, and the list itself if none of ours made it.
+
+    Raises:
+        ValueError: there is a memory budget for a list that stands for no recipe.
+    """
     if isinstance(passes, DefaultPasses):
         return passes.recipe, None
+    if passes is not None and memory_budget is not None:
+        raise ValueError("memory_budget chooses for a list that default_passes() made; passes= has another.")
     return Recipe(), None if passes is None else tuple(passes)
 
 

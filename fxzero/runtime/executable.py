@@ -98,7 +98,7 @@ class Executable:
         """Which saved values share memory with what the user holds."""
         self._tangents = [node.meta["val"].stride() for node in step.nodes(Role.TANGENT)]
         also_differentiated = {step.model_outputs[i] for i in self.differentiable}
-        fixed = self.differentiable.symmetric_difference(self.tensor_outputs)
+        fixed = [i for i in self.tensor_outputs if i not in self.differentiable]
         is_repeated = [i for i in fixed if step.model_outputs[i] in also_differentiated]
         is_saved = [i for i, memory in outputs.items() if not memory.isdisjoint(saved)]
         self.outputs_to_detach = sorted({*is_saved, *is_repeated})

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from fxzero import torch_internals
 from fxzero.comm.agree import agree, reporting_failure
 from fxzero.errors import CaptureError, CommunicationError, RankMismatchError
 from fxzero.testing import run_ranks
@@ -66,8 +67,11 @@ def host_of_the_store_dies(rank: int, world_size: int, path: str) -> str:
     """A store of rank 0, as without torchrun, and rank 0 is killed while the others wait for it."""
     dist.destroy_process_group()
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{path}", rank=rank, world_size=world_size)
+    store = torch_internals.default_store()
     if rank == 0:
+        store.wait(["the other rank has its group"])
         os._exit(1)
+    store.set("the other rank has its group", "")
     with pytest.raises(CommunicationError, match="lost the store") as caught:
         agree(None, "layout", ["same"], timeout=timedelta(seconds=20))
     return str(caught.value)

@@ -139,6 +139,10 @@ READ = {
         lambda self, x: self.head(self.features(x)) * (2 if self.beta is True else 1),
         lambda m, s: setattr(m, "beta", [1, True, 1.0][s % 3]),
     ),
+    "whether it is a float": (
+        lambda self, x: self.head(self.features(x)) * (self.beta if isinstance(self.beta, float) else 100.0),
+        lambda m, s: setattr(m, "beta", 0.1 * (s // 2)),
+    ),
     "the sign of zero": (
         lambda self, x: self.head(self.features(x)) * math.copysign(1.0, self.beta),
         lambda m, s: setattr(m, "beta", [0.0, -0.0][s % 2]),
