@@ -28,10 +28,10 @@ from fxzero.module import ownership, parts, weights
 from fxzero.module.budget_round import held
 from fxzero.module.engine import Engine
 from fxzero.module.first_fill import fix_layout_without_trace
-from fxzero.module.optimizer_classes import check_optimizer
-from fxzero.module.optimizer_guard import OptimizerGuard
 from fxzero.module.step_together import step_together
 from fxzero.module.wrappers import refuse_wrappers
+from fxzero.optimizers.classes import check_optimizer
+from fxzero.optimizers.guard import OptimizerGuard
 from fxzero.options import Options, Without, check_mesh, choose_device, choose_group, choose_recipe
 from fxzero.planner import as_arguments
 from fxzero.planning.schedule import Schedule

@@ -22,7 +22,7 @@ from fxzero.graph.recipe import Recipe
 from fxzero.graph.sharding import Placement, Sharding
 from fxzero.graph.step import Pass, StepGraph
 from fxzero.memory.footprint import Held, held_by
-from fxzero.module.optimizer_classes import state_per_element
+from fxzero.optimizers.classes import state_per_element
 from fxzero.planning.check_passes import pass_checks
 from fxzero.planning.fix_layout import layout_of
 from fxzero.planning.keep_within_budget import depends_on_inputs, fit_recipe

@@ -19,7 +19,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("cost",),
     ("planning",),
     ("runtime",),
-    ("reference",),
+    ("reference", "optimizers"),
     ("module",),
     ("options", "planner"),
     ("api",),

@@ -47,6 +47,8 @@ _LINGER_S = 1.0
 ALONE_S = 6.0
 """For how long a rank waits for others that may not be on their way."""
 _MAX_CHECKED_FOR_OTHER_GROUPS = 64
+_ERRORS: dict[str, type[FxzeroError]] = {"end": CommunicationError, "alone": PlanError}
+"""What an agreement raises for a reason to stop; RankMismatchError for all others."""
 
 
 def agree(group: Group | None, topic: str, lines: Sequence[str], *, timeout: timedelta) -> None:
@@ -117,7 +119,7 @@ def _compare(
         agreement = _enter(group, topic)
         if agreement is None:
             return []
-        peers = Peers(log_of(agreement.members), compares=not is_anew)
+        peers = Peers(log_of(agreement.members), compares=not is_anew, alone=alone)
         look = partial(heartbeat().look, peers)
         return agreement.run(list(lines), timeout.total_seconds(), may_differ=may_differ, alone=alone, look=look)
     except RuntimeError as error:
@@ -272,7 +274,7 @@ class Agreement:
             if now >= next_look_at_peers:
                 next_look_at_peers = now + 0.5
                 if absent and (stop := look(absent)) is not None:
-                    self._fail(stop.text, CommunicationError if stop.kind == "end" else RankMismatchError)
+                    self._fail(stop.text, _ERRORS.get(stop.kind, RankMismatchError))
             if now - started >= timeout_s:
                 self._fail(
                     f"{_ranks(absent).capitalize()} did not come to compare the {self.topic} within {timeout_s:g} s. "

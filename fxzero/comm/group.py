@@ -119,7 +119,7 @@ class GroupComm(Comm):
                 stop = Stop(
                     "end", f"rank {ranks[peer]} has closed its connections: it has ended, or its own error says why."
                 )
-            beats.stop(log, stop or Stop("end", reason))
+            beats.stop(log, stop or Stop("end", f"rank {log.rank} did not complete {what}: {reason}"))
             beats.linger(log)
             if stop is not None and stop.kind == "difference":
                 return RankMismatchError(stop.text)

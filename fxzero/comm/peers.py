@@ -52,6 +52,7 @@ def entry_of(logs: Iterable[PhaseLog], beat: int, ended: str | None) -> dict[str
             name_of_group(log.members): {
                 "number": log.number,
                 "is_inside": log.is_inside,
+                "waits": log.waits,
                 "recent": list(log.recent),
                 "failed": log.failed,
                 "stop": log.stop,
@@ -142,6 +143,8 @@ class Watch:
     beat: int = -1
     renewed_s: float = 0.0
     """When the entry was seen renewed for the last time, by this rank's clock."""
+    wait: tuple[int, int] | None = None
+    """The phase, and the wait for messages in it, in which the other rank was seen."""
     call: tuple[Any, ...] | None = None
     """The collective of torch.distributed in which the other rank was seen, and how far it was then."""
 
@@ -153,6 +156,8 @@ class Peers:
     log: PhaseLog
     compares: bool = True
     """False where ranks come to begin anew: only those that have ended or died are waited for in vain."""
+    alone: str | None = None
+    """Why this rank cannot go on alone, where it waits in a phase for others that may go on without it."""
     watches: dict[int, Watch] = field(default_factory=dict[int, Watch])
 
     def forget(self) -> None:
@@ -179,6 +184,8 @@ class Peers:
         theirs = entry["groups"].get(name_of_group(self.log.members))
         if self.compares and theirs is not None and (stop := self._compare(rank, theirs)) is not None:
             return stop
+        if self.alone is not None and theirs is not None and self._has_gone_on(theirs, watch, is_renewed=is_renewed):
+            return Stop("alone", f"{self.alone} (Rank {rank} has gone on without it.)")
         if self.compares and theirs is not None and (theirs["number"] > self.log.number or self._is_over(theirs)):
             return None  # it has done its part
         seen = theirs["recent"][-1][1] if theirs and theirs["recent"] else "nothing yet"
@@ -191,6 +198,14 @@ class Peers:
 
     def _is_over(self, theirs: dict[str, Any]) -> bool:
         return theirs["number"] == self.log.number and not theirs["is_inside"] and self.log.number > 0
+
+    def _has_gone_on(self, theirs: dict[str, Any], watch: Watch, *, is_renewed: bool) -> bool:
+        """True if another rank stays in one wait for messages of the phase in which this one waits for it."""
+        is_waiting = theirs["number"] == self.log.number and theirs["is_inside"] and theirs["waits"] % 2 == 1
+        wait = (theirs["number"], theirs["waits"]) if is_waiting else None
+        stays = is_renewed and wait is not None and wait == watch.wait
+        watch.wait = wait
+        return stays
 
     def _compare(self, rank: int, theirs: dict[str, Any]) -> Stop | None:
         """Where the phases of two ranks part."""

@@ -43,8 +43,8 @@ class Phase(NamedTuple):
 class Stop(NamedTuple):
     """The reason why a rank cannot go on with its group."""
 
-    kind: Literal["difference", "failure", "end"]
-    """Ranks do different things, a rank has failed in a phase, or a rank has ended or died."""
+    kind: Literal["difference", "failure", "end", "alone"]
+    """Ranks do different things, a rank has failed in a phase or has ended or died, or this one alone needs others."""
     text: str
 
 

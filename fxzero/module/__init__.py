@@ -1,1 +1,1 @@
-"""The user's model taken over: its shards, weights, optimizers and calls."""
+"""The user's model taken over: its shards, weights and calls."""

@@ -16,10 +16,10 @@ from fxzero.errors import FxzeroError, OptimizerError
 from fxzero.graph.layout import Layout
 from fxzero.module.equal_models import compare_with_equal_models
 from fxzero.module.initialize import check_meta_model, initialize, rng_state
-from fxzero.module.optimizer_marks import foreign_state, is_marked
-from fxzero.module.optimizer_state import cut_state, param_shards
 from fxzero.module.registered_tensors import entries
 from fxzero.module.sharded_model import ShardedModel
+from fxzero.optimizers.marks import foreign_state, is_marked
+from fxzero.optimizers.state import cut_state, param_shards
 from fxzero.planning.agreed_text import describe_buffers, describe_layout
 from fxzero.planning.fix_layout import layout_in_registration_order
 from fxzero.runtime.shards import Shards, install, shard_full_params

@@ -10,7 +10,7 @@ import torch
 
 from fxzero.comm.heartbeat import heartbeat, report
 from fxzero.comm.phases import PhaseLog
-from fxzero.module.optimizer_marks import PREFIX
+from fxzero.optimizers.marks import PREFIX
 
 
 class ModelPhases:
@@ -45,7 +45,8 @@ class ModelPhases:
         """Optimizers that have options in tensors, which may change in place."""
         self._digest = 0
         """Of all options that were seen, one after another."""
-        self._lines: dict[int, list[str]] = {}
+        self._lines = weakref.WeakKeyDictionary[torch.optim.Optimizer, list[str]]()
+        """Their descriptions at that time."""
 
     def is_fixed(self) -> None:
         """Ranks have agreed on the layout of this model: from now on it has a number among their models."""
@@ -129,8 +130,10 @@ class ModelPhases:
             now = [[_plain(value) for value in values] for values in now]
         self._seen[optimizer] = now
         lines = self.describe(optimizer)
+        if lines == self._lines.get(optimizer):  # an option changed that is not compared
+            return
         self._digest = zlib.crc32("\n".join(lines).encode(), self._digest) & 0x3FFFFFFF
-        self._lines[id(optimizer)] = lines
+        self._lines[optimizer] = lines
         self._log.options = [line for each in self._lines.values() for line in each]
 
     def describe(self, optimizer: torch.optim.Optimizer) -> list[str]:

@@ -20,10 +20,10 @@ from fxzero.graph.recipe import Recipe
 from fxzero.graph.step import Pass
 from fxzero.module.initialize import InitFn, check_meta_model
 from fxzero.module.model_phases import ModelPhases
-from fxzero.module.optimizer_classes import state_per_element
-from fxzero.module.optimizer_state import ParamShard, param_shards
 from fxzero.module.registered_tensors import join
 from fxzero.module.replaced_data import Replaced, ReplacedData
+from fxzero.optimizers.classes import state_per_element
+from fxzero.optimizers.state import ParamShard, param_shards
 from fxzero.runtime.executable import Executable, Storage
 from fxzero.runtime.gradients import Gradients
 from fxzero.runtime.in_flight import InFlight

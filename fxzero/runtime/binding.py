@@ -275,8 +275,21 @@ class Binder:
         for slot in operands(start):
             fqn = grad_fqn(slot)
             self.slots[fqn] = views[fqn]
-            self.names[slot.name] = _writer(views[fqn], slot, add=False)
+            self.names[slot.name] = self._writer(views[fqn], slot, add=False)
         return bound
+
+    def _writer(self, slot: torch.Tensor, node: fx.Node, *, add: bool) -> Callable[..., object]:
+        """The function that writes a gradient to its slot.
+
+        One that the step does not reach is `UNREACHED`, from which other ranks' are told: these get positive zeros.
+        """
+        if not node.all_input_nodes:
+            return _nothing if add else partial(slot.fill_, UNREACHED)
+        if add:
+            return slot.add_
+        if self.comm.is_alone:
+            return slot.copy_
+        return partial(torch.add, other=torch.zeros((), dtype=slot.dtype, device=slot.device), out=slot)
 
     def _reduce_into(
         self, shard: torch.Tensor, bucket: Bucket, start: fx.Node, sent: torch.Tensor, *, accumulate: bool
@@ -312,7 +325,7 @@ class Binder:
             fqn = grad_fqn(slot)
             bucket = self.shards.layout.bucket_of[fqn]
             view = unflatten(bucket, self.gradients.unsharded_bucket(bucket))[fqn]
-            self.names[slot.name] = _writer(view, slot, add=self.variant.stash is Stash.MORE)
+            self.names[slot.name] = self._writer(view, slot, add=self.variant.stash is Stash.MORE)
 
     def _bind_static(self) -> None:
         """Evaluate parameters, gradient slots, views of them and constants, once."""
@@ -343,16 +356,6 @@ def _define(code: Code, names: dict[str, Any]) -> dict[str, Callable[..., Any]]:
 
 def _nothing() -> None:
     """A collective that has nothing to do at world size 1."""
-
-
-def _writer(slot: torch.Tensor, node: fx.Node, *, add: bool) -> Callable[..., object]:
-    """The function that writes a gradient to its slot.
-
-    A gradient that the step does not reach is `UNREACHED`, which one that it reaches never is: it gets positive zeros.
-    """
-    if not node.all_input_nodes:
-        return _nothing if add else partial(slot.fill_, UNREACHED)
-    return slot.add_ if add else partial(torch.add, other=0.0, out=slot)
 
 
 def _padding(bucket: Bucket, full: torch.Tensor) -> list[torch.Tensor]:

@@ -20,7 +20,7 @@ from tests.distributed import replicated
 from tests.distributed.api_workers import Failing, Pair
 from tests.distributed.interleaved_workers import MIXED, full_gradients
 from tests.helpers.payloads import one_payload
-from tests.module.test_optimizer_state import LARGE_BYTES, Large
+from tests.optimizers.test_optimizer_state import LARGE_BYTES, Large
 
 Record = list[dict[str, Tensor | None]]
 

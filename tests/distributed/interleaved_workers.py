@@ -15,7 +15,7 @@ from fxzero.runtime.interleave import gathered_members
 from fxzero.testing import engine_of
 from tests.distributed import replicated
 from tests.distributed.api_workers import Pair, data
-from tests.module.test_optimizer_state import Allocations
+from tests.optimizers.test_optimizer_state import Allocations
 
 LAYOUTS: tuple[LayoutName, ...] = ("contiguous", "interleaved")
 

@@ -13,7 +13,7 @@ from fxzero.passes import default_passes
 from fxzero.testing import engine_of
 from tests.distributed import replicated
 from tests.helpers.gradient_copies import copied_bytes
-from tests.module.test_optimizer_state import Allocations, Large
+from tests.optimizers.test_optimizer_state import Allocations, Large
 
 Batch = replicated.Batch
 ENOUGH = 2**30

@@ -27,19 +27,24 @@ class GradientWrites(TorchDispatchMode):
         """Results of copies, by address; kept, so that no other tensor gets the address."""
         self.names: list[str] = []
         self.copied_before = 0
+        self.added_to_zero = 0
+        """Bytes of copies that make negative zeros positive: additions to the profiler."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        is_copy = func is torch.ops.aten.copy_.default
-        gathers = is_copy and _address(args[1]) in self._params
+        adds_zero = func is torch.ops.aten.add.out and args[1].numel() == 1 and not args[1].any()
+        source: Tensor | None = args[0] if adds_zero else args[1] if func is torch.ops.aten.copy_.default else None
+        gathers = source is not None and _address(source) in self._params
         if gathers or not any(_address(target) in self._storages for target in _written(func, args, kwargs)):
             result = func(*args, **kwargs)
             if func in _COPIES:
                 self._copies[_address(result)] = result
             return result
         self.names.append(str(func))
-        if is_copy and _address(args[1]) in self._copies:
-            self.copied_before += args[0].nbytes
+        if source is not None and _address(source) in self._copies:
+            self.copied_before += source.nbytes
+        if source is not None and adds_zero:
+            self.added_to_zero += source.nbytes
         with torch.profiler.record_function(WRITE):
             return func(*args, **kwargs)
 
@@ -76,7 +81,8 @@ def copied_bytes(
     events = profile.events()
     assert events is not None
     copies = [event for event in events if event.name == "aten::copy_" and _is_inside_of_a_write(event)]
-    return 4 * sum(math.prod(event.input_shapes[0]) for event in copies) + mode.copied_before, mode.names
+    seen = 4 * sum(math.prod(event.input_shapes[0]) for event in copies)
+    return seen + mode.copied_before + mode.added_to_zero, mode.names
 
 
 def _is_inside_of_a_write(event: Any) -> bool:

@@ -11,9 +11,9 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from fxzero.errors import OptimizerError
-from fxzero.module.optimizer_classes import check_optimizer
-from fxzero.module.optimizer_marks import foreign_state, mark
-from fxzero.module.optimizer_state import ParamShard, fits, name_of, parameters_of, rehome_state, text_of
+from fxzero.optimizers.classes import check_optimizer
+from fxzero.optimizers.marks import foreign_state, mark
+from fxzero.optimizers.state import ParamShard, fits, name_of, parameters_of, rehome_state, text_of
 
 
 class OptimizerGuard:

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import fxzero
 from fxzero.models import GPT, GPT_PRESETS
-from fxzero.module.optimizer_state import rehome_state
+from fxzero.optimizers.state import rehome_state
 from tests.helpers.pairs import as_shard
 
 LARGE_BYTES = 64 * 1024

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fxzero.module.optimizer_state import ParamShard, name_of
+from fxzero.optimizers.state import ParamShard, name_of
 
 PREFIX = "fxzero_shards_"
 

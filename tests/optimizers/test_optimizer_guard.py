@@ -11,9 +11,9 @@ from torch import Tensor, nn, optim
 
 from fxzero.errors import OptimizerError
 from fxzero.graph.layout import ParamSpec, Slice
-from fxzero.module.optimizer_classes import ELEMENTWISE, REFUSED, check_optimizer
-from fxzero.module.optimizer_guard import OptimizerGuard
-from fxzero.module.optimizer_state import ParamShard, cut_state
+from fxzero.optimizers.classes import ELEMENTWISE, REFUSED, check_optimizer
+from fxzero.optimizers.guard import OptimizerGuard
+from fxzero.optimizers.state import ParamShard, cut_state
 
 CPU = torch.device("cpu")
 SHAPES = {"w": (37, 29), "scalar": (), "one": (1,), "b": (5,)}
