@@ -18,7 +18,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from fxzero import torch_internals
-from fxzero.capture.reads import ABSENT, PLAIN, Kind, Read, Slot, content_of, is_container
+from fxzero.capture.places import attributes_of
+from fxzero.capture.slots import ABSENT, PLAIN, Kind, Read, Slot, class_with, content_of, is_container
 
 _DEPTH = 4
 """Levels of containers in containers that are guarded."""
@@ -128,17 +129,17 @@ class Guards:
             return
         if read.kind is Kind.ATTRIBUTE:
             yield from self._of_entry(vars(owner), name, read.value, read.content)
-        elif read.kind is Kind.GLOBAL:
+        elif read.kind in (Kind.GLOBAL, Kind.CELL):
             yield from self._of_entry(owner, name, read.value, read.content)
         elif read.kind is Kind.CLASS:
             if hasattr(owner, "__dict__") and not isinstance(owner, type):
                 yield f"{name!r} not in {self._name(vars(owner))}"
             kind = owner if isinstance(owner, type) else type(owner)
-            base = next((base for base in kind.__mro__ if name in vars(base)), None)
-            if base is not None:
+            base = class_with(kind, name)
+            if base is not None and (id(attributes_of(base)), name) in self._inputs:
+                yield from self._of_entry(attributes_of(base), name, read.value, read.content)
+            elif base is not None:
                 yield from self._of_value(f"{self._name(base.__dict__)}[{name!r}]", read.value, read.content)
-        elif read.kind is Kind.CELL:
-            yield from self._of_value(f"{self._name(owner)}.cell_contents", read.value, read.content)
         else:
             yield from self._of_value(f"getattr({self._name(owner)}, {name!r})", read.value, read.content)
 

@@ -25,7 +25,8 @@ from fxzero.capture.hooks import Observer, Observers
 from fxzero.capture.numbers import StandIns
 from fxzero.capture.outputs import OutputSpec, flatten_output, loss_index
 from fxzero.capture.provenance import Recorder, autograd_nodes
-from fxzero.capture.reads import Read, Reads, Slot
+from fxzero.capture.reads import Reads
+from fxzero.capture.slots import Read, Slot
 from fxzero.capture.state import tensors_read
 from fxzero.capture.writes import Before, Output, Write
 from fxzero.errors import CaptureError, InputMismatchError
@@ -76,7 +77,7 @@ class Tracing:
     def __post_init__(self) -> None:
         self._fake_mode = torch_internals.fake_tensor_mode() if self.stand_ins is None else self.stand_ins.fake_mode
         self.before = Before(self.module)
-        self.reads = Reads(self.module, self.before.add, self.before.alive)
+        self.reads = Reads(self.module, self.before.add, self.before.add_place, self.before.alive)
         self._observers = Observers(self.reads, self.before)
 
     def run(self) -> fx.GraphModule:
@@ -223,6 +224,7 @@ class Tracing:
                 kept.append(leaf)
             return Output(index, is_number)
 
+        self.reads.add_class_writes(self.before.class_writes())
         writes = tuple(self.before.writes(self.reads.set_slots, given, index_of))
         return writes, self._observers.found(index_of), numbers
 

@@ -8,7 +8,6 @@ the code objects that run, at their call; only those of the user's files count, 
     reads.found                     # each slot that was read before it was written, with what it held then
 """
 
-import collections
 import contextlib
 import dis
 import enum
@@ -18,28 +17,21 @@ import logging
 import sys
 import threading
 import types
-from collections.abc import Callable, Generator, Hashable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from collections.abc import Callable, Collection, Generator, Mapping
+from dataclasses import replace
+from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from fxzero import torch_internals
+from fxzero.capture.places import ClassAttributes, attributes_of, variable_in
 from fxzero.capture.provenance import is_user_file
+from fxzero.capture.slots import ABSENT, PLAIN, Kind, Read, Slot, held, is_container
 
-PLAIN = (
-    type(None), bool, int, float, complex, str, bytes, range, slice, frozenset, type(Ellipsis), torch.dtype,
-    torch.device, torch.Size, torch.layout, torch.memory_format,
-)  # fmt: skip
-"""Types of values that never change."""
 _BY_IDENTITY = (
     type, enum.Enum, property, functools.partial, types.FunctionType, types.BuiltinFunctionType, types.MethodType,
     types.ModuleType, types.MethodWrapperType,
 )  # fmt: skip
-_CONTAINERS = frozenset({list, dict, set, collections.deque, collections.OrderedDict, collections.defaultdict})
-"""Types of containers whose content is followed, and may be written; not classes made from them."""
 _NOT_USERS = ("torch", "numpy", "sympy", "mpmath", "typing_extensions", "networkx")
 """Installed packages that a trace itself runs."""
 _NOT_FOLLOWED = (
@@ -58,54 +50,6 @@ _NOT_FOLLOWED = (
 _IMMUTABLE_TYPE, _HEAP_TYPE = 1 << 8, 1 << 9
 """Bits of `type.__flags__`: attributes of the class cannot be set; the class was made by a class statement."""
 
-ABSENT = type("Absent", (), {"__repr__": lambda self: "absent", "__slots__": ()})()
-"""Stands for the value of a slot that does not exist."""
-
-Slot: TypeAlias = tuple[int, Hashable]
-"""The id of an object and the name of an attribute, or the id of a dict and a key."""
-
-
-class Kind(enum.Enum):
-    """Where a value was found."""
-
-    ATTRIBUTE = "in the object's __dict__"
-    CLASS = "in its class"
-    COMPUTED = "by __getattr__, or in a slot"
-    ABSENT = "nowhere"
-    GLOBAL = "in the globals of a module"
-    CELL = "in a variable of a closure"
-
-
-@dataclass(frozen=True, eq=False)
-class Read:
-    """A slot that was read, and what it held at the first read."""
-
-    owner: Any
-    """The object; for a global the dict of the module, for a variable of a closure its cell."""
-    name: str
-    kind: Kind
-    value: Any
-    content: Any = None
-    """A shallow copy of a container's content."""
-    path: str = ""
-    """The name of a module of globals or of a function, where the owner has none."""
-
-
-def is_container(value: Any) -> bool:
-    """True for a container whose content is followed."""
-    return type(value) in _CONTAINERS
-
-
-def content_of(value: Any) -> Any:
-    """A shallow copy of what a container or an array holds; None for all else."""
-    if isinstance(value, (list, tuple, collections.deque)):
-        return tuple(value)
-    if isinstance(value, (dict, types.MappingProxyType)):
-        return dict(cast("Mapping[Any, Any]", value))
-    if isinstance(value, set):
-        return frozenset(cast("set[Any]", value))
-    return value.copy() if isinstance(value, np.ndarray) else None
-
 
 @functools.cache
 def _is_users(filename: str) -> bool:
@@ -115,31 +59,39 @@ def _is_users(filename: str) -> bool:
 
 def _is_plain_class(kind: type) -> bool:
     """True for a class whose instances are plain objects with state that is worth following."""
-    flags = kind.__flags__
     no_objects = (nn.Module, Tensor, type, enum.Enum, tuple, list, dict, set, types.ModuleType, logging.Filterer)
-    is_users = flags & _HEAP_TYPE and not flags & _IMMUTABLE_TYPE and not issubclass(kind, no_objects)
-    return bool(is_users) and kind.__module__.split(".")[0] not in (*_NOT_FOLLOWED, "fxzero")
+    return is_users_class(kind) and not issubclass(kind, no_objects)
 
 
 class Reads:
     """What one forward reads, and the attributes that it sets."""
 
-    def __init__(self, model: nn.Module, on_object: Callable[[Any], None], alive: list[Any]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        on_object: Callable[[Any], None],
+        on_store: Callable[[dict[Any, Any], str, str], None],
+        alive: list[Any],
+    ) -> None:
         """
         Args:
             model: its `forward` is not its own during a trace.
             on_object: called with each plain object and container the first time it is met.
+            on_store: called with the dict, the key and the name of each global, variable of a closure, or attribute of
+                a class or module, that code may set which is about to run.
             alive: receives objects, so that no id is given again during the trace.
         """
         self.found: dict[Slot, Read] = {}
         self.set_slots: set[Slot] = set()
         """Attributes that were set."""
-        self._model, self._on_object = model, on_object
+        self._model, self._on_object, self._on_store = model, on_object, on_store
         self._alive = alive
         self._followed: set[int] = set()
         self._patched: dict[type, dict[str, Any]] = {}
         self._codes: dict[types.CodeType, list[tuple[int, ...]]] = {}
         """Code that ran, and the ids of the variables of its closure at each call."""
+        self._stored: dict[types.CodeType, set[str]] = {}
+        """The variables of its closure that code sets."""
         self._made_here: set[int] = set()
         """Ids of objects made in forward: their state is nobody's."""
         self._is_on = False
@@ -273,7 +225,22 @@ class Reads:
             if not isinstance(value, types.SimpleNamespace):
                 self._patch(type(value))
             for name in vars(value) if isinstance(value, types.SimpleNamespace) else ():  # its class cannot be patched
-                self._add((id(value), name), Read(value, name, Kind.ATTRIBUTE, *_held(vars(value)[name])))
+                self._add((id(value), name), Read(value, name, Kind.ATTRIBUTE, *held(vars(value)[name])))
+
+    def add_class_writes(self, before: Mapping[Slot, tuple[ClassAttributes, Any]]) -> None:
+        """Add attributes of classes that forward set, since `type(self).count += 1` is not seen to read them.
+
+        Args:
+            before: the class, and what it held before the forward, of each attribute.
+        """
+        for slot, read in list(self.found.items()):
+            if read.kind is Kind.CLASS and not torch_internals.is_symbolic(read.value):
+                _, value = before.get((id(read.place), read.name), (None, read.value))
+                if value is not read.value:
+                    self.found[slot] = replace(read, value=value, content=None)
+        for (_, name), (attributes, value) in before.items():
+            kind = attributes.kind
+            self._add((id(kind), name), Read(kind, str(name), Kind.CLASS, value, None, kind.__qualname__))
 
     # -- globals and closures ------------------------------------------------------------------------------------
 
@@ -293,6 +260,8 @@ class Reads:
                     self._alive += [values.get(name) for name in code.co_freevars]
                     for name in code.co_freevars:
                         self._follow(values.get(name))
+                    if self._stored[code]:
+                        self._add_stored_cells(frame, held)
             if code.co_argcount and code.co_varnames[0] == "self":
                 if code.co_name in ("__init__", "__post_init__", "__new__"):
                     self._made_here.add(id(values.get("self")))
@@ -301,13 +270,23 @@ class Reads:
                     self._follow(values.get("self"))
 
     def _scan(self, code: types.CodeType, space: dict[str, Any]) -> None:
-        """Add the globals that code can read, and attributes of the modules and classes among them."""
+        """Add the globals that code can read or set, and attributes of the modules and classes among them."""
         chain: Any = None
+        self._stored[code] = set()
+        loaded: list[tuple[dict[Any, Any], str]] = []
         for each in dis.get_instructions(code):
             name, owner, chain = each.argval, chain, None
             if each.opname == "LOAD_GLOBAL" and name in space:
                 chain = space[name]
                 self._add((id(space), name), _global(space, name))
+                loaded += _attributes(chain)
+            elif each.opname == "STORE_GLOBAL":
+                self._on_store(space, name, f"{space.get('__name__', '')}.{name} (global)")
+            elif each.opname == "STORE_DEREF" and name in code.co_freevars:
+                self._stored[code].add(name)
+            elif each.opname == "STORE_ATTR":
+                for attributes, path in loaded:
+                    self._on_store(attributes, name, f"{path}.{name}")
             elif each.opname in ("LOAD_ATTR", "LOAD_METHOD"):
                 if isinstance(owner, types.ModuleType) and _is_users(getattr(owner, "__file__", None) or "<string>"):
                     chain = vars(owner).get(name)
@@ -317,25 +296,30 @@ class Reads:
                     base = next((base for base in owner.__mro__ if name in vars(base)), None)
                     if base is not None and base.__module__.split(".")[0] not in _NOT_FOLLOWED:
                         value = vars(base)[name]
-                        self._add((id(owner), name), Read(owner, name, Kind.CLASS, *_held(value), owner.__qualname__))
+                        self._add((id(owner), name), Read(owner, name, Kind.CLASS, *held(value), owner.__qualname__))
             elif each.opname in ("PRECALL", "CACHE", "EXTENDED_ARG"):
                 chain = owner
 
     def _add_cells(self) -> None:
-        """Add the variables of the closures of those functions that ran."""
-        codes = {code for code in self._codes if code.co_freevars}
-        functions = [each for each in gc.get_referrers(*codes) if isinstance(each, types.FunctionType)] if codes else []
-        for function in functions:
-            cells = function.__closure__
-            if function.__code__ not in codes or not cells:
-                continue
-            with contextlib.suppress(ValueError):  # an empty cell
-                if tuple(id(cell.cell_contents) for cell in cells) not in self._codes[function.__code__]:
-                    continue  # another function with this code, which did not run
-                for name, cell in zip(function.__code__.co_freevars, cells, strict=True):
-                    value = cell.cell_contents
-                    if name != "__class__":
-                        self._add((id(cell), name), Read(cell, name, Kind.CELL, *_held(value), function.__qualname__))
+        """Add the variables of the closures of those functions that ran, and set none of them."""
+        codes = {code for code in self._codes if code.co_freevars and not self._stored[code]}
+        for function in _functions_with(codes):
+            for name, cell in _cells(function, self._codes[function.__code__]):
+                self._add_cell(function, name, cell)
+
+    def _add_stored_cells(self, frame: types.FrameType, held: tuple[int, ...]) -> None:
+        """Add the variables of the closure of a function that is about to run, and that sets some of them."""
+        code = frame.f_code
+        for function in _functions_with({code}):
+            for name, cell in _cells(function, [held]):
+                if not _is_of_caller(frame, name, cell.cell_contents):
+                    self._add_cell(function, name, cell)
+                    if name in self._stored[code]:
+                        self._on_store(variable_in(cell), name, f"{name} (of the closure of {function.__qualname__})")
+
+    def _add_cell(self, function: types.FunctionType, name: str, cell: types.CellType) -> None:
+        place = variable_in(cell)
+        self._add((id(place), name), Read(place, name, Kind.CELL, *held(cell.cell_contents), function.__qualname__))
 
     def _read_wrapped_again(self) -> None:
         """The tracer replaces functions that are marked by `torch.fx.wrap` in their modules while it runs."""
@@ -344,12 +328,52 @@ class Reads:
                 self.found[slot] = _global(read.owner, read.name)
 
 
-def _held(value: Any) -> tuple[Any, Any]:
-    return value, content_of(value)
+def _functions_with(codes: Collection[types.CodeType]) -> list[types.FunctionType]:
+    """The functions that have one of some codes."""
+    referrers = gc.get_referrers(*codes) if codes else []
+    return [each for each in referrers if isinstance(each, types.FunctionType) and each.__code__ in codes]
+
+
+def _cells(function: types.FunctionType, calls: Collection[tuple[int, ...]]) -> list[tuple[str, types.CellType]]:
+    """The variables of a function's closure by name; none if it is another than those that were called.
+
+    Args:
+        calls: the ids of what the variables held at each call.
+    """
+    cells = function.__closure__ or ()
+    with contextlib.suppress(ValueError):  # an empty cell
+        if tuple(id(cell.cell_contents) for cell in cells) in calls:
+            named = zip(function.__code__.co_freevars, cells, strict=True)
+            return [(name, cell) for name, cell in named if name != "__class__"]
+    return []
+
+
+def _is_of_caller(frame: types.FrameType | None, name: str, value: Any) -> bool:
+    """True if a variable belongs to a function that is running: it is made anew in each call."""
+    while frame is not None:
+        if name in frame.f_code.co_cellvars and frame.f_locals.get(name) is value:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _attributes(value: Any) -> list[tuple[dict[Any, Any], str]]:
+    """The attributes of a user's module or class, and its name; nothing for other values."""
+    if isinstance(value, types.ModuleType) and _is_users(getattr(value, "__file__", None) or "<string>"):
+        return [(vars(value), value.__name__)]
+    if isinstance(value, type) and is_users_class(value):
+        return [(attributes_of(value), value.__qualname__)]
+    return []
+
+
+def is_users_class(kind: type) -> bool:
+    """True for a class whose attributes can be set, and that is no part of torch or the standard library."""
+    can_be_set = kind.__flags__ & _HEAP_TYPE and not kind.__flags__ & _IMMUTABLE_TYPE
+    return bool(can_be_set) and kind.__module__.split(".")[0] not in (*_NOT_FOLLOWED, "fxzero")
 
 
 def _global(space: dict[str, Any], name: str) -> Read:
-    return Read(space, name, Kind.GLOBAL, *_held(space[name]), str(space.get("__name__", "")))
+    return Read(space, name, Kind.GLOBAL, *held(space[name]), str(space.get("__name__", "")))
 
 
 def _locate(obj: Any, name: str, value: Any) -> Read | None:
@@ -363,7 +387,7 @@ def _locate(obj: Any, name: str, value: Any) -> Read | None:
     if attributes is not None:
         name = name if name in attributes else getattr(type(obj), "attribute_map", {}).get(name, name)
         if name in attributes:
-            return Read(obj, name, Kind.ATTRIBUTE, *_held(attributes[name]))
+            return Read(obj, name, Kind.ATTRIBUTE, *held(attributes[name]))
     for base in type(obj).__mro__:
         if name not in vars(base):
             continue
@@ -371,10 +395,10 @@ def _locate(obj: Any, name: str, value: Any) -> Read | None:
         if base in (nn.Module, object):
             return None
         if isinstance(found, types.MemberDescriptorType):
-            return Read(obj, name, Kind.COMPUTED, *_held(value))
+            return Read(obj, name, Kind.COMPUTED, *held(value))
         if isinstance(found, property) or hasattr(type(found), "__set__"):
             return None  # what its code reads is seen
-        return Read(obj, name, Kind.CLASS, *_held(found))
+        return Read(obj, name, Kind.CLASS, *held(found))
     if isinstance(obj, nn.Module) and any(name in table for table in torch_internals.registered(obj)):
         return None
-    return Read(obj, name, Kind.ABSENT if value is ABSENT else Kind.COMPUTED, *_held(value))
+    return Read(obj, name, Kind.ABSENT if value is ABSENT else Kind.COMPUTED, *held(value))

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from fxzero.capture.guards import Guards
 from fxzero.capture.hooks import Observer
 from fxzero.capture.numbers import Numbers, NumberSlot
-from fxzero.capture.reads import ABSENT, Kind, Read
-from fxzero.capture.writes import Write
+from fxzero.capture.slots import ABSENT, Read
+from fxzero.capture.writes import Write, put
 
 
 class Values(NamedTuple):
@@ -88,19 +88,11 @@ class PythonState:
         entries = [(each.owner, each.key, each.before) for each in self.writes if isinstance(each.owner, dict)]
         entries += [(s.owner, s.key, number) for s, number in zip(self.numbers.slots, values.numbers, strict=True)]
         now = [(owner, key, owner.get(key, ABSENT)) for owner, key, _ in entries]
-        _put(entries)
+        put(entries)
         try:
             yield
         finally:
-            _put(now)
-
-
-def _put(entries: Sequence[tuple[dict[Any, Any], Any, Any]]) -> None:
-    for owner, key, value in entries:
-        if value is ABSENT:
-            owner.pop(key, None)
-        else:
-            owner[key] = value
+            put(now)
 
 
 def state_of(
@@ -119,8 +111,8 @@ def state_of(
     inputs = {(id(owner), key): owner[key] for owner, key in tensors}
     inputs |= {each.slot: each.value for each in numbers.slots}
     guards = Guards(model, reads, inputs)
-    candidates = tuple(each for each in _number_slots(reads, guards) if each.slot not in inputs)
-    return PythonState(guards, numbers, tuple(tensors), writes, observers, candidates)
+    candidates = {each.slot: each for each in _number_slots(reads, guards) if each.slot not in inputs}
+    return PythonState(guards, numbers, tuple(tensors), writes, observers, tuple(candidates.values()))
 
 
 def tensors_read(reads: Sequence[Read], constants: Mapping[str, Tensor]) -> dict[str, tuple[dict[Any, Any], Any]]:
@@ -132,21 +124,15 @@ def tensors_read(reads: Sequence[Read], constants: Mapping[str, Tensor]) -> dict
     targets = {id(constant): target for target, constant in constants.items()}
     slots: dict[str, tuple[dict[Any, Any], Any]] = {}
     for read in reads:
-        owner = _dict_of(read)
+        owner = read.place
         if owner is not None and isinstance(read.value, Tensor) and id(read.value) in targets:
             slots.setdefault(targets[id(read.value)], (owner, read.name))
     return slots
 
 
-def _dict_of(read: Read) -> dict[Any, Any] | None:
-    if read.kind is Kind.ATTRIBUTE:
-        return vars(read.owner)
-    return read.owner if read.kind is Kind.GLOBAL else None
-
-
 def _number_slots(reads: Sequence[Read], guards: Guards) -> Generator[NumberSlot]:
     for read in reads:
-        owner = _dict_of(read)
+        owner = read.place
         if owner is not None and type(read.value) in (int, float):
             yield NumberSlot(owner, read.name, guards.label(read), read.value)
         elif isinstance(read.value, dict):

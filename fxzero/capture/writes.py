@@ -20,7 +20,9 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from fxzero import torch_internals
-from fxzero.capture.reads import ABSENT, PLAIN, Slot, content_of, is_container
+from fxzero.capture.places import ClassAttributes, attributes_of
+from fxzero.capture.reads import is_users_class
+from fxzero.capture.slots import ABSENT, PLAIN, Slot, content_of, is_container
 from fxzero.errors import CaptureError
 from fxzero.torch_internals import TreeSpec, tree_flatten, tree_unflatten
 
@@ -87,6 +89,9 @@ class Before:
         """Objects whose ids are in use."""
         self._entries: list[tuple[dict[Any, Any], Any, Any]] = []
         """Entries that symbolic numbers take the place of, with their numbers."""
+        self._places: dict[Slot, tuple[dict[Any, Any], str, Any, str]] = {}
+        """Globals, variables of closures and attributes of classes: dict or place, key, what it held, and name."""
+        self._classes: set[type] = set()
         self._buffer_tables: set[int] = set()
         """Ids of tables of buffers, whose entries others swap."""
         self._structure: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
@@ -107,10 +112,24 @@ class Before:
         """Remember what an entry holds that is about to hold a symbolic number."""
         self._entries.append((owner, key, owner[key]))
 
+    def add_place(self, owner: dict[Any, Any], key: str, name: str) -> None:
+        """Remember what a global, a variable of a closure or an attribute of a class holds now."""
+        self._places.setdefault((id(owner), key), (owner, key, owner.get(key, ABSENT), name))
+
+    def _add_class(self, kind: type) -> None:
+        self._classes.add(kind)
+        if is_users_class(kind):
+            for key, value in vars(kind).items():
+                if not key.startswith("__") and not _stays(value):
+                    self.add_place(attributes_of(kind), key, f"{kind.__qualname__}.{key}")
+
     def _add_attributes(self, owner: Any, name: str) -> None:
         attributes = vars(owner)
         if id(attributes) in self._objects:
             return
+        for kind in type(owner).__mro__:
+            if kind not in self._classes:
+                self._add_class(kind)
         self._objects[id(attributes)] = id(owner), attributes, dict(attributes)
         self._names[id(attributes)] = name
         for key, value in attributes.items():
@@ -146,15 +165,18 @@ class Before:
         """Owner, key, value now and value before of each changed slot; the key of items that were added is None."""
         for object_id, attributes, before in list(self._objects.values()):
             if removed := [key for key in before if key not in attributes and not _is_cache(key)]:
-                raise CaptureError(
-                    f"The forward deletes {self._name_of(attributes, removed[0])}, which a compiled step cannot do "
-                    "again. Set it to None."
-                )
+                raise CaptureError(_deletes(self._name_of(attributes, removed[0])))
             for key, now in attributes.items():
                 held = before.get(key, ABSENT)
                 is_same = now is given.get((id(attributes), key), held) and (object_id, key) not in set_slots
                 if not is_same and not _is_cache(key) and key not in torch_internals.MODULE_ATTRIBUTES:
                     yield attributes, key, now, held
+        for owner, key, before, name in self._places.values():
+            now = owner.get(key, ABSENT)
+            if now is ABSENT and before is not ABSENT:
+                raise CaptureError(_deletes(name))
+            if now is not given.get((id(owner), key), before):
+                yield owner, key, now, before
         for container, before in list(self._containers.values()):
             if id(container) in self._names or not self._is_forgotten(container):
                 yield from self._changes_of(container, before, given)
@@ -185,18 +207,31 @@ class Before:
                 "cannot do again. Let forward make a new list, or return the items."
             )
 
-    def contents(self) -> dict[int, Any]:
-        """What every container holds now, by id."""
-        return {key: content_of(container) for key, (container, _) in self._containers.items()}
+    def class_writes(self) -> dict[Slot, tuple[ClassAttributes, Any]]:
+        """The class of each attribute of a class that holds another plain value now, and what it held before."""
+        return {
+            slot: (owner, before)
+            for slot, (owner, key, before, _) in self._places.items()
+            if isinstance(owner, ClassAttributes) and before is not owner.get(key) and isinstance(before, PLAIN)
+        }
 
-    def differs_from(self, contents: Mapping[int, Any]) -> bool:
-        """True if a container holds other objects than at some time in the forward."""
-        return any(_differs(now, contents.get(key, before)) for key, (now, before) in self._containers.items())
+    def contents(self) -> dict[Any, Any]:
+        """What every container, by id, and every place holds now."""
+        containers = {key: content_of(container) for key, (container, _) in self._containers.items()}
+        return containers | {slot: owner.get(key, ABSENT) for slot, (owner, key, *_) in self._places.items()}
 
-    def roll_back(self, contents: Mapping[int, Any]) -> None:
-        """Let containers hold again what they held at some time in the forward."""
+    def differs_from(self, contents: Mapping[Any, Any]) -> bool:
+        """True if a container or a place holds other objects than at some time in the forward."""
+        places = self._places.items()
+        return any(_differs(now, contents.get(key, before)) for key, (now, before) in self._containers.items()) or any(
+            owner.get(key, ABSENT) is not contents.get(slot, before) for slot, (owner, key, before, _) in places
+        )
+
+    def roll_back(self, contents: Mapping[Any, Any]) -> None:
+        """Let containers and places hold again what they held at some time in the forward."""
         for key, (container, before) in self._containers.items():
             _fill(container, contents.get(key, before))
+        put((owner, key, contents.get(slot, before)) for slot, (owner, key, before, _) in self._places.items())
 
     @contextlib.contextmanager
     def restored(self) -> Generator[None]:
@@ -214,6 +249,7 @@ class Before:
                     attributes.update(before | stay)
             for container, before in self._containers.values():
                 _fill(container, before)
+            put((o, key, before) for o, key, before, _ in self._places.values() if not _stays(o.get(key, ABSENT)))
             for owner, key, value in self._entries:  # an object that was met late held a symbolic number then
                 owner[key] = value
 
@@ -221,17 +257,35 @@ class Before:
     def has_new_structure(self) -> bool:
         """True if hooks, submodules, functions or classes stay that were not there before."""
         attributes = [(now, before) for _, now, before in self._objects.values()]
-        return any(now != before for now, before in self._structure) or any(
-            value is not before.get(key) and _stays(value) for now, before in attributes for key, value in now.items()
+        places = [(owner.get(key, ABSENT), before) for owner, key, before, _ in self._places.values()]
+        return (
+            any(now != before for now, before in self._structure)
+            or any(v is not before.get(key) and _stays(v) for now, before in attributes for key, v in now.items())
+            or any(now is not before and _stays(now) for now, before in places)
         )
 
     def _name_of(self, owner: Any, key: Any) -> str:
         """The name of a slot, as the user would write it."""
+        if (id(owner), key) in self._places:
+            return self._places[id(owner), key][-1]
         name = self._names.get(id(owner), "a container that a closure or a global holds")
         if key is None:
             return name
         is_attribute = id(owner) in self._objects or id(owner) in self._buffer_tables
         return f"{name}.{key}".removeprefix("the model.") if is_attribute else f"{name}[{key!r}]"
+
+
+def _deletes(name: str) -> str:
+    return f"The forward deletes {name}, which a compiled step cannot do again. Set it to None."
+
+
+def put(entries: Iterable[tuple[dict[Any, Any], Any, Any]]) -> None:
+    """Let entries of dicts hold values; none where the value is ABSENT."""
+    for owner, key, value in entries:
+        if value is ABSENT:
+            owner.pop(key, None)
+        elif owner.get(key, ABSENT) is not value:
+            owner[key] = value
 
 
 def _differs(container: Any, content: Any) -> bool:
