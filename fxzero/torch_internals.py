@@ -505,6 +505,11 @@ def forward_hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
     return vars(module)[_HOOKS[1]], vars(module)[_HOOKS[0]]
 
 
+def backward_hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """The tables of a module's hooks before and after its backward: 2.11 to 2.13."""
+    return tuple(vars(module)[table] for table in _HOOKS[2:])
+
+
 def global_hooks() -> tuple[dict[int, Any], ...]:
     """The tables of hooks that run for every module. `torch.nn.modules.module._global_*_hooks`: 2.11 to 2.13."""
     return tuple(getattr(nn.modules.module, f"_global{table}") for table in _HOOKS)

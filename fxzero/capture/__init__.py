@@ -104,6 +104,6 @@ def capture(
         if explained is None:
             raise
         raise explained from error
-    state = state_of(module, reads, tensors, computed, joint.writes, joint.observers)
+    state = state_of(module, reads, tensors, computed, joint.writes, joint.observers, joint.observers_of_backward)
     step = assemble(root, joint, module, params, sharding)
     return Captured(step, joint.output, joint.differentiable, joint.differentiated, state)

@@ -38,9 +38,10 @@ def assemble(
     rebound = {name: cast(fx.Node, next(remaining)) for name in joint.rebound}
     grads = {name: grad for name in joint.grads if (grad := next(remaining)) is not None}
     _check_dense(grads)
-    of_input = dict(zip(joint.input_grads, remaining, strict=True))
+    of_input = {index: next(remaining) for index in joint.input_grads}
     step = StepGraph(graph, dict(params), sharding, constants)
-    step.set_output(outputs, grads, [of_input.get(index) for index in range(len(step.nodes(Role.INPUT)))])
+    grads_of_inputs = [of_input.get(index) for index in range(len(step.nodes(Role.INPUT)))]
+    step.set_output(outputs, grads, [*grads_of_inputs, *remaining])
     _write_back(step, rebound)
     _remove_no_ops(step)
     graph.eliminate_dead_code()

@@ -1,13 +1,18 @@
-"""Forward hooks on parts of a model that only observe: they run in each step, on the tensors that it computed.
+"""Hooks that only observe: they run in each step, on the tensors that it computed.
 
-what a hook does in the trace                                what happens
-returns a value                                              it is part of the graph
+what a hook of forward does in the trace                     what happens
+returns a value, or writes into a tensor                     it is part of the graph
 sets attributes, or changes containers                       each step does the same; see `writes.py`
 returns None and leaves nothing that is seen, or fails,      each step calls it after its forward, with the values of
 as `.item()` and `.numpy()` do on traced tensors             its arguments there
+
+what a hook of backward does
+returns a value, or writes into a tensor                     it is part of the graph; state that it leaves is refused
+returns None, or fails                                       each step calls it after its backward
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,33 +23,37 @@ from fxzero import torch_internals
 from fxzero.capture.reads import Reads
 from fxzero.capture.writes import Before, Output, Template
 from fxzero.errors import CaptureError
-from fxzero.torch_internals import tree_flatten
+from fxzero.torch_internals import tree_flatten, tree_leaves
 
 
 @dataclass(frozen=True)
 class Observer:
-    """A hook to call after each forward."""
+    """A hook to call after each forward, or after each backward."""
 
     hook: Callable[..., Any]
-    module: nn.Module
     arguments: Template
-    """The arguments behind the module."""
 
     def run(self, tensors: Sequence[Any]) -> None:
-        """Call the hook.
+        """Call the hook, unless a tensor that it observes was not computed.
 
         Args:
-            tensors: the flat outputs of the step.
+            tensors: the flat outputs of forward, or the gradients that hooks of backward observe.
 
         Raises:
-            CaptureError: the hook returns a value, which would change what the forward computed.
+            CaptureError: the hook returns a value, which would change what the step computed.
         """
-        if self.hook(self.module, *self.arguments.filled(tensors)) is not None:
-            name = getattr(self.hook, "__qualname__", type(self.hook).__name__)
+        if any(tensors[leaf.index] is None for leaf in self.arguments.leaves if isinstance(leaf, Output)):
+            return
+        if self.hook(*self.arguments.filled(tensors)) is not None:
             raise CaptureError(
-                f"The hook {name} on a {type(self.module).__name__} returns a value that depends on the values of "
-                "tensors. Compute the value with tensor operations, or return None."
+                f"The hook {name_of(self.hook)} returns a value that depends on the values of tensors. Compute the "
+                "value with tensor operations, or return None."
             )
+
+
+def name_of(hook: Callable[..., Any]) -> str:
+    """The name of a hook."""
+    return getattr(hook, "__qualname__", type(hook).__name__)
 
 
 class Observers:
@@ -52,46 +61,132 @@ class Observers:
 
     def __init__(self, reads: Reads, before: Before) -> None:
         self._reads, self._before = reads, before
-        self.calls: list[tuple[Callable[..., Any], nn.Module, tuple[Any, ...]]] = []
+        self._of_forward: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+        self._of_backward: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
 
     @contextlib.contextmanager
     def watching(self, model: nn.Module) -> Generator[None]:
-        """Watch the forward hooks of the model's parts in the block."""
-        tables = [(module, table) for module in model.modules() for table in torch_internals.forward_hooks_of(module)]
-        originals = [(table, dict(table)) for _, table in tables if table]
-        for module, table in tables:
-            table.update({key: self._watched(module, hook) for key, hook in table.items()})
+        """Watch the hooks of the model's parts, and those of all modules, that a forward in the block meets."""
+        modules = [*model.modules()]
+        of_forward = [table for module in modules for table in torch_internals.forward_hooks_of(module)]
+        of_backward = [table for module in modules for table in torch_internals.backward_hooks_of(module)]
+        global_forward, global_backward = torch_internals.global_hooks()[:2], torch_internals.global_hooks()[2:]
+        tables = [(table, self.of_forward) for table in (*of_forward, *global_forward)]
+        tables += [(table, self.of_backward) for table in (*of_backward, *global_backward)]
+        originals = [(table, dict(table)) for table, _ in tables if table]
+        for table, watched in tables:
+            table.update({key: watched(hook) for key, hook in table.items()})
         try:
             yield
         finally:
             for table, original in originals:
                 table.update({key: hook for key, hook in original.items() if key in table})
 
-    def _watched(self, module: nn.Module, hook: Callable[..., Any]) -> Callable[..., Any]:
+    def of_forward(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """A hook of forward that notes its calls that observe."""
+
         def watched(*arguments: Any) -> Any:
-            contents, num_set = self._before.contents(), len(self._reads.set_slots)
+            then, num_set = self._before.now(), len(self._reads.set_slots)
+            versions = _versions(arguments)
             try:
                 result = hook(*arguments)
             except Exception:
-                self._before.roll_back(contents)
+                if versions != _versions(arguments):
+                    raise
+                self._before.go_back_to(then)
                 result = None
             else:
-                if result is not None or len(self._reads.set_slots) > num_set or self._before.differs_from(contents):
+                leaves_state = len(self._reads.set_slots) > num_set or self._before.differs_from(then)
+                if result is not None or leaves_state or versions != _versions(arguments):
                     return result
-            self.calls.append((hook, module, arguments[1:]))
+            self._of_forward.append((hook, arguments))
             return result
 
         return watched
 
+    def of_backward(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """A hook of backward that notes its calls that observe.
+
+        Raises:
+            CaptureError: the hook is one of torch's own, which keeps what it counts where no trace sees it.
+        """
+        if getattr(hook, "__module__", "") == "torch.autograd.graph":
+            raise CaptureError(
+                "The forward calls torch.autograd.graph.register_multi_grad_hook, which counts gradients as they come. "
+                "Register a hook on each tensor (tensor.register_hook)."
+            )
+
+        def watched(*arguments: Any) -> Any:
+            versions, then = _versions(arguments), self._before.now()
+            found, set_slots = dict(self._reads.found), set(self._reads.set_slots)
+            try:
+                with self._reads.following():
+                    result = hook(*arguments)
+            except Exception:
+                if versions != _versions(arguments):
+                    raise
+                result = None
+            if result is not None or versions != _versions(arguments):
+                return result
+            self._before.go_back_to(then)
+            self._reads.found, self._reads.set_slots = found, set_slots  # it reads what it finds in each step
+            self._of_backward.append((hook, arguments))
+            return None
+
+        return watched
+
     def found(self, index_of: Callable[[Tensor], Output | None]) -> tuple[Observer, ...]:
-        """The observers.
+        """The observers of forward.
 
         Args:
             index_of: gives the output that stands for a traced tensor.
         """
-        observers: list[Observer] = []
-        for hook, module, arguments in self.calls:
-            flat, treespec = tree_flatten(arguments)
-            leaves = [(isinstance(leaf, Tensor) and index_of(leaf)) or leaf for leaf in flat]
-            observers.append(Observer(hook, module, Template(tuple(leaves), treespec)))
-        return tuple(observers)
+        return _observers(self._of_forward, index_of)
+
+    def found_in_backward(self) -> tuple[tuple[Observer, ...], list[Tensor]]:
+        """The observers of backward, and the gradients that they observe."""
+        observed: list[Tensor] = []
+
+        def index_of(leaf: Tensor) -> Output:
+            index = next((index for index, each in enumerate(observed) if each is leaf), len(observed))
+            observed[index:] = observed[index:] or [leaf]
+            return Output(index)
+
+        return _observers(self._of_backward, index_of), observed
+
+
+def _observers(
+    calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]], index_of: Callable[[Tensor], Output | None]
+) -> tuple[Observer, ...]:
+    observers: list[Observer] = []
+    for hook, arguments in calls:
+        if any(_is_traced(each) for each in _closure_of(hook)):
+            raise CaptureError(
+                f"The hook {name_of(hook)} reads a tensor of forward that is none of its arguments. A hook that only "
+                "observes gets the tensors of each step as arguments; let it compute with these alone."
+            )
+        flat, treespec = tree_flatten(arguments)
+        leaves = [(isinstance(leaf, Tensor) and index_of(leaf)) or leaf for leaf in flat]
+        observers.append(Observer(hook, Template(tuple(leaves), treespec)))
+    return tuple(observers)
+
+
+def _closure_of(hook: Any) -> list[Any]:
+    """Values that a hook holds: the variables of its closure, its defaults, and arguments that it was given before."""
+    if isinstance(hook, functools.partial):
+        return [*_closure_of(hook.func), *tree_leaves((hook.args, hook.keywords))]
+    function = getattr(hook, "__func__", hook)
+    held: list[Any] = [*(getattr(function, "__defaults__", None) or ())]
+    for cell in getattr(function, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # an empty cell
+            held.append(cell.cell_contents)
+    return tree_leaves(held)
+
+
+def _is_traced(value: Any) -> bool:
+    return torch_internals.is_symbolic(value) or (isinstance(value, Tensor) and torch_internals.is_fake(value))
+
+
+def _versions(arguments: tuple[Any, ...]) -> int:
+    """A number that changes when a tensor among the arguments of a hook is written."""
+    return torch_internals.num_changes([leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)])

@@ -28,7 +28,7 @@ from fxzero.capture.provenance import Recorder, autograd_nodes
 from fxzero.capture.reads import Reads
 from fxzero.capture.slots import Read, Slot
 from fxzero.capture.state import tensors_read
-from fxzero.capture.writes import Before, Output, Write
+from fxzero.capture.writes import Before, Moment, Output, Write
 from fxzero.errors import CaptureError, InputMismatchError
 from fxzero.graph import ops
 from fxzero.graph.layout import ParamSpec
@@ -51,6 +51,8 @@ class Joint:
     """Indices of inputs whose gradients are outputs."""
     writes: tuple[Write, ...]
     observers: tuple[Observer, ...]
+    observers_of_backward: tuple[Observer, ...]
+    """Their tensors are the last outputs of the traced graph."""
     num_numbers: int
     """Numbers that are left behind, as the first outputs of the traced graph."""
 
@@ -168,7 +170,8 @@ class Tracing:
             if arguments:
                 args, kwargs = replace_numbers(self.spec, args, kwargs, arguments)
             grad = torch.set_grad_enabled(self.with_backward)
-            with grad, self._observers.watching(self.module), self.reads.following(), _DataWrites(state):
+            watching, mode = self._observers.watching(self.module), _ForwardMode(state, self._observers)
+            with grad, watching, self.reads.following(), mode:
                 output = call_module(self.module, self.forward, args, kwargs)
             tensors, spec = flatten_output(output)
             returned = len(tensors)
@@ -181,15 +184,28 @@ class Tracing:
                 graph.call_function(ops.end_forward).meta[META_KEY] = NodeInfo(Role.END_FORWARD)
                 draws.in_backward = True
                 leaves = {key: leaf for key, leaf in [*state.params.items(), *enumerate(inputs)] if leaf.requires_grad}
-                results = self._backward([tensors[index] for index in chosen], [*leaves.values()], recorder)
+                then = self.before.now()
+                with self.reads.following():
+                    results = self._backward([tensors[index] for index in chosen], [*leaves.values()], recorder)
+                self._check_state_of_backward(then)
         recorder.label()
+        observers_of_backward, observed = self._observers.found_in_backward()
         grads = tuple(key for key in leaves if isinstance(key, str))
         input_grads = tuple(key for key in leaves if isinstance(key, int))
         self.joint = Joint(
             spec, len(tensors), differentiable, chosen, tuple(state.rebound), grads, input_grads, writes, observers,
-            len(left_behind),
+            observers_of_backward, len(left_behind),
         )  # fmt: skip
-        return [*left_behind, *tensors, *state.rebound.values(), *results]
+        return [*left_behind, *tensors, *state.rebound.values(), *results, *observed]
+
+    def _check_state_of_backward(self, then: Moment) -> None:
+        name = self.before.changed_since(then)
+        if name is not None:
+            raise CaptureError(
+                f"The backward changes {name}: in a hook that returns a value, in an autograd.Function, or in a "
+                "checkpoint that runs forward again. A compiled step leaves behind what forward changes, and what "
+                "hooks that return None do; change it there."
+            )
 
     def _put_numbers(self, numbers: list[Any]) -> dict[Slot, Any]:
         """Put symbolic numbers into their slots; `Before.restored` takes them out."""
@@ -270,11 +286,12 @@ def _own_autocast_cache() -> Generator[None]:
         torch.clear_autocast_cache()
 
 
-class _DataWrites(TorchFunctionMode):
-    """Refuses `param.data = ...`, which no tracer sees."""
+class _ForwardMode(TorchFunctionMode):
+    """Refuses `param.data = ...` and retain_grad(), which no tracer sees, and watches the hooks of tensors."""
 
-    def __init__(self, state: FakeState) -> None:
+    def __init__(self, state: FakeState, observers: Observers) -> None:
         super().__init__()
+        self._observers = observers
         self._params = {id(stand_in): name for name, stand_in in (state.params | state.buffers).items()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -284,7 +301,22 @@ class _DataWrites(TorchFunctionMode):
                 "optimizer may change them. Update it between steps, on the shards (zero.parameters()), or keep the "
                 "average in a second compiled model."
             )
+        if func == Tensor.register_hook:
+            self._check_hooked(args[0])
+            return func(args[0], self._observers.of_backward(args[1]))
+        if func == Tensor.retain_grad and not args[0].is_leaf:
+            raise CaptureError(
+                "The forward calls retain_grad() on a tensor inside of the model, whose gradient the backward of a "
+                "compiled step does not keep. Use tensor.register_hook(function) to see it."
+            )
         return func(*args, **(kwargs or {}))
+
+    def _check_hooked(self, tensor: Tensor) -> None:
+        if id(tensor) in self._params:
+            raise CaptureError(
+                f"The forward registers a hook on parameter {self._params[id(tensor)]}, in each call one more. "
+                "Register a hook once, before training: register_post_accumulate_grad_hook gets its shard's gradient."
+            )
 
 
 class _Interceptor(torch_internals.DispatchMode):

@@ -112,7 +112,8 @@ class Reads:
         finally:
             sys.settrace(before)
             self._is_on = False
-            for kind, own in reversed(self._patched.items()):
+            patched, self._patched = self._patched, {}
+            for kind, own in reversed(patched.items()):
                 for name, method in own.items():
                     if method is ABSENT:
                         delattr(kind, name)

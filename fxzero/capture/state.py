@@ -45,6 +45,8 @@ class PythonState:
     writes: tuple[Write, ...]
     observers: tuple[Observer, ...]
     """Hooks to call after each forward."""
+    observers_of_backward: tuple[Observer, ...]
+    """Hooks to call after each backward."""
     candidates: tuple[NumberSlot, ...]
     """Numbers that the forward read and that the graph has as constants."""
 
@@ -102,6 +104,7 @@ def state_of(
     numbers: Numbers,
     writes: tuple[Write, ...],
     observers: tuple[Observer, ...],
+    observers_of_backward: tuple[Observer, ...],
 ) -> PythonState:
     """The state of a trace that is over.
 
@@ -112,7 +115,8 @@ def state_of(
     inputs |= {each.slot: each.value for each in numbers.slots}
     guards = Guards(model, reads, inputs)
     candidates = {each.slot: each for each in _number_slots(reads, guards) if each.slot not in inputs}
-    return PythonState(guards, numbers, tuple(tensors), writes, observers, tuple(candidates.values()))
+    of_hooks = observers, observers_of_backward
+    return PythonState(guards, numbers, tuple(tensors), writes, *of_hooks, tuple(candidates.values()))
 
 
 def tensors_read(reads: Sequence[Read], constants: Mapping[str, Tensor]) -> dict[str, tuple[dict[Any, Any], Any]]:

@@ -20,6 +20,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from fxzero import torch_internals
+from fxzero.capture.guards import same
 from fxzero.capture.places import ClassAttributes, attributes_of
 from fxzero.capture.reads import is_users_class
 from fxzero.capture.slots import ABSENT, PLAIN, Slot, content_of, is_container
@@ -74,6 +75,15 @@ class Write:
             self.owner.update(value)
         else:
             self.owner.extend(value)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What the known state held at some time; what is known only later held then what it held before."""
+
+    attributes: Mapping[int, dict[str, Any]]
+    containers: Mapping[int, Any]
+    places: Mapping[Slot, Any]
 
 
 class Before:
@@ -215,23 +225,50 @@ class Before:
             if isinstance(owner, ClassAttributes) and before is not owner.get(key) and isinstance(before, PLAIN)
         }
 
-    def contents(self) -> dict[Any, Any]:
-        """What every container, by id, and every place holds now."""
-        containers = {key: content_of(container) for key, (container, _) in self._containers.items()}
-        return containers | {slot: owner.get(key, ABSENT) for slot, (owner, key, *_) in self._places.items()}
-
-    def differs_from(self, contents: Mapping[Any, Any]) -> bool:
-        """True if a container or a place holds other objects than at some time in the forward."""
-        places = self._places.items()
-        return any(_differs(now, contents.get(key, before)) for key, (now, before) in self._containers.items()) or any(
-            owner.get(key, ABSENT) is not contents.get(slot, before) for slot, (owner, key, before, _) in places
+    def now(self) -> Moment:
+        """What everything holds now."""
+        return Moment(
+            {key: dict(attributes) for key, (_, attributes, _) in self._objects.items()},
+            {key: content_of(container) for key, (container, _) in self._containers.items()},
+            {slot: owner.get(key, ABSENT) for slot, (owner, key, *_) in self._places.items()},
         )
 
-    def roll_back(self, contents: Mapping[Any, Any]) -> None:
-        """Let containers and places hold again what they held at some time in the forward."""
+    def differs_from(self, then: Moment) -> bool:
+        """True if a container or a place holds other objects than at some time in the forward."""
+        places = self._places.items()
+        return any(
+            _differs(now, then.containers.get(key, before)) for key, (now, before) in self._containers.items()
+        ) or any(
+            owner.get(key, ABSENT) is not then.places.get(slot, before) for slot, (owner, key, before, _) in places
+        )
+
+    def changed_since(self, then: Moment) -> str | None:
+        """The name of something that holds another value than at some time in the forward; None if there is nothing.
+
+        A traced tensor in the place of another is no change: a checkpoint computes what it was once more.
+        """
+        for key, (_, attributes, before) in self._objects.items():
+            known = then.attributes.get(key, before)
+            for name in known.keys() | attributes.keys():
+                values = attributes.get(name, ABSENT), known.get(name, ABSENT)
+                if not (_is_equal(*values) or _is_cache(name) or name in torch_internals.MODULE_ATTRIBUTES):
+                    return self._name_of(attributes, name)
         for key, (container, before) in self._containers.items():
-            _fill(container, contents.get(key, before))
-        put((owner, key, contents.get(slot, before)) for slot, (owner, key, before, _) in self._places.items())
+            content = then.containers.get(key, before)
+            if len(container) != len(content) or not all(map(_is_equal, _items(container), _items(content))):
+                return self._name_of(container, None)
+        for slot, (owner, key, before, name) in self._places.items():
+            if not _is_equal(owner.get(key, ABSENT), then.places.get(slot, before)):
+                return name
+        return None
+
+    def go_back_to(self, then: Moment) -> None:
+        """Let everything hold again what it held at some time."""
+        for key, (_, attributes, before) in self._objects.items():
+            _fill(attributes, then.attributes.get(key, before))
+        for key, (container, before) in self._containers.items():
+            _fill(container, then.containers.get(key, before))
+        put((owner, key, then.places.get(slot, before)) for slot, (owner, key, before, _) in self._places.items())
 
     @contextlib.contextmanager
     def restored(self) -> Generator[None]:
@@ -289,7 +326,16 @@ def put(entries: Iterable[tuple[dict[Any, Any], Any, Any]]) -> None:
 
 
 def _differs(container: Any, content: Any) -> bool:
+    if isinstance(container, dict) and container.keys() != content.keys():
+        return True
     return len(container) != len(content) or not all(map(_is, _items(container), _items(content)))
+
+
+def _is_equal(now: Any, then: Any) -> bool:
+    """True for values that are the same to every computation, and for two traced tensors of one geometry."""
+    if isinstance(now, Tensor) and isinstance(then, Tensor) and torch_internals.is_fake(now):
+        return torch_internals.is_fake(then) and (now.shape, now.dtype) == (then.shape, then.dtype)
+    return same(now, then)
 
 
 def _fill(container: Any, content: Any) -> None:

@@ -166,7 +166,10 @@ class StepGraph:
 
     @property
     def input_grads(self) -> Sequence[fx.Node | None]:
-        """The gradients of inputs in the order of their placeholders; None for an input without a gradient."""
+        """The gradients of inputs in the order of their placeholders, None for an input without a gradient.
+
+        Behind them those that hooks observe.
+        """
         return cast(Any, self.output.args[0])[2]
 
     def set_output(self, outputs: Sequence[Any], grads: dict[str, fx.Node], input_grads: Sequence[Any]) -> None:

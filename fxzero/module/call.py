@@ -112,6 +112,9 @@ class Call:
         tangents = [grad for grad in arriving if grad is not None]
         self.executable.restore_kept(self._generation)
         input_grads = self._run_backward(running, saved, tangents)
+        observed = input_grads[self.executable.num_inputs :]
+        for observer in self.executable.plan.captured.state.observers_of_backward:
+            observer.run(observed)
         return [input_grads[index] for index in self.trained_inputs]
 
     def _check(self) -> None:
