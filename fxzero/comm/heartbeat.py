@@ -181,6 +181,7 @@ def heartbeat() -> Heartbeat:
     global _current
     store = torch_internals.default_store()
     if _current is None or not _current.is_of(store):
+        store.check([_key(0)])  # raises at once if the store is lost; a clone would try to connect for long
         _current = Heartbeat(store, dist.get_rank())
     return _current
 
