@@ -18,6 +18,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable
+from datetime import timedelta
 from typing import Any, cast
 
 import torch.distributed as dist
@@ -29,6 +30,8 @@ from fxzero.comm.phases import PhaseLog, Stop
 
 TICK_S = 0.5
 """Seconds between two looks at this rank's own wait."""
+_CONNECT_S = 5
+"""For how long a rank tries to connect to the store, before it sees whether the store is there at all."""
 LINGER_S = 2.0
 """For how long a rank that fails or stops waits until the others have noticed."""
 
@@ -38,7 +41,7 @@ class Heartbeat:
 
     def __init__(self, store: Store, rank: int) -> None:
         self._origin = weakref.ref(store)
-        self._store: Store = cast(Any, store).clone()  # a thread that waits in the user's store would hold it
+        self._store = _clone(store)  # a thread that waits in the user's store would hold it
         self.rank = rank
         self.logs: dict[tuple[int, ...], PhaseLog] = {}
         self._beat = 0
@@ -152,6 +155,23 @@ class Heartbeat:
                 return
 
 
+def _clone(store: Store) -> Store:
+    """Another connection to a store.
+
+    Raises:
+        RuntimeError: the store is lost.
+    """
+    timeout = cast(Any, store).timeout
+    store.set_timeout(timedelta(seconds=_CONNECT_S))
+    try:
+        while True:
+            store.check([_key(0)])
+            with contextlib.suppress(dist.DistNetworkError):  # a store that is lost, or busy
+                return cast(Any, store).clone()
+    finally:
+        store.set_timeout(timeout)
+
+
 def _has_noticed(log: PhaseLog, entry: dict[str, Any] | None) -> bool:
     """True if the rank of an entry knows that this one failed or stopped, or has itself."""
     theirs = (
@@ -181,7 +201,6 @@ def heartbeat() -> Heartbeat:
     global _current
     store = torch_internals.default_store()
     if _current is None or not _current.is_of(store):
-        store.check([_key(0)])  # raises at once if the store is lost; a clone would try to connect for long
         _current = Heartbeat(store, dist.get_rank())
     return _current
 
