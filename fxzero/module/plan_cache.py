@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 
 from fxzero.module.call_kind import Pattern, Signature
 from fxzero.module.changing_numbers import ChangingNumbers
@@ -28,6 +28,8 @@ class PlanCache:
         self._preferred: dict[tuple[bool, ...], Pattern] = {}
         """The pattern that was preferred last with each `requires_grad` of all parameters."""
         self._warned = False
+        self._changes: Counter[str] = Counter()
+        """How often each slot of the Python state has changed."""
 
     def __len__(self) -> int:
         return sum(map(len, self._plans.values()))
@@ -58,7 +60,21 @@ class PlanCache:
         if alike:
             state = alike[0].plan.captured.state
             numbers.note(state)
-            logger.info("traced anew, since it changed: %s", ", ".join(state.changed()[:5]))
+            changed = state.changed()
+            logger.info("traced anew, since it changed: %s", ", ".join(changed[:5]))
+            self._warn_of_changes({*changed}.difference(each.label for each in state.candidates))
+
+    def _warn_of_changes(self, labels: set[str]) -> None:
+        """Warn once of state, other than numbers, that keeps changing."""
+        self._changes.update(labels)
+        often = [label for label in sorted(labels) if self._changes[label] == MAX_ALIKE]
+        if often:
+            warnings.warn(
+                f"{often[0]} has changed {MAX_ALIKE} times between calls, and forward reads it: each time the call is "
+                "traced and planned anew, which takes as long as the first call. Keep what grows outside of the model "
+                "(return it from forward), or make it a tensor.",
+                stacklevel=10,
+            )
 
     def clear(self) -> None:
         """Drop all plans; kinds of calls keep their patterns."""

@@ -432,3 +432,11 @@ def test_the_schedule_lists_what_is_guarded() -> None:
     assert "beta = 1.0" in lines
     assert "config.temperature = 1.0" in lines
     assert "drop.p = 0.0" in lines
+
+
+def test_a_list_that_grows_is_named_once() -> None:
+    zero = fxzero.compile(variant(collect)())
+    with pytest.warns(UserWarning, match="losses has changed 8 times") as caught:
+        for _ in range(12):
+            zero(torch.ones(2, 6))
+    assert len([each for each in caught if "has changed" in str(each.message)]) == 1
