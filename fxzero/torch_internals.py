@@ -431,6 +431,11 @@ def num_changes(tensors: Iterable[torch.Tensor]) -> int:
     return sum([tensor._version for tensor in tensors])  # pyright: ignore[reportPrivateUsage]
 
 
+def is_gradient_wanted(tensor: torch.Tensor) -> bool:
+    """True for a tensor with a hook or retain_grad(). `Tensor._backward_hooks`: 2.11 to 2.13."""
+    return tensor.retains_grad or bool(tensor._backward_hooks)  # pyright: ignore[reportPrivateUsage]
+
+
 def changes_of_each(tensors: Sequence[Any], indices: Sequence[int]) -> list[int]:
     """Number of changes in place of each chosen tensor; 0 for inference tensors. `Tensor._version`: 2.11 to 2.13."""
     return [0 if tensors[index].is_inference() else tensors[index]._version for index in indices]

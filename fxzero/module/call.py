@@ -1,5 +1,6 @@
 """One call of a compiled module as a torch.autograd.Function, whose backward writes gradients into the shards."""
 
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, TypeAlias
@@ -7,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 
 from fxzero import torch_internals
-from fxzero.errors import StaleBackwardError
+from fxzero.errors import FxzeroError, StaleBackwardError
 from fxzero.module.call_kind import Pattern
 from fxzero.module.initialize import drawing_from, rng_state
 from fxzero.module.replaced_data import Replaced, in_shards
@@ -47,6 +48,7 @@ class Call:
         self._settle: Settle | None = settle
         self._replaced = replaced
         """The tensors that were in the place of shards in forward, which backward uses too."""
+        self._outputs: list[weakref.ref[torch.Tensor]] = []
         self._saved: list[Any] | None = None
         self._param_version = 0
         self._generation = 0
@@ -75,6 +77,10 @@ class Call:
             outputs = (*outputs[:index], outputs[index].detach(), *outputs[index + 1 :])
         return outputs
 
+    def watch(self, outputs: Sequence[torch.Tensor]) -> None:
+        """Note the tensors that forward returned, in whose gradients a user may take an interest."""
+        self._outputs = [weakref.ref(output) for output in outputs]
+
     def backward(self, arriving: tuple[torch.Tensor | None, ...]) -> list[torch.Tensor | None]:
         """Run backward.
 
@@ -100,6 +106,7 @@ class Call:
 
     def _run_checked(self, arriving: tuple[torch.Tensor | None, ...]) -> list[torch.Tensor | None]:
         before, pattern = self.executable, self.executable.pattern_of(arriving)
+        self._check_hooked(pattern)
         running = before
         if pattern != before.plan.captured.differentiated or not before.is_settled:
             assert self._settle is not None
@@ -140,6 +147,23 @@ class Call:
                 "An input, an output or a buffer that backward needs was changed in place after this forward. Change a "
                 "copy of it instead, and call the module again before backward."
             )
+
+    def _check_hooked(self, pattern: Pattern) -> None:
+        """Refuse to leave out the gradient that an output gets from other outputs, if somebody wants to see it.
+
+        Args:
+            pattern: the outputs that receive a gradient.
+        """
+        for index, reference in zip(self.executable.tensor_outputs, self._outputs, strict=True):
+            output = reference()
+            if output is None or not torch_internals.is_gradient_wanted(output):
+                continue
+            if any(other in pattern for other in self.executable.outputs_computed_from(index)):
+                raise FxzeroError(
+                    "An output of the model has a hook or retain_grad(), and the loss was computed from it inside of "
+                    "the model: a compiled step does not return its gradient. Register the hook inside of forward, or "
+                    "compute the loss from the output outside of the model."
+                )
 
     def _drop(self) -> None:
         self._saved, self._inputs, self._before, self._settle = None, [], ([], []), None

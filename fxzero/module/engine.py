@@ -101,7 +101,9 @@ class Engine:
         if executable.has_backward:
             settle = partial(self._settle, signature, arguments, values)
             call = Call(self.sharded, self.backward, executable, [*inputs, *values.inputs], settle, replaced)
-            return StepFunction.apply(call, self._anchor, *[x for x in inputs if x.requires_grad])  # type: ignore[no-any-return]
+            returned = StepFunction.apply(call, self._anchor, *[x for x in inputs if x.requires_grad])
+            call.watch(returned)  # type: ignore[arg-type]
+            return returned  # type: ignore[return-value]
         with torch.no_grad():
             outputs, _ = executable.forward([*inputs, *values.inputs], self.sharded.buffers(executable))
         return [outputs[index] for index in executable.tensor_outputs]

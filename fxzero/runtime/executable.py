@@ -179,6 +179,16 @@ class Executable:
         """Which outputs receive a gradient, as indices of the flat outputs."""
         return tuple([i for i, grad in zip(self.tensor_outputs, arriving, strict=True) if grad is not None])
 
+    def outputs_computed_from(self, index: int) -> set[int]:
+        """The other outputs that forward computes from an output, as indices of the flat outputs."""
+        places = {output: i for i, output in enumerate(self.step.model_outputs) if isinstance(output, fx.Node)}
+        source = cast(fx.Node, self.step.model_outputs[index])
+        behind = {source}
+        for node in self.step.graph.nodes:
+            if not behind.isdisjoint(node.all_input_nodes):
+                behind.add(node)
+        return {place for node, place in places.items() if node in behind and node is not source}
+
     def narrowed(self, pattern: tuple[int, ...]) -> "Executable":
         """What runs backward, behind a forward of this one, where some of the differentiated outputs get a gradient."""
         if pattern not in self._narrowed:

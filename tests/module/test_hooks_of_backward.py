@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fxzero
-from fxzero.errors import CaptureError
+from fxzero.errors import CaptureError, FxzeroError
 from fxzero.testing import run_ranks
 
 seen: list[Any] = []
@@ -274,3 +274,26 @@ def observe_on_ranks(rank: int, world_size: int) -> None:
 
 def test_hooks_observe_the_gradients_of_this_rank() -> None:
     run_ranks(2, observe_on_ranks)
+
+
+class TwoStages(Net):
+    def forward(self, x: Tensor) -> Any:
+        hidden = torch.relu(self.body(x))
+        return hidden, self.head(hidden).sum(), torch.tanh(self.body(x)).sum()
+
+
+@pytest.mark.parametrize("want", [Tensor.retain_grad, lambda tensor: tensor.register_hook(seen.append)])
+def test_the_gradient_of_an_output_that_a_loss_comes_from_is_refused(want: Callable[[Tensor], object]) -> None:
+    zero = fxzero.compile(TwoStages())
+    hidden, loss, _ = zero(torch.ones(2, 4))
+    want(hidden)
+    with pytest.raises(FxzeroError, match="inside of forward"):
+        loss.backward()
+
+
+def test_the_gradient_of_an_output_that_a_loss_outside_comes_from_is_whole() -> None:
+    zero = fxzero.compile(TwoStages())
+    hidden, _, other = zero(torch.ones(2, 4))
+    hidden.retain_grad()
+    (hidden.pow(2).sum() + other).backward()
+    assert torch.equal(hidden.grad, 2 * hidden)
