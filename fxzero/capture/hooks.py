@@ -65,8 +65,12 @@ class Observers:
         self._of_backward: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
 
     @contextlib.contextmanager
-    def watching(self, model: nn.Module) -> Generator[None]:
-        """Watch the hooks of the model's parts, and those of all modules, that a forward in the block meets."""
+    def watching(self, model: nn.Module, tracer: object) -> Generator[None]:
+        """Watch the hooks of the model's parts, and those of all modules, that a forward in the block meets.
+
+        Args:
+            tracer: its methods are hooks of the trace alone, which no step repeats.
+        """
         modules = [*model.modules()]
         of_forward = [table for module in modules for table in torch_internals.forward_hooks_of(module)]
         of_backward = [table for module in modules for table in torch_internals.backward_hooks_of(module)]
@@ -75,7 +79,8 @@ class Observers:
         tables += [(table, self.of_backward) for table in (*of_backward, *global_backward)]
         originals = [(table, dict(table)) for table, _ in tables if table]
         for table, watched in tables:
-            table.update({key: watched(hook) for key, hook in table.items()})
+            users = {key: hook for key, hook in table.items() if getattr(hook, "__self__", None) is not tracer}
+            table.update({key: watched(hook) for key, hook in users.items()})
         try:
             yield
         finally:

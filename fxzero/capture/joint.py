@@ -170,7 +170,7 @@ class Tracing:
             if arguments:
                 args, kwargs = replace_numbers(self.spec, args, kwargs, arguments)
             grad = torch.set_grad_enabled(self.with_backward)
-            watching, mode = self._observers.watching(self.module), _ForwardMode(state, self._observers)
+            watching, mode = self._observers.watching(self.module, recorder), _ForwardMode(state, self._observers)
             with grad, watching, self.reads.following(), mode:
                 output = call_module(self.module, self.forward, args, kwargs)
             tensors, spec = flatten_output(output)

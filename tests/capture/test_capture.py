@@ -390,6 +390,11 @@ def test_outputs_that_are_placeholders_or_views_of_parameters_are_not_returned_t
     assert targets[1] is targets[2] is torch.ops.aten.clone.default
 
 
+def test_hooks_of_the_tracer_are_no_observers_of_the_model():
+    captured = trace(module_of(lambda self, x: (self.lin(x), self.lin.weight)), torch.randn(2, 4))
+    assert not captured.state.observers and len(captured.step.model_outputs) == 2
+
+
 def test_forward_only_under_no_grad_and_where_nothing_requires_grad():
     model, x = Tied(), torch.randn(4, 8)
     with torch.no_grad():
