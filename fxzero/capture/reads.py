@@ -304,6 +304,7 @@ class Reads:
     def _add_cells(self) -> None:
         """Add the variables of the closures of those functions that ran, and set none of them."""
         codes = {code for code in self._codes if code.co_freevars and not self._stored[code]}
+        codes = {code for code in codes if not code.co_name.startswith("<") or code.co_name == "<lambda>"}
         for function in _functions_with(codes):
             for name, cell in _cells(function, self._codes[function.__code__]):
                 self._add_cell(function, name, cell)
