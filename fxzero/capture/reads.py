@@ -27,6 +27,7 @@ from fxzero import torch_internals
 from fxzero.capture.places import ClassAttributes, attributes_of, variable_in
 from fxzero.capture.provenance import is_user_file
 from fxzero.capture.slots import ABSENT, PLAIN, Kind, Read, Slot, held, is_container
+from fxzero.host.gc_pause import gc_paused
 
 _BY_IDENTITY = (
     type, enum.Enum, property, functools.partial, types.FunctionType, types.BuiltinFunctionType, types.MethodType,
@@ -47,6 +48,8 @@ _NOT_FOLLOWED = (
     "re",
 )
 """Packages whose classes are left alone."""
+_COMPREHENSIONS = ("<genexpr>", "<listcomp>", "<setcomp>", "<dictcomp>")
+"""Names of code."""
 _IMMUTABLE_TYPE, _HEAP_TYPE = 1 << 8, 1 << 9
 """Bits of `type.__flags__`: attributes of the class cannot be set; the class was made by a class statement."""
 
@@ -100,10 +103,35 @@ class Reads:
     @contextlib.contextmanager
     def following(self) -> Generator[None]:
         """Learn what the block reads."""
+        with gc_paused():  # callbacks of the collector are no part of the model
+            try:
+                with self._patches(), self._calls():
+                    yield
+            finally:
+                self._add_cells()
+                self._read_wrapped_again()
+
+    @contextlib.contextmanager
+    def _patches(self) -> Generator[None]:
+        """See attributes that are read and set in the block."""
         self._patch(nn.Module)
         for kind in {base for module in self._model.modules() for base in type(module).__mro__}:
             if kind not in (nn.Module, object) and "__getattribute__" in vars(kind):
                 self._patch(kind)
+        try:
+            yield
+        finally:
+            patched, self._patched = self._patched, {}
+            for kind, own in reversed(patched.items()):
+                for name, method in own.items():
+                    if method is ABSENT:
+                        delattr(kind, name)
+                    else:
+                        setattr(kind, name, method)
+
+    @contextlib.contextmanager
+    def _calls(self) -> Generator[None]:
+        """See the code that runs in the block."""
         before = sys.gettrace()
         self._is_on = True
         sys.settrace(self._on_call)
@@ -112,15 +140,6 @@ class Reads:
         finally:
             sys.settrace(before)
             self._is_on = False
-            patched, self._patched = self._patched, {}
-            for kind, own in reversed(patched.items()):
-                for name, method in own.items():
-                    if method is ABSENT:
-                        delattr(kind, name)
-                    else:
-                        setattr(kind, name, method)
-            self._add_cells()
-            self._read_wrapped_again()
 
     @contextlib.contextmanager
     def paused(self) -> Generator[None]:
@@ -330,8 +349,9 @@ class Reads:
 
 
 def _functions_with(codes: Collection[types.CodeType]) -> list[types.FunctionType]:
-    """The functions that have one of some codes."""
-    referrers = gc.get_referrers(*codes) if codes else []
+    """The functions that have one of some codes; none for those of comprehensions, whose functions are gone."""
+    codes = {code for code in codes if code.co_name not in _COMPREHENSIONS}
+    referrers = gc.get_referrers(*codes) if codes else []  # looks at every object of the process
     return [each for each in referrers if isinstance(each, types.FunctionType) and each.__code__ in codes]
 
 
@@ -379,7 +399,7 @@ def _global(space: dict[str, Any], name: str) -> Read:
 
 def _locate(obj: Any, name: str, value: Any) -> Read | None:
     """Where an attribute was found; None if it needs no guard of its own."""
-    if name.startswith("__") and name.endswith("__"):
+    if (name.startswith("__") and name.endswith("__")) or name == torch_internals.CALL:
         return None
     try:
         attributes: dict[str, Any] | None = object.__getattribute__(obj, "__dict__")

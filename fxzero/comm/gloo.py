@@ -109,9 +109,8 @@ class GlooComm(GroupComm):
         """Connections of its own, in place of those of the group, for messages."""
 
     def close(self) -> None:
-        for (
-            peer
-        ) in self._peers:  # where a wait for a message exceeds its timeout, gloo closes all connections of a group
+        # Where a wait for a message exceeds its timeout, gloo closes all connections of a group.
+        for peer in self._peers:
             with contextlib.suppress(RuntimeError):
                 (self._renewed or self.group).recv([torch.empty(1)], peer, _CLOSING_TAG).wait(timedelta(milliseconds=1))
 

@@ -173,12 +173,10 @@ def _clone(store: Store) -> Store:
 
 
 def _has_noticed(log: PhaseLog, entry: dict[str, Any] | None) -> bool:
-    """True if the rank of an entry knows that this one failed or stopped, or has itself."""
-    theirs = (
-        None
-        if entry is None or entry["ended"] or is_gone(entry, 0.0)
-        else entry["groups"].get(name_of_group(log.members))
-    )
+    """True if the rank of an entry knows that this one failed or stopped, has stopped itself, or is not there."""
+    if entry is None or entry["ended"] or is_gone(entry, 0.0):
+        return True
+    theirs = entry["groups"].get(name_of_group(log.members))
     if theirs is None or theirs["stop"] is not None:
         return True
     return theirs["failed"] is not None and log.failed is not None and theirs["failed"][0] >= log.failed[0]

@@ -1,4 +1,4 @@
-"""Python's garbage collector, paused while planning.
+"""Python's garbage collector, paused while tracing and planning.
 
 A plan of many layers is millions of small objects that all stay. The collector walks them again and again as more are
 made, and finds nothing: half of the time of choosing sizes.

@@ -15,15 +15,10 @@ def compare_with_equal_models(sharded: ShardedModel, layout: Layout) -> None:
     _laid_out[:] = [held for held in _laid_out if held() is not None]
     for held in _laid_out:
         other = held()
-        if (
-            other is None
-            or other.shards is None
-            or layout.shard_ranks == 1
-            or not _are_teacher_and_student(sharded, other)
-        ):
+        if other is None or other.shards is None or not _are_teacher_and_student(sharded, other):
             continue
         own, theirs = ({bucket.fqns for bucket in each.buckets} for each in (layout, other.shards.layout))
-        if own != theirs:
+        if own != theirs and layout.shard_ranks > 1:
             differs = min(own - theirs)
             warnings.warn(
                 f"This {type(sharded.model).__name__} has the parameters of a model that was compiled before, one of "

@@ -95,9 +95,7 @@ def _fill(sharded: ShardedModel, shards: Shards, loaded: AbstractSet[str]) -> No
         )
     parts = param_shards(sharded.params, shards.layout, shards.rank, shards.device)
     for optimizer in sharded.optimizers:
-        if not is_marked(
-            optimizer, parts
-        ):  # else its state is that of the shards, and was loaded before they were made
+        if not is_marked(optimizer, parts):  # a marked one has the state of shards, loaded before they were made
             cut_state(optimizer, parts)
     shard_full_params(shards, sharded.params, sharded.comm, sync_init=sharded.sync_init)
     for module in sharded.model.modules():

@@ -141,9 +141,8 @@ class Shards:
         bucket = self.layout.bucket_of[fqn]
         spec = self._spec(bucket, fqn)
         part = bucket.slice_of(spec, self.rank)
-        begin = (
-            part.offset if part.numel else 1
-        )  # an empty view is known by its offset, which a new tensor does not have
+        # An empty view begins at 1, so that its offset tells it from a new empty tensor, which begins at 0.
+        begin = part.offset if part.numel else 1
         return shard[begin : begin + part.numel].view(spec.shard_shape(part.numel))
 
     @staticmethod

@@ -17,7 +17,6 @@ from fxzero.reference.tensor_lists import with_tensor_lists
 from fxzero.reference.transient import TransientMemory
 from fxzero.testing import engine_of
 from tests.distributed import replicated
-from tests.distributed.api_workers import Failing, Pair
 from tests.distributed.interleaved_workers import MIXED, full_gradients
 from tests.helpers.payloads import one_payload
 from tests.optimizers.test_optimizer_state import LARGE_BYTES, Large
@@ -86,20 +85,6 @@ def two_forwards(rank: int, world_size: int, without: Without) -> None:
         mine, full = zero.get_parameter(fqn).grad, param.grad
         assert mine is not None and full is not None
         torch.testing.assert_close(mine, replicated.own_slice(zero, fqn, full), rtol=1e-6, atol=1e-8)
-
-
-def fail_and_go_on(rank: int, world_size: int) -> None:
-    """Every rank fails in the middle of its forward, with collectives under way; then training goes on."""
-    both = Pair(rank, world_size, Failing, without=("buckets", "flat_collectives", "persistent_buffers"))
-    good, bad = torch.tensor([0, 1, 3, 3]), torch.tensor([0, 1, 2, 9])
-    for seed in range(3):
-        both.backward(lambda m, r: m(good).loss, seed)
-        both.step()
-        try:
-            both.zero(bad)
-        except IndexError:
-            continue
-        raise AssertionError("the index was not refused")
 
 
 class Flat(nn.Module):
@@ -178,4 +163,4 @@ def reduce_lists(rank: int, world_size: int, comm: Comm | None = None) -> list[f
     return gathered.tolist()
 
 
-__all__ = ["beside_full", "fail_and_go_on", "observe", "reduce_lists", "two_forwards"]
+__all__ = ["beside_full", "observe", "reduce_lists", "two_forwards"]

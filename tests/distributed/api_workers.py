@@ -148,9 +148,14 @@ class Failing(nn.Module):
         return self.net(self.table(ids))
 
 
-def fail_and_go_on(rank: int, world_size: int) -> None:
-    """Every rank fails in the middle of its forward, with gathers in flight; then training goes on."""
-    both = Pair(rank, world_size, Failing, passes=default_passes(bucket_bytes=1))
+def fail_and_go_on(rank: int, world_size: int, *without: str) -> None:
+    """Every rank fails in the middle of its forward, with gathers in flight; then training goes on.
+
+    Args:
+        without: optimizations that the compiled net does without.
+    """
+    options = {"without": without} if without else {"passes": default_passes(bucket_bytes=1)}
+    both = Pair(rank, world_size, Failing, **options)
     good, bad = torch.tensor([0, 1, 3, 3]), torch.tensor([0, 1, 2, 9])
     for seed in range(3):
         both.backward(lambda m, r: m(good).loss, seed)

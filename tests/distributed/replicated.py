@@ -6,7 +6,8 @@ computes all ranks' gradients by itself, so nothing of what is tested is used to
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -237,11 +238,22 @@ def train(
 
 def train_with_all_temporaries_placed(rank: int, world_size: int, name: str, sizes: dict[str, Any]) -> None:
     """`train` with a place in the arena also for small temporaries, as only models of a real size have them."""
+    with _every_temporary_placed():
+        train(rank, world_size, name, steps=2, micro_batches=2, lengths=((16,), (12, 16)), sizes=sizes)
+
+
+def two_forwards_with_all_temporaries_placed(rank: int, world_size: int) -> None:
+    """`two_forwards_then_backwards`, likewise."""
+    with _every_temporary_placed():
+        two_forwards_then_backwards(rank, world_size)
+
+
+@contextmanager
+def _every_temporary_placed() -> Generator[None]:
     limit = activations.PLACED_FROM_BYTES
     activations.PLACED_FROM_BYTES = 1
     try:
-        train(rank, world_size, name, steps=2, micro_batches=2, lengths=((16,), (12, 16)), sizes=sizes)
-        two_forwards_then_backwards(rank, world_size)
+        yield
     finally:
         activations.PLACED_FROM_BYTES = limit
 

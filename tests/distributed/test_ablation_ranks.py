@@ -9,6 +9,7 @@ import torch
 from fxzero.reference.ablation import OPTIMIZATIONS, Without
 from fxzero.testing import run_ranks
 from tests.distributed import ablation_workers as workers
+from tests.distributed import api_workers
 
 EACH: list[Without] = [(name,) for name in OPTIMIZATIONS]
 EVERYTHING: list[Without] = [*EACH, "all"]
@@ -34,7 +35,7 @@ def test_kept_buckets_may_be_gathered_again_by_another_phase_in_between(without:
 
 
 def test_an_error_in_the_middle_of_a_step_leaves_nothing_behind() -> None:
-    run_ranks(2, workers.fail_and_go_on)
+    run_ranks(2, api_workers.fail_and_go_on, "buckets", "flat_collectives", "persistent_buffers")
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

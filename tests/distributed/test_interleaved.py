@@ -13,8 +13,9 @@ from tests.distributed.test_training import FIRST_COMPLETE_PREFIX
 KEEP_ALL = {"bucket_bytes": 8192, "max_kept_bytes": None}
 
 
-@pytest.mark.parametrize("name", [*replicated.CASES, "mixed"])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("world_size", "name"), [(1, "mixed"), *((size, name) for size in (2, 3) for name in [*replicated.CASES, "mixed"])]
+)
 def test_training_equals_replicated_training(world_size: int, name: str) -> None:
     (header,) = {schedule.splitlines()[0] for schedule in run_ranks(world_size, workers.train, name)}
     assert ("interleaved: " in header) == (world_size > 1)

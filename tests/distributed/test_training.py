@@ -28,17 +28,17 @@ def test_training_equals_replicated_training_for_each_kind_of_optimizer(optimize
 @pytest.mark.parametrize(("world_size", "name"), [(2, "mlp"), (4, "mlp"), *((3, name) for name in replicated.CASES)])
 def test_every_prefix_of_the_passes_trains_the_same(world_size: int, name: str) -> None:
     every = range(FIRST_COMPLETE_PREFIX, len(default_passes()) + 1)
-    # Transformers take seconds for each: one of two prefixes, the longest included.
-    prefixes = every if name in ("mlp", "net") else every[:: -2 if name == "gpt" else 2]
+    # Transformers take seconds for each: one of two or three prefixes, the longest included.
+    prefixes = every[:: {"gpt": -2, "roberta": -3}.get(name, 1)]
     run_ranks(world_size, replicated.train_prefixes, name, prefixes, timeout=120)
 
 
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_accumulation_over_different_micro_batches_adds_to_the_shards(world_size: int) -> None:
     run_ranks(world_size, replicated.train, "gpt", "adamw", None, 2, 2)
 
 
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_no_sync_reduces_the_sum_of_micro_batches(world_size: int) -> None:
     run_ranks(world_size, replicated.train, "gpt", "adamw", None, 1, 3, True)
 
@@ -52,7 +52,7 @@ def test_rank_0_wins_when_ranks_are_seeded_differently() -> None:
     run_ranks(2, replicated.train, "gpt", "adamw", None, 2, 1, False, ((16,),), 5)
 
 
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_clipping_is_within_1e_6_of_replicated_training(world_size: int) -> None:
     run_ranks(world_size, replicated.train, "roberta", "adamw", None, 1, 1, False, ((16,),), 0, 0.01)
 
@@ -78,6 +78,7 @@ def test_training_is_the_same_when_every_temporary_has_a_place(name: str) -> Non
 def test_training_is_the_same_when_every_temporary_has_a_place_beside_kept_buckets() -> None:
     sizes = {"bucket_bytes": 8192, "max_kept_bytes": 40_000, "recompute": "full"}
     run_ranks(2, replicated.train_with_all_temporaries_placed, "gpt", sizes)
+    run_ranks(2, replicated.two_forwards_with_all_temporaries_placed)
 
 
 def test_kept_buckets_are_gathered_again_when_another_phase_ran_between() -> None:

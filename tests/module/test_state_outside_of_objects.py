@@ -1,5 +1,6 @@
 """Globals, variables of closures and attributes of classes that a forward sets: each step does, as the plain model."""
 
+import gc
 import types
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import fxzero
 from fxzero.errors import CaptureError
+from tests.helpers.pairs import pair, points
 
 steps_taken = 0
 last_output: Tensor | None = None
@@ -174,3 +176,25 @@ def test_a_global_that_is_deleted_is_refused_by_name() -> None:
     with pytest.raises(CaptureError, match=r"deletes user\.THERE"):
         fxzero.compile(model)(torch.ones(2, 4))
     assert space["THERE"] == 1
+
+
+num_collections = 0
+
+
+def note_collection(phase: str, info: object) -> None:
+    global num_collections
+    num_collections += 1
+
+
+def test_callbacks_of_the_garbage_collector_are_no_part_of_a_forward() -> None:
+    gc.callbacks.append(note_collection)
+    thresholds = gc.get_threshold()
+    gc.set_threshold(1, 1, 1)
+    try:
+        zero, plain = pair(nn.Linear(6, 3))
+        assert torch.equal(zero(points()), plain(points()))
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(note_collection)
+    assert num_collections > 0
+    assert "num_collections" not in str(zero.schedule.guards)

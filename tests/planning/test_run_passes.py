@@ -119,9 +119,9 @@ def train_random_nets(rank: int, world_size: int, seeds: range) -> None:
             replicated.train(rank, world_size, case, num_passes=num_passes, steps=2, sizes=sizes)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_random_models_train_as_replicated_on_ranks(world_size: int) -> None:
-    run_ranks(world_size, train_random_nets, range(16), timeout=120)
+@pytest.mark.parametrize(("world_size", "seeds"), [(2, range(10)), (3, range(10, 20))])
+def test_random_models_train_as_replicated_on_ranks(world_size: int, seeds: range) -> None:
+    run_ranks(world_size, train_random_nets, seeds, timeout=120)
 
 
 @pytest.mark.parametrize(
