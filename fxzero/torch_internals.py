@@ -68,6 +68,21 @@ def gloo_connections(group: dist.ProcessGroup, name: str) -> dist.ProcessGroup:
     return cast(Any, dist).ProcessGroupGloo(store, group.rank(), group.size(), timeout)
 
 
+def is_connected(group: dist.ProcessGroup, rank: int, tag: int) -> bool:
+    """False if gloo has seen the connection to a rank of a group break, which it says where a message is asked for.
+
+    Args:
+        tag: of a message that nobody sends.
+
+    `ProcessGroup._get_backend`: 2.11 to 2.13.
+    """
+    try:
+        cast(Any, group)._get_backend(torch.device("cpu")).recv([torch.empty(1)], rank, tag)
+    except RuntimeError:
+        return False
+    return True
+
+
 COLLECTIVE_NAMESPACES = ("_c10d_functional", "_c10d_functional_autograd", "_dtensor")
 """Where torch registers the collectives that models which are traced may call: 2.11 to 2.13."""
 

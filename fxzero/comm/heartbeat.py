@@ -21,6 +21,7 @@ from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
@@ -32,6 +33,10 @@ TICK_S = 0.5
 """Seconds between two looks at this rank's own wait."""
 _CONNECT_S = 5
 """For how long a rank tries to connect to the store, before it sees whether the store is there at all."""
+_LOOK_AGAIN_S = 4.0
+"""Seconds between two looks at the connection to a rank that has no entry: each leaves a few bytes in gloo."""
+_NOBODYS_TAG = 0x7FFFFFFF
+"""The tag of messages that nobody sends, above those that users choose by hand."""
 LINGER_S = 2.0
 """For how long a rank that fails or stops waits until the others have noticed."""
 
@@ -50,6 +55,8 @@ class Heartbeat:
         self._lock = threading.RLock()
         self._known: set[int] = set()
         """Ranks that have an entry."""
+        self._looked_s: dict[int, float] = {}
+        """When the connection to a rank that has no entry was last looked at."""
         self._thread = threading.Thread(target=self._run, name="fxzero heartbeat", daemon=True)
         self.publish()
         self._thread.start()
@@ -102,7 +109,20 @@ class Heartbeat:
             ranks: default: all others of the group.
         """
         others = peers.log.members if ranks is None else ranks
-        return peers.reason_to_stop(self.entries(rank for rank in others if rank != self.rank))
+        entries = self.entries(rank for rank in others if rank != self.rank)
+        lost = next((rank for rank, entry in entries.items() if entry is None and self._has_lost(rank)), None)
+        return peers.reason_to_stop(entries) if lost is None else peers.never_came(lost)
+
+    def _has_lost(self, rank: int) -> bool:
+        """True if a rank that has not compiled anything is gone, as the connection of the default group to it shows."""
+        now_s = time.monotonic()
+        if now_s - self._looked_s.get(rank, -_LOOK_AGAIN_S) < _LOOK_AGAIN_S:
+            return False
+        self._looked_s[rank] = now_s
+        group = dist.group.WORLD
+        if group is None or torch_internals.backend_name(group, torch.device("cpu")) != "gloo":
+            return False
+        return not torch_internals.is_connected(group, rank, _NOBODYS_TAG)
 
     def explain(self, log: PhaseLog, within_s: float = LINGER_S) -> Stop | None:
         """The reason why connections were closed: a rank says it before it closes them, or has died."""
@@ -166,7 +186,7 @@ def _clone(store: Store) -> Store:
     try:
         while True:
             store.check([_key(0)])
-            with contextlib.suppress(dist.DistNetworkError):  # a store that is lost, or busy
+            with contextlib.suppress(dist.DistNetworkError, dist.DistStoreError):  # a store that is lost, or busy
                 return cast(Any, store).clone()
     finally:
         store.set_timeout(timeout)

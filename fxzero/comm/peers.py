@@ -176,6 +176,14 @@ class Peers:
                 return stop
         return None
 
+    def never_came(self, rank: int) -> Stop:
+        """The reason to stop where a rank has gone before it wrote an entry."""
+        return Stop(
+            "end",
+            f"rank {rank} has died or ended before it compiled a model; rank {self.log.rank} waits for it in "
+            f"{self.log.what}.",
+        )
+
     def _judge(self, rank: int, entry: dict[str, Any], now_s: float) -> Stop | None:
         watch = self.watches.setdefault(rank, Watch())
         is_renewed = entry["beat"] != watch.beat

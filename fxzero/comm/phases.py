@@ -121,7 +121,7 @@ class PhaseLog:
         self.models: weakref.WeakSet[LeavesOut] = weakref.WeakSet()
         """The models of these ranks."""
         self.num_models = 0
-        """Models whose layout these ranks have fixed."""
+        """Models that were compiled for these ranks."""
 
     def begin(self, what: str, options: int = 0) -> None:
         """A phase begins.

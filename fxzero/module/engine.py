@@ -63,6 +63,7 @@ class Engine:
         return inputs, signature, executable
 
     def __call__(self, arguments: Arguments) -> Any:
+        self.sharded.phases.note_trained()
         with self.sharded.phases.phase("forward" if torch.is_grad_enabled() else "evaluation"):
             if replaced := self.sharded.replaced():
                 with in_shards(replaced):
@@ -162,7 +163,7 @@ class Engine:
         return Signature(
             spec,
             tuple([module.training for module in sharded.modules]),
-            tuple([param.requires_grad for param in sharded.param_list]),
+            sharded.phases.trained,
             torch.is_grad_enabled(),
             (autocast, torch.get_autocast_dtype(device_type) if autocast else None),
             settings(),

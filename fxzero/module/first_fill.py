@@ -20,9 +20,19 @@ from fxzero.module.registered_tensors import entries
 from fxzero.module.sharded_model import ShardedModel
 from fxzero.optimizers.marks import foreign_state, is_marked
 from fxzero.optimizers.state import cut_state, param_shards
-from fxzero.planning.agreed_text import describe_buffers, describe_layout
+from fxzero.planning.agreed_text import describe_buffers, describe_layout, describe_options
 from fxzero.planning.fix_layout import layout_in_registration_order
 from fxzero.runtime.shards import Shards, install, shard_full_params
+
+
+def agree_on_options(sharded: ShardedModel) -> None:
+    """Compare the options of a model, before anything is exchanged that some of them ask for; a collective.
+
+    Raises:
+        RankMismatchError: ranks have different options.
+    """
+    lines = [f"model: {sharded.phases.name}", *describe_options(sharded.agreed)]
+    agree.agree(sharded.group, "layout", lines, timeout=sharded.timeout)
 
 
 def fix_layout(
@@ -42,7 +52,8 @@ def fix_layout(
             "torch.distributed was initialised after fxzero.compile, which took this rank for the only one. Call "
             "init_process_group() first."
         )
-    lines = describe_layout(layout, sharded.agreed) + [f"collective {line}" for line in order]
+    lines = [f"model: {sharded.phases.name}", *describe_layout(layout, sharded.agreed)]
+    lines += [f"collective {line}" for line in order]
     lines += [f"mesh: {sharded.group}"] if isinstance(sharded.group, Hierarchy) else []
     lines += describe_buffers(sharded.model)
     for optimizer in sharded.optimizers:

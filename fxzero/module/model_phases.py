@@ -19,7 +19,7 @@ class ModelPhases:
     Args:
         log: the phases of all models of the group.
         name: the name of the model's class.
-        fqns: maps the id of each parameter to its name.
+        params: the parameters by name.
         meet: returns once all ranks have come.
         drop_gradients: drops the gradients of the model, also those that wait to be reduced.
     """
@@ -28,11 +28,20 @@ class ModelPhases:
         self,
         log: PhaseLog,
         name: str,
-        fqns: Mapping[int, str],
+        params: Mapping[str, torch.nn.Parameter],
         meet: Callable[[], object] = lambda: None,
         drop_gradients: Callable[[], object] = lambda: None,
     ) -> None:
-        self._log, self._name, self._fqns = log, name, fqns
+        log.num_models += 1
+        self._log, self._name = log, f"{name} (model {log.num_models})"
+        self._fqns = {id(param): fqn for fqn, param in params.items()}
+        self._params = tuple(params.values())
+        self.trained = self._trained_now()
+        """Every parameter's `requires_grad` at the call that began last."""
+        self._trained_at_first: tuple[bool, ...] | None = None
+        """The same when the layout was fixed; None before."""
+        self._change = ""
+        """Which parameters are trained, where others were at first, as a part of the names of phases."""
         self._meet, self._drop_gradients = meet, drop_gradients
         log.models.add(self)
         self.num_steps = 0
@@ -48,10 +57,32 @@ class ModelPhases:
         self._lines = weakref.WeakKeyDictionary[torch.optim.Optimizer, list[str]]()
         """Their descriptions at that time."""
 
+    @property
+    def name(self) -> str:
+        """The model's class, and its number among the models that were compiled for these ranks."""
+        return self._name
+
     def is_fixed(self) -> None:
-        """Ranks have agreed on the layout of this model: from now on it has a number among their models."""
-        self._log.num_models += 1
-        self._name = f"{self._name} (model {self._log.num_models})"
+        """Ranks have agreed on the layout of this model, and on which parameters it trains."""
+        self.trained = self._trained_at_first = self._trained_now()
+
+    def note_trained(self) -> None:
+        """A call is about to begin, to which it matters which parameters are trained."""
+        if (trained := self._trained_now()) != self.trained:
+            self.trained = trained
+            self._change = self._describe_change()
+
+    def _trained_now(self) -> tuple[bool, ...]:
+        return tuple([param.requires_grad for param in self._params])
+
+    def _describe_change(self) -> str:
+        first = self._trained_at_first or self.trained
+        pairs = zip(self._fqns.values(), first, self.trained, strict=True)
+        changed = [f"{fqn} {'trained' if now else 'frozen'}" for fqn, before, now in pairs if before != now]
+        if not changed:
+            return ""
+        more = f" and {len(changed) - 1} more changes ({_digest_of(changed):x})" if len(changed) > 1 else ""
+        return f", with {changed[0]}{more} since its first call"
 
     @contextmanager
     def phase(self, word: str) -> Generator[None]:
@@ -73,6 +104,7 @@ class ModelPhases:
         for optimizer in list(self._seen):
             self._note_options(optimizer)
         what = f"{word} of {self._name}, micro-batch {self._num_backwards + 1} of step {self.num_steps + 1}"
+        what += self._change
         self._log.begin(what, self._digest)
 
     def failed(self, error: BaseException) -> None:

@@ -19,7 +19,7 @@ from fxzero.module.budget_round import BudgetRound
 from fxzero.module.call_kind import Arguments, Pattern, Signature, set_to
 from fxzero.module.changing_numbers import ChangingNumbers
 from fxzero.module.collective_orders import Mode, Orders, order_of
-from fxzero.module.first_fill import fix_layout
+from fxzero.module.first_fill import agree_on_options, fix_layout
 from fxzero.module.sharded_model import ShardedModel
 from fxzero.module.tuning_rounds import TuningRounds
 from fxzero.planning.check_passes import pass_checks
@@ -94,6 +94,8 @@ class PlanMaker:
         reporting = partial(agree.reporting_failure, sharded.group, topic) if others_wait else nullcontext
         with reporting():
             captured = self._capture(signature, pattern, arguments, with_backward=with_backward)
+        if fixes_layout:
+            agree_on_options(sharded)
         self.tuning.choose(sharded, captured.step, topic)
         # Plans of evaluations made before a choice do not leave kept and resident buckets their places.
         drops_others = self.budget.choose(sharded, captured.step, topic)

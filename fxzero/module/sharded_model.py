@@ -70,9 +70,8 @@ class ShardedModel:
         self.gradients: Gradients | None = None
         self.arena = Arena(self.devices.compute)
         this = weakref.proxy(self)  # no cycle: shards are freed with the last name of the module
-        fqns = {id(param): fqn for fqn, param in self.params.items()}
         self.phases = ModelPhases(
-            self.comm.phases, type(self.model).__name__, fqns, self.comm.meet, lambda: this.drop_gradients()
+            self.comm.phases, type(self.model).__name__, self.params, self.comm.meet, lambda: this.drop_gradients()
         )
         for optimizer in self.optimizers:
             self.phases.watch(optimizer)

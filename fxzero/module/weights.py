@@ -14,7 +14,7 @@ from fxzero.module.first_fill import fix_layout_without_trace
 from fxzero.module.registered_tensors import entries, join, standing_in
 from fxzero.module.replaced_data import in_shards
 from fxzero.module.sharded_model import ShardedModel
-from fxzero.planning.agreed_text import describe_options, describe_params
+from fxzero.planning.agreed_text import describe_buffers, describe_options, describe_params
 from fxzero.runtime.interleave import gathered_members
 
 
@@ -94,6 +94,7 @@ def _full_copies(sharded: ShardedModel, *, rank0_only: bool) -> dict[str, torch.
         if sharded.shards is None and not sharded.has_meta_params():  # nothing is sharded yet
             if not rank0_only:
                 lines = describe_options(sharded.agreed) + describe_params(sharded.specs.values())
+                lines += describe_buffers(sharded.model)
                 agree.agree(sharded.group, "state dict", lines, timeout=sharded.timeout)
             given = {} if rank0_only and not sharded.comm.is_rank0 else sharded.params
             copies = {fqn: param.detach().clone() for fqn, param in given.items()}

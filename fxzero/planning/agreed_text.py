@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
+from fxzero import torch_internals
 from fxzero.graph.layout import Layout, ParamSpec
 from fxzero.graph.recipe import Recipe
 from fxzero.graph.step import Pass
@@ -39,7 +40,14 @@ def describe_params(params: Iterable[ParamSpec]) -> list[str]:
 
 def describe_buffers(model: nn.Module) -> list[str]:
     """One buffer a line."""
+    saved = {
+        id(buffer)
+        for module in model.modules()
+        for name, buffer in torch_internals.buffers_of(module).items()
+        if torch_internals.is_persistent(module, name)
+    }
     return [
         f"buffer {fqn}: {buffer.dtype} {'x'.join(map(str, buffer.shape)) or 'scalar'}"
+        + ", not persistent" * (id(buffer) not in saved)
         for fqn, buffer in model.named_buffers()
     ]

@@ -62,6 +62,8 @@ class Trainer:
             self.zero.clip_grad_norm_(1.0)
         if how == "learning rate":
             self.optimizer.param_groups[0]["lr"] = 0.3
+        if how == "frozen":
+            self.zero.words.weight.requires_grad_(False)
         if how == "no backward":
             self.zero(ids_of(self.rank, 1))
         else:
@@ -98,7 +100,8 @@ def run_out(rank: int, world_size: int, how: str) -> str:
 def differ_in_state(rank: int, world_size: int, how: str) -> str:
     """Rank 1 has another optimizer or another buffer."""
     model, is_odd = words(), rank == 1
-    model.register_buffer("mean", torch.zeros(3 if is_odd and how == "buffer" else 2))
+    is_saved = not (is_odd and how == "not persistent")
+    model.register_buffer("mean", torch.zeros(3 if is_odd and how == "buffer" else 2), persistent=is_saved)
     if is_odd and how == "buffers":
         model.register_buffer("extra", torch.zeros(1))
     options: dict[str, Any] = {"lr": 0.2 if is_odd and how == "learning rate" else 0.1}
@@ -134,6 +137,30 @@ def die_in_trace(rank: int, world_size: int) -> str:
     """Rank 1 dies on its way to the first plan."""
     zero = fxzero.compile(Dies())
     return error_of(lambda: zero(ids_of(rank, 0)))
+
+
+def die_before_compile(rank: int, world_size: int) -> str:
+    """Rank 1 dies once the process group is there."""
+    if rank == 1:
+        os._exit(3)
+    zero = fxzero.compile(words())
+    return error_of(lambda: zero(ids_of(rank, 0)))
+
+
+def call_equal_models_in_another_order(rank: int, world_size: int) -> str:
+    """Rank 1 begins with the second of two equal models."""
+    models = [fxzero.compile(words(), timeout=PATIENCE) for _ in range(2)]
+    return error_of(lambda: [model(ids_of(rank, 0)) for model in models[:: -1 if rank == 1 else 1]])
+
+
+def freeze_and_thaw(rank: int, world_size: int) -> str:
+    """Rank 1 freezes a parameter alone, after all had frozen it and trained it again."""
+    trainer = Trainer(rank)
+    weight = trainer.zero.words.weight
+    for is_trained in (True, False, True):
+        weight.requires_grad_(is_trained)
+        trainer.step("")
+    return error_of(lambda: [trainer.step("frozen" if rank == 1 else ""), trainer.step("")])
 
 
 def catch_alone(rank: int, world_size: int) -> list[str]:

@@ -43,6 +43,8 @@ def _different_model(rank: int, how: str) -> tuple[nn.Module, dict[str, Any]]:
             options["passes"] = default_passes(bucket_bytes=1)
         elif how == "layout":
             options["layout"] = "interleaved"
+        elif how == "memory_budget":
+            options["memory_budget"] = 2**20
         elif how == "without":
             options["without"] = "fused_norm"
         elif how == "sync_init":

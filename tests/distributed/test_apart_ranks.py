@@ -19,6 +19,7 @@ DIFFERENCES = {
     "micro-batch": (NEXT, "forward of Words (model 1), micro-batch 2 of step 2"),
     "no step": (NEXT, "forward of Words (model 1), micro-batch 2 of step 2"),
     "learning rate": ("SGD group 0: lr=0.1", "SGD group 0: lr=0.3"),
+    "frozen": (FORWARD, "micro-batch 1 of step 2, with words.weight frozen since its first call"),
 }
 """What the others and the odd rank are in, by what the odd rank does."""
 
@@ -53,6 +54,7 @@ def test_a_rank_that_has_run_out_of_batches_is_named(how: str) -> None:
 STATE = {
     "buffer": "buffer mean: torch.float32 3",
     "buffers": "buffer extra: torch.float32 1",
+    "not persistent": "buffer mean: torch.float32 2, not persistent",
     "class": "Adagrad group 0",
     "learning rate": "SGD group 0: lr=0.2",
     "groups": "1 parameters, words.weight to words.weight",
@@ -69,6 +71,23 @@ def test_optimizers_and_buffers_that_differ_are_named(how: str) -> None:
 def test_a_rank_that_died_in_its_trace_is_named() -> None:
     error = run_ranks(2, apart_workers.die_in_trace, dies=(1,))[0]
     assert error.startswith("CommunicationError: rank 1 has died or ended"), error
+
+
+def test_a_rank_that_died_before_it_compiled_anything_is_named() -> None:
+    error = run_ranks(2, apart_workers.die_before_compile, dies=(1,))[0]
+    assert error.startswith("CommunicationError: rank 1 has died or ended before it compiled a model"), error
+
+
+def test_equal_models_that_are_called_in_another_order_are_named() -> None:
+    for error in run_ranks(2, apart_workers.call_equal_models_in_another_order):
+        assert error.startswith("RankMismatchError: "), error
+        assert "Words (model 1)" in error and "Words (model 2)" in error, error
+
+
+def test_a_rank_that_freezes_alone_what_all_had_frozen_before_is_named() -> None:
+    for error in run_ranks(2, apart_workers.freeze_and_thaw):
+        assert error.startswith("RankMismatchError: Ranks do different things"), error
+        assert "with words.weight frozen since its first call" in error, error
 
 
 def test_a_rank_that_catches_its_error_alone_stops_all() -> None:

@@ -13,6 +13,7 @@ DIFFERENCES = {
     "passes": ("BucketAllGathers(", "BucketAllGathers(bucket_bytes=1"),
     "layout": ("option layout: contiguous", "option layout: interleaved"),
     "without": ("option without: nothing", "option without: fused_norm"),
+    "memory_budget": ("option memory_budget: None", "option memory_budget: 1048576"),
     "sync_init": ("option sync_init: True", "option sync_init: False"),
 }
 
