@@ -12,6 +12,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -444,6 +445,27 @@ def incompatible_keys(missing: list[str], unexpected: list[str]) -> Any:
 def num_changes(tensors: Iterable[torch.Tensor]) -> int:
     """Number of changes in place of all tensors together. `Tensor._version`: 2.11 to 2.13."""
     return sum([tensor._version for tensor in tensors])  # pyright: ignore[reportPrivateUsage]
+
+
+def check_functions() -> tuple[Any, Any, Any]:
+    """Functions that look at the values of tensors: see `replaced_checks`. 2.11 to 2.13."""
+    return torch._check_tensor_all_with, torch._assert, torch._is_all_true  # pyright: ignore
+
+
+@contextlib.contextmanager
+def replaced_checks(all_with: Any, all_true: Any, assertion: Any, is_all_true: Any) -> Generator[None]:
+    """Let functions of torch that look at values be others in the block.
+
+    `torch._check_tensor_all_with`, `torch._check_tensor_all`, `torch._assert`, and `torch._is_all_true`, which
+    torch.distributions uses: 2.11 to 2.13.
+    """
+    with (
+        patch.object(torch, "_check_tensor_all_with", all_with),
+        patch.object(torch, "_check_tensor_all", all_true),
+        patch.object(torch, "_assert", assertion),
+        patch.object(torch, "_is_all_true", is_all_true),
+    ):
+        yield
 
 
 def is_gradient_wanted(tensor: torch.Tensor) -> bool:

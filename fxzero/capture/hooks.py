@@ -87,6 +87,10 @@ class Observers:
             for table, original in originals:
                 table.update({key: hook for key, hook in original.items() if key in table})
 
+    def add_check(self, check: Callable[[Tensor], None], conditions: tuple[Tensor]) -> None:
+        """Let each step call a function with traced tensors after its forward."""
+        self._of_forward.append((check, conditions))
+
     def of_forward(self, hook: Callable[..., Any]) -> Callable[..., Any]:
         """A hook of forward that notes its calls that observe."""
 

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from fxzero import torch_internals
 from fxzero.capture.batch_norm import run_declared, writes_undeclared
 from fxzero.capture.call import CallSpec, replace_numbers, replace_tensors
+from fxzero.capture.checks import noted_checks
 from fxzero.capture.draws import Draws, no_draws_of_python, numbered_draws
 from fxzero.capture.fake_tensors import FakeState, swapped_tensors
 from fxzero.capture.hooks import Observer, Observers
@@ -171,7 +172,7 @@ class Tracing:
                 args, kwargs = replace_numbers(self.spec, args, kwargs, arguments)
             grad = torch.set_grad_enabled(self.with_backward)
             watching, mode = self._observers.watching(self.module, recorder), _ForwardMode(state, self._observers)
-            with grad, watching, self.reads.following(), mode:
+            with grad, watching, self.reads.following(), mode, noted_checks(self._observers.add_check):
                 output = call_module(self.module, self.forward, args, kwargs)
             tensors, spec = flatten_output(output)
             returned = len(tensors)
