@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fxzero import torch_internals
+from fxzero.capture.provenance import Recorder
 from fxzero.capture.reads import Reads
 from fxzero.capture.writes import Before, Output, Template
 from fxzero.errors import CaptureError
@@ -75,7 +76,10 @@ class Observers:
         tables += [(table, self.of_backward) for table in (*of_backward, *global_backward)]
         originals = [(table, dict(table)) for table, _ in tables if table]
         for table, watched in tables:
-            table.update({key: watched(hook) for key, hook in table.items()})
+            for key, hook in table.items():
+                if not _is_of_the_trace(hook):
+                    self._reads.follow(hook)
+                    table[key] = watched(hook)
         try:
             yield
         finally:
@@ -181,6 +185,10 @@ def _closure_of(hook: Any) -> list[Any]:
         with contextlib.suppress(ValueError):  # an empty cell
             held.append(cell.cell_contents)
     return tree_leaves(held)
+
+
+def _is_of_the_trace(hook: Callable[..., Any]) -> bool:
+    return getattr(hook, "__module__", "") == Recorder.__module__
 
 
 def _is_traced(value: Any) -> bool:

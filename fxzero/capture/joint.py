@@ -344,7 +344,7 @@ def call_module(module: nn.Module, forward: Callable[..., Any], args: tuple[Any,
     had_forward, before = "forward" in attributes, attributes.get("forward")
     attributes["forward"] = forward
     try:
-        return nn.Module.__call__(module, *args, **kwargs)
+        return module(*args, **kwargs)
     finally:
         if had_forward:
             attributes["forward"] = before
