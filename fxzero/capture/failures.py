@@ -37,7 +37,7 @@ _LEAVES_TORCH = (
     "tensors, or wrap it in a torch.library.custom_op"
 )
 _WRITES = (
-    "it writes in place into a tensor that is neither a buffer nor an attribute of a module, but in a list, a dict or a "
+    "it writes in place into a tensor that is neither a buffer nor an attribute of a module, but in a list, dict or "
     "global. Make it a buffer, or put a new tensor there: stats['mean'] = stats['mean'] * 0.9"
 )
 _GENERAL = (

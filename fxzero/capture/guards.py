@@ -92,6 +92,7 @@ class Guards:
                     self._terms.setdefault(term, label)
                     if read.kind not in (Kind.FUNCTION, Kind.SIZE):
                         self.values[label] = read.value
+        self._terms.setdefault(self._of_functions(reads), "the code of a function, or its default arguments")
         for term, label in self._of_modules(model):
             self._terms.setdefault(term, label)
         self.hold = self._compile()
@@ -140,6 +141,10 @@ class Guards:
             return
         if read.kind is Kind.ATTRIBUTE:
             yield from self._of_entry(vars(owner), name, read.value, read.content)
+        elif read.kind is Kind.FUNCTION:
+            yield from self._of_content(read.value, read.content, 1) if is_container(read.value) else ()
+            for value in read.value if isinstance(read.value, tuple) else ():
+                yield from self._of_content(value, content_of(value), _DEPTH) if is_container(value) else ()
         elif read.kind is Kind.SIZE:
             yield f"len({self._name(owner)}) == {read.value}"
         elif read.kind is Kind.SLOT:
@@ -157,6 +162,13 @@ class Guards:
                 yield from self._of_value(f"{self._name(base.__dict__)}[{name!r}]", read.value, read.content)
         else:
             yield from self._of_value(f"getattr({self._name(owner)}, {name!r})", read.value, read.content)
+
+    def _of_functions(self, reads: Iterable[Read]) -> str:
+        """That all functions have the same code and default arguments."""
+        of_functions = [read for read in reads if read.kind is Kind.FUNCTION]
+        columns = ([r.owner for r in of_functions], [r.name for r in of_functions], [r.value for r in of_functions])
+        owners, names, values = (self._name(tuple(column)) for column in columns)
+        return f"all(map(is_, map(getattr, {owners}, {names}), {values}))"
 
     def _of_entry(
         self, owner: dict[Any, Any], key: Any, value: Any, content: Any, depth: int = _DEPTH

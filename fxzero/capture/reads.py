@@ -100,6 +100,8 @@ class Reads:
         """Code that ran, and the ids of the variables of its closure at each call."""
         self._incomplete: list[tuple[types.CodeType, dict[str, Any]]] = []
         """Code that was about to import a module for the first time, and its globals."""
+        self._methods: dict[types.CodeType, bool] = {}
+        """Whether code that was found in a class or a module may be a method."""
         self._stored: dict[types.CodeType, set[str]] = {}
         """The variables of its closure that code sets."""
         self._made_here: set[int] = set()
@@ -250,8 +252,10 @@ class Reads:
             for item in list(value.values() if isinstance(value, dict) else value):
                 self._follow(item, depth - 1)
         elif isinstance(value, functools.partial):
-            for name in ("func", "args", "keywords"):
-                self._add((id(value), name), Read(value, name, Kind.COMPUTED, *held(getattr(value, name))))
+            if not getattr(value.func, "__module__", "").startswith("fxzero."):
+                self._follow(value.func)
+                for name in ("args", "keywords"):  # cannot be set, but what they hold can
+                    self._add((id(value), name), Read(value, name, Kind.COMPUTED, *held(getattr(value, name))))
         elif isinstance(value, types.MethodType):
             self._follow(value.__self__, depth)
         elif isinstance(value, types.FunctionType) and _is_users(value.__code__.co_filename):
@@ -291,11 +295,11 @@ class Reads:
         if not self._is_on or threading.get_ident() != self._thread or not _is_users(code.co_filename):
             return
         with self._muted():
-            function = function_of(frame)
             if code not in self._codes:
                 self._codes[code] = []
                 self._scan(code, frame.f_globals)
-                if function is not None:
+                if (function := function_of(frame)) is not None:
+                    self._methods[code] = code.co_argcount > 0
                     self._follow(function)
             values = frame.f_locals
             if code.co_freevars:
@@ -307,12 +311,12 @@ class Reads:
                         self._follow(values.get(name))
                     if self._stored[code]:
                         self._add_stored_cells(frame, held)
-            if code.co_argcount and (function is not None or code.co_varnames[0] == "self"):
+            if self._methods.get(code) or (code.co_argcount and code.co_varnames[0] == "self"):
                 first = values.get(code.co_varnames[0])
                 if code.co_name in ("__init__", "__post_init__", "__new__"):
                     self._made_here.add(id(first))
                     self._alive.append(first)
-                elif id(first) not in self._made_here and code.co_name in dir(type(first)):
+                elif id(first) not in self._made_here and hasattr(type(first), code.co_name):
                     self._follow(first)  # an object that keeps state
 
     def _scan(self, code: types.CodeType, space: dict[str, Any]) -> None:
