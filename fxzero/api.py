@@ -228,6 +228,7 @@ class ZeroModule(nn.Module):
             PlanError: a plan needs more than memory_budget, or other collectives than the calls before.
             RankMismatchError: ranks have compiled different models, options or orders of collectives.
         """
+        ownership.check_forward(self._fxzero_model)
         return self._fxzero_engine((args, kwargs))
 
     # -- what belongs to the model -------------------------------------------------------------------------------

@@ -36,6 +36,10 @@ _LEAVES_TORCH = (
     "it takes a tensor's memory out of PyTorch (numpy, data_ptr, a C extension), where no tracer can follow. Stay with "
     "tensors, or wrap it in a torch.library.custom_op"
 )
+_WRITES = (
+    "it writes in place into a tensor that is neither a buffer nor an attribute of a module, but in a list, dict or "
+    "global. Make it a buffer, or put a new tensor there: stats['mean'] = stats['mean'] * 0.9"
+)
 _GENERAL = (
     "If the same call of the plain model fails too, fix it there; if not, the operator cannot be traced: replace it by "
     "others"
@@ -53,6 +57,7 @@ _CURES: tuple[tuple[str, str], ...] = (
     (r"use_reentrant=True|CheckpointFunction", _REENTRANT),
     (r"[Dd]evice ?[Mm]ismatch|different devices|same device|Device Propagation", _DEVICES),
     (r"Mixing fake modes|from different FakeTensorMode", LEAKED),
+    (r"mutating a non-functional tensor with a functional tensor", _WRITES),
     (r"[Ss]parse", _SPARSE),
     (r"no fake impl|UnsupportedOperator|Meta. backend|fake (class|kernel)", _NO_FAKE),
 )

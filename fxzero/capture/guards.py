@@ -10,21 +10,25 @@ the user.
 
 import operator
 import struct
+import sys
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import numpy as np
 from torch import Tensor, nn
 
 from fxzero import torch_internals
-from fxzero.capture.places import attributes_of
+from fxzero.capture.places import attributes_of, names_of_slots, slots_of
 from fxzero.capture.slots import ABSENT, PLAIN, Kind, Read, Slot, class_with, content_of, is_container
+from fxzero.errors import CaptureError
 
-_DEPTH = 4
+_DEPTH = 8
 """Levels of containers in containers that are guarded."""
 _MAX_NAMED = 4
 """Entries of a dict that are guarded one by one; larger dicts as a whole."""
+
+_call_of: Callable[[type], Any] = operator.attrgetter("__call__")
 
 
 def same(now: Any, then: Any) -> bool:
@@ -69,20 +73,26 @@ class Guards:
         """
         self._space: dict[str, Any] = {
             "same": same, "same_content": _same_content, "same_geometry": same_geometry, "is_": operator.is_,
+            "call_of": _call_of,
         }  # fmt: skip
         self._names: dict[int, str] = {}
         self._terms: dict[str, str] = {}
         """Maps each test to its label."""
+        self._contents: set[int] = set()
+        """Ids of the containers whose content is guarded."""
         self._inputs = inputs
         self._paths = _paths(model, reads)
         self.values: dict[str, Any] = {}
         """Maps the label of each guarded slot to what it must hold."""
         for read in reads:
             label = self.label(read)
+            _check_iterator(read, label)
             if not _holds_fake(read.value) and not _holds_fake(read.content):
                 for term in self._of_read(read):
                     self._terms.setdefault(term, label)
-                    self.values[label] = read.value
+                    if read.kind not in (Kind.FUNCTION, Kind.SIZE):
+                        self.values[label] = read.value
+        self._terms.setdefault(self._of_functions(reads), "the code of a function, or its default arguments")
         for term, label in self._of_modules(model):
             self._terms.setdefault(term, label)
         self.hold = self._compile()
@@ -124,11 +134,21 @@ class Guards:
     def _of_read(self, read: Read) -> Iterator[str]:
         owner, name = read.owner, read.name
         if read.kind is Kind.ABSENT:
-            if hasattr(owner, "__dict__"):
+            if name in names_of_slots(type(owner)):
+                yield f"{name!r} not in {self._name(slots_of(owner))}"
+            elif hasattr(owner, "__dict__"):
                 yield f"{name!r} not in {self._name(vars(owner))}"
             return
         if read.kind is Kind.ATTRIBUTE:
             yield from self._of_entry(vars(owner), name, read.value, read.content)
+        elif read.kind is Kind.FUNCTION:
+            yield from self._of_content(read.value, read.content, 1) if is_container(read.value) else ()
+            for value in read.value if isinstance(read.value, tuple) else ():
+                yield from self._of_content(value, content_of(value), _DEPTH) if is_container(value) else ()
+        elif read.kind is Kind.SIZE:
+            yield f"len({self._name(owner)}) == {read.value}"
+        elif read.kind is Kind.SLOT:
+            yield from self._of_entry(slots_of(owner), name, read.value, read.content)
         elif read.kind in (Kind.GLOBAL, Kind.CELL):
             yield from self._of_entry(owner, name, read.value, read.content)
         elif read.kind is Kind.CLASS:
@@ -142,6 +162,13 @@ class Guards:
                 yield from self._of_value(f"{self._name(base.__dict__)}[{name!r}]", read.value, read.content)
         else:
             yield from self._of_value(f"getattr({self._name(owner)}, {name!r})", read.value, read.content)
+
+    def _of_functions(self, reads: Iterable[Read]) -> str:
+        """That all functions have the same code and default arguments."""
+        of_functions = [read for read in reads if read.kind is Kind.FUNCTION]
+        columns = ([r.owner for r in of_functions], [r.name for r in of_functions], [r.value for r in of_functions])
+        owners, names, values = (self._name(tuple(column)) for column in columns)
+        return f"all(map(is_, map(getattr, {owners}, {names}), {values}))"
 
     def _of_entry(
         self, owner: dict[Any, Any], key: Any, value: Any, content: Any, depth: int = _DEPTH
@@ -168,6 +195,9 @@ class Guards:
 
     def _of_content(self, container: Any, content: Any, depth: int) -> Iterator[str]:
         """What a container holds, and what the containers in it hold."""
+        if id(container) in self._contents:
+            return
+        self._contents.add(id(container))
         name, is_dict = self._name(container), isinstance(content, dict)
         values: tuple[Any, ...] = tuple(content.values()) if is_dict else tuple(content)
         if not isinstance(container, tuple):
@@ -183,7 +213,7 @@ class Guards:
         elif values and not isinstance(container, tuple):
             yield f"all(map(same, {name}, {self._name(values)}))"
         for value in values if depth else ():
-            if is_container(value) and not isinstance(value, set):
+            if (is_container(value) or isinstance(value, tuple)) and not isinstance(value, set):
                 yield from self._of_content(value, content_of(value), depth - 1)
 
     def _of_modules(self, model: nn.Module) -> Iterator[tuple[str, str]]:
@@ -206,6 +236,9 @@ class Guards:
                 yield f"tuple({self._name(each)}.values()) == {self._name(tuple(each.values()))}", f"hooks of {path}"
         classes = self._name(tuple(map(type, modules)))
         yield f"all(map(is_, map(type, {self._name(modules)}), {classes}))", "the classes of modules"
+        kinds = tuple(dict.fromkeys(map(type, modules)))
+        calls = self._name(tuple(map(_call_of, kinds)))
+        yield f"all(map(is_, map(call_of, {self._name(kinds)}), {calls}))", "__call__ of modules"
 
     def label(self, read: Read) -> str:
         """The name of a slot, as the user would write it."""
@@ -226,6 +259,15 @@ def _paths(model: nn.Module, reads: Iterable[Read]) -> dict[int, str]:
             owner = paths.get(id(read.owner), type(read.owner).__qualname__)
             paths.setdefault(id(read.value), f"{owner}.{read.name}".removeprefix("the model."))
     return paths
+
+
+def _check_iterator(read: Read, label: str) -> None:
+    is_of_library = type(read.owner).__module__.split(".")[0] in sys.stdlib_module_names
+    if isinstance(read.value, Iterator) and not hasattr(read.value, "__dict__") and not is_of_library:
+        raise CaptureError(
+            f"The forward reads {label}, a {type(read.value).__qualname__}, whose next items a compiled step cannot "
+            "take. Keep a list and an index, count with a number (self.calls += 1), or pass the item as an argument."
+        )
 
 
 def _holds_fake(value: Any, depth: int = 2) -> bool:

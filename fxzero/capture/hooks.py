@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fxzero import torch_internals
+from fxzero.capture.provenance import Recorder
 from fxzero.capture.reads import Reads
 from fxzero.capture.writes import Before, Output, Template
 from fxzero.errors import CaptureError
@@ -65,12 +66,8 @@ class Observers:
         self._of_backward: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
 
     @contextlib.contextmanager
-    def watching(self, model: nn.Module, tracer: object) -> Generator[None]:
-        """Watch the hooks of the model's parts, and those of all modules, that a forward in the block meets.
-
-        Args:
-            tracer: its methods are hooks of the trace alone, which no step repeats.
-        """
+    def watching(self, model: nn.Module) -> Generator[None]:
+        """Watch the hooks of the model's parts, and those of all modules, that a forward in the block meets."""
         modules = [*model.modules()]
         of_forward = [table for module in modules for table in torch_internals.forward_hooks_of(module)]
         of_backward = [table for module in modules for table in torch_internals.backward_hooks_of(module)]
@@ -79,8 +76,10 @@ class Observers:
         tables += [(table, self.of_backward) for table in (*of_backward, *global_backward)]
         originals = [(table, dict(table)) for table, _ in tables if table]
         for table, watched in tables:
-            users = {key: hook for key, hook in table.items() if getattr(hook, "__self__", None) is not tracer}
-            table.update({key: watched(hook) for key, hook in users.items()})
+            for key, hook in table.items():
+                if not _is_of_the_trace(hook):
+                    self._reads.follow(hook)
+                    table[key] = watched(hook)
         try:
             yield
         finally:
@@ -190,6 +189,10 @@ def _closure_of(hook: Any) -> list[Any]:
         with contextlib.suppress(ValueError):  # an empty cell
             held.append(cell.cell_contents)
     return tree_leaves(held)
+
+
+def _is_of_the_trace(hook: Callable[..., Any]) -> bool:
+    return getattr(hook, "__module__", "") == Recorder.__module__
 
 
 def _is_traced(value: Any) -> bool:

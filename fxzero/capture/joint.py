@@ -171,7 +171,7 @@ class Tracing:
             if arguments:
                 args, kwargs = replace_numbers(self.spec, args, kwargs, arguments)
             grad = torch.set_grad_enabled(self.with_backward)
-            watching, mode = self._observers.watching(self.module, recorder), _ForwardMode(state, self._observers)
+            watching, mode = self._observers.watching(self.module), _ForwardMode(state, self._observers)
             with grad, watching, self.reads.following(), mode, noted_checks(self._observers.add_check):
                 output = call_module(self.module, self.forward, args, kwargs)
             tensors, spec = flatten_output(output)
@@ -345,7 +345,7 @@ def call_module(module: nn.Module, forward: Callable[..., Any], args: tuple[Any,
     had_forward, before = "forward" in attributes, attributes.get("forward")
     attributes["forward"] = forward
     try:
-        return nn.Module.__call__(module, *args, **kwargs)
+        return module(*args, **kwargs)
     finally:
         if had_forward:
             attributes["forward"] = before

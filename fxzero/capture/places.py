@@ -1,8 +1,11 @@
-"""Places of Python state that are no dict, seen as one: the variable of a closure, and the attributes of a class."""
+"""Places of Python state that are no dict, seen as one: a variable of a closure, attributes of a class, slots."""
 
 import types
 import weakref
 from typing import Any
+
+_HEAP_TYPE = 1 << 9
+"""Bit of `type.__flags__`: the class was made by a class statement."""
 
 
 class Place(dict[Any, Any]):
@@ -64,6 +67,29 @@ class ClassAttributes(Place):
         return value
 
 
+class SlotsOf(Place):
+    """The attributes that an object has in `__slots__`."""
+
+    def __init__(self, obj: Any) -> None:
+        super().__init__()
+        self._obj = obj
+
+    def __contains__(self, key: object) -> bool:
+        return hasattr(self._obj, str(key))
+
+    def __getitem__(self, key: Any) -> Any:
+        return getattr(self._obj, key)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        object.__setattr__(self._obj, key, value)  # also where the class is frozen
+
+    def pop(self, key: Any, default: Any = None) -> Any:
+        value = self.get(key, default)
+        if key in self:
+            object.__delattr__(self._obj, key)
+        return value
+
+
 _known = weakref.WeakValueDictionary[int, Place]()
 """Places by the id of what they stand for, which they hold: a place is known by its own id."""
 
@@ -82,3 +108,21 @@ def attributes_of(kind: type) -> ClassAttributes:
     if not isinstance(place, ClassAttributes):
         _known[id(kind)] = place = ClassAttributes(kind)
     return place
+
+
+def slots_of(obj: Any) -> SlotsOf:
+    """The attributes that an object has in `__slots__`."""
+    place = _known.get(id(obj))
+    if not isinstance(place, SlotsOf):
+        _known[id(obj)] = place = SlotsOf(obj)
+    return place
+
+
+def names_of_slots(kind: type) -> list[str]:
+    """The names of the `__slots__` of a class and of those that it derives from."""
+    return [
+        name
+        for base in kind.__mro__
+        for name, value in vars(base).items()
+        if isinstance(value, types.MemberDescriptorType) and base.__flags__ & _HEAP_TYPE
+    ]

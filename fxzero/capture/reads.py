@@ -8,15 +8,17 @@ the code objects that run, at their call; only those of the user's files count, 
     reads.found                     # each slot that was read before it was written, with what it held then
 """
 
+import collections
 import contextlib
-import dis
 import enum
 import functools
 import gc
+import inspect
 import logging
 import sys
 import threading
 import types
+import weakref
 from collections.abc import Callable, Collection, Generator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -24,7 +26,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fxzero import torch_internals
-from fxzero.capture.places import ClassAttributes, attributes_of, variable_in
+from fxzero.capture.named_by_code import NamedByCode, function_of, of_global, of_module
+from fxzero.capture.places import ClassAttributes, variable_in
 from fxzero.capture.provenance import is_user_file
 from fxzero.capture.slots import ABSENT, PLAIN, Kind, Read, Slot, held, is_container
 from fxzero.host.gc_pause import gc_paused
@@ -50,6 +53,11 @@ _NOT_FOLLOWED = (
 """Packages whose classes are left alone."""
 _COMPREHENSIONS = ("<genexpr>", "<listcomp>", "<setcomp>", "<dictcomp>")
 """Names of code."""
+_OF_LIBRARY = (types.SimpleNamespace, collections.UserDict, collections.UserList)
+"""Plain objects whose attributes are all followed."""
+_DEPTH = 8
+"""Levels of containers in containers that are followed."""
+_SIZE = "the number of attributes"
 _IMMUTABLE_TYPE, _HEAP_TYPE = 1 << 8, 1 << 9
 """Bits of `type.__flags__`: attributes of the class cannot be set; the class was made by a class statement."""
 
@@ -93,6 +101,10 @@ class Reads:
         self._patched: dict[type, dict[str, Any]] = {}
         self._codes: dict[types.CodeType, list[tuple[int, ...]]] = {}
         """Code that ran, and the ids of the variables of its closure at each call."""
+        self._incomplete: list[tuple[types.CodeType, dict[str, Any]]] = []
+        """Code that was about to import a module for the first time, and its globals."""
+        self._methods: dict[types.CodeType, bool] = {}
+        """Whether code that was found in a class or a module may be a method."""
         self._stored: dict[types.CodeType, set[str]] = {}
         """The variables of its closure that code sets."""
         self._made_here: set[int] = set()
@@ -108,6 +120,8 @@ class Reads:
                 with self._patches(), self._calls():
                     yield
             finally:
+                for code, space in list(self._incomplete):  # it has imported what was missing
+                    self._scan(code, space)
                 self._add_cells()
                 self._read_wrapped_again()
 
@@ -172,6 +186,8 @@ class Reads:
             except AttributeError:
                 self._on_read(obj, name, ABSENT)
                 raise
+            if name == "__dict__" and self._is_on and _is_called_by_user(inspect.currentframe()):
+                self._on_read_of_all(obj, value)
             self._on_read(obj, name, value)
             return value
 
@@ -216,6 +232,12 @@ class Reads:
             if read is not None:
                 self._add(slot, read)
 
+    def _on_read_of_all(self, obj: Any, attributes: dict[str, Any]) -> None:
+        for name, value in list(attributes.items()):
+            self._on_read(obj, name, value)
+        if not isinstance(obj, nn.Module) and self._counts(obj):
+            self._add((id(attributes), _SIZE), _size_of(attributes, type(obj).__qualname__))
+
     @contextlib.contextmanager
     def _muted(self) -> Generator[None]:
         self._is_on, was = False, self._is_on
@@ -229,10 +251,18 @@ class Reads:
             self.found[slot] = read
             self._alive.append(read.owner)
             self._follow(read.value)
+            if read.kind is Kind.ATTRIBUTE and _is_users_module(read.value):
+                for each in of_module(vars(read.value)):
+                    self._add((id(each.owner), each.name), each)
 
-    def _follow(self, value: Any, depth: int = 3) -> None:
+    def follow(self, value: Any) -> None:
+        """Follow an object that a forward will meet, such as a hook."""
+        with self._muted():
+            self._follow(value)
+
+    def _follow(self, value: Any, depth: int = _DEPTH) -> None:
         """Follow the plain objects that a value is or holds."""
-        if depth == 0 or id(value) in self._followed or isinstance(value, (*PLAIN, *_BY_IDENTITY, Tensor, nn.Module)):
+        if depth == 0 or id(value) in self._followed or isinstance(value, (*PLAIN, Tensor, nn.Module)):
             return
         self._followed.add(id(value))
         self._alive.append(value)
@@ -240,12 +270,27 @@ class Reads:
             self._on_object(value)
             for item in list(value.values() if isinstance(value, dict) else value):
                 self._follow(item, depth - 1)
-        elif _is_plain_class(type(value)) or isinstance(value, types.SimpleNamespace):
+        elif isinstance(value, functools.partial):
+            if not getattr(value.func, "__module__", "").startswith("fxzero."):
+                self._follow(value.func)
+                for name in ("args", "keywords"):  # cannot be set, but what they hold can
+                    self._add((id(value), name), Read(value, name, Kind.COMPUTED, *held(getattr(value, name))))
+        elif isinstance(value, types.MethodType):
+            self._follow(value.__self__, depth)
+        elif isinstance(value, types.FunctionType) and _is_users(value.__code__.co_filename):
+            self._follow_function(value)
+        elif isinstance(value, weakref.ReferenceType):
+            self._follow(value(), depth)
+        elif isinstance(value, weakref.ProxyTypes) and _is_plain_class(value.__class__):
+            self._patch(value.__class__)
+        elif isinstance(value, _OF_LIBRARY):  # their classes cannot be patched
             self._on_object(value)
-            if not isinstance(value, types.SimpleNamespace):
-                self._patch(type(value))
-            for name in vars(value) if isinstance(value, types.SimpleNamespace) else ():  # its class cannot be patched
-                self._add((id(value), name), Read(value, name, Kind.ATTRIBUTE, *held(vars(value)[name])))
+            self._add((id(vars(value)), _SIZE), _size_of(vars(value), type(value).__qualname__))
+            for name, each in vars(value).items():
+                self._add((id(value), name), Read(value, name, Kind.ATTRIBUTE, *held(each)))
+        elif not isinstance(value, _BY_IDENTITY) and _is_plain_class(type(value)):
+            self._on_object(value)
+            self._patch(type(value))
 
     def add_class_writes(self, before: Mapping[Slot, tuple[ClassAttributes, Any]]) -> None:
         """Add attributes of classes that forward set, since `type(self).count += 1` is not seen to read them.
@@ -272,6 +317,9 @@ class Reads:
             if code not in self._codes:
                 self._codes[code] = []
                 self._scan(code, frame.f_globals)
+                if (function := function_of(frame)) is not None:
+                    self._methods[code] = code.co_argcount > 0
+                    self._follow(function)
             values = frame.f_locals
             if code.co_freevars:
                 held = tuple(id(values.get(name)) for name in code.co_freevars)
@@ -282,43 +330,36 @@ class Reads:
                         self._follow(values.get(name))
                     if self._stored[code]:
                         self._add_stored_cells(frame, held)
-            if code.co_argcount and code.co_varnames[0] == "self":
+            if self._methods.get(code) or (code.co_argcount and code.co_varnames[0] == "self"):
+                first = values.get(code.co_varnames[0])
                 if code.co_name in ("__init__", "__post_init__", "__new__"):
-                    self._made_here.add(id(values.get("self")))
-                    self._alive.append(values.get("self"))
-                elif id(values.get("self")) not in self._made_here:  # a method of an object that keeps state
-                    self._follow(values.get("self"))
+                    self._made_here.add(id(first))
+                    self._alive.append(first)
+                elif id(first) not in self._made_here and hasattr(type(first), code.co_name):
+                    self._follow(first)  # an object that keeps state
 
     def _scan(self, code: types.CodeType, space: dict[str, Any]) -> None:
-        """Add the globals that code can read or set, and attributes of the modules and classes among them."""
-        chain: Any = None
-        self._stored[code] = set()
-        loaded: list[tuple[dict[Any, Any], str]] = []
-        for each in dis.get_instructions(code):
-            name, owner, chain = each.argval, chain, None
-            if each.opname == "LOAD_GLOBAL" and name in space:
-                chain = space[name]
-                self._add((id(space), name), _global(space, name))
-                loaded += _attributes(chain)
-            elif each.opname == "STORE_GLOBAL":
-                self._on_store(space, name, f"{space.get('__name__', '')}.{name} (global)")
-            elif each.opname == "STORE_DEREF" and name in code.co_freevars:
-                self._stored[code].add(name)
-            elif each.opname == "STORE_ATTR":
-                for attributes, path in loaded:
-                    self._on_store(attributes, name, f"{path}.{name}")
-            elif each.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-                if isinstance(owner, types.ModuleType) and _is_users(getattr(owner, "__file__", None) or "<string>"):
-                    chain = vars(owner).get(name)
-                    if name in vars(owner):
-                        self._add((id(vars(owner)), name), _global(vars(owner), name))
-                elif isinstance(owner, type) and not name.startswith("__"):
-                    base = next((base for base in owner.__mro__ if name in vars(base)), None)
-                    if base is not None and base.__module__.split(".")[0] not in _NOT_FOLLOWED:
-                        value = vars(base)[name]
-                        self._add((id(owner), name), Read(owner, name, Kind.CLASS, *held(value), owner.__qualname__))
-            elif each.opname in ("PRECALL", "CACHE", "EXTENDED_ARG"):
-                chain = owner
+        """Add what code names that is about to run, and note what it sets."""
+        named = NamedByCode(code, space, _is_users_module, is_users_class, _is_guarded_class)
+        for read in named.reads:
+            self._add((id(read.owner), read.name), read)
+        for place, name, label in named.stores:
+            self._on_store(place, name, label)
+        self._stored[code] = named.cells
+        if not named.is_complete:
+            self._incomplete.append((code, space))
+
+    def _follow_function(self, function: types.FunctionType) -> None:
+        """Add the code, the default arguments and the attributes of a function."""
+        for name in ("__code__", "__defaults__", "__kwdefaults__"):
+            value = getattr(function, name)
+            if value is not None or name == "__defaults__":
+                self._add((id(function), name), Read(function, name, Kind.FUNCTION, *held(value)))
+        if vars(function):
+            self._on_object(function)
+        for name, value in vars(function).items():
+            if not name.startswith("__"):
+                self._add((id(function), name), Read(function, name, Kind.ATTRIBUTE, *held(value), function.__name__))
 
     def _add_cells(self) -> None:
         """Add the variables of the closures of those functions that ran, and set none of them."""
@@ -345,7 +386,7 @@ class Reads:
         """The tracer replaces functions that are marked by `torch.fx.wrap` in their modules while it runs."""
         for slot, read in self.found.items():
             if read.kind is Kind.GLOBAL and callable(read.value) and callable(read.owner.get(read.name)):
-                self.found[slot] = _global(read.owner, read.name)
+                self.found[slot] = of_global(read.owner, read.name)
 
 
 def _functions_with(codes: Collection[types.CodeType]) -> list[types.FunctionType]:
@@ -378,23 +419,28 @@ def _is_of_caller(frame: types.FrameType | None, name: str, value: Any) -> bool:
     return False
 
 
-def _attributes(value: Any) -> list[tuple[dict[Any, Any], str]]:
-    """The attributes of a user's module or class, and its name; nothing for other values."""
-    if isinstance(value, types.ModuleType) and _is_users(getattr(value, "__file__", None) or "<string>"):
-        return [(vars(value), value.__name__)]
-    if isinstance(value, type) and is_users_class(value):
-        return [(attributes_of(value), value.__qualname__)]
-    return []
+def _is_users_module(value: Any) -> bool:
+    return isinstance(value, types.ModuleType) and _is_users(getattr(value, "__file__", None) or "<string>")
+
+
+def _is_guarded_class(kind: type) -> bool:
+    return kind.__module__.split(".")[0] not in _NOT_FOLLOWED
+
+
+def _is_called_by_user(frame: types.FrameType | None) -> bool:
+    """True if the caller of a running function is code of the user."""
+    caller = None if frame is None else frame.f_back
+    return caller is not None and _is_users(caller.f_code.co_filename)
+
+
+def _size_of(attributes: dict[str, Any], name: str) -> Read:
+    return Read(attributes, _SIZE, Kind.SIZE, len(attributes), path=name)
 
 
 def is_users_class(kind: type) -> bool:
     """True for a class whose attributes can be set, and that is no part of torch or the standard library."""
     can_be_set = kind.__flags__ & _HEAP_TYPE and not kind.__flags__ & _IMMUTABLE_TYPE
     return bool(can_be_set) and kind.__module__.split(".")[0] not in (*_NOT_FOLLOWED, "fxzero")
-
-
-def _global(space: dict[str, Any], name: str) -> Read:
-    return Read(space, name, Kind.GLOBAL, *held(space[name]), str(space.get("__name__", "")))
 
 
 def _locate(obj: Any, name: str, value: Any) -> Read | None:
@@ -416,7 +462,7 @@ def _locate(obj: Any, name: str, value: Any) -> Read | None:
         if base in (nn.Module, object):
             return None
         if isinstance(found, types.MemberDescriptorType):
-            return Read(obj, name, Kind.COMPUTED, *held(value))
+            return Read(obj, name, Kind.SLOT if value is not ABSENT else Kind.ABSENT, *held(value))
         if isinstance(found, property) or hasattr(type(found), "__set__"):
             return None  # what its code reads is seen
         return Read(obj, name, Kind.CLASS, *held(found))

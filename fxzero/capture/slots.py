@@ -13,15 +13,15 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 import torch
 
-from fxzero.capture.places import attributes_of
+from fxzero.capture.places import Place, attributes_of, slots_of
 
 PLAIN = (
     type(None), bool, int, float, complex, str, bytes, range, slice, frozenset, type(Ellipsis), torch.dtype,
     torch.device, torch.Size, torch.layout, torch.memory_format,
 )  # fmt: skip
 """Types of values that never change."""
-_CONTAINERS = frozenset({list, dict, set, collections.deque, collections.OrderedDict, collections.defaultdict})
-"""Types of containers whose content is followed, and may be written; not classes made from them."""
+_CONTAINERS = (list, dict, set, collections.deque)
+"""Types of containers whose content is followed, and may be written."""
 ABSENT = type("Absent", (), {"__repr__": lambda self: "absent", "__slots__": ()})()
 """Stands for the value of a slot that does not exist."""
 
@@ -34,10 +34,13 @@ class Kind(enum.Enum):
 
     ATTRIBUTE = "in the object's __dict__"
     CLASS = "in its class"
-    COMPUTED = "by __getattr__, or in a slot"
+    SLOT = "in one of its __slots__"
+    COMPUTED = "by __getattr__"
     ABSENT = "nowhere"
     GLOBAL = "in the globals of a module"
     CELL = "in a variable of a closure"
+    FUNCTION = "in a function: its code, its default arguments"
+    SIZE = "how many attributes an object has"
 
 
 def class_with(kind: type, name: str) -> type | None:
@@ -67,12 +70,14 @@ class Read:
         if self.kind is Kind.CLASS:
             kind = class_with(self.owner if isinstance(self.owner, type) else type(self.owner), self.name)
             return None if kind is None else attributes_of(kind)
+        if self.kind is Kind.SLOT:
+            return slots_of(self.owner)
         return self.owner if self.kind in (Kind.GLOBAL, Kind.CELL) else None
 
 
 def is_container(value: Any) -> bool:
     """True for a container whose content is followed."""
-    return type(value) in _CONTAINERS
+    return isinstance(value, _CONTAINERS) and not isinstance(value, Place)
 
 
 def content_of(value: Any) -> Any:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fxzero import torch_internals
 from fxzero.capture.guards import same
-from fxzero.capture.places import ClassAttributes, attributes_of
+from fxzero.capture.places import ClassAttributes, attributes_of, names_of_slots, slots_of
 from fxzero.capture.reads import is_users_class
 from fxzero.capture.slots import ABSENT, PLAIN, Slot, content_of, is_container
 from fxzero.errors import CaptureError
@@ -116,7 +116,9 @@ class Before:
         if is_container(value):
             self._containers.setdefault(id(value), (value, content_of(value)))
         elif hasattr(value, "__dict__"):
-            self._add_attributes(value, type(value).__qualname__)
+            self._add_attributes(value, getattr(value, "__qualname__", type(value).__qualname__))
+        for name in names_of_slots(type(value)) if is_users_class(type(value)) else ():
+            self.add_place(slots_of(value), name, f"{type(value).__qualname__}.{name}")
 
     def add_entry(self, owner: dict[Any, Any], key: Any) -> None:
         """Remember what an entry holds that is about to hold a symbolic number."""

@@ -17,6 +17,8 @@ from fxzero.module.wrappers import allow_wrappers, refuse_wrappers
 
 _TAKEN = "_fxzero_taken"
 """The attribute of a taken model that keeps the instance attributes which its refusals hide."""
+_CLASS_FORWARD = "_fxzero_forward"
+"""The attribute of a taken model that keeps the forward of its class."""
 _CALL = (
     "fxzero.compile took this model over: its parameters are shards. Call the module that compile returned; to run "
     "the plain model (generate, export), load the gathered weights into a new one: "
@@ -91,6 +93,7 @@ def take_over(model: nn.Module) -> None:
     """Refuse calls, copies and state dicts of the model from now on, and conversions of any part of it."""
     model.__dict__[_TAKEN] = {name: model.__dict__[name] for name in _REFUSALS if name in model.__dict__}
     model.__dict__.update(_REFUSALS)
+    model.__dict__[_CLASS_FORWARD] = type(model).forward
     _taken.add(model)
     refuse_wrappers(model)
     for module in model.modules():
@@ -102,12 +105,28 @@ def give_back(model: nn.Module) -> None:
     _taken.discard(model)
     allow_wrappers(model)
     own = model.__dict__.pop(_TAKEN)
+    del model.__dict__[_CLASS_FORWARD]
     for name in _REFUSALS:
         del model.__dict__[name]
     model.__dict__.update(own)
     for module in model.modules():
         del module.__dict__[torch_internals.CONVERSION]
     forget_parts(model)
+
+
+def check_forward(model: nn.Module) -> None:
+    """Refuse a model whose forward is another than when it was compiled.
+
+    Raises:
+        FxzeroError: its forward was set, on the model or on its class.
+    """
+    attributes = model.__dict__
+    if attributes.get("forward") is not _REFUSALS["forward"] or type(model).forward is not attributes[_CLASS_FORWARD]:
+        raise FxzeroError(
+            f"The forward of {type(model).__qualname__} was replaced after fxzero.compile, which calls the one "
+            "that it had then. Replace it before compile; the methods that it calls, and the forward of parts, may be "
+            "replaced later."
+        )
 
 
 def refuse_conversion(module: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor]) -> None:

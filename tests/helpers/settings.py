@@ -1,0 +1,3 @@
+"""A module of settings, which tests change."""
+
+SCALE = 1.0
