@@ -25,7 +25,7 @@ from fxzero.capture.fake_tensors import FakeState, swapped_tensors
 from fxzero.capture.hooks import Observer, Observers
 from fxzero.capture.numbers import StandIns
 from fxzero.capture.outputs import OutputSpec, flatten_output, loss_index
-from fxzero.capture.provenance import Recorder, autograd_nodes
+from fxzero.capture.provenance import Recorder, autograd_nodes, runs_python
 from fxzero.capture.reads import Reads
 from fxzero.capture.slots import Read, Slot
 from fxzero.capture.state import tensors_read
@@ -186,8 +186,9 @@ class Tracing:
                 draws.in_backward = True
                 leaves = {key: leaf for key, leaf in [*state.params.items(), *enumerate(inputs)] if leaf.requires_grad}
                 then = self.before.now()
-                with self.reads.following():
-                    results = self._backward([tensors[index] for index in chosen], [*leaves.values()], recorder)
+                outputs = [tensors[index] for index in chosen]
+                with self.reads.following() if runs_python(outputs) else contextlib.nullcontext():
+                    results = self._backward(outputs, [*leaves.values()], recorder)
                 self._check_state_of_backward(then)
         recorder.label()
         observers_of_backward, observed = self._observers.found_in_backward()
@@ -330,12 +331,16 @@ class _Interceptor(torch_internals.DispatchMode):
         self._recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if device := torch_internals.answer_device(func, args):
-            return device
-        run = run_declared if writes_undeclared(func) else self._draws.run
-        with self._reads.paused():
+        is_seen = self._reads.pause()
+        try:
+            if device := torch_internals.answer_device(func, args):
+                return device
+            run = run_declared if writes_undeclared(func) else self._draws.run
             result = run(func, args, kwargs or {})
             self._recorder.label_line()
+        finally:
+            if is_seen:
+                self._reads.go_on()
         return result
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from fxzero import torch_internals
@@ -156,3 +157,8 @@ def autograd_nodes(outputs: list[Tensor]) -> list[Any]:
                 found[following] = None
                 pending.append(following)
     return [node for node in found if node.name() != "torch::autograd::AccumulateGrad"]
+
+
+def runs_python(outputs: list[Tensor]) -> bool:
+    """True if the backward of these tensors runs code of an autograd.Function."""
+    return any(isinstance(node, FunctionCtx) for node in autograd_nodes(outputs))

@@ -111,10 +111,14 @@ class Reads:
         """Ids of objects made in forward: their state is nobody's."""
         self._is_on = False
         self._thread = threading.get_ident()
+        self._on_event = _users_calls(self._on_call)
 
     @contextlib.contextmanager
     def following(self) -> Generator[None]:
         """Learn what the block reads."""
+        if self._is_on:
+            yield
+            return
         with gc_paused():  # callbacks of the collector are no part of the model
             try:
                 with self._patches(), self._calls():
@@ -147,27 +151,29 @@ class Reads:
     def _calls(self) -> Generator[None]:
         """See the code that runs in the block."""
         before = sys.gettrace()
-        self._is_on = True
-        sys.settrace(self._on_call)
+        self.go_on()
         try:
             yield
         finally:
             sys.settrace(before)
             self._is_on = False
 
-    @contextlib.contextmanager
-    def paused(self) -> Generator[None]:
-        """Let the block, which is the tracer's own work, read what it wants."""
+    def pause(self) -> bool:
+        """See nothing until `go_on`: the tracer's own work follows, which reads what it wants.
+
+        Returns:
+            Whether anything was seen before.
+        """
         if not self._is_on:
-            yield
-            return
+            return False
         self._is_on = False
         sys.settrace(None)
-        try:
-            yield
-        finally:
-            self._is_on = True
-            sys.settrace(self._on_call)
+        return True
+
+    def go_on(self) -> None:
+        """See reads and calls from now on."""
+        self._is_on = True
+        sys.settrace(self._on_event)
 
     # -- attributes ----------------------------------------------------------------------------------------------
 
@@ -309,9 +315,10 @@ class Reads:
 
     # -- globals and closures ------------------------------------------------------------------------------------
 
-    def _on_call(self, frame: types.FrameType, event: str, argument: Any) -> None:
+    def _on_call(self, frame: types.FrameType) -> None:
+        """Code of the user is about to run."""
         code = frame.f_code
-        if not self._is_on or threading.get_ident() != self._thread or not _is_users(code.co_filename):
+        if not self._is_on or threading.get_ident() != self._thread:
             return
         with self._muted():
             if code not in self._codes:
@@ -387,6 +394,22 @@ class Reads:
         for slot, read in self.found.items():
             if read.kind is Kind.GLOBAL and callable(read.value) and callable(read.owner.get(read.name)):
                 self.found[slot] = of_global(read.owner, read.name)
+
+
+def _users_calls(on_call: Callable[[types.FrameType], None]) -> Callable[[types.FrameType, str, Any], None]:
+    """A function for `sys.settrace` that calls another one for code of the user; others take as little as can be."""
+    others: set[str] = set()
+
+    def on_event(frame: types.FrameType, event: str, argument: Any) -> None:
+        filename = frame.f_code.co_filename
+        if filename in others:
+            return
+        if _is_users(filename):
+            on_call(frame)
+        else:
+            others.add(filename)
+
+    return on_event
 
 
 def _functions_with(codes: Collection[types.CodeType]) -> list[types.FunctionType]:

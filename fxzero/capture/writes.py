@@ -190,7 +190,7 @@ class Before:
             if now is not given.get((id(owner), key), before):
                 yield owner, key, now, before
         for container, before in list(self._containers.values()):
-            if id(container) in self._names or not self._is_forgotten(container):
+            if _differs(container, before) and (id(container) in self._names or not self._is_forgotten(container)):
                 yield from self._changes_of(container, before, given)
 
     def _is_forgotten(self, container: Any) -> bool:
