@@ -111,7 +111,7 @@ class Reads:
         """Ids of objects made in forward: their state is nobody's."""
         self._is_on = False
         self._thread = threading.get_ident()
-        self._on_event = _users_calls(self._on_call)
+        self._on_event: Callable[[types.FrameType, str, Any], None] | None = None
 
     @contextlib.contextmanager
     def following(self) -> Generator[None]:
@@ -150,13 +150,13 @@ class Reads:
     @contextlib.contextmanager
     def _calls(self) -> Generator[None]:
         """See the code that runs in the block."""
-        before = sys.gettrace()
+        before, self._on_event = sys.gettrace(), _users_calls(self._on_call)
         self.go_on()
         try:
             yield
         finally:
             sys.settrace(before)
-            self._is_on = False
+            self._is_on, self._on_event = False, None  # which would hold this object in a cycle
 
     def pause(self) -> bool:
         """See nothing until `go_on`: the tracer's own work follows, which reads what it wants.
