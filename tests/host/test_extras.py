@@ -64,17 +64,16 @@ def test_calibrate_measures_when_no_extra_is_installed(tmp_path: Path) -> None:
 
 
 def test_a_plot_raises_the_cure_when_matplotlib_is_missing() -> None:
-    ended = run_without_extras(f"{PLAN}\nschedule.plot_memory('memory.png')")
+    ended = run_without_extras(
+        f"{PLAN}\ntry: schedule.plot_memory('memory.png')\nexcept ImportError as error: print(error.name); raise"
+    )
     assert "planned peak" in ended.stdout
+    assert ended.stdout.endswith("\nmatplotlib\n"), ended.stderr
     assert ended.stderr.endswith(
         "fxzero.errors.MissingExtraError: plot_memory needs libraries that are not installed (matplotlib): "
         + CURE
         + "\n"
     )
-    caught = run_without_extras(
-        f"{PLAN}\ntry: schedule.plot_memory('memory.png')\nexcept ImportError as error: print(error.name)"
-    )
-    assert caught.stdout.endswith("\nmatplotlib\n"), caught.stderr
 
 
 def test_weights_of_a_run_raise_the_cure_when_safetensors_is_missing() -> None:
