@@ -1,9 +1,12 @@
 """The phases of one model, named by word, step and micro-batch, and the options of its optimizers."""
 
+from __future__ import annotations
+
 import weakref
 import zlib
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +14,31 @@ import torch
 from fxzero.comm.heartbeat import heartbeat, report
 from fxzero.comm.phases import PhaseLog
 from fxzero.optimizers.marks import PREFIX
+
+
+@dataclass
+class _Watched:
+    """An optimizer whose options are compared."""
+
+    reference: weakref.ref[torch.optim.Optimizer]
+    seen: list[list[Any]] | None = None
+    """The options of each group, as they were seen last."""
+    lines: list[str] = field(default_factory=list[str])
+    """Its description at that time."""
+    has_numbers: bool = False
+    """True if it has options in tensors, which may change in place."""
+
+
+class _UntilTheEnd(AbstractContextManager[None]):
+    """Ends the phase that began last with a block, and reports an error that leaves it."""
+
+    def __init__(self, phases: ModelPhases) -> None:
+        self._phases = weakref.proxy(phases)
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is not None:
+            self._phases.failed(error)
+        self._phases.end()
 
 
 class ModelPhases:
@@ -48,14 +76,10 @@ class ModelPhases:
         """Steps that optimizers took with the model's parameters."""
         self._num_backwards = 0
         """Backwards since the last step."""
-        self._seen = weakref.WeakKeyDictionary[torch.optim.Optimizer, list[list[Any]]]()
-        """The options of each group of the optimizers, as they were seen last."""
-        self._with_numbers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        """Optimizers that have options in tensors, which may change in place."""
+        self._watched: list[_Watched] = []
         self._digest = 0
         """Of all options that were seen, one after another."""
-        self._lines = weakref.WeakKeyDictionary[torch.optim.Optimizer, list[str]]()
-        """Their descriptions at that time."""
+        self._until_the_end = _UntilTheEnd(self)
 
     @property
     def name(self) -> str:
@@ -84,25 +108,18 @@ class ModelPhases:
         more = f" and {len(changed) - 1} more changes ({_digest_of(changed):x})" if len(changed) > 1 else ""
         return f", with {changed[0]}{more} since its first call"
 
-    @contextmanager
-    def phase(self, word: str) -> Generator[None]:
-        """A phase of this model; other ranks are told of an error that leaves it."""
+    def phase(self, word: str) -> AbstractContextManager[None]:
+        """Begin a phase of this model, which ends with the block; other ranks are told of an error that leaves it."""
         self.begin(word)
-        try:
-            yield
-        except BaseException as error:
-            self.failed(error)
-            raise
-        finally:
-            self._log.end()
+        return self._until_the_end
 
     def begin(self, word: str) -> None:
         """A phase begins; `failed` or `end` follows."""
         if not self._log.members:
             return
         self._log.stepping_depth = 0
-        for optimizer in list(self._seen):
-            self._note_options(optimizer)
+        for watched in self._watched:
+            self._note_options(watched)
         what = f"{word} of {self._name}, micro-batch {self._num_backwards + 1} of step {self.num_steps + 1}"
         what += self._change
         self._log.begin(what, self._digest)
@@ -128,8 +145,7 @@ class ModelPhases:
         if self._log.stepping_depth:
             self._log.stepping_depth += 1
             return
-        self.watch(optimizer)
-        self._note_options(optimizer)
+        self._note_options(self._watched_of(optimizer))
         if self._log.is_together:
             with self.phase("optimizer's step"):
                 self._meet()
@@ -149,24 +165,35 @@ class ModelPhases:
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
         """Compare the options of an optimizer with those of other ranks from now on."""
-        self._seen.setdefault(optimizer, [])
+        self._watched_of(optimizer)
 
-    def _note_options(self, optimizer: torch.optim.Optimizer) -> None:
+    def _watched_of(self, optimizer: torch.optim.Optimizer) -> _Watched:
+        for watched in self._watched:
+            if watched.reference() is optimizer:
+                return watched
+        self._watched = [each for each in self._watched if each.reference() is not None]
+        self._watched.append(_Watched(weakref.ref(optimizer)))
+        return self._watched[-1]
+
+    def _note_options(self, watched: _Watched) -> None:
+        optimizer = watched.reference()
+        if optimizer is None:
+            return
         now = [[*group.values()] for group in optimizer.param_groups]  # most are the objects that they were
-        if optimizer in self._with_numbers:
+        if watched.has_numbers:
             now = [[_plain(value) for value in values] for values in now]
-        if now == self._seen[optimizer]:
+        if now == watched.seen:
             return
         if any(_is_number(value) for values in now for value in values):
-            self._with_numbers.add(optimizer)
+            watched.has_numbers = True
             now = [[_plain(value) for value in values] for values in now]
-        self._seen[optimizer] = now
+        watched.seen = now
         lines = self.describe(optimizer)
-        if lines == self._lines.get(optimizer):  # an option changed that is not compared
+        if lines == watched.lines:  # an option changed that is not compared
             return
+        watched.lines = lines
         self._digest = zlib.crc32("\n".join(lines).encode(), self._digest) & 0x3FFFFFFF
-        self._lines[optimizer] = lines
-        self._log.options = [line for each in self._lines.values() for line in each]
+        self._log.options = [line for each in self._watched if each.reference() is not None for line in each.lines]
 
     def describe(self, optimizer: torch.optim.Optimizer) -> list[str]:
         """An optimizer as text, one group a line; parameters of other models do not count."""
