@@ -8,13 +8,13 @@ from fxzero.passes import default_passes
 from fxzero.testing import run_ranks
 from tests.distributed import replicated
 
-WORLD_SIZES = [1, 2, 3, 4]
+EACH_AT_EACH_SIZE = [(size, name) for size in (1, 2, 3, 4) for name in replicated.CASES if size < 4 or name == "net"]
+"""World sizes and models: transformers are trained on up to three ranks."""
 FIRST_COMPLETE_PREFIX = 4
 """The passes up to InsertReduceScatters: a graph with all its collectives, if not yet in a good order."""
 
 
-@pytest.mark.parametrize("name", replicated.CASES)
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize(("world_size", "name"), EACH_AT_EACH_SIZE)
 def test_training_equals_replicated_training(world_size: int, name: str) -> None:
     schedules = run_ranks(world_size, replicated.train, name)
     assert len(set(schedules)) == 1
@@ -25,7 +25,7 @@ def test_training_equals_replicated_training_for_each_kind_of_optimizer(optimize
     run_ranks(3, replicated.train, "mlp", optimizer)
 
 
-@pytest.mark.parametrize(("world_size", "name"), [(2, "mlp"), *((3, name) for name in replicated.CASES)])
+@pytest.mark.parametrize(("world_size", "name"), [(2, "net"), (3, "mlp"), (3, "gpt"), (3, "roberta")])
 def test_every_prefix_of_the_passes_trains_the_same(world_size: int, name: str) -> None:
     every = range(FIRST_COMPLETE_PREFIX, len(default_passes()) + 1)
     # Transformers take seconds for each: one of two or three prefixes, the longest included.
@@ -33,12 +33,12 @@ def test_every_prefix_of_the_passes_trains_the_same(world_size: int, name: str) 
     run_ranks(world_size, replicated.train_prefixes, name, prefixes, timeout=120)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 3])
 def test_accumulation_over_different_micro_batches_adds_to_the_shards(world_size: int) -> None:
     run_ranks(world_size, replicated.train, "gpt", "adamw", None, 2, 2)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 3])
 def test_no_sync_reduces_the_sum_of_micro_batches(world_size: int) -> None:
     run_ranks(world_size, replicated.train, "gpt", "adamw", None, 1, 3, True)
 
@@ -52,19 +52,18 @@ def test_rank_0_wins_when_ranks_are_seeded_differently() -> None:
     run_ranks(2, replicated.train, "gpt", "adamw", None, 2, 1, False, ((16,),), 5)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 3])
 def test_clipping_is_within_1e_6_of_replicated_training(world_size: int) -> None:
     run_ranks(world_size, replicated.train, "roberta", "adamw", None, 1, 1, False, ((16,),), 0, 0.01)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 3])
 def test_training_is_the_same_when_buckets_are_kept_until_backward(world_size: int) -> None:
     sizes = {"bucket_bytes": 8192, "max_kept_bytes": None}
     run_ranks(world_size, replicated.train, "gpt", "adamw", None, 3, 1, False, ((16,), (12, 16)), 0, None, sizes)
 
 
-@pytest.mark.parametrize("recompute", ["full", 20000])
-@pytest.mark.parametrize("name", ["gpt", "roberta", "net"])
+@pytest.mark.parametrize(("name", "recompute"), [("gpt", "full"), ("roberta", 20000), ("net", "full"), ("net", 20000)])
 def test_training_is_the_same_when_activations_are_recomputed(name: str, recompute: str | int) -> None:
     sizes: dict[str, Any] = {"bucket_bytes": 8192, "recompute": recompute}
     run_ranks(2, replicated.train, name, "adamw", None, 3, 1, False, ((9, 16), (16,), (12, 16)), 0, None, sizes)
