@@ -11,7 +11,7 @@ import re
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Sequence
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 from unittest.mock import patch
 
 import torch
@@ -155,9 +155,9 @@ def fake_results_forgotten() -> Generator[None]:
             cache.popitem()
 
 
-def is_fake(tensor: torch.Tensor) -> bool:
+def is_fake(value: object) -> TypeGuard[torch.Tensor]:
     """True for a tensor without memory. `FakeTensor`: 2.11 to 2.13."""
-    return isinstance(tensor, FakeTensor)
+    return isinstance(value, FakeTensor)
 
 
 def fake_result(node: fx.Node) -> Any:

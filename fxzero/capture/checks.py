@@ -28,7 +28,7 @@ def noted_checks(note: Note) -> Generator[None]:
     """Note the checks of traced tensors in the block, instead of reading them."""
 
     def check_with(error: type[Exception], condition: Tensor, message: Any = None) -> None:
-        if not _is_traced(condition):
+        if not torch_internals.is_fake(condition):
             return real_check(error, condition, message)
         note(partial(_check, error, _text_of(message)), (condition,))
         return None
@@ -37,14 +37,16 @@ def noted_checks(note: Note) -> Generator[None]:
         check_with(RuntimeError, condition, message)
 
     def check_assertion(condition: Any, message: Any) -> None:
-        if not _is_traced(condition):
+        if not torch_internals.is_fake(condition):
             return real_assert(condition, message)
         note(partial(_check, AssertionError, _text_of(message)), (condition.all(),))
         return None
 
     def is_all_true(condition: Tensor) -> Any:
         caller = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
-        if not _is_traced(condition) or not caller.f_globals.get("__name__", "").startswith("torch.distributions"):
+        if not torch_internals.is_fake(condition) or not caller.f_globals.get("__name__", "").startswith(
+            "torch.distributions"
+        ):
             return real_is_all_true(condition)
         kind = type(caller.f_locals.get("self")).__name__
         name = caller.f_locals.get("param", "value")
@@ -55,10 +57,6 @@ def noted_checks(note: Note) -> Generator[None]:
     real_check, real_assert, real_is_all_true = torch_internals.check_functions()
     with torch_internals.replaced_checks(check_with, check_all, check_assertion, is_all_true):
         yield
-
-
-def _is_traced(value: Any) -> bool:
-    return isinstance(value, Tensor) and torch_internals.is_fake(value)
 
 
 def _text_of(message: Any) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fxzero import torch_internals
 from fxzero.capture.provenance import Recorder
 from fxzero.capture.reads import Reads
-from fxzero.capture.writes import Before, Output, Template
+from fxzero.capture.writes import Before, Output, Template, output_in
 from fxzero.errors import CaptureError
 from fxzero.torch_internals import tree_flatten, tree_leaves
 
@@ -154,13 +154,7 @@ class Observers:
     def found_in_backward(self) -> tuple[tuple[Observer, ...], list[Tensor]]:
         """The observers of backward, and the gradients that they observe."""
         observed: list[Tensor] = []
-
-        def index_of(leaf: Tensor) -> Output:
-            index = next((index for index, each in enumerate(observed) if each is leaf), len(observed))
-            observed[index:] = observed[index:] or [leaf]
-            return Output(index)
-
-        return _observers(self._of_backward, index_of), observed
+        return _observers(self._of_backward, functools.partial(output_in, observed)), observed
 
 
 def _observers(
@@ -196,7 +190,7 @@ def _is_of_the_trace(hook: Callable[..., Any]) -> bool:
 
 
 def _is_traced(value: Any) -> bool:
-    return torch_internals.is_symbolic(value) or (isinstance(value, Tensor) and torch_internals.is_fake(value))
+    return torch_internals.is_symbolic(value) or torch_internals.is_fake(value)
 
 
 def _versions(arguments: tuple[Any, ...]) -> int:

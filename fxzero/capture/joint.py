@@ -29,7 +29,7 @@ from fxzero.capture.provenance import Recorder, autograd_nodes, runs_python
 from fxzero.capture.reads import Reads
 from fxzero.capture.slots import Read, Slot
 from fxzero.capture.state import tensors_read
-from fxzero.capture.writes import Before, Moment, Output, Write
+from fxzero.capture.writes import Before, Moment, Output, Write, output_in
 from fxzero.errors import CaptureError, InputMismatchError
 from fxzero.graph import ops
 from fxzero.graph.layout import ParamSpec
@@ -234,13 +234,9 @@ class Tracing:
                     "an attribute of its module (self.weight) where it is used."
                 )
             is_number = torch_internals.is_symbolic(leaf)
-            if not is_number and not (isinstance(leaf, Tensor) and torch_internals.is_fake(leaf)):
+            if not is_number and not torch_internals.is_fake(leaf):
                 return None
-            kept = numbers if is_number else tensors
-            index = next((i for i, each in enumerate(kept) if each is leaf), len(kept))
-            if index == len(kept):
-                kept.append(leaf)
-            return Output(index, is_number)
+            return output_in(numbers if is_number else tensors, leaf, is_number=is_number)
 
         self.reads.add_class_writes(self.before.class_writes())
         writes = tuple(self.before.writes(self.reads.set_slots, given, index_of))

@@ -8,12 +8,13 @@ import dis
 import importlib.util
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from fxzero.capture.places import attributes_of
 from fxzero.capture.slots import Kind, Read, class_with, held
+from fxzero.capture.users_code import is_guarded_class, is_users_class, is_users_module
 
 _OF_ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR")
 _BETWEEN = ("PRECALL", "CACHE", "EXTENDED_ARG", "COPY", "DUP_TOP")
@@ -41,9 +42,6 @@ class NamedByCode:
     code: types.CodeType
     space: dict[str, Any]
     """The globals of the code."""
-    is_users_module: Callable[[Any], bool]
-    is_users_class: Callable[[type], bool]
-    is_guarded_class: Callable[[type], bool]
     reads: list[Read] = field(default_factory=list[Read])
     stores: list[tuple[dict[Any, Any], str, str]] = field(default_factory=list[Any])
     """The dict, the key and the name of each global or attribute that it sets."""
@@ -64,7 +62,7 @@ class NamedByCode:
         for index, each in enumerate(instructions):
             following = instructions[index + 1].opname if index + 1 < len(instructions) else ""
             owner = self._step(each, owner, instructions[max(index - 2, 0) : index])
-            if self.is_users_module(owner) and following not in (*_OF_ATTRIBUTES, "STORE_FAST", "IMPORT_FROM"):
+            if is_users_module(owner) and following not in (*_OF_ATTRIBUTES, "STORE_FAST", "IMPORT_FROM"):
                 self._whole(vars(owner))
 
     def _step(self, each: dis.Instruction, owner: Any, before: list[dis.Instruction]) -> Any:
@@ -112,14 +110,14 @@ class NamedByCode:
     def _attribute(self, owner: Any, name: str) -> Any:
         if isinstance(owner, types.ModuleType):
             found = vars(owner).get(name)
-            if self.is_users_module(owner) and name == "__dict__":
+            if is_users_module(owner) and name == "__dict__":
                 self._whole(vars(owner))
-            elif name in vars(owner) and (self.is_users_module(owner) or callable(found)):
+            elif name in vars(owner) and (is_users_module(owner) or callable(found)):
                 self.reads.append(of_global(vars(owner), name))
             return found
         if isinstance(owner, type) and not name.startswith("__"):
             base = class_with(owner, name)
-            if base is not None and self.is_guarded_class(base):
+            if base is not None and is_guarded_class(base):
                 self.reads.append(Read(owner, name, Kind.CLASS, *held(vars(base)[name]), owner.__qualname__))
         return None
 
@@ -130,9 +128,9 @@ class NamedByCode:
 
     def _of(self, value: Any) -> Iterator[tuple[dict[Any, Any], str]]:
         """The attributes of a user's module or class, and its name; nothing for other values."""
-        if self.is_users_module(value):
+        if is_users_module(value):
             yield vars(value), value.__name__
-        elif isinstance(value, type) and self.is_users_class(value):
+        elif isinstance(value, type) and is_users_class(value):
             yield attributes_of(value), value.__qualname__
 
 

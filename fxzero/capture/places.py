@@ -2,10 +2,12 @@
 
 import types
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
-_HEAP_TYPE = 1 << 9
-"""Bit of `type.__flags__`: the class was made by a class statement."""
+from fxzero.capture.users_code import is_of_a_class_statement
+
+PlaceType = TypeVar("PlaceType", bound="Place")
 
 
 class Place(dict[Any, Any]):
@@ -15,6 +17,12 @@ class Place(dict[Any, Any]):
         if key in self:
             return self[key]
         return default
+
+    def pop(self, key: Any, default: Any = None) -> Any:
+        value = self.get(key, default)
+        if key in self:
+            del self[key]
+        return value
 
 
 class ClosureVariable(Place):
@@ -37,11 +45,8 @@ class ClosureVariable(Place):
     def __setitem__(self, key: Any, value: Any) -> None:
         self._cell.cell_contents = value
 
-    def pop(self, key: Any, default: Any = None) -> Any:
-        value = self.get(key, default)
-        if key in self:
-            del self._cell.cell_contents
-        return value
+    def __delitem__(self, key: Any) -> None:
+        del self._cell.cell_contents
 
 
 class ClassAttributes(Place):
@@ -60,11 +65,8 @@ class ClassAttributes(Place):
     def __setitem__(self, key: Any, value: Any) -> None:
         setattr(self.kind, key, value)
 
-    def pop(self, key: Any, default: Any = None) -> Any:
-        value = self.get(key, default)
-        if key in self:
-            delattr(self.kind, key)
-        return value
+    def __delitem__(self, key: Any) -> None:
+        delattr(self.kind, key)
 
 
 class SlotsOf(Place):
@@ -83,39 +85,34 @@ class SlotsOf(Place):
     def __setitem__(self, key: Any, value: Any) -> None:
         object.__setattr__(self._obj, key, value)  # also where the class is frozen
 
-    def pop(self, key: Any, default: Any = None) -> Any:
-        value = self.get(key, default)
-        if key in self:
-            object.__delattr__(self._obj, key)
-        return value
+    def __delitem__(self, key: Any) -> None:
+        object.__delattr__(self._obj, key)
 
 
-_known = weakref.WeakValueDictionary[int, Place]()
-"""Places by the id of what they stand for, which they hold: a place is known by its own id."""
+_known = weakref.WeakValueDictionary[tuple[Any, int], Place]()
+"""Places by their class and the id of what they stand for, which they hold: a place is known by its own id."""
+
+
+def _place_of(kind: Callable[[Any], PlaceType], target: Any) -> PlaceType:
+    place = _known.get((kind, id(target)))
+    if place is None:
+        _known[kind, id(target)] = place = kind(target)
+    return cast("PlaceType", place)
 
 
 def variable_in(cell: types.CellType) -> ClosureVariable:
     """The variable that a cell holds."""
-    place = _known.get(id(cell))
-    if not isinstance(place, ClosureVariable):
-        _known[id(cell)] = place = ClosureVariable(cell)
-    return place
+    return _place_of(ClosureVariable, cell)
 
 
 def attributes_of(kind: type) -> ClassAttributes:
     """The attributes that a class has of its own."""
-    place = _known.get(id(kind))
-    if not isinstance(place, ClassAttributes):
-        _known[id(kind)] = place = ClassAttributes(kind)
-    return place
+    return _place_of(ClassAttributes, kind)
 
 
 def slots_of(obj: Any) -> SlotsOf:
     """The attributes that an object has in `__slots__`."""
-    place = _known.get(id(obj))
-    if not isinstance(place, SlotsOf):
-        _known[id(obj)] = place = SlotsOf(obj)
-    return place
+    return _place_of(SlotsOf, obj)
 
 
 def names_of_slots(kind: type) -> list[str]:
@@ -124,5 +121,5 @@ def names_of_slots(kind: type) -> list[str]:
         name
         for base in kind.__mro__
         for name, value in vars(base).items()
-        if isinstance(value, types.MemberDescriptorType) and base.__flags__ & _HEAP_TYPE
+        if isinstance(value, types.MemberDescriptorType) and is_of_a_class_statement(base)
     ]

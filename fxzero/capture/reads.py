@@ -14,7 +14,6 @@ import enum
 import functools
 import gc
 import inspect
-import logging
 import sys
 import threading
 import types
@@ -28,29 +27,14 @@ from torch import Tensor, nn
 from fxzero import torch_internals
 from fxzero.capture.named_by_code import NamedByCode, function_of, of_global, of_module
 from fxzero.capture.places import ClassAttributes, variable_in
-from fxzero.capture.provenance import is_user_file
 from fxzero.capture.slots import ABSENT, PLAIN, Kind, Read, Slot, held, is_container
+from fxzero.capture.users_code import is_followed_file, is_plain_class, is_users_module
 from fxzero.host.gc_pause import gc_paused
 
 _BY_IDENTITY = (
     type, enum.Enum, property, functools.partial, types.FunctionType, types.BuiltinFunctionType, types.MethodType,
     types.ModuleType, types.MethodWrapperType,
 )  # fmt: skip
-_NOT_USERS = ("torch", "numpy", "sympy", "mpmath", "typing_extensions", "networkx")
-"""Installed packages that a trace itself runs."""
-_NOT_FOLLOWED = (
-    *_NOT_USERS,
-    "logging",
-    "threading",
-    "collections",
-    "functools",
-    "weakref",
-    "abc",
-    "os",
-    "typing",
-    "re",
-)
-"""Packages whose classes are left alone."""
 _COMPREHENSIONS = ("<genexpr>", "<listcomp>", "<setcomp>", "<dictcomp>")
 """Names of code."""
 _OF_LIBRARY = (types.SimpleNamespace, collections.UserDict, collections.UserList)
@@ -58,20 +42,6 @@ _OF_LIBRARY = (types.SimpleNamespace, collections.UserDict, collections.UserList
 _DEPTH = 8
 """Levels of containers in containers that are followed."""
 _SIZE = "the number of attributes"
-_IMMUTABLE_TYPE, _HEAP_TYPE = 1 << 8, 1 << 9
-"""Bits of `type.__flags__`: attributes of the class cannot be set; the class was made by a class statement."""
-
-
-@functools.cache
-def _is_users(filename: str) -> bool:
-    installed = filename.replace("\\", "/").rpartition("site-packages/")[2]
-    return is_user_file(filename) and not filename.startswith("<frozen") and not installed.startswith(_NOT_USERS)
-
-
-def _is_plain_class(kind: type) -> bool:
-    """True for a class whose instances are plain objects with state that is worth following."""
-    no_objects = (nn.Module, Tensor, type, enum.Enum, tuple, list, dict, set, types.ModuleType, logging.Filterer)
-    return is_users_class(kind) and not issubclass(kind, no_objects)
 
 
 class Reads:
@@ -257,7 +227,7 @@ class Reads:
             self.found[slot] = read
             self._alive.append(read.owner)
             self._follow(read.value)
-            if read.kind is Kind.ATTRIBUTE and _is_users_module(read.value):
+            if read.kind is Kind.ATTRIBUTE and is_users_module(read.value):
                 for each in of_module(vars(read.value)):
                     self._add((id(each.owner), each.name), each)
 
@@ -283,18 +253,18 @@ class Reads:
                     self._add((id(value), name), Read(value, name, Kind.COMPUTED, *held(getattr(value, name))))
         elif isinstance(value, types.MethodType):
             self._follow(value.__self__, depth)
-        elif isinstance(value, types.FunctionType) and _is_users(value.__code__.co_filename):
+        elif isinstance(value, types.FunctionType) and is_followed_file(value.__code__.co_filename):
             self._follow_function(value)
         elif isinstance(value, weakref.ReferenceType):
             self._follow(value(), depth)
-        elif isinstance(value, weakref.ProxyTypes) and _is_plain_class(value.__class__):
+        elif isinstance(value, weakref.ProxyTypes) and is_plain_class(value.__class__):
             self._patch(value.__class__)
         elif isinstance(value, _OF_LIBRARY):  # their classes cannot be patched
             self._on_object(value)
             self._add((id(vars(value)), _SIZE), _size_of(vars(value), type(value).__qualname__))
             for name, each in vars(value).items():
                 self._add((id(value), name), Read(value, name, Kind.ATTRIBUTE, *held(each)))
-        elif not isinstance(value, _BY_IDENTITY) and _is_plain_class(type(value)):
+        elif not isinstance(value, _BY_IDENTITY) and is_plain_class(type(value)):
             self._on_object(value)
             self._patch(type(value))
 
@@ -347,7 +317,7 @@ class Reads:
 
     def _scan(self, code: types.CodeType, space: dict[str, Any]) -> None:
         """Add what code names that is about to run, and note what it sets."""
-        named = NamedByCode(code, space, _is_users_module, is_users_class, _is_guarded_class)
+        named = NamedByCode(code, space)
         for read in named.reads:
             self._add((id(read.owner), read.name), read)
         for place, name, label in named.stores:
@@ -404,7 +374,7 @@ def _users_calls(on_call: Callable[[types.FrameType], None]) -> Callable[[types.
         filename = frame.f_code.co_filename
         if filename in others:
             return
-        if _is_users(filename):
+        if is_followed_file(filename):
             on_call(frame)
         else:
             others.add(filename)
@@ -442,28 +412,14 @@ def _is_of_caller(frame: types.FrameType | None, name: str, value: Any) -> bool:
     return False
 
 
-def _is_users_module(value: Any) -> bool:
-    return isinstance(value, types.ModuleType) and _is_users(getattr(value, "__file__", None) or "<string>")
-
-
-def _is_guarded_class(kind: type) -> bool:
-    return kind.__module__.split(".")[0] not in _NOT_FOLLOWED
-
-
 def _is_called_by_user(frame: types.FrameType | None) -> bool:
     """True if the caller of a running function is code of the user."""
     caller = None if frame is None else frame.f_back
-    return caller is not None and _is_users(caller.f_code.co_filename)
+    return caller is not None and is_followed_file(caller.f_code.co_filename)
 
 
 def _size_of(attributes: dict[str, Any], name: str) -> Read:
     return Read(attributes, _SIZE, Kind.SIZE, len(attributes), path=name)
-
-
-def is_users_class(kind: type) -> bool:
-    """True for a class whose attributes can be set, and that is no part of torch or the standard library."""
-    can_be_set = kind.__flags__ & _HEAP_TYPE and not kind.__flags__ & _IMMUTABLE_TYPE
-    return bool(can_be_set) and kind.__module__.split(".")[0] not in (*_NOT_FOLLOWED, "fxzero")
 
 
 def _locate(obj: Any, name: str, value: Any) -> Read | None:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from fxzero import torch_internals
 from fxzero.capture.guards import same
 from fxzero.capture.places import ClassAttributes, attributes_of, names_of_slots, slots_of
-from fxzero.capture.reads import is_users_class
 from fxzero.capture.slots import ABSENT, PLAIN, Slot, content_of, is_container
+from fxzero.capture.users_code import is_users_class
 from fxzero.errors import CaptureError
 from fxzero.torch_internals import TreeSpec, tree_flatten, tree_unflatten
 
@@ -35,6 +35,14 @@ class Output:
     index: int
     """Index into the flat outputs of the graph; of a number, into those of the plan's numbers."""
     is_number: bool = False
+
+
+def output_in(kept: list[Any], value: Any, *, is_number: bool = False) -> Output:
+    """The output that stands for a value: its place among those that are kept already, or a new one behind them."""
+    index = next((index for index, each in enumerate(kept) if each is value), len(kept))
+    if index == len(kept):
+        kept.append(value)
+    return Output(index, is_number)
 
 
 @dataclass(frozen=True)
@@ -283,9 +291,7 @@ class Before:
         finally:
             for _, attributes, before in self._objects.values():
                 stay = {key: now for key, now in attributes.items() if now is not before.get(key) and _stays(now)}
-                if attributes.keys() != before.keys() or not all(map(_is, attributes.values(), before.values())):
-                    attributes.clear()
-                    attributes.update(before | stay)
+                _fill(attributes, before | stay)
             for container, before in self._containers.values():
                 _fill(container, before)
             put((o, key, before) for o, key, before, _ in self._places.values() if not _stays(o.get(key, ABSENT)))
@@ -335,7 +341,7 @@ def _differs(container: Any, content: Any) -> bool:
 
 def _is_equal(now: Any, then: Any) -> bool:
     """True for values that are the same to every computation, and for two traced tensors of one geometry."""
-    if isinstance(now, Tensor) and isinstance(then, Tensor) and torch_internals.is_fake(now):
+    if torch_internals.is_fake(now) and isinstance(then, Tensor):
         return torch_internals.is_fake(then) and (now.shape, now.dtype) == (then.shape, then.dtype)
     return same(now, then)
 
@@ -384,4 +390,4 @@ def _stays(value: Any) -> bool:
 def _holds_traced(value: Any) -> bool:
     """True for an object that holds a traced tensor, directly or in one of its containers."""
     flat = tree_flatten(list(vars(value).values()) if hasattr(value, "__dict__") else value)[0]
-    return any(isinstance(each, Tensor) and torch_internals.is_fake(each) for each in flat)
+    return any(map(torch_internals.is_fake, flat))

@@ -160,10 +160,6 @@ class Peers:
     """Why this rank cannot go on alone, where it waits in a phase for others that may go on without it."""
     watches: dict[int, Watch] = field(default_factory=dict[int, Watch])
 
-    def forget(self) -> None:
-        """A wait is over: what was seen in it says nothing about the next one."""
-        self.watches.clear()
-
     def reason_to_stop(self, entries: Mapping[int, dict[str, Any] | None], now_s: float | None = None) -> Stop | None:
         """The reason why waiting on is in vain, if there is one.
 
