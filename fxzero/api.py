@@ -64,6 +64,7 @@ def compile(
     mesh: DeviceMesh | None = None,
     across: Placement = "replicate",
     short_gloo_slices: bool = True,
+    islands: Sequence[str] | Literal["auto"] = "auto",
 ) -> ZeroModule:
     """Take a model over and train it by ZeRO stage 3 on a schedule that is written before it runs.
 
@@ -117,6 +118,9 @@ def compile(
         short_gloo_slices: let gloo's threads in this process ask the scheduler for slices of 0.1 ms, so that a message
             does not wait for the end of a slice of compute. It needs Linux 6.12 and no privilege, and has no effect
             elsewhere. False leaves the threads as they are.
+        islands: parts that run as they are, each call as one node of the schedule: by default those that cannot be
+            traced, such as a branch on a tensor's value. Patterns of paths choose others ("layers.*.mlp", where `*`
+            stands for one part); an empty list refuses what cannot be traced.
 
     Returns:
         The module to call and train.
@@ -154,6 +158,7 @@ def compile(
             init_fn=init_fn,
             timeout=timeout,
             short_gloo_slices=short_gloo_slices,
+            islands=None if islands == "auto" else tuple(islands),
         )
         engine = options.make_engine(model, group, optimizers)
         zero = _class_for(type(model))(model, engine, elementwise_optimizer=elementwise_optimizer)

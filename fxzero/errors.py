@@ -10,6 +10,21 @@ class CaptureError(FxzeroError):
 
     Cause: code whose control flow or shapes depend on tensor values, or an unsupported construct.
     Cure: the message names the source line and what to change there.
+
+    Args:
+        path: of the module that it is about, if the one that raised it does not show that.
+    """
+
+    def __init__(self, message: str, path: str | None = None) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class IslandError(FxzeroError):
+    """A part of the model that runs as it is gave something else than when the step was traced.
+
+    Cause: results whose shape or plain values follow the values of tensors. Cure: `compile(islands=[...])` with a
+    module around it, inside of which they stay.
     """
 
 

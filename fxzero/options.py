@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from fxzero.capture.islands.marks import Islands
 from fxzero.comm.groups import Group, group_of_mesh
 from fxzero.comm.make import make_comm
 from fxzero.comm.without_ranks import PlanningComm
@@ -55,6 +56,8 @@ class Options:
     timeout: timedelta
     short_gloo_slices: bool
     """Gloo's threads ask the scheduler for short slices."""
+    islands: tuple[str, ...] | None
+    """Patterns of modules that run as they are; None: those that cannot be traced."""
 
     @property
     def is_tuned(self) -> bool:
@@ -73,6 +76,7 @@ class Options:
             "memory_budget": self.memory_budget,
             "cluster": self.cluster,
             "tuned": self.is_tuned,
+            "islands": "auto" if self.islands is None else ", ".join(self.islands) or "none",
             "torch": torch.__version__.split("+")[0],
         }
 
@@ -98,7 +102,8 @@ class Options:
             timeout=self.timeout,
         )
         tuning = TuningRounds(self.is_tuned, self.keeps_free, self.cluster)
-        maker = PlanMaker(sharded, tuning, BudgetRound(self.memory_budget), ablation.binder_without(without))
+        islands = Islands(model, self.islands)
+        maker = PlanMaker(sharded, tuning, BudgetRound(self.memory_budget), islands, ablation.binder_without(without))
         return Engine(sharded, maker, ablation.clip_without(without))
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fxzero.capture import capture
+from fxzero.capture.islands.marks import Islands
 from fxzero.comm.make import backend_for
 from fxzero.cost.choose_sizes import choose_sizes
 from fxzero.cost.job_costs import CostModel, optimizer_bytes
@@ -86,6 +87,7 @@ def plan(
         device=devices.compute,
         sharding=sharding,
         with_backward=torch.is_grad_enabled() and any(param.requires_grad for param in params.values()),
+        islands=Islands(model, None),
     )
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     state = state_per_element([] if optimizer is None else [optimizer])

@@ -212,6 +212,34 @@ def eager_checkpoints() -> Generator[None]:
         checkpoint._is_compiling = before
 
 
+class _NotReentrant:
+    """Stands for the autograd.Function of reentrant checkpoints."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        """The checkpoint that needs no backward of its own; of arguments without grad it has none, as the other."""
+        if any(isinstance(each, torch.Tensor) and each.requires_grad for each in args):
+            run = torch.utils.checkpoint.checkpoint
+            return run(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+        with torch.no_grad():
+            return function(*args)
+
+
+@contextlib.contextmanager
+def checkpoints_without_backward() -> Generator[None]:
+    """Let reentrant checkpoints in the block be others, whose backward is no run of the autograd engine of its own.
+
+    `torch.utils.checkpoint.CheckpointFunction`: 2.11 to 2.13.
+    """
+    checkpoint = cast(Any, torch.utils.checkpoint)
+    before = checkpoint.CheckpointFunction
+    checkpoint.CheckpointFunction = _NotReentrant
+    try:
+        yield
+    finally:
+        checkpoint.CheckpointFunction = before
+
+
 def next_sequence_number() -> int:
     """The sequence number of this thread's next autograd node. `_get_sequence_nr`: 2.11 to 2.13."""
     return cast(Any, torch.autograd)._get_sequence_nr()
@@ -306,6 +334,11 @@ def functional_form(overload: Any) -> Any:
 # -- storage -------------------------------------------------------------------------------------------------------
 
 
+def negated_view(tensor: torch.Tensor) -> torch.Tensor:
+    """A view of a tensor that reads as its negative. `torch._neg_view`: 2.11 to 2.13."""
+    return torch._neg_view(tensor)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+
+
 def same_storage(a: Any, b: Any) -> bool:
     """True for two tensors, real or fake, that share storage. `UntypedStorage._cdata`: 2.11 to 2.13."""
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
@@ -364,11 +397,13 @@ EXTRA_STATE = "_extra_state"
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """True for what torch.compile returns, and for a module that compiled itself.
+    """True for what torch.compile returns. `OptimizedModule._orig_mod`: 2.11 to 2.13."""
+    return "_orig_mod" in vars(module)["_modules"]
 
-    `OptimizedModule._orig_mod`, `Module._compiled_call_impl`: 2.11 to 2.13.
-    """
-    return "_orig_mod" in vars(module)["_modules"] or module._compiled_call_impl is not None  # pyright: ignore
+
+def compiled_itself(module: nn.Module) -> bool:
+    """True after `module.compile()`. `Module._compiled_call_impl`: 2.11 to 2.13."""
+    return module._compiled_call_impl is not None  # pyright: ignore[reportPrivateUsage]
 
 
 def own_method(module: nn.Module, name: str) -> Callable[..., Any]:

@@ -3,9 +3,10 @@
     captured = capture(model, model.forward, args, kwargs, params, device=..., sharding=...)
     captured.step       the graph; captured.output.rebuild(tensors) makes the model's return value
 
-joint.py traces; draws.py makes random draws equal to eager's; provenance.py labels nodes with their modules;
-fake_tensors.py swaps the module's tensors; temporaries.py and functional.py remove in-place operators; assemble.py
-makes the StepGraph; failures.py explains why a model cannot be traced.
+joint.py traces; trace.py lets it try until all that cannot be traced is left as it is (islands/); draws.py makes random
+draws equal to eager's; provenance.py labels nodes with their modules; fake_tensors.py swaps the module's tensors;
+temporaries.py and functional.py remove in-place operators; assemble.py makes the StepGraph; failures.py explains why a
+model cannot be traced.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,13 +19,14 @@ from torch import nn
 
 from fxzero.capture.assemble import assemble
 from fxzero.capture.call import flatten_call
-from fxzero.capture.failures import check_arguments, explain
-from fxzero.capture.functional import functionalize
-from fxzero.capture.joint import Tracing, no_autocast
+from fxzero.capture.failures import check_arguments, explain, with_place
+from fxzero.capture.islands.marks import Islands
+from fxzero.capture.joint import Tracing
 from fxzero.capture.numbers import NO_NUMBERS, NumberSlot, PinnedNumberError, StandIns, take_out
 from fxzero.capture.outputs import OutputSpec
 from fxzero.capture.state import PythonState, state_of
-from fxzero.capture.temporaries import make_temporaries_functional
+from fxzero.capture.trace import Tracer
+from fxzero.errors import CaptureError
 from fxzero.graph.layout import ParamSpec
 from fxzero.graph.sharding import Sharding
 from fxzero.graph.step import StepGraph
@@ -59,6 +61,7 @@ def capture(
     with_backward: bool,
     differentiated: tuple[int, ...] | None = None,
     numbers: Sequence[NumberSlot] = (),
+    islands: Islands | None = None,
 ) -> Captured:
     """Trace one call of a module.
 
@@ -73,6 +76,7 @@ def capture(
         differentiated: indices of the outputs that get a tangent. None: the output named `loss`, else the only scalar,
             else all.
         numbers: slots of the Python state whose numbers become inputs of the graph.
+        islands: what is known of the parts that run as they are. Default: there are none.
 
     Raises:
         PinnedNumberError: the trace needs one of these numbers itself.
@@ -82,28 +86,22 @@ def capture(
     check_arguments(forward, args, kwargs)
     inputs, spec = flatten_call(args, kwargs)
     make = partial(Tracing, module, forward, args, kwargs, inputs, spec, params, device, with_backward, differentiated)
-    tracing = make(StandIns(numbers) if numbers else None)
+    stand_ins = StandIns(numbers) if numbers else None
     try:
-        root = tracing.run()
-        if tracing.before.has_new_structure:  # hooks or submodules that the first forward adds
-            tracing = make(tracing.stand_ins)
-            root = tracing.run()
-        reads = list(tracing.reads.found.values())
-        tensors = tracing.read_as_inputs(root, reads)
-        make_temporaries_functional(root.graph)
-        with no_autocast(device):
-            root = functionalize(root)
-        joint, stand_ins = tracing.joint, tracing.stand_ins
+        traced = Tracer(make, stand_ins, Islands(module) if islands is None else islands).trace()
+        root, joint = traced.root, traced.tracing.joint
         computed = NO_NUMBERS if stand_ins is None else take_out(root, stand_ins, joint.num_numbers)
     except PinnedNumberError:
         raise
     except Exception as error:
         if numbers:
             raise PinnedNumberError(str(error)) from error
-        explained = explain(error)
-        if explained is None:
+        explained = with_place(error) if isinstance(error, CaptureError) else explain(error)
+        if explained is None or explained is error:
             raise
         raise explained from error
-    state = state_of(module, reads, tensors, computed, joint.writes, joint.observers, joint.observers_of_backward)
+    state = state_of(
+        module, traced.reads, traced.tensors, computed, joint.writes, joint.observers, joint.observers_of_backward
+    )
     step = assemble(root, joint, module, params, sharding)
     return Captured(step, joint.output, joint.differentiable, joint.differentiated, state)

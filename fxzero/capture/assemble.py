@@ -1,5 +1,6 @@
 """Turn a traced graph into a StepGraph: placeholders first, writes to buffers at the end of forward, no idle nodes."""
 
+import operator
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ from fxzero import torch_internals
 from fxzero.capture.batch_norm import writes_undeclared
 from fxzero.capture.joint import Joint
 from fxzero.errors import CaptureError
+from fxzero.graph import ops
 from fxzero.graph.aliasing import is_view
 from fxzero.graph.layout import ParamSpec
 from fxzero.graph.nodes import META_KEY, NodeInfo, Role, info, role
@@ -32,7 +34,6 @@ def assemble(
     """
     graph, constants, results = _copy_graph(root)
     _check_constants(constants, module, root.graph)
-    _check_lstm(graph)
     remaining = iter(results)
     outputs = [next(remaining) for _ in range(joint.num_outputs)]
     rebound = {name: cast(fx.Node, next(remaining)) for name in joint.rebound}
@@ -42,6 +43,7 @@ def assemble(
     step = StepGraph(graph, dict(params), sharding, constants)
     grads_of_inputs = [of_input.get(index) for index in range(len(step.nodes(Role.INPUT)))]
     step.set_output(outputs, grads, [*grads_of_inputs, *remaining])
+    _note_uncertain(grads)
     _write_back(step, rebound)
     _remove_no_ops(step)
     graph.eliminate_dead_code()
@@ -91,12 +93,13 @@ def _check_constants(constants: dict[str, Tensor], module: nn.Module, graph: fx.
             )
 
 
-def _check_lstm(graph: fx.Graph) -> None:
+def check_lstm(graph: fx.Graph) -> None:
     """Refuse oneDNN's LSTM, which makes the workspace of its backward only under autograd."""
     for node in graph.find_nodes(op="call_function", target=aten.mkldnn_rnn_layer.default):
         raise CaptureError(
             f"{node.target} (nn.LSTM on the CPU, module '{info(node).fqn}') has no backward outside autograd. Call the "
-            "LSTM under torch.backends.mkldnn.flags(enabled=False), or use nn.GRU."
+            "LSTM under torch.backends.mkldnn.flags(enabled=False), or use nn.GRU.",
+            info(node).fqn,
         )
 
 
@@ -107,6 +110,15 @@ def _check_dense(grads: dict[str, fx.Node]) -> None:
             raise CaptureError(
                 f"The gradient of {name} is {layout}; only dense gradients are reduced. Use sparse=False."
             )
+
+
+def _note_uncertain(grads: dict[str, fx.Node]) -> None:
+    """Let islands give None for a parameter that they do not reach, where nothing adds to its gradient."""
+    for grad in grads.values():
+        made = grad.args[0] if grad.target is operator.getitem else None
+        if isinstance(made, fx.Node) and made.target is ops.island_backward and len(grad.users) == 1:
+            site, index = cast(Any, made.args[0]), cast(int, grad.args[1])
+            site.uncertain |= {index}
 
 
 def _line_of(graph: fx.Graph, target: str) -> str:

@@ -31,12 +31,32 @@ _Drawn = tuple[list[Tensor], list[Tensor]]
 """The results of an operator that draws, and the values that it wrote into its arguments."""
 
 
+class PythonDrawError(CaptureError):
+    """A forward draws outside of torch."""
+
+
 class Draws:
     """Runs operators; an operator that draws random numbers draws them once."""
 
     def __init__(self) -> None:
         self.in_backward = False
         self._recorded: dict[int, tuple[Any, _Drawn]] = {}
+        self._calls: set[int] = set()
+
+    def number_call(self) -> int:
+        """The key of a call that may draw: that of an earlier one if a checkpoint makes it again.
+
+        Raises:
+            CaptureError: the model seeds or restores the generator itself.
+        """
+        key = self._next_key("an island")
+        if key in self._recorded or (key in self._calls and not self.in_backward):
+            raise CaptureError(
+                "An island draws from a state of the generator that was drawn from before: the forward restores the "
+                "generator. Only torch.utils.checkpoint may do so."
+            )
+        self._calls.add(key)
+        return key
 
     def run(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of `op`: computed, drawn now, or drawn before."""
@@ -96,13 +116,7 @@ class Draws:
 
     def _once(self, op: Any, draw: Callable[[], _Drawn]) -> _Drawn:
         """The result of `draw`, or the recorded one if there was a draw in this state of the generator."""
-        key = torch.default_generator.initial_seed()
-        if not _FIRST_KEY <= key <= _FIRST_KEY + len(self._recorded):
-            raise CaptureError(
-                f"The model seeds the random generator before {op}; a compiled step draws from the one generator that "
-                "goes on from step to step. Seed before the training loop, not in forward."
-            )
-        torch.default_generator.manual_seed(key + 1)
+        key = self._next_key(op)
         if key not in self._recorded:
             self._recorded[key] = op, draw()
         elif not self.in_backward or self._recorded[key][0] is not op:
@@ -111,6 +125,17 @@ class Draws:
                 "its recomputation: the forward restores the generator. Only torch.utils.checkpoint may do so."
             )
         return self._recorded[key][1]
+
+    def _next_key(self, what: Any) -> int:
+        """The key of a draw that begins; the generator has that of the next one afterwards."""
+        key = torch.default_generator.initial_seed()
+        if not _FIRST_KEY <= key <= _FIRST_KEY + len(self._recorded) + len(self._calls):
+            raise CaptureError(
+                f"The model seeds the random generator before {what}; a compiled step draws from the one generator "
+                "that goes on from step to step. Seed before the training loop, not in forward."
+            )
+        torch.default_generator.manual_seed(key + 1)
+        return key
 
 
 @functools.cache
@@ -136,7 +161,7 @@ def no_draws_of_python() -> Generator[None]:
         return
     random.setstate(state)
     np.random.set_state(numpy_state)
-    raise CaptureError(
+    raise PythonDrawError(
         f"The forward draws from {drawn}, outside of torch: every step would use the value drawn at its trace. Draw "
         "with torch (torch.rand), or before the call, and pass the value in."
     )

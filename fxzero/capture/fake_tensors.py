@@ -43,7 +43,7 @@ def swapped_tensors(module: nn.Module, state: FakeState) -> Generator[None]:
         yield
         for prefix, table, key, value in slots:
             name, stand_in = stand_ins[id(value)]
-            now: Any = table.get(key)
+            now: Any = table[key] if key in table else None
             if now is not stand_in:
                 _check_rebound(f"{prefix}.{key}".removeprefix("."), stand_in, now, name in state.params)
                 state.rebound[name] = now

@@ -23,6 +23,7 @@ from fxzero.capture.checks import noted_checks
 from fxzero.capture.draws import Draws, no_draws_of_python, numbered_draws
 from fxzero.capture.fake_tensors import FakeState, swapped_tensors
 from fxzero.capture.hooks import Observer, Observers
+from fxzero.capture.islands.marks import Marks
 from fxzero.capture.numbers import StandIns
 from fxzero.capture.outputs import OutputSpec, flatten_output, loss_index
 from fxzero.capture.provenance import Recorder, autograd_nodes, runs_python
@@ -74,6 +75,8 @@ class Tracing:
     differentiated: tuple[int, ...] | None
     stand_ins: StandIns | None = None
     """Symbolic numbers in the place of numbers of the Python state."""
+    marks: Marks | None = None
+    """The islands, whose forwards are replaced."""
     joint: Joint = field(init=False)
     """Outputs of the graph; set by `run`."""
 
@@ -82,6 +85,9 @@ class Tracing:
         self.before = Before(self.module)
         self.reads = Reads(self.module, self.before.add, self.before.add_place, self.before.alive)
         self._observers = Observers(self.reads, self.before)
+        self._recorder: Recorder | None = None
+        if self.marks is not None:
+            self.reads.replaced = self.marks.replaced
 
     def run(self) -> fx.GraphModule:
         """Trace forward and backward into one graph.
@@ -107,6 +113,7 @@ class Tracing:
             numbered_draws(),
             torch.autograd.set_multithreading_enabled(False),
             torch_internals.eager_checkpoints(),
+            torch_internals.checkpoints_without_backward(),
             fake,
         ):
             root = torch_internals.trace_fx(
@@ -114,6 +121,12 @@ class Tracing:
             )
         _make_tangents_placeholders(root.graph)
         return root
+
+    @property
+    def module_in_backward(self) -> str | None:
+        """The path of the module whose backward was being traced; None in forward."""
+        recorder = self._recorder
+        return recorder.current if recorder is not None and recorder.in_backward else None
 
     def read_as_inputs(self, root: fx.GraphModule, reads: Sequence[Read]) -> list[tuple[dict[Any, Any], Any]]:
         """Make placeholders of the real tensors that attributes and globals hold.
@@ -160,10 +173,18 @@ class Tracing:
         torch.set_autocast_cache_enabled(caches_casts)
         self._label_placeholders(graph, state)
         recorder, draws = Recorder(graph, self.module), Draws()
+        self._recorder = recorder
+        if self.marks is not None:
+            real = list(zip(inputs, self.inputs, strict=True))
+            self.marks.begin(state, self.params, real, draws, self.device, self.reads, self.forward)
         leaves: dict[str | int, Tensor] = {}
         results: list[Any] = []
         # A checkpoint runs modules in backward, so the stand-ins stay until its end.
-        with _Interceptor(draws, recorder, self.reads), recorder.following(), swapped_tensors(self.module, state):
+        with (
+            _Interceptor(draws, recorder, self.reads, self.marks),
+            recorder.following(),
+            swapped_tensors(self.module, state),
+        ):
             args, kwargs = replace_tensors(self.args, self.kwargs, inputs)
             given = self._put_numbers(numbers)
             slots = () if self.stand_ins is None else self.stand_ins.slots
@@ -173,7 +194,8 @@ class Tracing:
             grad = torch.set_grad_enabled(self.with_backward)
             watching, mode = self._observers.watching(self.module), _ForwardMode(state, self._observers)
             with grad, watching, self.reads.following(), mode, noted_checks(self._observers.add_check):
-                output = call_module(self.module, self.forward, args, kwargs)
+                forward = self.forward if self.marks is None else self.marks.forward_of_model(self.forward)
+                output = call_module(self.module, forward, args, kwargs)
             tensors, spec = flatten_output(output)
             returned = len(tensors)
             writes, observers, left_behind = self._left_behind(state, tensors, given)
@@ -251,11 +273,6 @@ class Tracing:
             node.meta[META_KEY] = info
 
     def _backward(self, outputs: list[Tensor], leaves: list[Tensor], recorder: Recorder) -> list[Tensor | None]:
-        if any(node.name() == "CheckpointFunctionBackward" for node in autograd_nodes(outputs)):
-            raise CaptureError(
-                "The model uses the reentrant torch.utils.checkpoint, whose backward is a run of the autograd engine "
-                "of its own and cannot be traced. Call checkpoint(..., use_reentrant=False)."
-            )
         recorder.label()
         tangents = [torch.empty_like(output, requires_grad=False) for output in outputs]
         recorder.label(Role.TANGENT, "")
@@ -320,8 +337,9 @@ class _ForwardMode(TorchFunctionMode):
 class _Interceptor(torch_internals.DispatchMode):
     """Runs every operator below autograd: draws go through `Draws`, and each node gets its source line."""
 
-    def __init__(self, draws: Draws, recorder: Recorder, reads: Reads) -> None:
+    def __init__(self, draws: Draws, recorder: Recorder, reads: Reads, marks: Marks | None) -> None:
         super().__init__()
+        self._marks = marks
         self._reads = reads
         self._draws = draws
         self._recorder = recorder
@@ -331,6 +349,8 @@ class _Interceptor(torch_internals.DispatchMode):
         try:
             if device := torch_internals.answer_device(func, args):
                 return device
+            if self._marks is not None:
+                self._marks.check_write(func, args, kwargs or {})
             run = run_declared if writes_undeclared(func) else self._draws.run
             result = run(func, args, kwargs or {})
             self._recorder.label_line()

@@ -55,12 +55,13 @@ class Recorder:
         self.in_backward = False
 
     @property
-    def _current(self) -> str:
+    def current(self) -> str:
+        """The path of the running module."""
         return self._running[-1] if self._running else self._base
 
     def label(self, role: Role = Role.COMPUTE, fqn: str | None = None) -> None:
         """Label every node made since the last call with a role and a module; None: the running module."""
-        made_here = NodeInfo(role, self._current if fqn is None else fqn)
+        made_here = NodeInfo(role, self.current if fqn is None else fqn)
         for node in reversed(self._graph.nodes):
             if META_KEY in node.meta:
                 break
@@ -103,11 +104,11 @@ class Recorder:
 
     def _change(self) -> None:
         if not self.in_backward:
-            self._changes.append((torch_internals.next_sequence_number(), self._current))
+            self._changes.append((torch_internals.next_sequence_number(), self.current))
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         self.label()
-        self._running.append(self._names.get(id(module), self._current))
+        self._running.append(self._names.get(id(module), self.current))
         self._change()
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -63,6 +63,8 @@ class Reads:
             alive: receives objects, so that no id is given again during the trace.
         """
         self.found: dict[Slot, Read] = {}
+        self.replaced: frozenset[int] = frozenset()
+        """Ids of modules whose forward is not their own during a trace, beside the model."""
         self.set_slots: set[Slot] = set()
         """Attributes that were set."""
         self._model, self._on_object, self._on_store = model, on_object, on_store
@@ -201,7 +203,7 @@ class Reads:
             return
         if name in torch_internals.RNN_CACHES:  # rebuilt from the parameters
             return
-        if obj is self._model and name == "forward":  # which fxzero replaces
+        if name == "forward" and (obj is self._model or id(obj) in self.replaced):  # which fxzero replaces
             return
         with self._muted():
             read = _locate(obj, name, value)

@@ -157,6 +157,8 @@ class Before:
                 self._containers.setdefault(id(value), (value, content_of(value)))
                 self._names.setdefault(id(value), f"{name}.{key}".removeprefix("the model."))
         for table in torch_internals.buffer_tables(owner) if isinstance(owner, nn.Module) else ():
+            if not is_container(table):  # of a scripted module
+                continue
             self._containers[id(table)] = table, content_of(table)
             self._names[id(table)] = name
             self._buffer_tables.add(id(table))

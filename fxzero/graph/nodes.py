@@ -171,8 +171,24 @@ def first_write(slot: fx.Node) -> fx.Node:
     return written_in_place(slot) or slot
 
 
+def is_island(node: fx.Node) -> bool:
+    """True for the forward, and for the backward, of a part of the model that runs as it is."""
+    return node.target in (ops.island_forward, ops.island_backward)
+
+
+def may_be_missing(slot: fx.Node) -> bool:
+    """True for a write_grad whose gradient may be None in a step: of a parameter that an island need not reach."""
+    grad = grad_of(slot)
+    if grad is None or grad.target is not operator.getitem:
+        return False
+    made, index = cast("tuple[fx.Node, int]", grad.args)
+    return made.target is ops.island_backward and index in cast(Any, made.args[0]).uncertain
+
+
 def is_random(node: fx.Node) -> bool:
-    """True for an operator that draws from a random generator; attention without dropout does not."""
+    """True for an operator that draws from a random generator; attention without dropout does not. An island may."""
+    if is_island(node):
+        return True
     target = cast(Any, node.target)
     if not torch_internals.is_overload(target) or torch.Tag.nondeterministic_seeded not in target.tags:
         return False

@@ -8,11 +8,14 @@
     start  = reduce_scatter(slot, ...)          start reducing the gradients of one bucket
     shards = wait(start)                        this rank's gradient shards
     end_forward()                               the boundary between the forward and the backward phase
+    handle, *results = island_forward(site, ..) a part of the model that runs as it is; these two are called
+    gradients = island_backward(site, ..)       its backward
 
-The position of a node in the graph is its place in the schedule. The functions are never called: `codegen.py` replaces
-them.
+The position of a node in the graph is its place in the schedule. The functions, but for those of islands, are never
+called: `codegen.py` replaces them.
 """
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from torch import fx
@@ -72,3 +75,18 @@ def reduce_scatter(*slots: Any, format: WireFormat | None = None) -> Any:
 def end_forward() -> None:
     """The boundary between the forward and the backward phase."""
     _only_in_a_graph("end_forward")
+
+
+@fx.has_side_effect
+def island_forward(
+    site: Any, again: Any, inputs: Sequence[Any], params: Sequence[Any], buffers: Sequence[Any]
+) -> Sequence[Any]:
+    """Run the forward of an island; see `fxzero.capture.islands.site.Site.forward`."""
+    return site.forward(again, inputs, params, buffers)
+
+
+def island_backward(
+    site: Any, handle: Any, grads: Sequence[Any], inputs: Sequence[Any], params: Sequence[Any], buffers: Sequence[Any]
+) -> Sequence[Any]:
+    """Run the backward of an island; see `fxzero.capture.islands.site.Site.backward`."""
+    return site.backward(handle, grads, inputs, params, buffers)

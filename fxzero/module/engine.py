@@ -128,7 +128,7 @@ class Engine:
             self.maker.tuning.after_backward(executable)
             gradients.publish(executable.reached, variant, executable.unreached)
         else:
-            gradients.hold(executable.reached, variant)
+            gradients.hold(executable.reached, variant, executable.uncertain)
         if executable.leaves_buckets:
             in_flight.after_backward()
         return input_grads

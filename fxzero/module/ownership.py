@@ -74,10 +74,10 @@ def check_model(model: object) -> None:
             )
         if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             raise InputMismatchError(f"{part} is a {type(module).__name__}. Compile the module inside it: .module.")
-        if torch_internals.is_compiled(module):
+        if torch_internals.compiled_itself(module) or (not name and torch_internals.is_compiled(module)):
             raise InputMismatchError(
                 f"{part} was compiled by torch.compile, which a trace cannot follow. Give fxzero.compile the module as "
-                "it was before torch.compile(module) or module.compile()."
+                "it was before torch.compile(module) or module.compile(). A submodule may be torch.compile(submodule)."
             )
     own = {id(param): name for name, param in model.named_parameters()}
     for other in _taken:

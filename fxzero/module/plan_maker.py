@@ -10,6 +10,7 @@ import torch
 
 from fxzero import torch_internals
 from fxzero.capture import Captured, capture
+from fxzero.capture.islands.marks import Islands
 from fxzero.comm import agree
 from fxzero.errors import CaptureError
 from fxzero.graph.needs import needs_of
@@ -36,6 +37,7 @@ class PlanMaker:
     sharded: ShardedModel
     tuning: TuningRounds
     budget: BudgetRound
+    islands: Islands
     binder: type[Binder] = Binder
     """The class that binds the variants of a plan."""
 
@@ -136,6 +138,7 @@ class PlanMaker:
             fqn: dataclasses.replace(spec, requires_grad=trained)
             for (fqn, spec), trained in zip(sharded.specs.items(), signature.trained, strict=True)
         }
+        self.islands.forget_facts()
         trace = partial(
             capture,
             sharded.model,
@@ -145,6 +148,7 @@ class PlanMaker:
             device=sharded.devices.compute,
             sharding=sharded.comm.sharding,
             with_backward=with_backward,
+            islands=self.islands,
         )
         captured = self.numbers.captured(partial(trace, differentiated=pattern), signature.call)
         if pattern and captured.differentiable and not captured.differentiated:  # other outputs than of calls before

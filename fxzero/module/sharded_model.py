@@ -105,7 +105,7 @@ class ShardedModel:
         self._buffer_owners = {
             join(path, name): (module, name)
             for path, module in self.model.named_modules()
-            for name in torch_internals.buffers_of(module)
+            for name in torch_internals.buffers_of(module).keys()  # noqa: SIM118 (a scripted module's has no iterator)
         }
 
     def buffers(self, executable: Executable) -> list[torch.Tensor]:

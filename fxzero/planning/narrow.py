@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import fx
 
+from fxzero.graph import ops
 from fxzero.graph.aliasing import memory_of
 from fxzero.graph.nodes import (
     META_KEY,
@@ -101,6 +102,9 @@ def _blank_values(step: StepGraph, arriving: set[fx.Node], missing: set[fx.Node]
             blank.add(node)
             continue
         for source in blank.intersection(sources):
+            if node.target is ops.island_backward:  # it takes None for no gradient
+                node.args = fx.map_arg(node.args, lambda each, gone=source: None if each is gone else each)
+                continue
             node.replace_input_with(source, _zeros_before(step, node, source))
     return blank
 

@@ -23,6 +23,7 @@ from fxzero.graph.nodes import (
     is_gather,
     is_gathered_param,
     is_inside,
+    may_be_missing,
     members,
     operands,
     role,
@@ -283,13 +284,17 @@ class Binder:
 
         One that the step does not reach is `UNREACHED`, from which other ranks' are told: these get positive zeros.
         """
+        blank: Callable[..., object] = _nothing if add else partial(slot.fill_, UNREACHED)
         if not node.all_input_nodes:
-            return _nothing if add else partial(slot.fill_, UNREACHED)
+            return blank
+        is_uncertain = may_be_missing(node)
         if add:
-            return slot.add_
-        if self.comm.is_alone:
-            return slot.copy_
-        return partial(torch.add, other=torch.zeros((), dtype=slot.dtype, device=slot.device), out=slot)
+            write: Callable[..., object] = slot.add_
+        elif self.comm.is_alone and not is_uncertain:
+            write = slot.copy_
+        else:
+            write = partial(torch.add, other=torch.zeros((), dtype=slot.dtype, device=slot.device), out=slot)
+        return partial(_write_if_there, write, blank) if is_uncertain else write
 
     def _reduce_into(
         self, shard: torch.Tensor, bucket: Bucket, start: fx.Node, sent: torch.Tensor, *, accumulate: bool
@@ -356,6 +361,13 @@ def _define(code: Code, names: dict[str, Any]) -> dict[str, Callable[..., Any]]:
 
 def _nothing() -> None:
     """A collective that has nothing to do at world size 1."""
+
+
+def _write_if_there(write: Callable[..., object], blank: Callable[..., object], grad: torch.Tensor | None) -> None:
+    if grad is None:
+        blank()
+    else:
+        write(grad)
 
 
 def _padding(bucket: Bucket, full: torch.Tensor) -> list[torch.Tensor]:

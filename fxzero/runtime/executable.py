@@ -14,7 +14,7 @@ from torch import fx
 from fxzero.comm.base import Comm
 from fxzero.cost.measured import MEASURED_STEPS, MeasuredLines
 from fxzero.graph.aliasing import aliases, base
-from fxzero.graph.nodes import Role, info, is_random, members
+from fxzero.graph.nodes import Role, grad_fqn, info, is_random, may_be_missing, members
 from fxzero.graph.recipe import Fqns
 from fxzero.graph.step import StepGraph
 from fxzero.graph.variant import Variant
@@ -60,13 +60,16 @@ class Executable:
         """Tensors of the call that forward takes; values of the Python state follow them."""
         self._lasting = _lasting(step)
         """The buckets that are there for the next micro-step, gathered or as secondary shards."""
-        self.reached = list(step.grads)
-        for fqn in self.reached:
+        self.uncertain = [grad_fqn(slot) for slot in step.nodes(Role.WRITE_GRAD) if may_be_missing(slot)]
+        """The parameters of islands, which a step may not reach."""
+        self.reached = [fqn for fqn in step.grads if fqn not in self.uncertain]
+        for fqn in step.grads:
             storage.gradients.view(fqn)
         self.reduced = {fqn for start in step.nodes(Role.REDUCE_SCATTER) for fqn in members(start)}
         """The parameters in the buckets that backward reduces."""
-        self.unreached = [] if storage.comm.is_alone else sorted(self.reduced.difference(self.reached))
-        """Those of them that only other ranks may reach."""
+        others = self.uncertain if storage.comm.is_alone else self.reduced.difference(self.reached)
+        self.unreached = sorted(others)
+        """Those of them that this rank, or another one, may not reach: who did is told from their gradients."""
         for fqn in self.unreached:
             storage.gradients.view(fqn)
         self.buffers = [info(node).fqn for node in step.nodes(Role.BUFFER)]

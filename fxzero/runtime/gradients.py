@@ -128,7 +128,7 @@ class Gradients:
             return []
         looked_at = [views[fqn].flatten()[:_LOOKED_AT] for fqn in asked]
         values = torch.cat(looked_at)
-        is_blank = ((values == 0) & values.signbit()).split([len(each) for each in looked_at])
+        is_blank = _are_blank(values).split([len(each) for each in looked_at])
         return [fqn for fqn, blank in zip(asked, is_blank, strict=True) if not blank.all()]
 
     def settle(self) -> list[torch.Tensor]:
@@ -170,11 +170,16 @@ class Gradients:
         """Bytes held for no_sync(); 0 before its first use."""
         return self._unsharded.nbytes if self._unsharded is not None else 0
 
-    def hold(self, fqns: Sequence[str], variant: Variant) -> None:
+    def hold(self, reached: Sequence[str], variant: Variant, uncertain: Sequence[str] = ()) -> None:
         """Note that a backward under no_sync() wrote these gradients; the first one clears all others.
+
+        Args:
+            reached: the parameters that it reached for sure.
+            uncertain: others that it may have reached.
 
         `.grad` of a parameter that had none becomes this rank's slice of what is held, as DDP has it whole.
         """
+        fqns = [*reached, *(fqn for fqn in uncertain if fqn not in self._held and not _is_blank(self._slot(fqn)))]
         if variant.stash is Stash.FIRST and self._unsharded is not None:
             others = [
                 slot
@@ -267,6 +272,14 @@ class Gradients:
     def drop_held(self) -> None:
         """Forget what no_sync() holds."""
         self._held = {}
+
+
+def _are_blank(values: torch.Tensor) -> torch.Tensor:
+    return (values == 0) & values.signbit()
+
+
+def _is_blank(slot: torch.Tensor) -> bool:
+    return bool(_are_blank(slot.flatten()[:_LOOKED_AT]).all())
 
 
 def _whole_sizes(buckets: Iterable[Bucket]) -> dict[Bucket, tuple[int, torch.dtype]]:

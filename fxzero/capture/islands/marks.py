@@ -1,0 +1,383 @@
+"""The islands of one model: which modules they are, what is known of their calls, and their calls in a trace."""
+
+import contextlib
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxzero import torch_internals
+from fxzero.capture.draws import Draws
+from fxzero.capture.fake_tensors import FakeState
+from fxzero.capture.islands.find import matches, parent_of, pattern_of
+from fxzero.capture.islands.geometry import geometries
+from fxzero.capture.islands.operators import FORWARD, IslandFunction, number, split, write_buffers
+from fxzero.capture.islands.probe import Example, NotAnIslandError, learn
+from fxzero.capture.islands.site import Facts, Modes, Site, Slots
+from fxzero.capture.numbers import PinnedNumberError
+from fxzero.capture.reads import Reads
+from fxzero.capture.slots import PLAIN, Read
+from fxzero.errors import CaptureError
+from fxzero.graph.layout import ParamSpec
+from fxzero.torch_internals import tree_flatten
+
+logger = logging.getLogger(__name__)
+
+
+class NeedsProbeError(Exception):
+    """Leaves a trace that meets a call of which nothing is known yet."""
+
+    def __init__(self, call: "_Call") -> None:
+        super().__init__(f"nothing is known yet of a call of {call.site}")
+        self.call = call
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call that a trace has met."""
+
+    key: Any
+    site: Site
+    example: Example
+
+
+class Islands:
+    """The islands of one model.
+
+    Args:
+        wanted: patterns of paths; None: those that a trace cannot do without.
+    """
+
+    def __init__(self, model: nn.Module, wanted: Sequence[str] | None = ()) -> None:
+        self.model = model
+        self.finds = wanted is None
+        """True if modules that cannot be traced become islands."""
+        self.names = {id(module): path for path, module in reversed([*model.named_modules()])}
+        self._patterns = list(wanted or ())
+        if self.finds:
+            self._patterns += [
+                pattern_of(path) for path, module in model.named_modules() if path and _is_opaque(module)
+            ]
+        self._refused: dict[str, str] = {}
+        """Why modules cannot be islands, by path."""
+        self._known: dict[Any, Facts] = {}
+        self._similar: dict[Any, Facts] = {}
+        self._slots: dict[Any, frozenset[tuple[int, str]]] = {}
+        self._assumed: list[_Call] = []
+        if wanted:
+            self._check_patterns()
+
+    def _check_patterns(self) -> None:
+        unknown = [each for each in self._patterns if not any(matches(path, [each]) for path in self.names.values())]
+        if unknown:
+            raise ValueError(f"islands= has {unknown[0]!r}, which is the path of no module. '*' stands for one part.")
+
+    @property
+    def paths(self) -> list[str]:
+        """The paths of the islands, without those inside of others."""
+        found = [path for path in self.names.values() if matches(path, self._patterns)]
+        return [path for path in found if not any(_is_inside(path, other) for other in found)]
+
+    def forget_facts(self) -> None:
+        """Learn anew what calls give: the state that decides it may have changed."""
+        self.names = {id(module): path for path, module in reversed([*self.model.named_modules()])}
+        self._known, self._similar, self._slots, self._assumed = {}, {}, {}, []
+
+    # -- finding -------------------------------------------------------------------------------------------------
+
+    def add(self, path: str | None, why: Exception) -> bool:
+        """Let the module at a path, and those at equal paths but for numbers, be islands from now on.
+
+        Returns:
+            False if neither it nor a module around it can be one.
+        """
+        while path is not None and (path in self._refused or path in self.paths):
+            path = parent_of(path) if path else None
+        if path is None or not self.finds:
+            return False
+        self._patterns.append(pattern_of(path) if path else path)
+        reason = str(why).splitlines()[0]
+        if path:
+            logger.info("island %s: it runs as it is, as one part of the schedule, since %s", path, reason)
+        else:
+            warnings.warn(
+                "The whole model runs as one island: all its parameters are gathered at once, and nothing of it is "
+                f"planned, since no smaller part could be traced. {reason}",
+                stacklevel=2,
+            )
+        return True
+
+    def learn(self, call: _Call) -> None:
+        """Probe a call.
+
+        Raises:
+            NotAnIslandError: it cannot be one; its module is none from now on.
+        """
+        try:
+            facts, slots = learn(self.model, call.site, call.example)
+        except NotAnIslandError as error:
+            path = call.site.fqn
+            self._refused[path] = str(error)
+            error.path = path
+            self._patterns = [each for each in self._patterns if not matches(path, [each])]
+            raise
+        self._known[call.key] = facts
+        self._similar[call.key[1:]] = facts
+        self._slots[call.key] = slots
+
+    def are_settled(self) -> bool:
+        """Probe the calls of a trace that were taken to be like others; False if one is not.
+
+        Raises:
+            NotAnIslandError: one cannot be an island.
+        """
+        is_right = True
+        for call in self._assumed:
+            assumed = call.site.facts
+            self.learn(call)
+            call.site.facts = assumed
+            is_right = is_right and self._known[call.key] == assumed
+        return is_right
+
+    def why_not(self) -> str:
+        """Why the first module that was to be an island cannot be one, for an error."""
+        path, why = next(iter(self._refused.items()), ("", ""))
+        return f"{path or 'The model'} cannot run as it is, as an island of the step: {why}." if why else ""
+
+    def check_reads(self, reads: Sequence[Read]) -> None:
+        """Refuse that code outside of an island reads what the island sets.
+
+        Raises:
+            CaptureError: some does.
+        """
+        written = {slot for slots in self._slots.values() for slot in slots}
+        for read in reads:
+            if (id(read.owner), read.name) in written:
+                path = self.names.get(id(read.owner), "")
+                raise CaptureError(f"forward reads {path}.{read.name}, which an island sets", path)
+
+    # -- in a trace ----------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def marked(self) -> Generator["Marks"]:
+        """Let the forwards of islands be nodes of the trace in the block."""
+        self._assumed = []
+        marks = Marks(self)
+        modules = [(path, self.model.get_submodule(path)) for path in self.paths if path]
+        before = [(vars(module), "forward" in vars(module), vars(module).get("forward")) for _, module in modules]
+        for path, module in modules:
+            vars(module)["forward"] = marks.forward_of(path, module)
+        try:
+            yield marks
+        finally:
+            for attributes, had_own, own in before:
+                if had_own:
+                    attributes["forward"] = own
+                else:
+                    attributes.pop("forward", None)
+
+    def facts_of(self, call: _Call) -> Facts:
+        """What is known of a call.
+
+        Raises:
+            NeedsProbeError: nothing, nor of one like it.
+        """
+        facts = self._known.get(call.key)
+        if facts is None:
+            facts = self._similar.get(call.key[1:])
+            if facts is None:
+                raise NeedsProbeError(call)
+            self._assumed.append(call)
+        return facts
+
+
+@dataclass
+class Marks:
+    """The calls of islands in one trace."""
+
+    islands: Islands
+    sites: list[Site] = field(default_factory=list[Site])
+    _numbers: Counter[str] = field(default_factory=Counter[str])
+    _handles: dict[int, tuple[Site, Tensor]] = field(default_factory=dict[int, tuple[Site, Tensor]])
+    """The sites and handles of calls by the keys of their draws."""
+    _fragile: list[Tensor] = field(default_factory=list[Tensor])
+    """Tensors that eager has in one memory, and a step has not."""
+
+    def begin(
+        self,
+        state: FakeState,
+        specs: Mapping[str, ParamSpec],
+        inputs: Sequence[tuple[Tensor, Tensor]],
+        draws: Draws,
+        device: torch.device,
+        reads: Reads,
+        forward: Callable[..., Any],
+    ) -> None:
+        """Give the parts of a trace that has begun.
+
+        Args:
+            inputs: stand-ins for the arguments of the model, each with its argument.
+            forward: the model's own.
+        """
+        self._params = {id(stand_in): specs[name] for name, stand_in in state.params.items()}
+        self._real_buffers = {id(stand_in): name for name, stand_in in state.buffers.items()}
+        self._buffers = dict(self.islands.model.named_buffers())
+        self._real = {id(stand_in): real for stand_in, real in inputs if not real.is_meta}
+        self._draws, self._device, self._reads = draws, device, reads
+        self._forward = forward
+
+    @property
+    def replaced(self) -> frozenset[int]:
+        """Ids of the modules that are islands."""
+        return frozenset(id(self.islands.model.get_submodule(path)) for path in self.islands.paths)
+
+    def forward_of_model(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """What to call as the forward of the model: its own, unless all of it is an island."""
+        return self.forward_of("", self.islands.model) if self.islands.paths == [""] else forward
+
+    def forward_of(self, path: str, module: nn.Module) -> Callable[..., Any]:
+        """What stands in the place of a module's forward."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            is_seen = self._reads.pause()
+            try:
+                return self._call(path, module, args, kwargs)
+            finally:
+                if is_seen:
+                    self._reads.go_on()
+
+        return forward
+
+    def check_write(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuse to write in place what shares memory in eager alone.
+
+        Raises:
+            CaptureError: the operator would.
+        """
+        if not self._fragile or not torch_internals.is_mutable(op):
+            return
+        arguments = torch_internals.named_arguments(op, args, kwargs)
+        for name in torch_internals.written_names(op):
+            if any(torch_internals.same_storage(arguments[name], each) for each in self._fragile):
+                raise CaptureError(
+                    "The forward writes in place into a tensor that an island returned, or was given, and that shares "
+                    "memory with another one: in a compiled step it does not. Write into a clone."
+                )
+
+    def _call(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        key = self._draws.number_call()
+        site, tensors, params, buffers = self._site(path, module, args, kwargs)
+        earlier = self._handles.get(key)
+        if earlier is None:
+            self._numbers[path] += 1
+        else:
+            earlier[0].draws_again = True
+        site.facts = self.islands.facts_of(self._known_call(path, site, tensors, params, buffers))
+        facts = site.facts
+        if site.has_backward:
+            site.grads = site.declared_grads([*tensors, *params])
+        index = number(site)
+        self.sites.append(site)
+        again, made = (None if earlier is None else earlier[1]), []
+        if site.has_backward:
+            outs = list(IslandFunction.apply(site, index, again, made, *tensors, *params, *buffers))  # type: ignore[arg-type]
+        else:
+            handle, *outs = FORWARD(index, again, *split(site, [*tensors, *params, *buffers]))
+            made = [handle]
+            write_buffers(site, buffers, outs)
+        self._handles.setdefault(key, (site, made[0]))
+        for each in reversed(facts.written_inputs):
+            tensors[each].copy_(outs.pop())
+        num_outs = sum(leaf is Tensor for leaf in facts.output.leaves)
+        new = iter(outs)
+        results = [tensors[facts.is_input[i]] if i in facts.is_input else next(new) for i in range(num_outs)]
+        for out, shared in facts.shares_memory.items():
+            self._fragile += [results[out], [*tensors, *params, *buffers][shared]]
+        return facts.output.rebuild(results)
+
+    def _known_call(
+        self, path: str, site: Site, tensors: Sequence[Tensor], params: Sequence[Tensor], buffers: Sequence[Tensor]
+    ) -> _Call:
+        modes = site.modes, site.requires_grad, tuple(map(repr, site.leaves)), site.module.training
+        key = (
+            (path, self._numbers[path]), pattern_of(path), type(site.module), geometries(tensors), geometries(params),
+            modes, repr(site.structure),
+        )  # fmt: skip
+        real = {index: self._real[id(each)] for index, each in enumerate(tensors) if id(each) in self._real}
+        of_buffers = [
+            self._buffers[self._real_buffers[id(each)]] if id(each) in self._real_buffers else each for each in buffers
+        ]
+        meta = tuple(
+            torch.empty_like(each, device="meta") if torch_internals.is_fake(each) else each for each in of_buffers
+        )
+        return _Call(key, site, Example(geometries(tensors), real, meta))
+
+    def _site(
+        self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Site, list[Tensor], list[Tensor], list[Tensor]]:
+        """A site for a call, and its inputs, parameters and buffers."""
+        leaves, structure = tree_flatten((args, kwargs))
+        at = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        tensors = [leaves[index] for index in at]
+        for leaf in leaves:
+            if torch_internals.is_symbolic(leaf):
+                raise PinnedNumberError(f"a number is an argument of island {path}")
+            if not isinstance(leaf, (Tensor, *_FIXED)):
+                raise CaptureError(f"island {path} is given a {type(leaf).__qualname__}, which is no plain value", path)
+        params, param_slots = _held(module, 0, lambda each: id(each) in self._params)
+        buffers, buffer_slots = _held(module, 1, lambda each: True)
+        device_type = self._device.type
+        modes = Modes(
+            torch.is_grad_enabled(),
+            torch.is_autocast_enabled(device_type),
+            torch.get_autocast_dtype(device_type),
+            torch.is_autocast_cache_enabled(),
+        )
+        site = Site(
+            path,
+            module,
+            None if path else self._forward,
+            structure,
+            [None if isinstance(leaf, Tensor) else leaf for leaf in leaves],
+            at,
+            [self._params[id(each)] for each in params],
+            [each.requires_grad for each in (*tensors, *params)],
+            (param_slots, buffer_slots),
+            modes,
+            self._device,
+        )
+        return site, tensors, params, buffers
+
+
+_FIXED = (*PLAIN, nn.Module, type(lambda: 0), type(len), type)
+"""Types of arguments that an island may get as they are."""
+
+
+def _held(module: nn.Module, which: int, is_known: Callable[[Tensor], bool]) -> tuple[list[Tensor], Slots]:
+    """The parameters (0) or buffers (1) of a module and of those in it, and where they are held."""
+    index: dict[int, int] = {}
+    tensors: list[Tensor] = []
+    slots: list[tuple[dict[str, Any], str, int]] = []
+    for part in module.modules():
+        table = torch_internals.tensor_tables(part)[which]
+        for key, value in table.items():
+            if value is not None and is_known(value):
+                if id(value) not in index:
+                    index[id(value)] = len(tensors)
+                    tensors.append(value)
+                slots.append((table, key, index[id(value)]))
+    return tensors, tuple(slots)
+
+
+def _is_opaque(module: nn.Module) -> bool:
+    """True for what no trace can look into: a scripted module, and what torch.compile returns."""
+    return isinstance(module, torch.jit.ScriptModule) or torch_internals.is_compiled(module)
+
+
+def _is_inside(path: str, other: str) -> bool:
+    return path != other and (not other or path.startswith(f"{other}."))

@@ -1,0 +1,131 @@
+"""Trace a model, and let parts that cannot be traced be islands, until the rest of it can."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from fxzero.capture.assemble import check_lstm
+from fxzero.capture.draws import PythonDrawError
+from fxzero.capture.failures import explain, with_place
+from fxzero.capture.functional import functionalize
+from fxzero.capture.islands.find import DrawFinder, module_of
+from fxzero.capture.islands.marks import Islands, Marks, NeedsProbeError
+from fxzero.capture.islands.operators import bind
+from fxzero.capture.islands.probe import NotAnIslandError
+from fxzero.capture.joint import Tracing, no_autocast
+from fxzero.capture.numbers import PinnedNumberError, StandIns
+from fxzero.capture.slots import Read
+from fxzero.capture.temporaries import make_temporaries_functional
+from fxzero.errors import CaptureError
+
+MOST_TRIES = 300
+"""Traces of one call: each but the last leaves one part more as it is, or learns of one."""
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A traced call whose graph is functional."""
+
+    root: fx.GraphModule
+    tracing: Tracing
+    reads: list[Read]
+    """What the forward read of the Python state."""
+    tensors: list[tuple[dict[Any, Any], Any]]
+    """The dict and the key of each tensor of it that is an input."""
+
+
+class Tracer:
+    """Traces a call.
+
+    Args:
+        make: makes a trace that has not run.
+        stand_ins: as of `Tracing`.
+        islands: of the model.
+    """
+
+    def __init__(
+        self, make: Callable[[StandIns | None, Marks], Tracing], stand_ins: StandIns | None, islands: Islands
+    ) -> None:
+        self._make, self._stand_ins, self._islands = make, stand_ins, islands
+        self._running: Tracing | None = None
+
+    def trace(self) -> Traced:
+        """Trace as often as it takes.
+
+        Raises:
+            CaptureError: neither the model can be traced, nor can what cannot be traced be an island.
+            Exception: any other error of a trace.
+        """
+        first: CaptureError | None = None
+        for _ in range(MOST_TRIES):
+            try:
+                traced = self._trace_once()
+                if self._islands.are_settled():
+                    return traced
+            except PinnedNumberError:
+                raise
+            except NeedsProbeError as needs:
+                try:
+                    self._islands.learn(needs.call)
+                except NotAnIslandError as error:
+                    self._go_on_around(needs.call.site.fqn, error, first)
+            except NotAnIslandError as error:
+                self._go_on_around(error.path, error, first)
+            except Exception as error:
+                explained = with_place(error) if isinstance(error, CaptureError) else explain(error)
+                if explained is None or not self._islands.finds:
+                    raise
+                first = first or explained
+                path = self._place_of(error)
+                if path is None:
+                    raise
+                self._go_on_around(path, explained, first)
+        raise CaptureError(f"The model cannot be traced in {MOST_TRIES} tries.") from first
+
+    def _trace_once(self) -> Traced:
+        root, tracing = self._run()
+        if tracing.before.has_new_structure:  # hooks or submodules that the first forward adds
+            root, tracing = self._run()
+        reads = list(tracing.reads.found.values())
+        self._islands.check_reads(reads)
+        tensors = tracing.read_as_inputs(root, reads)
+        make_temporaries_functional(root.graph)
+        with no_autocast(tracing.device):
+            root = functionalize(root)
+        check_lstm(root.graph)
+        bind(root.graph)
+        return Traced(root, tracing, reads, tensors)
+
+    def _run(self) -> tuple[fx.GraphModule, Tracing]:
+        with self._islands.marked() as marks:
+            self._running = tracing = self._make(self._stand_ins, marks)
+            return tracing.run(), tracing
+
+    def _place_of(self, error: Exception) -> str | None:
+        """The path of the module that cannot be traced; None if it is unknown."""
+        if isinstance(error, CaptureError) and error.path is not None:
+            return error.path
+        if isinstance(error, PythonDrawError):
+            finder = DrawFinder(self._islands.names)
+            with finder.watching(), self._islands.marked() as marks, contextlib.suppress(Exception):
+                self._make(self._stand_ins, marks).run()
+            return finder.found
+        assert self._running is not None
+        in_backward = self._running.module_in_backward
+        return module_of(error.__traceback__, self._islands.names) if in_backward is None else in_backward
+
+    def _go_on_around(self, path: str | None, error: CaptureError, first: CaptureError | None) -> None:
+        """Let a module, or one around it, be an island.
+
+        Raises:
+            CaptureError: none can be; it is the first error that there was.
+        """
+        if self._islands.add(path, error):
+            return
+        raised = first or error
+        if why := self._islands.why_not():
+            raised = CaptureError(f"{why} And it cannot be traced: {raised}")
+        raise raised from error
