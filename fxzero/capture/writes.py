@@ -349,9 +349,14 @@ def _is_equal(now: Any, then: Any) -> bool:
 
 
 def _fill(container: Any, content: Any) -> None:
-    if _differs(container, content):
-        container.clear()
-        (container.extend if isinstance(container, (list, collections.deque)) else container.update)(content)
+    if not _differs(container, content):
+        return
+    container.clear()
+    if isinstance(container, dict):
+        for key, value in content.items():  # one that has no `update` of its own, as transformers' outputs
+            container[key] = value
+    else:
+        (container.update if isinstance(container, set) else container.extend)(content)
 
 
 def _begins_with(container: Sequence[Any], before: Sequence[Any]) -> bool:

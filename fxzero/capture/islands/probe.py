@@ -90,8 +90,7 @@ def _learn(site: Site, values: _Values) -> Facts:
     facts = replace(facts, held_bytes=held, flops=(forward.get_total_flops(), backward.get_total_flops()))
     if site.has_backward:
         facts = replace(facts, escapes=_escapes(site, facts, before, clean))
-    _check_other_values(site, facts, before)
-    return facts
+    return replace(facts, outs=_with_grad(site, facts, _run_on_other_values(site, facts, before)))
 
 
 def _run(site: Site, values: _Values) -> Run:
@@ -167,14 +166,34 @@ def _check_params(values: _Values, before: _Values) -> None:
             raise NotAnIslandError("it writes into a parameter; parameters are sharded, so only the optimizer may")
 
 
-def _check_other_values(site: Site, facts: Facts, before: _Values) -> None:
-    """Raise NotAnIslandError if other values give results of another shape, or other plain values."""
+def _with_grad(site: Site, facts: Facts, other: Run | None) -> tuple[Geometry, ...]:
+    """The geometry of the results: one that requires grad for some values may do so in a step.
+
+    Where none does, no value may have come by the parameters: then any floating result may.
+    """
+    found = [out.requires_grad for out in facts.outs]
+    if other is not None:
+        outs = [each for index, each in enumerate(other.tensors) if index not in facts.is_input]
+        outs += [other.given[index] for index in facts.written_inputs]
+        found = [a or b.requires_grad for a, b in zip(found, outs, strict=False)] + found[len(outs) :]
+    if site.has_backward and not any(found):
+        num_outs = len(facts.outs) - len(facts.written_buffers)
+        found = [out.dtype.is_floating_point and index < num_outs for index, out in enumerate(facts.outs)]
+    return tuple(replace(out, requires_grad=needs) for out, needs in zip(facts.outs, found, strict=True))
+
+
+def _run_on_other_values(site: Site, facts: Facts, before: _Values) -> Run | None:
+    """A run on other values; None if the module does not take them.
+
+    Raises:
+        NotAnIslandError: it gives results of another shape, or other plain values.
+    """
     with _seeded():
         other = _Values([_other(each) for each in before.inputs], before.params, before.copies().buffers)
     try:
         run = _run(site, other)
     except Exception:  # not values that the module takes
-        return
+        return None
     now = [tuple(each.shape) for each in run.tensors]
     then = _shapes(facts, before.inputs)
     if now != then:
@@ -182,6 +201,7 @@ def _check_other_values(site: Site, facts: Facts, before: _Values) -> None:
         raise NotAnIslandError(f"the shape of a result follows values: {list(changed[0])}, then {list(changed[1])}")
     if run.output != facts.output:
         raise NotAnIslandError("it returns plain values that follow values of tensors")
+    return run
 
 
 def _shapes(facts: Facts, inputs: Sequence[Tensor]) -> list[tuple[int, ...]]:
