@@ -43,7 +43,7 @@ def swapped_tensors(module: nn.Module, state: FakeState) -> Generator[None]:
         yield
         for prefix, table, key, value in slots:
             name, stand_in = stand_ins[id(value)]
-            now: Any = table[key] if key in table else None
+            now: Any = table[key] if key in table else None  # noqa: SIM401 (a scripted module's has no `get`)
             if now is not stand_in:
                 _check_rebound(f"{prefix}.{key}".removeprefix("."), stand_in, now, name in state.params)
                 state.rebound[name] = now

@@ -26,7 +26,7 @@ from fxzero.capture.hooks import Observer, Observers
 from fxzero.capture.islands.marks import Marks
 from fxzero.capture.numbers import StandIns
 from fxzero.capture.outputs import OutputSpec, flatten_output, loss_index
-from fxzero.capture.provenance import Recorder, autograd_nodes, runs_python
+from fxzero.capture.provenance import Recorder, runs_python
 from fxzero.capture.reads import Reads
 from fxzero.capture.slots import Read, Slot
 from fxzero.capture.state import tensors_read

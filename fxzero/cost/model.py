@@ -19,8 +19,9 @@ from torch.utils.flop_counter import flop_registry
 from fxzero import torch_internals
 from fxzero.comm.backend import Backend
 from fxzero.errors import PlanError
+from fxzero.graph import ops
 from fxzero.graph.aliasing import is_view
-from fxzero.graph.nodes import Role, is_gather, tensor_bytes
+from fxzero.graph.nodes import Role, is_gather, is_island, tensor_bytes
 from fxzero.graph.step import StepGraph
 
 aten = torch.ops.aten
@@ -146,7 +147,7 @@ def roofline(step: StepGraph, cluster: Cluster, backend: Backend, *, optimizer_b
 
 def operator_seconds(node: fx.Node, device: Device) -> float:
     """The roofline of one operator; a view is free."""
-    if is_view(node) or not torch_internals.is_overload(node.target):
+    if is_view(node) or not (torch_internals.is_overload(node.target) or is_island(node)):
         return 0.0
     values = [source.meta.get("val") for source in node.all_input_nodes]
     moved = sum(map(tensor_bytes, [*values, *torch_internals.tree_leaves(node.meta.get("val"))]))
@@ -154,7 +155,9 @@ def operator_seconds(node: fx.Node, device: Device) -> float:
 
 
 def flops(node: fx.Node) -> int:
-    """Floating-point operations of a matrix product, convolution or attention; 0 of anything else."""
+    """Floating-point operations of a matrix product, convolution, attention or island; 0 of anything else."""
+    if is_island(node):
+        return cast(Any, node.args[0]).facts.flops[node.target is ops.island_backward]
     if not torch_internals.is_overload(node.target):
         return 0
     overload = cast(Any, node.target)

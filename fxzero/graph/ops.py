@@ -86,7 +86,13 @@ def island_forward(
 
 
 def island_backward(
-    site: Any, handle: Any, grads: Sequence[Any], inputs: Sequence[Any], params: Sequence[Any], buffers: Sequence[Any]
+    site: Any,
+    handle: Any,
+    grads: Sequence[Any],
+    inputs: Sequence[Any],
+    params: Sequence[Any],
+    buffers: Sequence[Any],
+    sums: Sequence[Any],
 ) -> Sequence[Any]:
     """Run the backward of an island; see `fxzero.capture.islands.site.Site.backward`."""
-    return site.backward(handle, grads, inputs, params, buffers)
+    return site.backward(handle, grads, inputs, params, buffers, sums)

@@ -23,6 +23,7 @@ from fxzero.graph.nodes import (
     info,
     is_gather,
     is_inside,
+    is_island,
     members,
     model_collective,
     role,
@@ -44,7 +45,8 @@ class Row:
 
     phase: Phase
     action: str
-    """One of all_gather, wait, release, reduce_scatter, wait_reduce and compute; or a collective of the model's own."""
+    """One of all_gather, wait, release, reduce_scatter, wait_reduce, compute and island; or a collective of the model's
+    own."""
     name: str
     """Label of the bucket, or name of the block that computes."""
     nbytes: int = 0
@@ -117,7 +119,7 @@ def rows(step: StepGraph) -> Iterator[Row]:
         block, num_ops = "", 0
         run: list[fx.Node] = []
         for node in nodes:
-            is_line = role(node) in COLLECTIVES or bool(model_collective(node))
+            is_line = role(node) in COLLECTIVES or bool(model_collective(node)) or is_island(node)
             computes = role(node) is Role.COMPUTE and node.target is not operator.getitem and not is_line
             # Gradient sums and the like belong to no module: they continue the run they stand in.
             name = (block_of(info(node).fqn, depth) or block) if computes else block
@@ -141,8 +143,11 @@ def _run(phase: Phase, block: str, num_ops: int, live: Mapping[fx.Node, int], no
 
 
 def _line(step: StepGraph, phase: Phase, live: Mapping[fx.Node, int], nodes: Sequence[fx.Node]) -> Row:
-    """The line of a start, a wait or a release, or of a collective of the model: the last of some nodes."""
+    """The line of a start, wait or release, of a collective of the model, or of an island: the last of some nodes."""
     node, every = nodes[-1], tuple(nodes)
+    if is_island(node):
+        name = printable(cast(Any, node.args[0]).fqn) or ROOT
+        return Row(phase, "island", name, live_bytes=live[node], nodes=every)
     if action := model_collective(node):
         sent = cast(Any, node.args[0])
         tensors = [] if action == WAIT_OF_MODEL else [sent] if isinstance(sent, fx.Node) else sent

@@ -76,8 +76,8 @@ def _call(held: _Held, at: _At, path: str, *args: Any, **kwargs: Any) -> Any:
     sharded, module = _find(held, at)
     if _is_outside(sharded, module):
         raise FxzeroError(
-            f"{path} is a part of a model that fxzero.compile took over, and was called by itself: its parameters are "
-            f"shards here. {_CURE}"
+            f"{path} is a part of a model that fxzero.compile took over, and was called by itself (zero.{path}): its "
+            f"parameters are shards here. {_CURE}"
         )
     return torch_internals.own_method(module, torch_internals.CALL)(*args, **kwargs)
 

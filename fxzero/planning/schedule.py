@@ -12,6 +12,7 @@ from fxzero.errors import FxzeroError
 from fxzero.graph.schedule_text import Totals, format_schedule, format_table, totals
 from fxzero.graph.step import StepGraph
 from fxzero.memory.report import MemoryReport
+from fxzero.planning.island_share import islands_line
 from fxzero.planning.plan import Plan, VariantPlan
 from fxzero.planning.saved_plan import SavedPlan
 
@@ -139,7 +140,7 @@ class Schedule:
             FxzeroError: with `measured`, for a schedule that nothing runs.
         """
         if not measured:
-            return format_schedule(self.step, memory=memory)
+            return "\n".join([format_schedule(self.step, memory=memory), *islands_line(self.step)])
         if self._measure is None:
             raise FxzeroError(
                 "Nothing runs this schedule: measure that of a compiled module, as zero.schedule.text(measured=True)."

@@ -129,7 +129,8 @@ class Gradients:
         looked_at = [views[fqn].flatten()[:_LOOKED_AT] for fqn in asked]
         values = torch.cat(looked_at)
         is_blank = _are_blank(values).split([len(each) for each in looked_at])
-        return [fqn for fqn, blank in zip(asked, is_blank, strict=True) if not blank.all()]
+        all_blank = torch.stack([each.all() for each in is_blank]).tolist()  # a GPU is waited for once
+        return [fqn for fqn, blank in zip(asked, all_blank, strict=True) if not blank]
 
     def settle(self) -> list[torch.Tensor]:
         """Bring the gradient buffer in line with the `.grad` attributes, which the user may have changed.

@@ -26,8 +26,8 @@ class Geometry:
     @staticmethod
     def dense(tensor: Tensor) -> "Geometry":
         """That of a copy: its own strides if they leave no holes, else those of a contiguous tensor."""
-        stride = torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format).stride()
-        return Geometry(tuple(tensor.shape), tuple(stride), tensor.dtype, tensor.device, tensor.requires_grad)
+        shape = tuple(tensor.shape)
+        return Geometry(shape, dense_stride(tensor), tensor.dtype, tensor.device, tensor.requires_grad)
 
     def empty(self) -> Tensor:
         """A new tensor without values."""
@@ -39,6 +39,19 @@ class Geometry:
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)} on {self.device}"
+
+
+def dense_stride(tensor: Tensor) -> tuple[int, ...]:
+    """The strides of a copy of a tensor without holes: its own if it has none, else those of a contiguous tensor."""
+    expected, own = 1, tuple(tensor.stride())
+    for stride, size in sorted(zip(own, tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            contiguous = [1]
+            for each in reversed(tensor.shape[1:]):
+                contiguous.append(contiguous[-1] * max(each, 1))
+            return tuple(reversed(contiguous[: tensor.dim()]))
+        expected *= size
+    return own
 
 
 def extent(tensor: Tensor) -> int:

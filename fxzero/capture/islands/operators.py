@@ -5,6 +5,7 @@ A traced graph has their overloads, with the number of a site. `bind` replaces t
 """
 
 import itertools
+import operator
 import weakref
 from collections.abc import Sequence
 from typing import Any, cast
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from fxzero.capture.islands.site import Site
+from fxzero.errors import CaptureError
 from fxzero.graph import ops
 
 _LIBRARY = torch.library.Library("fxzero", "DEF")
@@ -37,16 +39,19 @@ def number(site: Site) -> int:
     return index
 
 
-@torch.library.register_fake("fxzero::island_forward", lib=_LIBRARY)
 def _fake_forward(site: int, again: Any, inputs: Any, params: Any, buffers: Any) -> list[Tensor]:
     """The results; the handle stands for the bytes that the call holds until its backward."""
     facts = _sites[site].facts
     return [torch.empty(facts.held_bytes, dtype=torch.uint8), *(each.empty() for each in facts.outs)]
 
 
-@torch.library.register_fake("fxzero::island_backward", lib=_LIBRARY)
 def _fake_backward(site: int, handle: Any, grads: Any, inputs: Any, params: Any, buffers: Any) -> list[Tensor]:
-    return [each.empty() for each in _sites[site].grads]
+    written = [buffers[index] for index in _sites[site].facts.written_in_backward]
+    return [*(each.empty() for each in _sites[site].grads), *map(torch.empty_like, written)]
+
+
+torch.library.register_fake("fxzero::island_forward", _fake_forward, lib=_LIBRARY)
+torch.library.register_fake("fxzero::island_backward", _fake_backward, lib=_LIBRARY)
 
 
 class IslandFunction(torch.autograd.Function):
@@ -74,6 +79,8 @@ class IslandFunction(torch.autograd.Function):
         inputs, params = rest[: site.num_inputs], rest[site.num_inputs :]
         found = iter(BACKWARD(ctx.index, handle, list(grads), inputs, params, list(ctx.buffers)))
         of_leaves = [next(found) if requires_grad else None for requires_grad in site.requires_grad]
+        for buffer in site.facts.written_in_backward:
+            ctx.buffers[buffer].copy_(next(found))
         return (None, None, None, None, *of_leaves, *[None] * len(ctx.buffers))
 
 
@@ -90,8 +97,57 @@ def write_buffers(site: Site, buffers: Sequence[Tensor], outs: list[Tensor]) -> 
 
 
 def bind(graph: fx.Graph) -> None:
-    """Let the nodes of islands take their sites, and drop those of recomputations that nothing reads."""
-    words = {FORWARD: ops.island_forward, BACKWARD: ops.island_backward}
-    for node in list(graph.nodes):
-        if node.target in words:
-            node.target, node.args = words[node.target], (_sites[cast(int, node.args[0])], *node.args[1:])
+    """Let the nodes of islands take their sites.
+
+    Raises:
+        CaptureError: an island would cast a weight under autocast for itself, where eager casts it once for several.
+    """
+    backwards: list[fx.Node] = []
+    for node in graph.nodes:
+        if node.target is FORWARD:
+            node.target, node.args = ops.island_forward, (_sites[cast(int, node.args[0])], *node.args[1:])
+        elif node.target is BACKWARD:
+            site = _sites[cast(int, node.args[0])]
+            node.target, node.args = ops.island_backward, (site, *node.args[1:], [None] * len(site.grads))
+            backwards.append(node)
+    _check_casts(graph, backwards)
+    for node in backwards:
+        _add_inside(graph, node)
+
+
+def _check_casts(graph: fx.Graph, backwards: Sequence[fx.Node]) -> None:
+    """Eager's gradients of one cast are added in the dtype of the cast, those of several in that of the weight."""
+    for param in graph.find_nodes(op="placeholder"):
+        readers = [(cast(Site, node.args[0]), cast("list[fx.Node]", node.args[4])) for node in backwards]
+        around = [(site, params.index(param)) for site, params in readers if param in params]
+        casts = [site for site, index in around if site.casts(index)]
+        others = [user for user in param.users if user.target not in (ops.island_forward, ops.island_backward)]
+        if casts and (len(around) > 1 or others):
+            raise CaptureError(
+                "autocast casts a weight of it once, also for readers outside, whose gradients are added as they are",
+                casts[0].fqn,
+            )
+
+
+def _add_inside(graph: fx.Graph, backward: fx.Node) -> None:
+    """Let a sum of an island's gradient and an older one begin with the older one, as autograd adds them in eager.
+
+    Before:  g = island_backward(..)[0] | add(older, g)        After:  g = island_backward(.., sums=[older])[0]
+    """
+    sums = list(cast("list[Any]", backward.args[-1]))
+    for gradient in [user for user in backward.users if user.target is operator.getitem]:
+        adds = [user for user in gradient.users if user.target is torch.ops.aten.add.Tensor and not user.kwargs]
+        if len(gradient.users) != 1 or not adds:
+            continue
+        others = [each for each in adds[0].args if each is not gradient]
+        older = others[0] if len(others) == 1 else None
+        if isinstance(older, fx.Node) and older < backward and _is_alike(older, gradient) and _is_alike(adds[0], older):
+            sums[cast(int, gradient.args[1])] = older
+            adds[0].replace_all_uses_with(gradient)
+            graph.erase_node(adds[0])
+    backward.args = (*backward.args[:-1], sums)
+
+
+def _is_alike(a: fx.Node, b: fx.Node) -> bool:
+    left, right = a.meta["val"], b.meta["val"]
+    return (left.shape, left.dtype) == (right.shape, right.dtype)

@@ -13,6 +13,7 @@ import contextlib
 import random
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from fxzero import torch_internals
 from fxzero.capture.islands.geometry import Geometry
 from fxzero.capture.islands.site import UNKNOWN, Facts, Run, Site, same_memory
 from fxzero.capture.writes import Before
@@ -86,8 +88,15 @@ def _learn(site: Site, values: _Values) -> Facts:
     facts = _facts_of(site, run, values, before)
     held = run.saved.held_bytes
     with FlopCounterMode(display=False) as backward:
-        clean = _gradients(site, run, facts, before.copies())
-    facts = replace(facts, held_bytes=held, flops=(forward.get_total_flops(), backward.get_total_flops()))
+        late = before.copies()
+        clean = _gradients(site, run, late)
+    written = tuple(i for i, each in enumerate(late.buffers) if not same_bytes(each, before.buffers[i]))
+    facts = replace(
+        facts,
+        written_in_backward=written,
+        held_bytes=held,
+        flops=(forward.get_total_flops(), backward.get_total_flops()),
+    )
     if site.has_backward:
         facts = replace(facts, escapes=_escapes(site, facts, before, clean))
     return replace(facts, outs=_with_grad(site, facts, _run_on_other_values(site, facts, before)))
@@ -120,11 +129,11 @@ def _facts_of(site: Site, run: Run, values: _Values, before: _Values) -> Facts:
     outs += [given[index] for index in written_inputs] + [own[index] for index in written_buffers]
     kept = tuple(sorted(run.saved.read_inputs - {*written_inputs}))
     geometry = tuple(map(Geometry.dense, outs))
-    facts = (run.output, geometry, is_input, shares_memory, written_inputs, written_buffers, kept)
+    facts = (run.output, geometry, is_input, shares_memory, written_inputs, written_buffers, (), kept)
     return Facts(*facts, escapes=False, held_bytes=0, flops=(0, 0))
 
 
-def _gradients(site: Site, run: Run, facts: Facts, values: _Values) -> list[Tensor | None]:
+def _gradients(site: Site, run: Run, values: _Values) -> list[Tensor | None]:
     """The gradients of a run, given some for its results.
 
     Args:
@@ -152,7 +161,7 @@ def _escapes(site: Site, facts: Facts, before: _Values, clean: Sequence[Tensor |
     for each in (*values.inputs, *values.params):
         _blank(each)
     try:
-        found = _gradients(site, run, facts, before.copies())
+        found = _gradients(site, run, before.copies())
     except RuntimeError:
         return True
     finally:
@@ -196,7 +205,7 @@ def _run_on_other_values(site: Site, facts: Facts, before: _Values) -> Run | Non
         return None
     now = [tuple(each.shape) for each in run.tensors]
     then = _shapes(facts, before.inputs)
-    if now != then:
+    if now != then and site.fqn:
         changed = next(pair for pair in zip(then, now, strict=False) if pair[0] != pair[1])
         raise NotAnIslandError(f"the shape of a result follows values: {list(changed[0])}, then {list(changed[1])}")
     if run.output != facts.output:
@@ -221,14 +230,7 @@ def _made_up(site: Site, example: Example) -> Iterator[_Values]:
     for ints, floats in ((0, "normal"), (1, "normal"), (1, "positive"), (0, "positive")):
         generator = torch.Generator().manual_seed(_SEED)
 
-        def fill(tensor: Tensor, scale: float, ints: int = ints, floats: str = floats) -> Tensor:
-            if tensor.is_floating_point() or tensor.is_complex():
-                values = torch.randn(tensor.shape, generator=generator) * scale
-                tensor.copy_(values.abs() + 0.1 if floats == "positive" else values)
-            else:
-                tensor.fill_(ints)
-            return tensor
-
+        fill = partial(_fill, generator, ints, floats == "positive")
         with torch.no_grad():
             inputs = [
                 _copy(example.real[index]) if index in example.real else fill(geometry.empty(), 1.0)
@@ -240,6 +242,16 @@ def _made_up(site: Site, example: Example) -> Iterator[_Values]:
                 for each in example.buffers
             ]
         yield _Values(inputs, params, buffers)
+
+
+def _fill(generator: torch.Generator, ints: int, is_positive: bool, tensor: Tensor, scale: float) -> Tensor:
+    """Fill a tensor: floating ones with normal values, others with one number."""
+    if tensor.is_floating_point() or tensor.is_complex():
+        values = torch.randn(tensor.shape, generator=generator) * scale
+        tensor.copy_(values.abs() + 0.1 if is_positive else values)
+    else:
+        tensor.fill_(ints)
+    return tensor
 
 
 def _other(tensor: Tensor) -> Tensor:
@@ -256,13 +268,7 @@ def _other(tensor: Tensor) -> Tensor:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(tensor.shape, _dense_stride(tensor), dtype=tensor.dtype, device=tensor.device).copy_(
-        tensor.detach()
-    )
-
-
-def _dense_stride(tensor: Tensor) -> tuple[int, ...]:
-    return Geometry.dense(tensor).stride
+    return Geometry.dense(tensor).empty().copy_(tensor.detach())
 
 
 def _blank(tensor: Tensor) -> None:
@@ -327,7 +333,7 @@ def _written_slots(model: nn.Module, site: Site, values: _Values) -> frozenset[t
         site.forget()
         for module, held in before.values():
             for key, now in vars(module).items():
-                if now is held.get(key) or key.startswith("_flat_weight"):
+                if now is held.get(key) or key in torch_internals.RNN_CACHES:
                     continue
                 written.add((id(module), key))
                 if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(now)):

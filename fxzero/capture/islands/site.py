@@ -33,6 +33,8 @@ class Facts:
     """Which others share memory with an input, a parameter or a buffer, as indices of the output and of all these."""
     written_inputs: tuple[int, ...]
     written_buffers: tuple[int, ...]
+    written_in_backward: tuple[int, ...]
+    """Buffers that backward writes, where a checkpoint runs forward again."""
     saved_inputs: tuple[int, ...]
     """Inputs that backward reads."""
     escapes: bool
@@ -177,18 +179,21 @@ class Site:
         args, kwargs = tree_unflatten(leaves, self.structure)
         with self._swapped(buffers):
             output = (self._forward or self.module.forward)(*args, **kwargs)
-            for table, key, index in self._buffer_slots:
-                now = table[key] if key in table else None
-                if now is not buffers[index]:
-                    self._check_rebound(key, now, buffers[index])
-                    buffers[index] = now.detach()
+            self._note_rebound(buffers)
         return output
 
-    def _check_rebound(self, key: str, now: Any, before: Tensor) -> None:
-        if not isinstance(now, Tensor) or (now.shape, now.dtype) != (before.shape, before.dtype):
-            raise IslandError(
-                f"{self} turns buffer {key} into another shape or dtype. A buffer keeps them; write into it."
-            )
+    def _note_rebound(self, buffers: list[Tensor]) -> None:
+        """Take the buffers that the modules hold now."""
+        for table, key, index in self._buffer_slots:
+            now = table[key] if key in table else None  # noqa: SIM401 (a scripted module's table has no `get`)
+            before = buffers[index]
+            if now is before:
+                continue
+            if not isinstance(now, Tensor) or (now.shape, now.dtype) != (before.shape, before.dtype):
+                raise IslandError(
+                    f"{self} turns buffer {key} into another shape or dtype. A buffer keeps them; write into it."
+                )
+            buffers[index] = now.detach()
 
     def _lend(self, params: Sequence[Tensor]) -> None:
         """Let the stand-ins have these values."""
@@ -238,36 +243,49 @@ class Site:
         inputs: Sequence[Tensor | None],
         params: Sequence[Tensor],
         buffers: Sequence[Tensor],
+        sums: Sequence[Tensor | None],
     ) -> list[Tensor | None]:
-        """The gradients of the inputs and parameters that require grad; None for a parameter that nothing reached.
+        """The gradients of the inputs and parameters that require grad, and new values of the buffers that it writes.
+
+        A gradient is None for a parameter that nothing reached.
 
         Args:
             grads: of the results of forward.
             inputs: those that backward reads, None for others.
             params: as they are gathered for backward.
+            sums: for each gradient that is computed, the sum that it is added to; None: to none.
         """
         run: Run = handle.run
         handle.run = None
         if not self.facts.escapes:
             self._lend(params)
             run.saved.now = [*inputs, *params]
-        found = run.gradients(grads, buffers)
-        spans = Spans([*grads, *inputs, *params])
+        own = list(buffers)
+        for index in self.facts.written_in_backward:
+            own[index] = own[index].clone()
+        found = run.gradients(grads, own, sums)
+        spans = Spans([*grads, *inputs, *params, *sums])
         for index, gradient in enumerate(found):
             if gradient is None and index not in self.uncertain:
                 found[index] = self.grads[index].empty().zero_()
-        return self._checked(found, self.grads, spans, "gradient")
+        return [*self._checked(found, self.grads, spans, "gradient"), *(own[i] for i in self.facts.written_in_backward)]
 
     def differentiate(
-        self, pairs: Sequence[tuple[Tensor, Tensor]], wanted: Sequence[Any], buffers: Sequence[Tensor]
+        self, pairs: Sequence[tuple[Any, Tensor]], wanted: Sequence[Any], buffers: list[Tensor]
     ) -> list[Tensor | None]:
-        """The gradients of `wanted`, given outputs and their gradients."""
+        """The gradients of `wanted`, given outputs and their gradients.
+
+        Args:
+            buffers: as the modules have them; those that they bind anew are replaced.
+        """
         if not pairs:
             return [None] * len(wanted)
         off = torch.autocast(self.device.type, enabled=False)
         with self._swapped(buffers), off:
             outputs, gradients = zip(*pairs, strict=True)
-            return list(torch.autograd.grad(outputs, wanted, gradients, allow_unused=True))
+            found = list(torch.autograd.grad(outputs, wanted, gradients, allow_unused=True))
+            self._note_rebound(buffers)
+            return found
 
     def _checked(
         self, tensors: Sequence[Tensor | None], declared: Sequence[Geometry], spans: Spans, what: str
@@ -275,8 +293,11 @@ class Site:
         """The tensors as they were declared, each in memory of its own."""
         checked: list[Tensor | None] = []
         seen: set[int] = set()
+        may_vary = not self.fqn and what == "result"  # nothing but the user reads it
         for index, (tensor, geometry) in enumerate(zip(tensors, declared, strict=True)):
             if tensor is not None:
+                if may_vary:
+                    geometry = Geometry.dense(tensor)
                 if not geometry.fits(tensor) or tensor.layout is not torch.strided:
                     raise IslandError(
                         f"{self}: {what} {index} is {tensor.dtype}{list(tensor.shape)}; when the step was traced it "
@@ -292,6 +313,11 @@ class Site:
                 seen.add(address)
             checked.append(tensor)
         return checked
+
+    def casts(self, index: int) -> bool:
+        """True if autocast may cast a parameter here, if trained, and keep what it casts to for other readers."""
+        spec, is_trained = self.params[index], self.requires_grad[self.num_inputs + index]
+        return self.modes.autocast and self.modes.caches_casts and is_trained and spec.dtype == torch.float32
 
     def declared_grads(self, tensors: Sequence[Tensor]) -> tuple[Geometry, ...]:
         """The geometry of gradients.
@@ -351,15 +377,18 @@ class Run:
             if not same_memory(self.tensors[out], given[index]):
                 raise IslandError(f"{self._site} returned its input as it is when the step was traced, and now not.")
 
-    def gradients(self, grads: Sequence[Tensor | None], buffers: Sequence[Tensor]) -> list[Tensor | None]:
+    def gradients(
+        self, grads: Sequence[Tensor | None], buffers: list[Tensor], sums: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
         """The gradients of what the site wants them for; the graph is freed."""
         outs, wanted = self.differentiable, self.wanted
         self.differentiable, self.wanted = [], []
-        pairs = [(o, g) for o, g in zip(outs, grads, strict=False) if g is not None and o.requires_grad]
+        pairs = [(leaf, older) for leaf, older in zip(wanted, sums, strict=True) if older is not None]
+        pairs += [(o, g) for o, g in zip(outs, grads, strict=False) if g is not None and o.requires_grad]
         return self._site.differentiate(pairs, wanted, buffers)
 
 
-UNKNOWN = Facts(OutputSpec(tree_flatten(None)[1], ()), (), {}, {}, (), (), (), False, 0, (0, 0))
+UNKNOWN = Facts(OutputSpec(tree_flatten(None)[1], ()), (), {}, {}, (), (), (), (), False, 0, (0, 0))
 """Facts of a call before its probe."""
 
 
