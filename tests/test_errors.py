@@ -64,9 +64,9 @@ def line_of(cls: type, text: str) -> str:
 def test_code_that_depends_on_values_is_named_by_its_line(cls: type, text: str, cure: str, when: str) -> None:
     with pytest.raises(CaptureError) as caught:
         if when == "compile":
-            fxzero.compile(cls(), example=points())
+            fxzero.compile(cls(), example=points(), islands=())
         else:
-            fxzero.compile(cls())(points())
+            fxzero.compile(cls(), islands=())(points())
     assert f"{line_of(cls, text)}: " in str(caught.value)
     assert text in str(caught.value) and cure in str(caught.value)
 
@@ -235,5 +235,5 @@ def test_draws_outside_of_torch_are_refused_and_taken_back(source: Any) -> None:
     random.seed(0)
     np.random.seed(0)
     with pytest.raises(CaptureError, match=r"draws from (numpy.)?random, outside of torch.*pass the value in"):
-        fxzero.compile(Dropping())(points())
+        fxzero.compile(Dropping(), islands=())(points())
     assert source() == expected

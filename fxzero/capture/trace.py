@@ -64,6 +64,7 @@ class Tracer:
             try:
                 traced = self._trace_once()
                 if self._islands.are_settled():
+                    self._islands.announce()
                     return traced
             except PinnedNumberError:
                 raise

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from fxzero.errors import CaptureError, InputMismatchError
 from tests.helpers.captured import trace
@@ -86,11 +85,6 @@ def test_a_shape_that_depends_on_values(forward):
 def test_tensors_on_different_devices():
     model = module_of(lambda self, x: self.lin(x) + torch.ones(4, device="meta"))
     assert "device=x.device" in refused(model, X)
-
-
-def test_reentrant_checkpoint():
-    model = module_of(lambda self, x: checkpoint(self.lin, self.lin(x), use_reentrant=True).sum())
-    assert "use_reentrant=False" in refused(model, X)
 
 
 def test_lstm_on_the_cpu():

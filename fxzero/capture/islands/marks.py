@@ -58,35 +58,36 @@ class Islands:
         self.finds = wanted is None
         """True if modules that cannot be traced become islands."""
         self.names = {id(module): path for path, module in reversed([*model.named_modules()])}
-        self._patterns = list(wanted or ())
+        self._wanted = tuple(wanted or ())
+        self._found: set[str] = set()
         if self.finds:
-            self._patterns += [
-                pattern_of(path) for path, module in model.named_modules() if path and _is_opaque(module)
-            ]
+            self._found.update(path for path, module in model.named_modules() if path and _is_opaque(module))
         self._refused: dict[str, str] = {}
         """Why modules cannot be islands, by path."""
+        self._news: dict[str, str] = {}
+        """Why parts became islands of which the user has not been told, by path."""
         self._known: dict[Any, Facts] = {}
         self._similar: dict[Any, Facts] = {}
         self._slots: dict[Any, frozenset[tuple[int, str]]] = {}
         self._assumed: list[_Call] = []
         if wanted:
-            self._check_patterns()
+            self._check_wanted()
 
-    def _check_patterns(self) -> None:
-        unknown = [each for each in self._patterns if not any(matches(path, [each]) for path in self.names.values())]
+    def _check_wanted(self) -> None:
+        unknown = [each for each in self._wanted if not any(matches(path, [each]) for path in self.names.values())]
         if unknown:
             raise ValueError(f"islands= has {unknown[0]!r}, which is the path of no module. '*' stands for one part.")
 
     @property
     def paths(self) -> list[str]:
         """The paths of the islands, without those inside of others."""
-        found = [path for path in self.names.values() if matches(path, self._patterns)]
+        found = [path for path in self.names.values() if path in self._found or matches(path, self._wanted)]
         return [path for path in found if not any(_is_inside(path, other) for other in found)]
 
     def forget_facts(self) -> None:
         """Learn anew what calls give: the state that decides it may have changed."""
         self.names = {id(module): path for path, module in reversed([*self.model.named_modules()])}
-        self._known, self._similar, self._slots, self._assumed = {}, {}, {}, []
+        self._known, self._similar, self._slots, self._assumed, self._refused = {}, {}, {}, [], {}
 
     # -- finding -------------------------------------------------------------------------------------------------
 
@@ -100,17 +101,29 @@ class Islands:
             path = parent_of(path) if path else None
         if path is None or not self.finds:
             return False
-        self._patterns.append(pattern_of(path) if path else path)
-        reason = str(why).splitlines()[0]
-        if path:
-            logger.info("island %s: it runs as it is, as one part of the schedule, since %s", path, reason)
-        else:
-            warnings.warn(
-                "The whole model runs as one island: all its parameters are gathered at once, and nothing of it is "
-                f"planned, since no smaller part could be traced. {reason}",
-                stacklevel=2,
-            )
+        self._found.update(self._like(path))
+        self._news[path] = str(why).splitlines()[0]
         return True
+
+    def _like(self, path: str) -> list[str]:
+        """The paths that are equal to one but for numbers, of modules of the same class."""
+        kind, pattern = type(self.model.get_submodule(path)), pattern_of(path)
+        like = [each for each in self.names.values() if pattern_of(each) == pattern]
+        return [each for each in like if type(self.model.get_submodule(each)) is kind]
+
+    def announce(self) -> None:
+        """Tell the user of the islands that were found since the last time."""
+        for path, reason in self._news.items():
+            if path and path in self.paths:
+                name = pattern_of(path) if len(self._like(path)) > 1 else path
+                logger.info("island %s: it runs as it is, as one part of the schedule, since %s", name, reason)
+            elif path in self.paths:
+                warnings.warn(
+                    "The whole model runs as one island: all its parameters are gathered at once, and nothing of it is "
+                    f"planned, since no smaller part could be traced. {reason}",
+                    stacklevel=2,
+                )
+        self._news = {}
 
     def learn(self, call: _Call) -> None:
         """Probe a call.
@@ -121,10 +134,9 @@ class Islands:
         try:
             facts, slots = learn(self.model, call.site, call.example)
         except NotAnIslandError as error:
-            path = call.site.fqn
-            self._refused[path] = str(error)
-            error.path = path
-            self._patterns = [each for each in self._patterns if not matches(path, [each])]
+            error.path = call.site.fqn
+            self._refused.update(dict.fromkeys(self._like(error.path), str(error)))
+            self._found.difference_update(self._refused)
             raise
         self._known[call.key] = facts
         self._similar[call.key[1:]] = facts

@@ -268,7 +268,8 @@ class Site:
         for index, gradient in enumerate(found):
             if gradient is None and index not in self.uncertain:
                 found[index] = self.grads[index].empty().zero_()
-        return [*self._checked(found, self.grads, spans, "gradient"), *(own[i] for i in self.facts.written_in_backward)]
+        gradients = self._checked(found, self.grads, spans, "gradient")
+        return gradients + [own[index] for index in self.facts.written_in_backward]
 
     def differentiate(
         self, pairs: Sequence[tuple[Any, Tensor]], wanted: Sequence[Any], buffers: list[Tensor]
