@@ -103,12 +103,12 @@ def idle_on_one_rank(rank: int, world_size: int) -> tuple[list[str], list[str]]:
     """Each rank reaches another expert, none the others: parameters with a gradient, and all of which it has a part."""
     seed_all(0)
     plain = CASES["experts"].build()
+    weights = dict(plain.named_parameters())
     with torch.no_grad():
-        plain.part.gate.weight.zero_()
-        plain.part.gate.weight[:2] = torch.tensor([[1.0], [-1.0]])
-        plain.head.weight.zero_()
-        plain.head.bias.zero_()
-        plain.head.weight[:, 0] = 1.0
+        for fqn in ("part.gate.weight", "head.weight", "head.bias"):
+            weights[fqn].zero_()
+        weights["part.gate.weight"][:2] = torch.tensor([[1.0], [-1.0]])
+        weights["head.weight"][:, 0] = 1.0
     zero = fxzero.compile(plain)
     x = torch.zeros(3, 8)
     x[:, 0] = 1.0 if rank == 0 else -1.0

@@ -220,9 +220,9 @@ class Kernel(torch.autograd.Function):
         return x @ weight
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         """Its gradients."""
-        (x,) = ctx.saved_tensors
+        (x,), (grad,) = ctx.saved_tensors, grads
         return grad @ ctx.weight.t(), x.t() @ grad
 
 

@@ -268,8 +268,9 @@ class Site:
         for index, gradient in enumerate(found):
             if gradient is None and index not in self.uncertain:
                 found[index] = self.grads[index].empty().zero_()
-        gradients = self._checked(found, self.grads, spans, "gradient")
-        return gradients + [own[index] for index in self.facts.written_in_backward]
+        results = self._checked(found, self.grads, spans, "gradient")
+        results += [own[index] for index in self.facts.written_in_backward]
+        return results
 
     def differentiate(
         self, pairs: Sequence[tuple[Any, Tensor]], wanted: Sequence[Any], buffers: list[Tensor]
@@ -284,7 +285,7 @@ class Site:
         off = torch.autocast(self.device.type, enabled=False)
         with self._swapped(buffers), off:
             outputs, gradients = zip(*pairs, strict=True)
-            found = list(torch.autograd.grad(outputs, wanted, gradients, allow_unused=True))
+            found: list[Tensor | None] = [*torch.autograd.grad(outputs, wanted, gradients, allow_unused=True)]
             self._note_rebound(buffers)
             return found
 

@@ -1,0 +1,278 @@
+"""Parts that no tracer can follow run as they are: one step after another, they do what the plain model does."""
+
+import copy
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fxzero
+from fxzero.capture.islands.site import Site
+from fxzero.errors import CaptureError, IslandError
+from fxzero.host.gc_pause import gc_paused
+from fxzero.testing import engine_of
+from tests.helpers.island_models import WIDTH, Around, Branch, Experts, Products, points, seed_all
+
+
+class Part(nn.Module):
+    """A layer, a function of its result, and a branch that makes it untraceable."""
+
+    def __init__(self, function: Callable[[nn.Module, Tensor], Any]) -> None:
+        super().__init__()
+        self.linear, self.function = nn.Linear(WIDTH, WIDTH), function
+        self.table = nn.Embedding(WIDTH, WIDTH, sparse=True)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.linear(x)
+        return self.function(self, y if y.sum().item() < 1e9 else y * 2)
+
+
+def islands_of(zero: fxzero.ZeroModule) -> list[str]:
+    return sorted(engine_of(zero).maker.islands.paths)
+
+
+def train_both(
+    plain: nn.Module, steps: int = 3, loss: Callable[[Any], Tensor] = lambda out: out, **options: Any
+) -> fxzero.ZeroModule:
+    """Train a model and its compiled copy, and compare losses, gradients that are missing, parameters and buffers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        zero = fxzero.compile(copy.deepcopy(plain), **options)
+        optimizers = [torch.optim.SGD(each.parameters(), 0.1, 0.9, weight_decay=0.1) for each in (plain, zero)]
+        for step in range(steps):
+            losses: list[Tensor] = []
+            for module in (plain, zero):
+                seed_all(step)
+                losses.append(loss(module(points(step))))
+                losses[-1].backward()
+            assert torch.equal(*losses)
+            missing = [[fqn for fqn, p in each.named_parameters() if p.grad is None] for each in (plain, zero)]
+            assert missing[0] == missing[1]
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            state = zero.state_dict()
+            assert all(torch.equal(value, state[name]) for name, value in plain.state_dict().items())
+    return zero
+
+
+def test_experts_that_no_token_chose_have_no_gradient() -> None:
+    seed_all(0)
+    zero = train_both(Around(Experts(16)))
+    assert islands_of(zero) == ["part"]
+
+
+def scripted() -> nn.Module:
+    class Scripted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.linear(x)
+            if bool(y.sum() > 0):
+                y = y * 2
+            return y
+
+    return torch.jit.script(Scripted())
+
+
+def compiled() -> nn.Module:
+    return torch.compile(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()), backend="eager")  # type: ignore[return-value]
+
+
+class DrawsFromItsOwn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.generator = nn.Linear(WIDTH, WIDTH), torch.Generator().manual_seed(3)
+
+    def __deepcopy__(self, memo: Any) -> "DrawsFromItsOwn":
+        copied = DrawsFromItsOwn()
+        copied.load_state_dict(self.state_dict())
+        return copied
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * (torch.rand(x.shape, generator=self.generator) < 0.5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("part", [scripted, compiled, DrawsFromItsOwn])
+def test_what_a_trace_cannot_look_into(part: Callable[[], nn.Module]) -> None:
+    seed_all(0)
+    assert islands_of(train_both(Around(part()))) == ["part"]
+
+
+class Results(NamedTuple):
+    value: Tensor
+    rest: dict[str, Any]
+
+
+def many(part: Any, y: Tensor) -> Any:
+    rest = {
+        "ids": y.argmax(-1),
+        "rows": y[:2],
+        "weight": part.linear.weight.t(),
+        "detached": y.detach(),
+        "n": 3,
+        "no": None,
+    }
+    return Results(y, rest)
+
+
+class ReadsMany(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.part, self.tail = nn.Linear(WIDTH, WIDTH), Part(many), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, rest = self.part(torch.tanh(self.head(x)))
+        y = self.tail(value) @ rest["weight"] + rest["detached"] * rest["n"]
+        return y.square().mean() + rest["rows"].sum() + F.one_hot(rest["ids"], WIDTH).sum() * y.mean()
+
+
+def penalty(part: Any, y: Tensor) -> Tensor:
+    (grad,) = torch.autograd.grad(y.square().sum(), y, create_graph=True)
+    return y + grad.square()
+
+
+def test_results_of_every_kind() -> None:
+    seed_all(0)
+    assert islands_of(train_both(ReadsMany())) == ["part"]
+
+
+def test_gradients_of_gradients_inside() -> None:
+    seed_all(0)
+    train_both(Around(Part(penalty)))
+
+
+class Ragged(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input[input[:, 0] > 0])
+
+
+def test_a_whole_model_may_return_shapes_that_follow_values() -> None:
+    seed_all(0)
+    zero = train_both(Ragged(WIDTH, WIDTH), steps=4, loss=lambda out: out.square().sum())
+    assert islands_of(zero) == [""]
+    assert "(model)" in str(zero.schedule) and "the whole model, 100%" in str(zero.schedule)
+
+
+def test_a_whole_model_warns_once() -> None:
+    zero = fxzero.compile(Ragged(WIDTH, WIDTH))
+    with pytest.warns(UserWarning, match="whole model runs as one island.*Masked|whole model runs as one island"):
+        zero(points(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        zero(points(1))
+
+
+def test_evaluation_and_inference_mode() -> None:
+    seed_all(0)
+    plain = Around(Branch())
+    zero = train_both(plain)
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            assert torch.equal(zero(points(7)), plain(points(7)))
+
+
+def test_only_what_a_pattern_names_is_an_island() -> None:
+    seed_all(0)
+    model = Around(nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(3))))
+    zero = train_both(model, islands=["part.*"])
+    assert islands_of(zero) == ["part.0", "part.1", "part.2"]
+    text = str(zero.schedule)
+    assert text.count("island") >= 6 and "islands, of which nothing inside is planned: part.0" in text
+    with pytest.raises(CaptureError, match="Replace .item"):
+        fxzero.compile(Around(Branch()), islands=["tail"])(points(0))
+    with pytest.raises(ValueError, match=r"'part\.\*\.x', which is the path of no module"):
+        fxzero.compile(copy.deepcopy(model), islands=["part.*.x"])
+
+
+def test_siblings_of_another_class_are_traced() -> None:
+    seed_all(0)
+    assert islands_of(train_both(Around(nn.Sequential(nn.Linear(WIDTH, WIDTH), Branch(), nn.Tanh())))) == ["part.1"]
+
+
+def sparse(part: Any, y: Tensor) -> Tensor:
+    return y + part.table(torch.arange(len(y)))
+
+
+def writes(part: Any, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        part.linear.weight.mul_(1.01)
+    return y
+
+
+def keeps(part: Any, y: Tensor) -> Tensor:
+    part.kept = y.square().mean()
+    return y
+
+
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        (sparse, r"part cannot run as it is.*sparse_coo gradient.*sparse=False.*test_islands\.py"),
+        (writes, "writes into a parameter"),
+        (keeps, "keeps a tensor that requires grad in attribute kept"),
+    ],
+)
+def test_what_even_an_island_cannot_do_is_refused(function: Callable[[Any, Tensor], Tensor], why: str) -> None:
+    with pytest.raises(CaptureError, match=why):
+        fxzero.compile(Around(Part(function)))(points(0))
+
+
+class WritesLater(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.part = nn.Linear(WIDTH, WIDTH), Part(lambda part, y: y)
+        self.part.forward = lambda x: x[:2] if x.sum().item() < 1e9 else x  # type: ignore[method-assign]
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.head(x)
+        self.part(hidden).mul_(2)
+        return hidden.square().mean()
+
+
+def test_a_view_of_an_input_that_is_written_later_is_no_result_of_an_island() -> None:
+    seed_all(0)
+    assert islands_of(train_both(WritesLater())) == [""]
+
+
+def test_a_shape_that_changes_after_the_trace_is_an_error() -> None:
+    class Late(nn.Module):
+        rows = WIDTH
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x[: self.rows] * 2 if x.sum().item() < 1e9 else x
+
+    model = Around(Late())
+    zero = fxzero.compile(model)
+    zero(points(0)).backward()
+    model.part.rows = 2
+    with pytest.raises(IslandError, match=r"island part: result 0 is torch.float32\[2, 8\]"):
+        zero(points(0))
+
+
+def test_what_a_call_holds_is_free_after_it_without_the_garbage_collector(monkeypatch: pytest.MonkeyPatch) -> None:
+    seed_all(0)
+    zero = fxzero.compile(Around(Products()))
+    zero(points(0)).backward()
+    handles: list[weakref.ref[Any]] = []
+    run = Site.run
+
+    def noted(self: Site, *args: Any, **kwargs: Any) -> Any:
+        made = run(self, *args, **kwargs)
+        handles.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(Site, "run", noted)
+    with gc_paused():
+        for seed in range(5):
+            zero(points(seed))
+        zero(points(0)).backward()
+        assert len(handles) == 6 and all(handle() is None for handle in handles)
