@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from fxzero import torch_internals
 from fxzero.capture.draws import Draws
 from fxzero.capture.fake_tensors import FakeState
+from fxzero.capture.islands.facts import Facts, Modes
 from fxzero.capture.islands.find import matches, parent_of, pattern_of
 from fxzero.capture.islands.geometry import geometries
 from fxzero.capture.islands.operators import FORWARD, IslandFunction, number, split, write_buffers
 from fxzero.capture.islands.probe import Example, NotAnIslandError, learn
-from fxzero.capture.islands.site import Facts, Modes, Site, Slots
+from fxzero.capture.islands.site import Site, Slots
 from fxzero.capture.numbers import PinnedNumberError
 from fxzero.capture.reads import Reads
 from fxzero.capture.slots import PLAIN, Read

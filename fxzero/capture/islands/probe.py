@@ -23,8 +23,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxzero import torch_internals
+from fxzero.capture.islands.facts import UNKNOWN, Facts
 from fxzero.capture.islands.geometry import Geometry
-from fxzero.capture.islands.site import UNKNOWN, Facts, Run, Site, same_memory
+from fxzero.capture.islands.run import Run, same_memory
+from fxzero.capture.islands.saved import NotingSaved
+from fxzero.capture.islands.site import Site
 from fxzero.capture.writes import Before
 from fxzero.errors import CaptureError
 from fxzero.torch_internals import tree_leaves
@@ -86,7 +89,7 @@ def _learn(site: Site, values: _Values) -> Facts:
         run = _run(site, values)
     _check_params(values, before)
     facts = _facts_of(site, run, values, before)
-    held = run.saved.held_bytes
+    held = run.saved.held_bytes if isinstance(run.saved, NotingSaved) else 0
     with FlopCounterMode(display=False) as backward:
         late = before.copies()
         clean = _gradients(site, run, late)
@@ -105,7 +108,7 @@ def _learn(site: Site, values: _Values) -> Facts:
 def _run(site: Site, values: _Values) -> Run:
     """A forward whose inputs and buffers are copies, so that `values` shows what it wrote."""
     with _seeded():
-        return site.run(values.inputs, values.params, values.buffers, copies=site.facts is UNKNOWN)
+        return site.run(values.inputs, values.params, values.buffers)
 
 
 def _facts_of(site: Site, run: Run, values: _Values, before: _Values) -> Facts:
@@ -127,7 +130,10 @@ def _facts_of(site: Site, run: Run, values: _Values, before: _Values) -> Facts:
     }
     outs = [each for index, each in enumerate(run.tensors) if index not in is_input]
     outs += [given[index] for index in written_inputs] + [own[index] for index in written_buffers]
-    kept = tuple(sorted(run.saved.read_inputs - {*written_inputs}))
+    begin = len(values.params)
+    saved = run.saved.found if isinstance(run.saved, NotingSaved) else ()
+    found = {index - begin for index in saved if index >= begin}
+    kept = tuple(sorted(found - {*written_inputs}))
     geometry = tuple(map(Geometry.dense, outs))
     facts = (run.output, geometry, is_input, shares_memory, written_inputs, written_buffers, (), kept)
     return Facts(*facts, escapes=False, held_bytes=0, flops=(0, 0))
@@ -139,10 +145,13 @@ def _gradients(site: Site, run: Run, values: _Values) -> list[Tensor | None]:
     Args:
         values: as backward has them.
     """
-    run.saved.now = [*values.inputs, *values.params]
+    if run.saved is None:
+        return []
+    run.saved.now = [*values.params, *values.inputs]
     with _seeded():
-        pairs = [(out, torch.randn_like(out)) for out in run.differentiable if out.requires_grad]
-        found = site.differentiate(pairs, run.wanted, values.buffers)
+        outs, wanted = run.take()
+        pairs = [(out, torch.randn_like(out)) for out in outs if out.requires_grad]
+        found = site.differentiate(pairs, wanted, values.buffers)
     for gradient in found:
         if gradient is not None and gradient.layout is not torch.strided:
             raise NotAnIslandError(f"it gives a {gradient.layout} gradient; only dense ones are reduced (sparse=False)")

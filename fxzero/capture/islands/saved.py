@@ -17,31 +17,27 @@ from fxzero.capture.islands.geometry import extent
 
 
 class Spans:
-    """The memory of some tensors."""
+    """The memory of some tensors, told by address."""
 
-    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
-        spans = [
-            (tensor.data_ptr(), tensor.data_ptr() + extent(tensor), index)
-            for index, tensor in enumerate(tensors)
-            if tensor is not None and tensor.numel()
-        ]
-        spans.sort()
-        self._begins = [begin for begin, _, _ in spans]
-        self._spans = spans
-
-    def find(self, tensor: Tensor) -> tuple[int, int] | None:
-        """Index of the tensor in whose memory another one begins, and the offset in bytes; None outside of all.
-
-        The index is -1 if it reaches beyond the end.
+    def __init__(self, tensors: Sequence[Tensor], first: "Spans | None" = None) -> None:
         """
-        if tensor.layout is not torch.strided or not tensor.numel():
-            return None
-        begin = tensor.data_ptr()
-        at = bisect.bisect_right(self._begins, begin) - 1
-        if at < 0 or begin >= self._spans[at][1]:
-            return None
-        first, end, index = self._spans[at]
-        return (index if begin + extent(tensor) <= end else -1), begin - first
+        Args:
+            first: that of tensors whose indices come before; it stays as it is.
+        """
+        self.begins, self.ends, self.indices = ([], [], []) if first is None else first.copies()
+        self._count = 0 if first is None else first._count
+        for tensor in tensors:
+            if tensor.numel():
+                begin = tensor.data_ptr()
+                at = bisect.bisect(self.begins, begin)
+                self.begins.insert(at, begin)
+                self.ends.insert(at, begin + extent(tensor))
+                self.indices.insert(at, self._count)
+            self._count += 1
+
+    def copies(self) -> tuple[list[int], list[int], list[int]]:
+        """Copies of the first address, the address behind the last, and the index of each, in order of addresses."""
+        return self.begins.copy(), self.ends.copy(), self.indices.copy()
 
 
 class Saved:
@@ -50,39 +46,46 @@ class Saved:
     It never holds an output: the graph holds these hooks, and nothing would collect the circle.
 
     Args:
-        kept: indices of the inputs that are there in backward.
-        inputs, params: as forward has them.
+        now: weights, then inputs, as forward has them.
+        spans: of them.
+        kept: indices among them of those that are there in backward.
     """
 
-    def __init__(self, kept: Collection[int], inputs: Sequence[Tensor], params: Sequence[Tensor]) -> None:
-        self._num_inputs, self._kept = len(inputs), kept
-        self.now: Sequence[Tensor | None] = ()
-        """The inputs and the weights of the running backward."""
-        self.spans = Spans([*inputs, *params])
-        self.read_inputs: set[int] = set()
-        """Indices of the inputs that were saved."""
-        self.held_bytes = 0
-        """Bytes of what is saved as it is."""
+    def __init__(self, now: Sequence[Tensor | None], spans: Spans, kept: Collection[int]) -> None:
+        self.now = now
+        """Weights, then inputs, as the running phase has them; empty between the phases."""
+        self._begins, self._ends, self._indices = spans.begins, spans.ends, spans.indices
+        self._kept = kept
 
     def pack(self, tensor: Tensor) -> Any:
-        """What is saved in the place of a tensor."""
-        found = self.spans.find(tensor)
-        if found is None:
-            if tensor.layout is torch.strided:
-                self.held_bytes += tensor.numel() * tensor.element_size()
+        """What is saved in the place of a tensor: itself, an index, or a place in what has the index."""
+        try:
+            begin = tensor.data_ptr()
+        except RuntimeError:  # sparse, say
             return tensor.detach()
-        index, offset = found
-        if 0 <= index < self._num_inputs:
-            self.read_inputs.add(index)
-        if index < 0 or (index < self._num_inputs and index not in self._kept):
+        at = bisect.bisect_right(self._begins, begin) - 1
+        if at < 0 or begin >= self._ends[at]:
+            return tensor.detach()
+        index = self._indices[at]
+        base = self.now[index]
+        if index not in self._kept or base is None:
             return tensor.detach().clone()
-        conj, neg = tensor.is_conj(), tensor.is_neg()
-        return index, offset // tensor.element_size(), tensor.dtype, tensor.shape, tensor.stride(), conj, neg
+        is_view = tensor.is_conj() or tensor.is_neg() or tensor.dtype is not base.dtype
+        if not is_view and tensor.shape == base.shape and tensor.stride() == base.stride():
+            return index
+        if begin + extent(tensor) > self._ends[at]:
+            return tensor.detach().clone()  # it lies over two weights
+        offset = (begin - self._begins[at]) // tensor.element_size()
+        return index, offset, tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg()
 
     def unpack(self, packed: Any) -> Tensor:
         """What backward reads."""
         if isinstance(packed, Tensor):
             return packed
+        if isinstance(packed, int):
+            whole = self.now[packed]
+            assert whole is not None
+            return whole
         index, offset, dtype, shape, stride, conj, neg = packed
         base = self.now[index]
         assert base is not None
@@ -91,3 +94,24 @@ class Saved:
         found = base.as_strided(shape, stride, int(base.storage_offset()) + offset)
         found = found.conj() if conj else found
         return torch_internals.negated_view(found) if neg else found
+
+
+class NotingSaved(Saved):
+    """The same in a probe, which learns what is saved."""
+
+    def __init__(self, now: Sequence[Tensor | None], spans: Spans, kept: Collection[int]) -> None:
+        super().__init__(now, spans, range(len(now)))
+        self.found: set[int] = set()
+        """Indices of what is saved by its place."""
+        self.held_bytes = 0
+        """Bytes of what is saved as it is."""
+
+    def pack(self, tensor: Tensor) -> Any:
+        """Note it, and save it."""
+        packed = super().pack(tensor)
+        if isinstance(packed, Tensor):
+            if packed.layout is torch.strided:
+                self.held_bytes += packed.numel() * packed.element_size()
+        else:
+            self.found.add(packed if isinstance(packed, int) else packed[0])
+        return packed

@@ -1,58 +1,24 @@
 """One call of an island: its forward on real tensors, and its backward through the graph that autograd made of it."""
 
 import contextlib
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fxzero import torch_internals
+from fxzero.capture.islands.facts import UNKNOWN, Modes
 from fxzero.capture.islands.geometry import Geometry
-from fxzero.capture.islands.saved import Saved, Spans
-from fxzero.capture.outputs import OutputSpec, flatten_output
+from fxzero.capture.islands.run import Run
+from fxzero.capture.islands.saved import NotingSaved, Saved, Spans
 from fxzero.errors import IslandError
 from fxzero.graph.layout import ParamSpec
-from fxzero.torch_internals import TreeSpec, tree_flatten, tree_unflatten
+from fxzero.torch_internals import TreeSpec, tree_unflatten
 
 Slots = tuple[tuple[dict[str, Any], str, int], ...]
 """Where modules hold tensors: a table, the key in it, and the index of the tensor; a tied one is held twice."""
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a probe learnt of a call."""
-
-    output: OutputSpec
-    outs: tuple[Geometry, ...]
-    """Of the results of forward: tensors of the output that are no inputs, written inputs, written buffers."""
-    is_input: Mapping[int, int]
-    """Which tensors of the output are inputs, as indices of both."""
-    shares_memory: Mapping[int, int]
-    """Which others share memory with an input, a parameter or a buffer, as indices of the output and of all these."""
-    written_inputs: tuple[int, ...]
-    written_buffers: tuple[int, ...]
-    written_in_backward: tuple[int, ...]
-    """Buffers that backward writes, where a checkpoint runs forward again."""
-    saved_inputs: tuple[int, ...]
-    """Inputs that backward reads."""
-    escapes: bool
-    """Backward reads a weight or an input where no hook sees it, so that forward works on copies of its own."""
-    held_bytes: int
-    """Bytes between forward and backward, beside the inputs."""
-    flops: tuple[int, int]
-    """Floating-point operations of forward and of backward, on the data of the probe."""
-
-
-@dataclass(frozen=True)
-class Modes:
-    """The modes of torch in which a call runs."""
-
-    grad: bool
-    autocast: bool
-    autocast_dtype: torch.dtype
-    caches_casts: bool
 
 
 class Site:
@@ -102,7 +68,10 @@ class Site:
         self._stand_ins: list[nn.Parameter] = []
         self.facts = UNKNOWN
         self._edges: list[Any] = []
-        self._lent: list[Tensor | None] = [None] * len(params)
+        self._lent: Sequence[Tensor] = ()
+        """The values of parameters that the stand-ins have."""
+        self._places: dict[int, tuple[Spans, set[int]]] = {}
+        """Where values of parameters lie, and the addresses of their storages, by the address of the first."""
 
     @property
     def stand_ins(self) -> list[nn.Parameter]:
@@ -135,51 +104,52 @@ class Site:
         with contextlib.nullcontext() if again is None else _drawing_from(again, self.device):
             run = self.run(inputs, params, buffers)
         handle.run = run
+        owned = _storages([*inputs, *buffers]) | self._place(params)[1]
         results, run.results = run.results, []
-        return [handle, *self._checked(results, self.facts.outs, run.spans, "result")]
+        return [handle, *self._checked(results, self.facts.outs, owned, "result")]
 
-    def run(
-        self, inputs: Sequence[Tensor], params: Sequence[Tensor], buffers: Sequence[Tensor], *, copies: bool = False
-    ) -> "Run":
-        """Run the call, and keep what its backward needs.
-
-        Args:
-            copies: let it have a copy of each input, which it may write.
-        """
-        facts = self.facts
+    def run(self, inputs: Sequence[Tensor], params: Sequence[Tensor], buffers: Sequence[Tensor]) -> Run:
+        """Run the call, and keep what its backward needs. Of what it writes it gets copies."""
+        facts, wants = self.facts, self.has_backward
+        is_probe = facts is UNKNOWN
         if facts.escapes:
             inputs, params = [each.clone() for each in inputs], [each.clone() for each in params]
-        written = set(range(len(inputs))) if copies else set(facts.written_inputs)
+        written = range(len(inputs)) if is_probe else facts.written_inputs
         own = list(buffers)
-        for index in range(len(own)) if copies else facts.written_buffers:
+        for index in range(len(own)) if is_probe else facts.written_buffers:
             own[index] = own[index].clone()
         self._lend(params)
-        saved = Saved(range(len(inputs)) if facts.escapes else facts.saved_inputs, inputs, params)
-        wants = self.has_backward
-        saved.now = [*inputs, *params]  # for a backward inside of forward
+        if not wants:
+            with torch.no_grad(), self._autocast():
+                given = [each.clone() if index in written else each for index, each in enumerate(inputs)]
+                return Run(str(self), facts, self._call(given, own), given, own)
         leaves = [
-            each.detach().requires_grad_(needs) if wants else each
+            each.detach().requires_grad_() if needs else each.detach()
             for each, needs in zip(inputs, self.requires_grad, strict=False)
         ]
-        hooks = (
-            torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack) if wants else contextlib.nullcontext()
-        )
-        with torch.set_grad_enabled(wants), hooks, self._autocast(), torch_internals.checkpoints_without_backward():
+        with torch.enable_grad():
             given = [each.clone() if index in written else each for index, each in enumerate(leaves)]
+        now = [*params, *((each.detach() for each in given) if is_probe else inputs)]
+        kept = range(len(now)) if facts.escapes else self._kept
+        saved = (NotingSaved if is_probe else Saved)(now, Spans(now[len(params) :], self._place(params)[0]), kept)
+        hooks = torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack)
+        with torch.enable_grad(), hooks, self._autocast(), torch_internals.checkpoints_without_backward():
             output = self._call(given, own)
-        edges = self._wanted(leaves) if wants else []
         if not facts.escapes:
             saved.now = ()
-        return Run(output, given, own, leaves, edges, saved, Spans([*inputs, *params, *buffers]), self)
+        return Run(str(self), facts, output, given, own, saved, self._wanted(leaves))
 
     def _call(self, inputs: Sequence[Tensor], buffers: list[Tensor]) -> Any:
         leaves = list(self.leaves)
         for at, tensor in zip(self._at, inputs, strict=True):
             leaves[at] = tensor
         args, kwargs = tree_unflatten(leaves, self.structure)
-        with self._swapped(buffers):
+        own = self._swap(buffers)
+        try:
             output = (self._forward or self.module.forward)(*args, **kwargs)
             self._note_rebound(buffers)
+        finally:
+            _put(own)
         return output
 
     def _note_rebound(self, buffers: list[Tensor]) -> None:
@@ -197,12 +167,22 @@ class Site:
 
     def _lend(self, params: Sequence[Tensor]) -> None:
         """Let the stand-ins have these values."""
-        for index, values in enumerate(params):
-            if self._lent[index] is not values:
-                stand_in = self.stand_ins[index]
+        before = self._lent or [None] * len(params)
+        for stand_in, values, own in zip(self.stand_ins, params, before, strict=True):
+            if values is not own and (own is None or values.data_ptr() != own.data_ptr()):
                 if stand_in.shape != values.shape:
                     self._edges = []
-                stand_in.data = self._lent[index] = values
+                stand_in.data = values
+        self._lent = params
+
+    def _place(self, params: Sequence[Tensor]) -> tuple[Spans, set[int]]:
+        """Where parameters lie, and the addresses of their storages; gathered ones lie at few places."""
+        if self.facts is UNKNOWN or self.facts.escapes or not params:
+            return Spans(params), _storages(params)
+        at = params[0].data_ptr()
+        if at not in self._places:
+            self._places[at] = Spans(params), _storages(params)
+        return self._places[at]
 
     def _wanted(self, leaves: Sequence[Tensor]) -> list[Any]:
         """What autograd computes gradients for: the leaves, and the stand-ins as they are now."""
@@ -211,18 +191,14 @@ class Site:
             self._edges = [of(each) for each in self.stand_ins if each.requires_grad]
         return [*(leaf for leaf in leaves if leaf.requires_grad), *self._edges]
 
-    @contextlib.contextmanager
-    def _swapped(self, buffers: Sequence[Tensor]) -> Generator[None]:
+    def _swap(self, buffers: Sequence[Tensor]) -> list[tuple[dict[str, Any], str, Any]]:
+        """Let the modules hold the stand-ins and these buffers; what they held before."""
         before: list[tuple[dict[str, Any], str, Any]] = []
-        try:
-            for slots, values in ((self._param_slots, self.stand_ins), (self._buffer_slots, buffers)):
-                for table, key, index in slots:
-                    before.append((table, key, table[key]))
-                    table[key] = values[index]
-            yield
-        finally:
-            for table, key, value in before:
-                table[key] = value
+        for slots, values in ((self._param_slots, self.stand_ins), (self._buffer_slots, buffers)):
+            for table, key, index in slots:
+                before.append((table, key, table[key]))
+                table[key] = values[index]
+        return before
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         if not self.modes.autocast:
@@ -232,7 +208,7 @@ class Site:
 
     def forget(self) -> None:
         """Hold no values of parameters."""
-        self._stand_ins, self._edges, self._lent = [], [], [None] * len(self.params)
+        self._stand_ins, self._edges, self._lent = [], [], ()
 
     # -- backward ------------------------------------------------------------------------------------------------
 
@@ -257,18 +233,21 @@ class Site:
         """
         run: Run = handle.run
         handle.run = None
-        if not self.facts.escapes:
+        if not self.facts.escapes and run.saved is not None:
             self._lend(params)
-            run.saved.now = [*inputs, *params]
+            run.saved.now = [*params, *inputs]
         own = list(buffers)
         for index in self.facts.written_in_backward:
             own[index] = own[index].clone()
-        found = run.gradients(grads, own, sums)
-        spans = Spans([*grads, *inputs, *params, *sums])
+        outs, wanted = run.take()
+        pairs = [(leaf, older) for leaf, older in zip(wanted, sums, strict=True) if older is not None]
+        pairs += [(o, g) for o, g in zip(outs, grads, strict=False) if g is not None and o.requires_grad]
+        found = self.differentiate(pairs, wanted, own)
+        owned = _storages([*grads, *inputs, *sums]) | self._place(params)[1]
         for index, gradient in enumerate(found):
             if gradient is None and index not in self.uncertain:
                 found[index] = self.grads[index].empty().zero_()
-        results = self._checked(found, self.grads, spans, "gradient")
+        results = self._checked(found, self.grads, owned, "gradient")
         results += [own[index] for index in self.facts.written_in_backward]
         return results
 
@@ -282,25 +261,32 @@ class Site:
         """
         if not pairs:
             return [None] * len(wanted)
-        off = torch.autocast(self.device.type, enabled=False)
-        with self._swapped(buffers), off:
-            outputs, gradients = zip(*pairs, strict=True)
-            found: list[Tensor | None] = [*torch.autograd.grad(outputs, wanted, gradients, allow_unused=True)]
+        is_on = torch.is_autocast_enabled(self.device.type)
+        outputs, gradients = zip(*pairs, strict=True)
+        own = self._swap(buffers)
+        try:
+            with torch.autocast(self.device.type, enabled=False) if is_on else contextlib.nullcontext():
+                found = torch.autograd.grad(outputs, wanted, gradients, allow_unused=True)
             self._note_rebound(buffers)
-            return found
+        finally:
+            _put(own)
+        return list(found)
 
     def _checked(
-        self, tensors: Sequence[Tensor | None], declared: Sequence[Geometry], spans: Spans, what: str
+        self, tensors: Sequence[Tensor | None], declared: Sequence[Geometry], owned: set[int], what: str
     ) -> list[Tensor | None]:
-        """The tensors as they were declared, each in memory of its own."""
+        """The tensors as they were declared, each in memory of its own.
+
+        Args:
+            owned: addresses of storages that belong to others.
+        """
         checked: list[Tensor | None] = []
-        seen: set[int] = set()
         may_vary = not self.fqn and what == "result"  # nothing but the user reads it
         for index, (tensor, geometry) in enumerate(zip(tensors, declared, strict=True)):
             if tensor is not None:
                 if may_vary:
                     geometry = Geometry.dense(tensor)
-                if not geometry.fits(tensor) or tensor.layout is not torch.strided:
+                if tensor.layout is not torch.strided or not geometry.fits(tensor):
                     raise IslandError(
                         f"{self}: {what} {index} is {tensor.dtype}{list(tensor.shape)}; when the step was traced it "
                         f"was {geometry}. Shapes that follow values must stay inside of an island: name a module "
@@ -308,13 +294,19 @@ class Site:
                     )
                 tensor = tensor.detach()
                 address = tensor.untyped_storage().data_ptr()
-                is_shared = tensor.numel() > 0 and (address in seen or spans.find(tensor) is not None)
-                if is_shared or tensor.stride() != geometry.stride or tensor.is_conj() or tensor.is_neg():
+                if address in owned or tensor.stride() != geometry.stride or tensor.is_conj() or tensor.is_neg():
                     tensor = geometry.empty().copy_(tensor)
                     address = tensor.untyped_storage().data_ptr()
-                seen.add(address)
+                if address:
+                    owned.add(address)
             checked.append(tensor)
         return checked
+
+    @functools.cached_property
+    def _kept(self) -> frozenset[int]:
+        """Indices of what is there in backward, among parameters and inputs."""
+        begin = len(self.params)
+        return frozenset([*range(begin), *(begin + index for index in self.facts.saved_inputs)])
 
     def casts(self, index: int) -> bool:
         """True if autocast may cast a parameter here, if trained, and keep what it casts to for other readers."""
@@ -336,73 +328,16 @@ class Site:
         return f"island {self.fqn}" if self.fqn else "the model, which is one island"
 
 
-class Run:
-    """One forward of a site, until its backward has run."""
-
-    def __init__(
-        self,
-        output: Any,
-        given: Sequence[Tensor],
-        buffers: list[Tensor],
-        leaves: Sequence[Tensor],
-        wanted: list[Any],
-        saved: Saved,
-        spans: Spans,
-        site: Site,
-    ) -> None:
-        self.saved, self.spans = saved, spans
-        self._site, self.wanted = site, wanted
-        facts, self.tensors, self.output = site.facts, *flatten_output(output)
-        """The tensors of the output, and its structure."""
-        self.given, self.buffers = given, buffers
-        if facts is not UNKNOWN:
-            self._check_output(given)
-        news = [given[index] for index in facts.written_inputs]
-        outs = [each for index, each in enumerate(self.tensors) if index not in facts.is_input]
-        self.differentiable: list[Tensor] = [*outs, *news]
-        self.results: list[Tensor | None] = [*outs, *news, *(buffers[index] for index in facts.written_buffers)]
-        if facts is not UNKNOWN:
-            self.given, self.buffers, self.tensors = [], [], []
-            for out, geometry in zip(self.differentiable, facts.outs, strict=False):
-                if out.requires_grad and not geometry.requires_grad:
-                    raise IslandError(f"{site}: a result requires grad, which it did not when the step was traced.")
-
-    def _check_output(self, given: Sequence[Tensor]) -> None:
-        facts = self._site.facts
-        if self.output != facts.output:
-            raise IslandError(
-                f"{self._site} returns {_plain(self.output)}; when the step was traced it returned "
-                f"{_plain(facts.output)}. Plain values that change must stay inside of an island: return a tensor, or "
-                "name a module around it in compile(islands=[...])."
-            )
-        for out, index in facts.is_input.items():
-            if not same_memory(self.tensors[out], given[index]):
-                raise IslandError(f"{self._site} returned its input as it is when the step was traced, and now not.")
-
-    def gradients(
-        self, grads: Sequence[Tensor | None], buffers: list[Tensor], sums: Sequence[Tensor | None]
-    ) -> list[Tensor | None]:
-        """The gradients of what the site wants them for; the graph is freed."""
-        outs, wanted = self.differentiable, self.wanted
-        self.differentiable, self.wanted = [], []
-        pairs = [(leaf, older) for leaf, older in zip(wanted, sums, strict=True) if older is not None]
-        pairs += [(o, g) for o, g in zip(outs, grads, strict=False) if g is not None and o.requires_grad]
-        return self._site.differentiate(pairs, wanted, buffers)
+def _put(entries: Sequence[tuple[dict[str, Any], str, Any]]) -> None:
+    for table, key, value in entries:
+        table[key] = value
 
 
-UNKNOWN = Facts(OutputSpec(tree_flatten(None)[1], ()), (), {}, {}, (), (), (), (), False, 0, (0, 0))
-"""Facts of a call before its probe."""
-
-
-def same_memory(a: Tensor, b: Tensor) -> bool:
-    """True for two tensors that are equal whatever is written into either."""
-    geometry = [(each.data_ptr(), each.shape, each.stride(), each.dtype) for each in (a, b)]
-    return a is b or (geometry[0] == geometry[1] and a.numel() > 0)
-
-
-def _plain(output: OutputSpec) -> str:
-    leaves = ["a tensor" if leaf is Tensor else repr(leaf) for leaf in output.leaves]
-    return f"{', '.join(leaves)} in {output.treespec}"
+def _storages(tensors: Sequence[Tensor | None]) -> set[int]:
+    """Addresses of the storages of tensors that are not empty."""
+    addresses = {each.untyped_storage().data_ptr() for each in tensors if each is not None}
+    addresses.discard(0)
+    return addresses
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
