@@ -88,7 +88,8 @@ def capture(
     make = partial(Tracing, module, forward, args, kwargs, inputs, spec, params, device, with_backward, differentiated)
     stand_ins = StandIns(numbers) if numbers else None
     try:
-        traced = Tracer(make, stand_ins, Islands(module) if islands is None else islands).trace()
+        parts = Islands(module) if islands is None else islands
+        traced = Tracer(make, stand_ins, parts, with_backward=with_backward).trace()
         root, joint = traced.root, traced.tracing.joint
         computed = NO_NUMBERS if stand_ins is None else take_out(root, stand_ins, joint.num_numbers)
     except PinnedNumberError:

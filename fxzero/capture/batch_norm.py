@@ -27,3 +27,34 @@ def run_declared(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     aten.copy_.default(mean, new_mean)
     aten.copy_.default(var, new_var)
     return result
+
+
+_ON_CPU = (
+    aten._native_batch_norm_legit.default,
+    aten._native_batch_norm_legit.no_stats,
+    aten.native_batch_norm.default,
+    aten.native_batch_norm_backward.default,
+)
+
+
+def with_real_strides(op: Any, args: tuple[Any, ...], result: Any) -> Any:
+    """The result of an operator with the strides that its kernel gives it, where its fake version has others.
+
+    Batch norm on the CPU makes its first result in the memory format of its input, contiguous if it has none; the fake
+    version keeps the strides of the input.
+    """
+    if op not in _ON_CPU:
+        return result
+    x, first = args[1 if op is aten.native_batch_norm_backward.default else 0], result[0]
+    if x.device.type != "cpu" or not isinstance(first, torch.Tensor):
+        return result
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    order = list(range(x.dim()))
+    if x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()]) and not x.is_contiguous():
+        order.append(order.pop(1))
+    strides, expected = [1] * x.dim(), 1
+    for dim in reversed(order):
+        strides[dim], expected = expected, expected * max(x.shape[dim], 1)
+    if all(size <= 1 or a == b for size, a, b in zip(x.shape, first.stride(), strides, strict=True)):
+        return result
+    return (aten.as_strided.default(first, list(x.shape), strides), *result[1:])

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from fxzero import torch_internals
-from fxzero.capture.batch_norm import run_declared, writes_undeclared
+from fxzero.capture.batch_norm import run_declared, with_real_strides, writes_undeclared
 from fxzero.capture.call import CallSpec, replace_numbers, replace_tensors
 from fxzero.capture.checks import noted_checks
 from fxzero.capture.draws import Draws, no_draws_of_python, numbered_draws
@@ -352,7 +352,7 @@ class _Interceptor(torch_internals.DispatchMode):
             if self._marks is not None:
                 self._marks.check_write(func, args, kwargs or {})
             run = run_declared if writes_undeclared(func) else self._draws.run
-            result = run(func, args, kwargs or {})
+            result = with_real_strides(func, args, run(func, args, kwargs or {}))
             self._recorder.label_line()
         finally:
             if is_seen:

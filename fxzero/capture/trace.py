@@ -47,9 +47,15 @@ class Tracer:
     """
 
     def __init__(
-        self, make: Callable[[StandIns | None, Marks], Tracing], stand_ins: StandIns | None, islands: Islands
+        self,
+        make: Callable[[StandIns | None, Marks], Tracing],
+        stand_ins: StandIns | None,
+        islands: Islands,
+        *,
+        with_backward: bool,
     ) -> None:
         self._make, self._stand_ins, self._islands = make, stand_ins, islands
+        islands.without_grad = not with_backward
         self._running: Tracing | None = None
 
     def trace(self) -> Traced:

@@ -60,6 +60,8 @@ class Islands:
         """True if modules that cannot be traced become islands."""
         self.names = {id(module): path for path, module in reversed([*model.named_modules()])}
         self._wanted = tuple(wanted or ())
+        self.without_grad = False
+        """True for a trace without a backward."""
         self._found: set[str] = set()
         if self.finds:
             self._found.update(path for path, module in model.named_modules() if path and _is_opaque(module))
@@ -83,6 +85,8 @@ class Islands:
     def paths(self) -> list[str]:
         """The paths of the islands, without those inside of others."""
         found = [path for path in self.names.values() if path in self._found or matches(path, self._wanted)]
+        if self.finds and self.without_grad:
+            found += [path for path in self.names.values() if _has_fast_path(self.model.get_submodule(path))]
         return [path for path in found if not any(_is_inside(path, other) for other in found)]
 
     def forget_facts(self) -> None:
@@ -390,6 +394,14 @@ def _held(module: nn.Module, which: int, is_known: Callable[[Tensor], bool]) -> 
 def _is_opaque(module: nn.Module) -> bool:
     """True for what no trace can look into: a scripted module, and what torch.compile returns."""
     return isinstance(module, torch.jit.ScriptModule) or torch_internals.is_compiled(module)
+
+
+def _has_fast_path(module: nn.Module) -> bool:
+    """True for a module that, in evaluation without gradients, runs kernels of its own, unless a trace looks on."""
+    return not module.training and isinstance(module, _WITH_FAST_PATH)
+
+
+_WITH_FAST_PATH = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 
 def _is_inside(path: str, other: str) -> bool:
