@@ -267,10 +267,14 @@ tree_unflatten = pytree.tree_unflatten
 """Rebuilds nested values from leaves and a TreeSpec. 2.11 to 2.13."""
 tree_leaves = pytree.tree_leaves
 """Returns the leaves of nested values. 2.11 to 2.13."""
+tree_map = pytree.tree_map
+"""Applies a function to all leaves. 2.11 to 2.13."""
 tree_map_only = pytree.tree_map_only
 """Applies a function to all leaves of one type. 2.11 to 2.13."""
 tree_flatten_with_path = pytree.tree_flatten_with_path
 """Returns pairs of the keys that lead to a leaf and the leaf, and the TreeSpec. 2.11 to 2.13."""
+register_tree_node = pytree.register_pytree_node
+"""Registers functions that take a class apart, and put it together. 2.11 to 2.13."""
 keystr = pytree.keystr
 """Formats the keys that lead to a leaf: `[1]['x'].y`. 2.11 to 2.13."""
 

@@ -2,15 +2,23 @@
 
 import dataclasses
 import enum
+import types
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fxzero.torch_internals import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from fxzero.torch_internals import (
+    TreeSpec,
+    register_tree_node,
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
+)
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, enum.Enum)
 
@@ -33,9 +41,15 @@ class OutputSpec:
 
 
 def flatten_output(output: Any) -> tuple[list[Tensor], OutputSpec]:
-    """The tensors of a return value and its OutputSpec; a leaf that is neither tensor nor plain value becomes None."""
+    """The tensors of a return value and its OutputSpec.
+
+    An object of a plain class is taken apart into its attributes. Another leaf that is neither tensor nor plain value
+    becomes None.
+    """
     _register_dataclasses(output)
     flat, treespec = tree_flatten(output, is_leaf=_is_leaf)
+    if any(map(_can_be_opened, flat)):
+        flat, treespec = tree_flatten(tree_unflatten([_opened(leaf) for leaf in flat], treespec), is_leaf=_is_leaf)
     tensors: list[Tensor] = []
     leaves: list[Any] = []
     dropped: list[str] = []
@@ -56,6 +70,42 @@ def flatten_output(output: Any) -> tuple[list[Tensor], OutputSpec]:
             stacklevel=2,
         )
     return tensors, OutputSpec(treespec, tuple(leaves))
+
+
+class _Opened:
+    """An object by its attributes, as a node of a tree."""
+
+    def __init__(self, cls: type, attributes: dict[str, Any]) -> None:
+        self.cls, self.attributes = cls, attributes
+
+
+def _closed(values: Iterable[Any], context: tuple[type, tuple[str, ...]]) -> Any:
+    """An object of the class with these attributes."""
+    cls, names = context
+    made = object.__new__(cls)
+    vars(made).update(zip(names, values, strict=True))
+    return made
+
+
+register_tree_node(_Opened, lambda node: ([*node.attributes.values()], (node.cls, tuple(node.attributes))), _closed)
+
+
+def _can_be_opened(value: Any, depth: int = 3) -> bool:
+    """True for an object of a plain class whose attributes have tensors."""
+    if isinstance(value, (Tensor, nn.Module, type, types.ModuleType, types.FunctionType, *_PLAIN)) or _is_cache(value):
+        return False
+    attributes = getattr(value, "__dict__", None)
+    if not depth or not isinstance(attributes, dict) or type(value).__new__ is not object.__new__:
+        return False
+    leaves = tree_leaves(attributes, is_leaf=_is_leaf)
+    return any(isinstance(leaf, Tensor) or _can_be_opened(leaf, depth - 1) for leaf in leaves)
+
+
+def _opened(value: Any, depth: int = 3) -> Any:
+    """An object that can be opened as a node of a tree; another value as it is."""
+    if not depth or not _can_be_opened(value):
+        return value
+    return _Opened(type(value), tree_map(lambda each: _opened(each, depth - 1), vars(value), is_leaf=_is_leaf))
 
 
 def loss_index(output: Any, tensors: Sequence[Tensor]) -> int | None:

@@ -524,3 +524,18 @@ def test_in_place_results_keep_the_strides_of_their_target():
 
     x = torch.randn(4, 4).t().requires_grad_()
     check_against_eager(module_of(forward), x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("order", [(0, 2, 1), (1, 2, 0)])
+def test_batch_norm_over_strided_inputs(training, order):
+    class Strided(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.norm = nn.Linear(6, 6), nn.BatchNorm1d(6 if order[1] == 2 else 3)
+
+        def forward(self, x):
+            y = self.norm(self.lin(x).permute(order))
+            return (y * torch.arange(y.numel()).view(y.shape)).permute(order).reshape(-1, 2).square().mean()
+
+    check_against_eager(Strided().train(training), torch.randn(3, 4, 6))

@@ -282,3 +282,54 @@ def test_what_a_call_holds_is_free_after_it_without_the_garbage_collector(monkey
             zero(points(seed))
         zero(points(0)).backward()
         assert len(handles) == 6 and all(handle() is None for handle in handles)
+
+
+class Answer:
+    """A plain class, as a model may return it."""
+
+    def __init__(self, loss: Tensor, rest: dict[str, Any]) -> None:
+        self.loss, self.rest, self.name = loss, rest, "answer"
+
+    def doubled(self) -> Tensor:
+        return self.loss * 2
+
+
+class Answers(nn.Linear):
+    def forward(self, input: Tensor) -> Any:
+        y = super().forward(input)
+        inner = Answer(y.sum(0), {})
+        return Answer(y.square().mean(), {"inner": inner, "normal": torch.distributions.Normal(y, torch.ones_like(y))})
+
+
+def test_objects_of_plain_classes_are_returned() -> None:
+    def loss(answer: Answer) -> Tensor:
+        assert isinstance(answer, Answer) and answer.name == "answer"
+        normal = answer.rest["normal"]
+        return answer.doubled() + answer.rest["inner"].loss.sum() + normal.log_prob(torch.zeros(WIDTH)).mean()
+
+    seed_all(0)
+    assert islands_of(train_both(Answers(WIDTH, WIDTH), loss=loss)) == []
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(WIDTH, 2, WIDTH, dropout=0.0, batch_first=True)
+        self.head, self.encoder = nn.Linear(WIDTH, WIDTH), nn.TransformerEncoder(layer, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pad = torch.arange(len(x))[None] > 2
+        return self.encoder(self.head(x)[None], src_key_padding_mask=pad)[0, :3].square().mean()
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors.*:UserWarning")
+def test_what_has_a_fast_path_in_evaluation_takes_it() -> None:
+    seed_all(0)
+    plain = Encoder()
+    zero = train_both(plain)
+    assert islands_of(zero) == []
+    plain.eval()
+    zero.eval()
+    with torch.no_grad():
+        assert torch.equal(zero(points(7)), plain(points(7)))
+    assert islands_of(zero) == ["encoder"]
