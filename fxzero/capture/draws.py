@@ -168,6 +168,17 @@ def no_draws_of_python() -> Generator[None]:
 
 
 @contextlib.contextmanager
+def same_draws_of_python() -> Generator[None]:
+    """Restore Python's generator and numpy's after the block."""
+    state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        np.random.set_state(numpy_state)
+
+
+@contextlib.contextmanager
 def numbered_draws() -> Generator[None]:
     """Let the CPU generator number draws inside the block, and restore it."""
     state = torch.default_generator.get_state()

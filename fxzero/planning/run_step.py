@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxzero import torch_internals
+from fxzero.capture.draws import same_draws_of_python
 from fxzero.capture.joint import no_autocast
 from fxzero.comm.wire_copies import pack, unpack
 from fxzero.graph.names import describe
@@ -75,6 +76,7 @@ def run_step(step: StepGraph, values: Mapping[str, Any], watch: Watch | None = N
         torch.no_grad(),
         no_autocast(main),
         torch.random.fork_rng([device.index for device in devices], device_type=main.type),
+        same_draws_of_python(),
     ):
         runner = _Runner(step, fed, watch)
         outputs, grads, input_grads = runner.run(enable_io_processing=False)
@@ -130,7 +132,10 @@ class _Runner(fx.Interpreter):
         grad = self._step.grads[fqn]
         if role(grad) is Role.WAIT:
             return self._means.get(fqn)
-        return self._slots.get(fqn) if role(grad) is Role.WRITE_GRAD else returned
+        if role(grad) is Role.WRITE_GRAD:
+            return self._slots.get(fqn)
+        is_missing = returned is None  # of a parameter that an island did not reach
+        return torch.zeros_like(self._fed[self._step.param_nodes()[fqn].name]) if is_missing else returned
 
     def run_node(self, n: fx.Node) -> Any:
         try:

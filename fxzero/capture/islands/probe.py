@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxzero import torch_internals
+from fxzero.capture.draws import same_draws_of_python
 from fxzero.capture.islands.facts import UNKNOWN, Facts
 from fxzero.capture.islands.geometry import Geometry
 from fxzero.capture.islands.run import Run, same_memory
@@ -300,16 +301,11 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
 @contextlib.contextmanager
 def _seeded() -> Generator[None]:
     """Draw the same numbers in each such block, and restore the generators."""
-    python, of_numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), same_draws_of_python():
         torch.manual_seed(_SEED)
         random.seed(_SEED)
         np.random.seed(_SEED & 0xFFFF)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(of_numpy)
+        yield
 
 
 @contextlib.contextmanager
