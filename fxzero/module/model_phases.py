@@ -70,6 +70,9 @@ class ModelPhases:
         """The same when the layout was fixed; None before."""
         self._change = ""
         """Which parameters are trained, where others were at first, as a part of the names of phases."""
+        self._written: tuple[str, ...] = ()
+        self._writes = ""
+        """Which parameters the last forward wrote, as a part of the names of phases."""
         self._meet, self._drop_gradients = meet, drop_gradients
         log.models.add(self)
         self.num_steps = 0
@@ -103,10 +106,13 @@ class ModelPhases:
         first = self._trained_at_first or self.trained
         pairs = zip(self._fqns.values(), first, self.trained, strict=True)
         changed = [f"{fqn} {'trained' if now else 'frozen'}" for fqn, before, now in pairs if before != now]
-        if not changed:
-            return ""
-        more = f" and {len(changed) - 1} more changes ({_digest_of(changed):x})" if len(changed) > 1 else ""
-        return f", with {changed[0]}{more} since its first call"
+        return f", with {_in_short(changed)} since its first call" if changed else ""
+
+    def note_written(self, fqns: tuple[str, ...]) -> None:
+        """A forward is over that has written these parameters, as it must have on all ranks."""
+        if fqns != self._written:
+            self._written = fqns
+            self._writes = f", behind a forward that wrote {_in_short(sorted(fqns))}" if fqns else ""
 
     def phase(self, word: str) -> AbstractContextManager[None]:
         """Begin a phase of this model, which ends with the block; other ranks are told of an error that leaves it."""
@@ -121,7 +127,7 @@ class ModelPhases:
         for watched in self._watched:
             self._note_options(watched)
         what = f"{word} of {self._name}, micro-batch {self._num_backwards + 1} of step {self.num_steps + 1}"
-        what += self._change
+        what += self._change + self._writes
         self._log.begin(what, self._digest)
 
     def failed(self, error: BaseException) -> None:
@@ -204,6 +210,12 @@ class ModelPhases:
             members = f"{len(held)} parameters" + (f", {held[0]} to {held[-1]} ({_digest_of(held):x})" if held else "")
             lines.append(f"{type(optimizer).__name__} group {index}: {options}; {members}")
         return lines
+
+
+def _in_short(changes: list[str]) -> str:
+    """The first of some changes, and a digest of all."""
+    more = f" and {len(changes) - 1} more changes ({_digest_of(changes):x})" if len(changes) > 1 else ""
+    return f"{changes[0]}{more}"
 
 
 def _digest_of(fqns: list[str]) -> int:

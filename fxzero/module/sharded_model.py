@@ -158,7 +158,7 @@ class ShardedModel:
     def storage(self) -> Storage:
         """The memory that plans are bound to; needs a fixed layout."""
         assert self.shards is not None and self.gradients is not None
-        return Storage(self.shards, self.gradients, self.comm, self.arena, self.in_flight)
+        return Storage(self.shards, self.params, self.gradients, self.comm, self.arena, self.in_flight)
 
     def held_shards(self) -> dict[int, ParamShard]:
         """Maps the id of each Parameter object to this rank's part of it; empty before the layout is fixed."""
@@ -170,6 +170,13 @@ class ShardedModel:
         self.recipe = replace(self.recipe, buckets=tuple(bucket.fqns for bucket in shards.layout.buckets))
         self.shards, self.gradients = shards, Gradients(shards, self.params)
         self._replaced_data = ReplacedData(self.params, shards)
+
+    def set_shards(self, values: Mapping[str, Tensor]) -> None:
+        """Set this rank's slices of some parameters, also where other tensors are in the place of shards."""
+        assert self.shards is not None
+        for fqn, value in values.items():
+            self.shards.param_view(fqn).copy_(value)
+            self.params[fqn].data.copy_(value)
 
     def replaced(self) -> Replaced:
         """The shards in whose place the user put other tensors, which the coming phase must use.
