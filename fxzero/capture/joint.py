@@ -292,7 +292,7 @@ def _own_autocast_cache() -> Generator[None]:
 
 
 class _ForwardMode(TorchFunctionMode):
-    """Sees what no tracer does: `param.data = ...` and retain_grad(), which is refused. Watches the hooks of tensors."""
+    """Sees what no tracer does: `param.data = ...`; retain_grad(), which is refused; the hooks of tensors."""
 
     def __init__(self, set_data: SetData, observers: Observers) -> None:
         super().__init__()

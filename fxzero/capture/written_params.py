@@ -16,11 +16,9 @@ from fxzero import torch_internals
 from fxzero.capture.fake_tensors import FakeState
 from fxzero.errors import CaptureError
 from fxzero.graph.layout import ParamSpec
-from fxzero.graph.nodes import Role, info, is_random, model_collective, role
+from fxzero.graph.new_values import differing_between_ranks
+from fxzero.graph.nodes import info
 from fxzero.graph.step import StepGraph, is_read_in_backward
-
-_EQUAL_ON_ALL = ("all_reduce", "all_gather", "broadcast")
-"""Beginnings of the names of collectives that give every rank of their group the same."""
 
 
 def refuse_trained(name: str) -> CaptureError:
@@ -162,34 +160,13 @@ def check_written(step: StepGraph) -> None:
                 f"The backward reads parameter {name} as it was before the forward wrote it, which is gone by then. "
                 "Write it before its first use in forward, or use it under torch.no_grad()."
             )
-        if not step.sharding.is_alone and (cause := _differs_between_ranks(step, value)):
+        if not step.sharding.is_alone and (cause := differing_between_ranks(step, value)):
             raise CaptureError(
-                f"The forward writes into parameter {name} a value that depends on {cause}, which differs between "
-                "ranks. Each rank holds a slice of the parameter, which would become a mixture. Let all ranks have the "
-                "same value first (torch.distributed._functional_collectives.all_reduce(value, 'avg', group)), or "
-                f"make {name} a buffer."
+                f"The forward writes into parameter {name} a value that depends on {cause}, of which each rank "
+                "has its own. Ranks hold slices of the parameter, so it would become a mixture. Let all have the same "
+                "value first (torch.distributed._functional_collectives.all_reduce(value, 'avg', group)), or make "
+                f"{name} a buffer."
             )
-
-
-def _differs_between_ranks(step: StepGraph, value: fx.Node) -> str:
-    """What a value depends on that each rank has its own of; empty for a value that is the same on all ranks."""
-    what = {Role.INPUT: "the input", Role.BUFFER: "the buffer", Role.STATE: "the tensor"}
-    above = [value]
-    for node in above:
-        if role(node) in what and isinstance(node.meta["val"], Tensor):
-            return f"{what[role(node)]} {info(node).fqn}"
-        if is_random(node):
-            return f"random numbers ({node.target})"
-        if not _is_equal_on_all(step, node):
-            above += [source for source in node.all_input_nodes if source not in above]
-    return ""
-
-
-def _is_equal_on_all(step: StepGraph, node: fx.Node) -> bool:
-    """True for a collective of the model's own that gives all ranks the same."""
-    if not model_collective(node).startswith(_EQUAL_ON_ALL):
-        return False
-    return torch_internals.size_of_group(node) == step.sharding.world_size
 
 
 __all__ = ["SetData", "add_to_outputs", "check_frozen", "check_written", "refuse_trained"]

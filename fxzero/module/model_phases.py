@@ -14,6 +14,7 @@ import torch
 from fxzero.comm.heartbeat import heartbeat, report
 from fxzero.comm.phases import PhaseLog
 from fxzero.optimizers.marks import PREFIX
+from fxzero.runtime.executable import Writes
 
 
 @dataclass
@@ -70,7 +71,7 @@ class ModelPhases:
         """The same when the layout was fixed; None before."""
         self._change = ""
         """Which parameters are trained, where others were at first, as a part of the names of phases."""
-        self._written: tuple[str, ...] = ()
+        self._written: Writes | None = None
         self._writes = ""
         """Which parameters the last forward wrote, as a part of the names of phases."""
         self._meet, self._drop_gradients = meet, drop_gradients
@@ -108,11 +109,13 @@ class ModelPhases:
         changed = [f"{fqn} {'trained' if now else 'frozen'}" for fqn, before, now in pairs if before != now]
         return f", with {_in_short(changed)} since its first call" if changed else ""
 
-    def note_written(self, fqns: tuple[str, ...]) -> None:
-        """A forward is over that has written these parameters, as it must have on all ranks."""
-        if fqns != self._written:
-            self._written = fqns
-            self._writes = f", behind a forward that wrote {_in_short(sorted(fqns))}" if fqns else ""
+    def note_writes(self, writes: Writes | None) -> None:
+        """A forward is over that has written parameters, or none; the same ones on all ranks, in the same way."""
+        if writes != self._written:
+            self._written, self._writes = writes, ""
+            if writes is not None:
+                fqns, computation = writes
+                self._writes = f", behind a forward that wrote {_in_short(sorted(fqns))} by computation {computation:x}"
 
     def phase(self, word: str) -> AbstractContextManager[None]:
         """Begin a phase of this model, which ends with the block; other ranks are told of an error that leaves it."""

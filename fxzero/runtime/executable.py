@@ -6,7 +6,7 @@ Nothing is decided in a step but which binding runs: overwrite or add to `.grad`
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import fx, nn
@@ -14,6 +14,7 @@ from torch import fx, nn
 from fxzero.comm.base import Comm
 from fxzero.cost.measured import MEASURED_STEPS, MeasuredLines
 from fxzero.graph.aliasing import aliases, base
+from fxzero.graph.new_values import Computation
 from fxzero.graph.nodes import Role, info, is_random, members
 from fxzero.graph.recipe import Fqns
 from fxzero.graph.step import StepGraph, is_read_in_backward
@@ -26,6 +27,9 @@ from fxzero.runtime.in_flight import InFlight
 from fxzero.runtime.shards import Shards
 from fxzero.runtime.stopwatch import Stopwatch
 from fxzero.runtime.storage import Arena
+
+Writes: TypeAlias = tuple[Fqns, int]
+"""Names of parameters, and a digest of how their new values are computed."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ class Executable:
             is_read_in_backward(plan.captured.step, value) for value in plan.captured.step.new_values.values()
         )
         """True if backward reads the new value of a parameter that forward writes."""
+        self._computation = Computation(plan.captured.step) if step.written else None
         self.draws_random = any(is_random(node) for node in step.graph.nodes)
         returned = step.model_outputs[: len(step.model_outputs) - len(step.written)]
         self.tensor_outputs = [i for i, value in enumerate(returned) if isinstance(value, fx.Node)]
@@ -144,6 +149,14 @@ class Executable:
     def written_params(self) -> list[torch.Tensor]:
         """This rank's slices of the parameters that forward writes."""
         return [self._storage.params[fqn].data for fqn in self.step.written]
+
+    def writes(self, state: Sequence[Any]) -> Writes | None:
+        """The parameters that a forward has written, and what tells whether all ranks wrote the same.
+
+        Args:
+            state: the inputs that are Python state.
+        """
+        return None if self._computation is None else (self.step.written, self._computation.digest(state))
 
     def _write_params(self, outputs: tuple[Any, ...], saved: list[Any]) -> tuple[tuple[Any, ...], list[Any]]:
         """Copy this rank's slices of new values of parameters, the last outputs; what forward returns without them."""
