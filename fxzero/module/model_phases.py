@@ -50,7 +50,8 @@ class ModelPhases:
         name: the name of the model's class.
         params: the parameters by name.
         meet: returns once all ranks have come.
-        drop_gradients: drops the gradients of the model, also those that wait to be reduced.
+        undo: drops the gradients of the model, also those that wait to be reduced, and what forwards wrote into
+            parameters since ranks met.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class ModelPhases:
         name: str,
         params: Mapping[str, torch.nn.Parameter],
         meet: Callable[[], object] = lambda: None,
-        drop_gradients: Callable[[], object] = lambda: None,
+        undo: Callable[[], object] = lambda: None,
     ) -> None:
         log.num_models += 1
         self._log, self._name = log, f"{name} (model {log.num_models})"
@@ -74,7 +75,7 @@ class ModelPhases:
         self._written: Writes | None = None
         self._writes = ""
         """Which parameters the last forward wrote, as a part of the names of phases."""
-        self._meet, self._drop_gradients = meet, drop_gradients
+        self._meet, self._undo = meet, undo
         log.models.add(self)
         self.num_steps = 0
         """Steps that optimizers took with the model's parameters."""
@@ -168,8 +169,9 @@ class ModelPhases:
         self._log.stepping_depth = max(0, self._log.stepping_depth - 1)
 
     def leave_out(self) -> None:
-        """Drop the gradients of a step that all ranks leave out."""
-        self._drop_gradients()
+        """Undo what a step has done that all ranks leave out."""
+        self._undo()
+        self.note_writes(None)
         self._num_backwards = 0
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:

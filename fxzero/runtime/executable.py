@@ -92,7 +92,7 @@ class Executable:
             is_read_in_backward(plan.captured.step, value) for value in plan.captured.step.new_values.values()
         )
         """True if backward reads the new value of a parameter that forward writes."""
-        self._computation = Computation(plan.captured.step) if step.written else None
+        self._computation = Computation(plan.captured.step) if step.written and not storage.comm.is_alone else None
         self.draws_random = any(is_random(node) for node in step.graph.nodes)
         returned = step.model_outputs[: len(step.model_outputs) - len(step.written)]
         self.tensor_outputs = [i for i, value in enumerate(returned) if isinstance(value, fx.Node)]
@@ -162,7 +162,11 @@ class Executable:
         """Copy this rank's slices of new values of parameters, the last outputs; what forward returns without them."""
         written = self.step.written
         own, values = outputs[: -len(written)], outputs[-len(written) :]
+        phases, before = self._storage.comm.phases, self._in_flight.before_writes
+        may_be_undone = phases.is_together and bool(phases.members)
         for fqn, data, value in zip(written, self.written_params, values, strict=True):
+            if may_be_undone and fqn not in before:
+                before[fqn] = data.clone()
             data.copy_(self._storage.shards.cut(fqn, value))
         self._in_flight.after_write(written)
         return own, saved

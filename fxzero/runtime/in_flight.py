@@ -21,6 +21,8 @@ One change is not noticed, as it is not by autograd: a write through `param.data
 from collections.abc import Callable, Collection, Iterable
 from typing import Literal, TypeAlias
 
+from torch import Tensor
+
 from fxzero.comm.base import Comm
 from fxzero.comm.heartbeat import report
 from fxzero.errors import FxzeroError
@@ -44,6 +46,8 @@ class InFlight:
         self._resident: set[Fqns] = set()
         self._stamped: Stamp | None = None
         """The stamp when resident buckets were gathered."""
+        self.before_writes: dict[str, Tensor] = {}
+        """Slices of parameters as they were before forwards wrote them inside of `step_together()`, since ranks met."""
         self.num_writes = 0
         """Counts the forwards that changed parameters."""
         self.generation = 0
