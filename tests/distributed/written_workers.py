@@ -79,10 +79,12 @@ def points(rank: int, step: int) -> Tensor:
     return torch.randn(5 + rank, 8, generator=torch.Generator().manual_seed(100 * step + rank))
 
 
-def _average_grads(models: list[Momentum]) -> None:
+def _average_grads(models: list[Momentum], ranks_per_node: int) -> None:
     for params in zip(*[model.parameters() for model in models], strict=True):
         if params[0].grad is not None:
-            total = functools.reduce(torch.add, [param.grad for param in params])
+            grads = [param.grad for param in params]
+            nodes = [grads[first:][:ranks_per_node] for first in range(0, len(grads), ranks_per_node)]
+            total = functools.reduce(torch.add, [functools.reduce(torch.add, node) for node in nodes])
             for param in params:
                 param.grad = total / len(models)
 
@@ -94,12 +96,20 @@ def assert_same_weights(zero: fxzero.ZeroModule, plain: nn.Module, what: str = "
         assert torch.equal(state[name], value), f"{name} {what}"
 
 
-def train(rank: int, world_size: int, name: str, num_passes: int | None = None, **options: Any) -> None:
+def train(
+    rank: int,
+    world_size: int,
+    name: str,
+    num_passes: int | None = None,
+    mesh_shape: tuple[int, int] | None = None,
+    **options: Any,
+) -> None:
     """Train, evaluate, and add up two micro-batches; replicas that are trained together do the same."""
     if num_passes is not None:
         options["passes"] = default_passes(bucket_bytes=256)[:num_passes]
-    if "mesh_shape" in options:
-        options["mesh"] = init_device_mesh("cpu", options.pop("mesh_shape"))
+    ranks_per_node = world_size
+    if mesh_shape is not None:
+        options["mesh"], ranks_per_node = init_device_mesh("cpu", mesh_shape), mesh_shape[1]
     plain, model = [made(MODELS[name]) for _ in range(world_size)], made(MODELS[name])
     optimizers = [torch.optim.AdamW(each.parameters(), lr=0.1, weight_decay=0.1) for each in (*plain, model)]
     zero = fxzero.compile(model, optimizer=optimizers[-1], **options)
@@ -117,7 +127,7 @@ def train(rank: int, world_size: int, name: str, num_passes: int | None = None, 
         if micro_batches < 2:
             assert_same_weights(zero, plain[rank], f"before step {step}")
         if micro_batches:
-            _average_grads(plain)
+            _average_grads(plain, ranks_per_node)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -127,7 +137,11 @@ def train(rank: int, world_size: int, name: str, num_passes: int | None = None, 
 
 def add_up_with_resident_buckets(rank: int, world_size: int) -> bool:
     """Micro-steps between which the shards of the key encoder change, and buckets stay gathered; true if they do."""
-    plain, zero = made(Momentum), fxzero.compile(made(Momentum), memory_budget=10**6)
+    model, plain = made(Momentum), made(Momentum)
+    buckets = [
+        tuple(f"{part}.{name}" for name, _ in model.get_submodule(part).named_parameters()) for part in ("query", "key")
+    ]
+    zero = fxzero.compile(model, passes=default_passes(resident=tuple(buckets)))
     for step in range(4):
         with zero.no_sync():
             losses = [module(points(0, step)) for module in (zero, plain)]
