@@ -301,6 +301,7 @@ class _ForwardMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == cast(Any, Tensor.data).__set__ and (name := self._set_data.name_of(args[0])) is not None:
+            self._observers.num_set_data += 1
             return self._set_data.set(name, *args)
         if func == Tensor.register_hook:
             self._check_hooked(args[0])

@@ -17,7 +17,7 @@ from fxzero.capture.fake_tensors import FakeState
 from fxzero.errors import CaptureError
 from fxzero.graph.layout import ParamSpec
 from fxzero.graph.new_values import differing_between_ranks
-from fxzero.graph.nodes import info
+from fxzero.graph.nodes import info, tensor_bytes
 from fxzero.graph.step import StepGraph, is_read_in_backward
 
 
@@ -96,8 +96,8 @@ class SetData:
     def _check_memory(self, name: str, data: Tensor) -> None:
         state = self._state
         held = {**state.params, **state.buffers, **{f"the data that {n} had": t for n, t in self._first.items()}}
-        others = [other for other, tensor in held.items() if torch_internals.same_storage(data, tensor)]
-        if any(torch_internals.same_storage(data, tensor) for tensor in self._inputs):
+        others = [other for other, tensor in held.items() if _overlap(data, tensor)]
+        if any(_overlap(data, tensor) for tensor in self._inputs):
             others.append("an input")
         if not torch_internals.is_fake(data):
             others.append("a tensor that was made before the call")
@@ -106,6 +106,18 @@ class SetData:
                 f"The forward sets {name}.data to the memory of {others[0]}: from then on one would change with the "
                 f"other. Copy the values: {name}.data.copy_(...), or .clone() what you set."
             )
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """True for tensors that may share elements: slices of one vector do not."""
+    (begin, end), (other_begin, other_end) = _span(a), _span(b)
+    return torch_internals.same_storage(a, b) and begin < other_end and other_begin < end
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The first byte of a tensor in its storage, and the end of its last."""
+    begin = int(tensor.storage_offset()) * tensor.dtype.itemsize
+    return begin, begin + tensor_bytes(tensor)
 
 
 def _geometry(tensor: Tensor) -> str:

@@ -91,6 +91,11 @@ def _count(net: Any, x: Tensor) -> None:
     net.codes.data *= 1 - 1 / (net.count + 1)
 
 
+def _vector(net: Any, x: Tensor) -> None:
+    query, key = (nn.utils.parameters_to_vector(each.parameters()) for each in (net.query, net.key))
+    nn.utils.vector_to_parameters(0.9 * key + 0.1 * query, net.key.parameters())
+
+
 def _parts(net: Any, x: Tensor) -> None:
     net.codes[0] = 3.0
     net.codes.data[1, 2:] = 1.0
@@ -138,7 +143,7 @@ def _buffer(net: Any, x: Tensor) -> None:
 
 
 WRITES = [
-    *(_data, _through_data, _in_place, _lerp, _out, _copy, _load, _foreach, _count, _parts, _normalize),
+    *(_data, _through_data, _in_place, _lerp, _out, _copy, _load, _foreach, _count, _vector, _parts, _normalize),
     *(_from_the_batch, _set_and_put_back, _reads_the_old_data, _every_second, _schedule, _buffer),
 ]
 
@@ -223,6 +228,36 @@ def test_a_forward_that_runs_again_writes_once() -> None:
             first, second = module(points(step)), module(points(step + 1))
             first[step % 3].backward()
             second[(step + 1) % 3].backward()
+        assert_same(zero, plain)
+
+
+@pytest.mark.parametrize("write", [_data, _through_data, lambda net, x: net.mean.mul_(0.9).add_(x.mean(), alpha=0.1)])
+def test_a_hook_of_forward_that_writes_does_so_once(write: Callable[[Any, Tensor], Any]) -> None:
+    def hook(module: nn.Module, args: tuple[Tensor]) -> None:
+        write(module, *args)
+
+    model = Net()
+    model.register_forward_pre_hook(hook)
+    zero, plain = pair(model)
+    for step in range(3):
+        for module in (zero, plain):
+            module(points(step)).backward()
+        assert_same(zero, plain)
+
+
+def test_a_hook_of_backward_that_writes_a_buffer_does_so_once() -> None:
+    model = net(lambda net, x: None)
+    last: Any = model.query[2]
+    last.register_buffer("size", torch.zeros(()))
+
+    def hook(module: Any, grads: tuple[Tensor], grads_of_outputs: tuple[Tensor]) -> None:
+        module.size.add_(grads_of_outputs[0].square().mean())
+
+    last.register_full_backward_hook(hook)
+    zero, plain = pair(model)
+    for step in range(3):
+        for module in (zero, plain):
+            module(points(step)).backward()
         assert_same(zero, plain)
 
 
