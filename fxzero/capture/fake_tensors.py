@@ -21,7 +21,8 @@ class FakeState:
     params: dict[str, Tensor]
     buffers: dict[str, Tensor]
     rebound: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """Maps names of buffers to other tensors that the traced code bound to them (`self.buf = self.buf + 1`)."""
+    """Maps names of buffers to other tensors that the traced code bound to them (`self.buf = self.buf + 1`), and names
+    of parameters and buffers whose data it has set (`param.data = ...`) to themselves."""
 
 
 @contextlib.contextmanager

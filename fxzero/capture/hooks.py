@@ -1,7 +1,7 @@
 """Hooks that only observe: they run in each step, on the tensors that it computed.
 
 what a hook of forward does in the trace                     what happens
-returns a value, or writes into a tensor                     it is part of the graph
+returns a value, or writes into a tensor that was there      it is part of the graph
 sets attributes, or changes containers                       each step does the same; see `writes.py`
 returns None and leaves nothing that is seen, or fails,      each step calls it after its forward, with the values of
 as `.item()` and `.numpy()` do on traced tensors             its arguments there

@@ -1,7 +1,7 @@
 """Trace a module's forward and, in the same graph, its backward.
 
     placeholders: parameters, buffers, inputs, tangents | forward | end_forward | backward | output
-    output: [model outputs, new values of rebound buffers, parameter gradients, input gradients]
+    output: [model outputs, new values of rebound tensors, parameter gradients, input gradients]
 
 Every tensor is fake and of full size. A trace uses no memory, draws nothing, and leaves the module unchanged.
 """
@@ -46,7 +46,8 @@ class Joint:
     differentiable: tuple[int, ...]
     differentiated: tuple[int, ...]
     rebound: tuple[str, ...]
-    """Names of buffers whose new values are outputs."""
+    """Names of buffers that were bound anew, and of parameters and buffers whose data was set: their new values are
+    outputs."""
     grads: tuple[str, ...]
     """Names of parameters whose gradients are outputs."""
     input_grads: tuple[int, ...]
