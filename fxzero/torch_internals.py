@@ -22,7 +22,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.distributed._composable.contract import REGISTRY_KEY
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.fx._lazy_graph_module import _use_lazy_graph_module  # pyright: ignore[reportPrivateUsage]
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx, set_proxy_slot
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -86,6 +86,12 @@ def is_connected(group: dist.ProcessGroup, rank: int, tag: int) -> bool:
 
 COLLECTIVE_NAMESPACES = ("_c10d_functional", "_c10d_functional_autograd", "_dtensor")
 """Where torch registers the collectives that models which are traced may call: 2.11 to 2.13."""
+
+
+def size_of_group(node: fx.Node) -> int:
+    """The number of ranks of a functional collective's group. `_resolve_process_group`: 2.11 to 2.13."""
+    group = dist.distributed_c10d._resolve_process_group(argument(node, "group_name"))  # pyright: ignore
+    return group.size()
 
 
 # -- tracing: capture/ ---------------------------------------------------------------------------------------------
@@ -195,6 +201,22 @@ def trace_fx(function: Callable[..., Any], *inputs: Any) -> fx.GraphModule:
 def traced_graph() -> fx.Graph:
     """The graph that `trace_fx` is making right now. `get_proxy_mode`: 2.11 to 2.13."""
     return cast(Any, get_proxy_mode()).tracer.graph
+
+
+def as_parameter(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, for which `isinstance(tensor, nn.Parameter)` holds from now on. `_is_param`: 2.11 to 2.13."""
+    cast(Any, tensor)._is_param = True
+    return tensor
+
+
+def replace_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
+    """What `tensor.data = data` does, also in the graph that `trace_fx` is making: `tensor` is then the node of `data`.
+
+    `get_proxy_slot`, `set_proxy_slot` of the proxy mode's tracer: 2.11 to 2.13.
+    """
+    tracer = cast(Any, get_proxy_mode()).tracer
+    tensor.data = data
+    set_proxy_slot(tensor, tracer, get_proxy_slot(data, tracer))
 
 
 @contextlib.contextmanager

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fxzero.graph.nodes import set_wire_format
+from fxzero.errors import WireFormatError
+from fxzero.graph.nodes import members, set_wire_format
 from fxzero.graph.step import StepGraph
 from fxzero.graph.wire import BLOCK_NUMEL, WireFormat, check_gather_dtype, narrowed
 
@@ -18,7 +19,7 @@ class NarrowAllGathers:
 
     Shards and compute keep their dtypes. The slice of the rank itself is rounded like the slices of others. A bucket
     that the format makes no smaller stays as it is, and so does every bucket of one rank alone. In an interleaved
-    layout gathers cannot be quantised.
+    layout gathers cannot be quantised. Parameters that forward writes are refused: they would be rounded ever again.
 
     Needs: BucketAllGathers (or InsertAllGathers alone). Numerics: changed. The step computes with parameters rounded to
     bfloat16, or to a multiple of the scale of their block; the optimizer updates the exact parameters.
@@ -53,4 +54,9 @@ class NarrowAllGathers:
         for start in starts if step.sharding.shard_ranks > 1 else []:
             payload = step.payload_of(start)
             if narrowed(payload, self.format) is not payload:
+                if rounded := sorted({*step.written}.intersection(members(start))):
+                    raise WireFormatError(
+                        f"{rounded[0]} is written by forward, and would be rounded to {self.format} again in each "
+                        f"step. Leave out gather_dtype, or make {rounded[0]} a buffer."
+                    )
                 set_wire_format(start, self.format)

@@ -10,13 +10,18 @@ from fxzero.graph.step import StepGraph
 
 
 def computed_from_params(step: StepGraph) -> set[fx.Node]:
-    """Forward compute nodes that depend on at least one parameter, and on nothing but parameters and constants."""
+    """Forward compute nodes that depend on at least one parameter, and on nothing but parameters and constants.
+
+    Parameters that forward writes are left out: in backward they have other values.
+    """
+    written = {step.param_nodes()[fqn] for fqn in step.written}
     derived: set[fx.Node] = set()
     _, nodes = next(step.phases())
     for node in nodes:
         others = [role(source) for source in node.all_input_nodes if source not in derived]
         from_params = Role.PARAM in others or len(others) < len(node.all_input_nodes)
-        if from_params and {*others} <= {Role.PARAM, Role.CONSTANT} and is_pure(node):
+        is_fixed = {*others} <= {Role.PARAM, Role.CONSTANT} and written.isdisjoint(node.all_input_nodes)
+        if from_params and is_fixed and is_pure(node):
             derived.add(node)
     return derived
 

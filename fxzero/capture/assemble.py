@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from fxzero import torch_internals
 from fxzero.capture.batch_norm import writes_undeclared
 from fxzero.capture.joint import Joint
+from fxzero.capture.written_params import add_to_outputs, check_written
 from fxzero.errors import CaptureError
 from fxzero.graph import ops
 from fxzero.graph.aliasing import is_view
@@ -30,7 +31,8 @@ def assemble(
     """The StepGraph of a traced, functional graph.
 
     Raises:
-        CaptureError: the forward writes a parameter, or the model holds a tensor that requires grad outside of modules.
+        CaptureError: the forward writes a parameter that it must not write, or the model holds a tensor that requires
+            grad outside of modules.
     """
     graph, constants, results = _copy_graph(root)
     _check_constants(constants, module, root.graph)
@@ -47,6 +49,7 @@ def assemble(
     _write_back(step, rebound)
     _remove_no_ops(step)
     graph.eliminate_dead_code()
+    check_written(step)
     _detach_outputs(step)
     for target in constants.keys() - {cast(str, node.target) for node in graph.find_nodes(op="get_attr")}:
         del constants[target]
@@ -133,20 +136,21 @@ def _line_of(graph: fx.Graph, target: str) -> str:
 
 
 def _write_back(step: StepGraph, rebound: dict[str, fx.Node]) -> None:
-    """Move every write to a buffer or an input to the end of forward; readers get the value that they read before."""
+    """Move every write to a buffer or an input to the end of forward; readers get the value that they read before.
+
+    New values of parameters become outputs.
+    """
     graph = step.graph
-    placeholders = {info(node).fqn: node for node in step.nodes(Role.BUFFER)}
+    placeholders = {info(node).fqn: node for node in step.nodes(Role.PARAM, Role.BUFFER)}
     writes = {placeholders[name]: value for name, value in rebound.items()}
+    for target in [each for each, value in writes.items() if role(each) is Role.PARAM and _is_own_data(each, value)]:
+        del writes[target]
     for node in graph.find_nodes(op="call_function", target=aten.copy_.default):
         target, value = cast(fx.Node, node.args[0]), cast(fx.Node, node.args[1])
-        if role(target) is Role.PARAM:
-            raise CaptureError(
-                f"The forward writes into parameter {info(target).fqn}. Parameters are sharded, so only the optimizer "
-                "may change them. Change it between steps, or make it a buffer."
-            )
         writes.setdefault(target, value)
         node.replace_all_uses_with(value)
         graph.erase_node(node)
+    add_to_outputs(step, {target: writes.pop(target) for target in list(writes) if role(target) is Role.PARAM})
     boundary = step.end_forward or step.output
     for target, value in writes.items():
         with graph.inserting_before(boundary if value < boundary else step.output):
@@ -173,6 +177,13 @@ def _save_old_value(step: StepGraph, target: fx.Node) -> None:
     target.replace_all_uses_with(clone, delete_user_cb=lambda user: user not in (clone, write))
     if write.args[1] is target:
         write.update_arg(1, clone)
+
+
+def _is_own_data(target: fx.Node, value: fx.Node) -> bool:
+    """True for the memory of a placeholder itself, to which code that had set its data has set it back."""
+    while value.target in _NO_OPS:
+        value = cast(fx.Node, value.args[0])
+    return value is target
 
 
 def _alias_chain(node: fx.Node) -> Iterator[fx.Node]:

@@ -21,7 +21,8 @@ class FakeState:
     params: dict[str, Tensor]
     buffers: dict[str, Tensor]
     rebound: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """Maps names of buffers to other tensors that the traced code bound to them (`self.buf = self.buf + 1`)."""
+    """Maps names of buffers to other tensors that the traced code bound to them (`self.buf = self.buf + 1`), and names
+    of parameters and buffers whose data it has set (`param.data = ...`) to themselves."""
 
 
 @contextlib.contextmanager
@@ -34,13 +35,16 @@ def swapped_tensors(module: nn.Module, state: FakeState) -> Generator[None]:
     stand_ins = {id(param): (name, state.params[name]) for name, param in module.named_parameters()}
     stand_ins |= {id(buffer): (name, state.buffers[name]) for name, buffer in module.named_buffers()}
     slots: list[tuple[str, dict[str, Any], str, Any]] = []
-    for prefix, owner in module.named_modules():
-        for table in torch_internals.tensor_tables(owner):
+    tables = [torch_internals.tensor_tables(owner) for owner in module.modules()]
+    for (prefix, _), pair in zip(module.named_modules(), tables, strict=True):
+        for table in pair:
             slots.extend((prefix, table, key, value) for key, value in table.items() if value is not None)
+    names = [(table, set(table)) for table, _ in tables]
     try:
         for _, table, key, value in slots:
             table[key] = stand_ins[id(value)][1]
         yield
+        _check_new_names(names, state)
         for prefix, table, key, value in slots:
             name, stand_in = stand_ins[id(value)]
             now: Any = table[key] if key in table else None  # noqa: SIM401 (a scripted module's has no `get`)
@@ -48,8 +52,23 @@ def swapped_tensors(module: nn.Module, state: FakeState) -> Generator[None]:
                 _check_rebound(f"{prefix}.{key}".removeprefix("."), stand_in, now, name in state.params)
                 state.rebound[name] = now
     finally:
+        own = set(map(id, state.params.values()))
+        for table, before in names:
+            for key in [key for key, value in table.items() if key not in before and id(value) in own]:
+                del table[key]
         for _, table, key, value in slots:
             table[key] = value
+
+
+def _check_new_names(names: list[tuple[dict[str, Any], set[str]]], state: FakeState) -> None:
+    own = {id(stand_in): name for name, stand_in in state.params.items()}
+    for table, before in names:
+        for key in table.keys() - before:
+            if (name := own.get(id(table[key]))) is not None:
+                raise CaptureError(
+                    f"The forward gives parameter {name} another name, {key}. Parameters are sharded: read it as an "
+                    "attribute of its module (self.weight) where it is used."
+                )
 
 
 def _check_rebound(name: str, before: Tensor, now: Any, is_param: bool) -> None:

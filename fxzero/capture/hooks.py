@@ -1,7 +1,7 @@
 """Hooks that only observe: they run in each step, on the tensors that it computed.
 
 what a hook of forward does in the trace                     what happens
-returns a value, or writes into a tensor                     it is part of the graph
+returns a value, or writes into a tensor that was there      it is part of the graph
 sets attributes, or changes containers                       each step does the same; see `writes.py`
 returns None and leaves nothing that is seen, or fails,      each step calls it after its forward, with the values of
 as `.item()` and `.numpy()` do on traced tensors             its arguments there
@@ -13,6 +13,7 @@ returns None, or fails                                       each step calls it 
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from fxzero.capture.provenance import Recorder
 from fxzero.capture.reads import Reads
 from fxzero.capture.writes import Before, Output, Template, output_in
 from fxzero.errors import CaptureError
+from fxzero.graph.aliasing import memory_of, written_by
 from fxzero.torch_internals import tree_flatten, tree_leaves
 
 
@@ -62,6 +64,8 @@ class Observers:
 
     def __init__(self, reads: Reads, before: Before) -> None:
         self._reads, self._before = reads, before
+        self.num_set_data = 0
+        """Times that forward has set the data of a tensor (`param.data = ...`)."""
         self._of_forward: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
         self._of_backward: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
 
@@ -95,22 +99,35 @@ class Observers:
 
         def watched(*arguments: Any) -> Any:
             then, num_set = self._before.now(), len(self._reads.set_slots)
-            versions = _versions(arguments)
+            writes = self._writes_since(arguments)
             try:
                 result = hook(*arguments)
             except Exception:
-                if versions != _versions(arguments):
+                if writes():
                     raise
                 self._before.go_back_to(then)
                 result = None
             else:
                 leaves_state = len(self._reads.set_slots) > num_set or self._before.differs_from(then)
-                if result is not None or leaves_state or versions != _versions(arguments):
+                if result is not None or leaves_state or writes():
                     return result
             self._of_forward.append((hook, arguments))
             return result
 
         return watched
+
+    def _writes_since(self, arguments: tuple[Any, ...]) -> Callable[[], bool]:
+        """A function that tells whether a tensor has been written since now: one of these, or another older one."""
+        versions, num_set_data, graph = _versions(arguments), self.num_set_data, torch_internals.traced_graph()
+        last = next(reversed(graph.nodes))
+
+        def writes() -> bool:
+            new = dict.fromkeys(itertools.takewhile(lambda node: node is not last, reversed(graph.nodes)))
+            targets = [memory_of(target) for node in new for target in written_by(node)]
+            has_written = versions != _versions(arguments) or num_set_data != self.num_set_data
+            return has_written or any(target not in new for target in targets)
+
+        return writes
 
     def of_backward(self, hook: Callable[..., Any]) -> Callable[..., Any]:
         """A hook of backward that notes its calls that observe.
@@ -125,16 +142,16 @@ class Observers:
             )
 
         def watched(*arguments: Any) -> Any:
-            versions, then = _versions(arguments), self._before.now()
+            writes, then = self._writes_since(arguments), self._before.now()
             found, set_slots = dict(self._reads.found), set(self._reads.set_slots)
             try:
                 with self._reads.following():
                     result = hook(*arguments)
             except Exception:
-                if versions != _versions(arguments):
+                if writes():
                     raise
                 result = None
-            if result is not None or versions != _versions(arguments):
+            if result is not None or writes():
                 return result
             self._before.go_back_to(then)
             self._reads.found, self._reads.set_slots = found, set_slots  # it reads what it finds in each step

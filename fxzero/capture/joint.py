@@ -1,7 +1,7 @@
 """Trace a module's forward and, in the same graph, its backward.
 
     placeholders: parameters, buffers, inputs, tangents | forward | end_forward | backward | output
-    output: [model outputs, new values of rebound buffers, parameter gradients, input gradients]
+    output: [model outputs, new values of rebound tensors, parameter gradients, input gradients]
 
 Every tensor is fake and of full size. A trace uses no memory, draws nothing, and leaves the module unchanged.
 """
@@ -31,6 +31,7 @@ from fxzero.capture.reads import Reads
 from fxzero.capture.slots import Read, Slot
 from fxzero.capture.state import tensors_read
 from fxzero.capture.writes import Before, Moment, Output, Write, output_in
+from fxzero.capture.written_params import SetData, check_frozen
 from fxzero.errors import CaptureError, InputMismatchError
 from fxzero.graph import ops
 from fxzero.graph.layout import ParamSpec
@@ -46,7 +47,8 @@ class Joint:
     differentiable: tuple[int, ...]
     differentiated: tuple[int, ...]
     rebound: tuple[str, ...]
-    """Names of buffers whose new values are outputs."""
+    """Names of buffers that were bound anew, and of parameters and buffers whose data was set: their new values are
+    outputs."""
     grads: tuple[str, ...]
     """Names of parameters whose gradients are outputs."""
     input_grads: tuple[int, ...]
@@ -152,7 +154,9 @@ class Tracing:
     def _fake_state(self) -> FakeState:
         """Fake parameters and buffers; to be called under the fake mode."""
         params = {
-            name: torch.empty(spec.shape, dtype=spec.dtype, device=self.device, requires_grad=spec.requires_grad)
+            name: torch_internals.as_parameter(
+                torch.empty(spec.shape, dtype=spec.dtype, device=self.device, requires_grad=spec.requires_grad)
+            )
             for name, spec in self.params.items()
         }
         buffers = {name: _fake_like(name, buffer, self.device) for name, buffer in self.module.named_buffers()}
@@ -192,10 +196,13 @@ class Tracing:
             if arguments:
                 args, kwargs = replace_numbers(self.spec, args, kwargs, arguments)
             grad = torch.set_grad_enabled(self.with_backward)
-            watching, mode = self._observers.watching(self.module), _ForwardMode(state, self._observers)
+            set_data = SetData(state, inputs)
+            watching, mode = self._observers.watching(self.module), _ForwardMode(set_data, self._observers)
             with grad, watching, self.reads.following(), mode, noted_checks(self._observers.add_check):
                 forward = self.forward if self.marks is None else self.marks.forward_of_model(self.forward)
                 output = call_module(self.module, forward, args, kwargs)
+            set_data.forward_is_over()
+            check_frozen(state, self.params)
             tensors, spec = flatten_output(output)
             returned = len(tensors)
             writes, observers, left_behind = self._left_behind(state, tensors, given)
@@ -212,6 +219,7 @@ class Tracing:
                 with self.reads.following() if runs_python(outputs) else contextlib.nullcontext():
                     results = self._backward(outputs, [*leaves.values()], recorder)
                 self._check_state_of_backward(then)
+                set_data.check_backward()
         recorder.label()
         observers_of_backward, observed = self._observers.found_in_backward()
         grads = tuple(key for key in leaves if isinstance(key, str))
@@ -302,20 +310,17 @@ def _own_autocast_cache() -> Generator[None]:
 
 
 class _ForwardMode(TorchFunctionMode):
-    """Refuses `param.data = ...` and retain_grad(), which no tracer sees, and watches the hooks of tensors."""
+    """Sees what no tracer does: `param.data = ...`; retain_grad(), which is refused; the hooks of tensors."""
 
-    def __init__(self, state: FakeState, observers: Observers) -> None:
+    def __init__(self, set_data: SetData, observers: Observers) -> None:
         super().__init__()
+        self._set_data = set_data
         self._observers = observers
-        self._params = {id(stand_in): name for name, stand_in in (state.params | state.buffers).items()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func == cast(Any, Tensor.data).__set__ and id(args[0]) in self._params:
-            raise CaptureError(
-                f"The forward sets {self._params[id(args[0])]}.data. Parameters are sharded, so that only the "
-                "optimizer may change them. Update it between steps, on the shards (zero.parameters()), or keep the "
-                "average in a second compiled model."
-            )
+        if func == cast(Any, Tensor.data).__set__ and (name := self._set_data.name_of(args[0])) is not None:
+            self._observers.num_set_data += 1
+            return self._set_data.set(name, *args)
         if func == Tensor.register_hook:
             self._check_hooked(args[0])
             return func(args[0], self._observers.of_backward(args[1]))
@@ -327,9 +332,9 @@ class _ForwardMode(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _check_hooked(self, tensor: Tensor) -> None:
-        if id(tensor) in self._params:
+        if (name := self._set_data.name_of(tensor)) is not None:
             raise CaptureError(
-                f"The forward registers a hook on parameter {self._params[id(tensor)]}, in each call one more. "
+                f"The forward registers a hook on parameter {name}, in each call one more. "
                 "Register a hook once, before training: register_post_accumulate_grad_hook gets its shard's gradient."
             )
 

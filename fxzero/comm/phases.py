@@ -73,7 +73,7 @@ class LeavesOut(Protocol):
     """A model that can leave a step out."""
 
     def leave_out(self) -> None:
-        """Drop the gradients of a step that all ranks leave out."""
+        """Undo what a step has done that all ranks leave out."""
         ...
 
 

@@ -70,9 +70,11 @@ def read_in_backward(step: StepGraph) -> set[fx.Node]:
 def recomputable(step: StepGraph) -> set[fx.Node]:
     """Forward compute nodes that give equal bits when they run again in backward.
 
-    Left out are operators that draw, that write, or that read memory into which another operator writes.
+    Left out are operators that draw, that write, or that read memory into which another operator writes, or parameters
+    that forward writes.
     """
     written = {memory_of(target) for node in step.nodes(Role.COMPUTE) for target in written_by(node)}
+    written |= {step.param_nodes()[fqn] for fqn in step.written}
     _, forward = next(step.phases())
     return {
         node

@@ -20,6 +20,7 @@ from torch import fx
 
 from fxzero.errors import PassOrderError
 from fxzero.graph import ops
+from fxzero.graph.aliasing import in_memory_of
 from fxzero.graph.layout import Bucket, LayoutName, ParamSpec, Payload, make_bucket
 from fxzero.graph.nodes import TARGET_OF_ROLE, Role, info, is_gather, is_inside, members, role, wire_format
 from fxzero.graph.recipe import Recipe
@@ -46,6 +47,8 @@ class StepGraph:
     """Mesh of the ranks that the step is planned for."""
     constants: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor], repr=False)
     """Maps targets of get_attr nodes to tensors that the model's code made from Python values in the trace."""
+    written: tuple[str, ...] = ()
+    """Names of the parameters whose new values are the last of the model's outputs, in this order."""
     synchronize: bool = True
     """False under no_sync(): gradients are written to unsharded buckets and not reduced."""
     kept: set[tuple[str, ...]] = field(default_factory=set[tuple[str, ...]])
@@ -156,8 +159,14 @@ class StepGraph:
 
     @property
     def model_outputs(self) -> Sequence[Any]:
-        """The nodes (or plain values) that the model returns, flat."""
+        """The nodes (or plain values) that the model returns, flat; behind them the new values of parameters."""
         return cast(Any, self.output.args[0])[0]
+
+    @property
+    def new_values(self) -> dict[str, fx.Node]:
+        """Maps names of parameters that forward writes to their new values, of full size."""
+        outputs = self.model_outputs
+        return dict(zip(self.written, outputs[len(outputs) - len(self.written) :], strict=True))
 
     @property
     def grads(self) -> dict[str, fx.Node]:
@@ -221,6 +230,14 @@ class StepGraph:
 Pass: TypeAlias = Callable[[StepGraph], None]
 """A compiler pass: a callable that edits a step in place. A pass that changes numbers has a property `tolerance`: the
 largest change of outputs and gradients, relative to the largest magnitude among them."""
+
+
+def is_read_in_backward(step: StepGraph, value: fx.Node) -> bool:
+    """True if backward reads a value of forward, or another value in its memory."""
+    boundary, output = step.end_forward, step.output
+    if boundary is None:
+        return False
+    return any(boundary < user < output for alias in in_memory_of(value) for user in alias.users)
 
 
 def copy_of(step: StepGraph) -> StepGraph:

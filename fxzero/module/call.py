@@ -1,8 +1,8 @@
 """One call of a compiled module as a torch.autograd.Function, whose backward writes gradients into the shards."""
 
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -50,7 +50,7 @@ class Call:
         """The tensors that were in the place of shards in forward, which backward uses too."""
         self._outputs: list[weakref.ref[torch.Tensor]] = []
         self._saved: list[Any] | None = None
-        self._param_version = 0
+        self._param_version = self._num_writes = 0
         self._generation = 0
         """`InFlight.generation` after forward: until it changes, the arena has the buckets that forward keeps."""
         self._versions: list[int] = []
@@ -58,6 +58,8 @@ class Call:
         self._rng_state: torch.Tensor | None = None
         self._before: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         """Copies of the inputs and of the buffers that forward writes, made before it."""
+        self._params_before: list[torch.Tensor] = []
+        """Copies of this rank's slices of the parameters that forward writes, made before it."""
 
     def forward(self) -> tuple[Any, ...]:
         """Run forward, and return the flat outputs."""
@@ -70,8 +72,10 @@ class Call:
             _copy_some(self._inputs, executable.written_inputs),
             _copy_some(buffers, executable.written_buffers),
         )
+        self._params_before = [data.clone() for data in executable.written_params]
         outputs, saved = executable.forward(self._inputs, buffers)
         self._saved, self._generation = saved, sharded.in_flight.generation
+        self._num_writes = sharded.in_flight.num_writes
         self._versions = torch_internals.changes_of_each(saved, executable.reachable)
         for index in executable.outputs_to_detach:
             outputs = (*outputs[:index], outputs[index].detach(), *outputs[index + 1 :])
@@ -141,6 +145,12 @@ class Call:
                 "The parameters changed between this forward and its backward (an optimizer step or a load). Call the "
                 "module again before backward."
             )
+        if self.executable.reads_written and self._num_writes != self._sharded.in_flight.num_writes:
+            self._drop()
+            raise StaleBackwardError(
+                f"A later forward has written {', '.join(self.executable.step.written)}, which this backward reads. "
+                "Call backward before the next forward."
+            )
         if self._versions != torch_internals.changes_of_each(self._saved, self.executable.reachable):
             self._drop()
             raise StaleBackwardError(
@@ -167,7 +177,7 @@ class Call:
 
     def _drop(self) -> None:
         self._saved, self._inputs, self._before, self._settle = None, [], ([], []), None
-        self._replaced = []
+        self._replaced, self._params_before = [], []
 
     def _run_again(self, before: Executable, state: list[Any]) -> None:
         """Repeat forward under another plan than before, with equal draws, inputs and buffers.
@@ -182,9 +192,23 @@ class Call:
         for index, old in zip(before.written_buffers, self._before[1], strict=True):
             buffers[index] = old
         draws, device = self._rng_state, self._sharded.devices.compute
-        with nullcontext() if draws is None else drawing_from(draws, device):
+        with (
+            nullcontext() if draws is None else drawing_from(draws, device),
+            self._written_params_put_back(before),
+        ):
             _, self._saved = executable.forward(inputs, buffers)
         self._generation = self._sharded.in_flight.generation
+
+    @contextmanager
+    def _written_params_put_back(self, before: Executable) -> Generator[None]:
+        """Let parameters that forward writes be what they were before it, inside of the block."""
+        names = before.step.written
+        now = [data.clone() for data in before.written_params]
+        self._sharded.set_shards(dict(zip(names, self._params_before, strict=True)))
+        try:
+            yield
+        finally:
+            self._sharded.set_shards(dict(zip(names, now, strict=True)))
 
 
 def _copy_some(tensors: Sequence[torch.Tensor], indices: Sequence[int]) -> list[torch.Tensor]:

@@ -86,6 +86,7 @@ class Engine:
                 tensors = self._run(executable, inputs, values, signature, arguments, replaced)
         else:
             tensors = self._run(executable, inputs, values, signature, arguments, replaced)
+        sharded.phases.note_writes(executable.writes(values.inputs))
         if captured.state.leaves_behind:
             captured.state.replay(tensors, values)
         return captured.output.rebuild(tensors)

@@ -14,6 +14,7 @@ import torch
 from fxzero.comm.heartbeat import heartbeat, report
 from fxzero.comm.phases import PhaseLog
 from fxzero.optimizers.marks import PREFIX
+from fxzero.runtime.executable import Writes
 
 
 @dataclass
@@ -49,7 +50,8 @@ class ModelPhases:
         name: the name of the model's class.
         params: the parameters by name.
         meet: returns once all ranks have come.
-        drop_gradients: drops the gradients of the model, also those that wait to be reduced.
+        undo: drops the gradients of the model, also those that wait to be reduced, and what forwards wrote into
+            parameters since ranks met.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class ModelPhases:
         name: str,
         params: Mapping[str, torch.nn.Parameter],
         meet: Callable[[], object] = lambda: None,
-        drop_gradients: Callable[[], object] = lambda: None,
+        undo: Callable[[], object] = lambda: None,
     ) -> None:
         log.num_models += 1
         self._log, self._name = log, f"{name} (model {log.num_models})"
@@ -70,7 +72,10 @@ class ModelPhases:
         """The same when the layout was fixed; None before."""
         self._change = ""
         """Which parameters are trained, where others were at first, as a part of the names of phases."""
-        self._meet, self._drop_gradients = meet, drop_gradients
+        self._written: Writes | None = None
+        self._writes = ""
+        """Which parameters the last forward wrote, as a part of the names of phases."""
+        self._meet, self._undo = meet, undo
         log.models.add(self)
         self.num_steps = 0
         """Steps that optimizers took with the model's parameters."""
@@ -103,10 +108,15 @@ class ModelPhases:
         first = self._trained_at_first or self.trained
         pairs = zip(self._fqns.values(), first, self.trained, strict=True)
         changed = [f"{fqn} {'trained' if now else 'frozen'}" for fqn, before, now in pairs if before != now]
-        if not changed:
-            return ""
-        more = f" and {len(changed) - 1} more changes ({_digest_of(changed):x})" if len(changed) > 1 else ""
-        return f", with {changed[0]}{more} since its first call"
+        return f", with {_in_short(changed)} since its first call" if changed else ""
+
+    def note_writes(self, writes: Writes | None) -> None:
+        """A forward is over that has written parameters, or none; the same ones on all ranks, in the same way."""
+        if writes != self._written:
+            self._written, self._writes = writes, ""
+            if writes is not None:
+                fqns, computation = writes
+                self._writes = f", behind a forward that wrote {_in_short(sorted(fqns))} by computation {computation:x}"
 
     def phase(self, word: str) -> AbstractContextManager[None]:
         """Begin a phase of this model, which ends with the block; other ranks are told of an error that leaves it."""
@@ -121,7 +131,7 @@ class ModelPhases:
         for watched in self._watched:
             self._note_options(watched)
         what = f"{word} of {self._name}, micro-batch {self._num_backwards + 1} of step {self.num_steps + 1}"
-        what += self._change
+        what += self._change + self._writes
         self._log.begin(what, self._digest)
 
     def failed(self, error: BaseException) -> None:
@@ -159,8 +169,9 @@ class ModelPhases:
         self._log.stepping_depth = max(0, self._log.stepping_depth - 1)
 
     def leave_out(self) -> None:
-        """Drop the gradients of a step that all ranks leave out."""
-        self._drop_gradients()
+        """Undo what a step has done that all ranks leave out."""
+        self._undo()
+        self.note_writes(None)
         self._num_backwards = 0
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
@@ -204,6 +215,12 @@ class ModelPhases:
             members = f"{len(held)} parameters" + (f", {held[0]} to {held[-1]} ({_digest_of(held):x})" if held else "")
             lines.append(f"{type(optimizer).__name__} group {index}: {options}; {members}")
         return lines
+
+
+def _in_short(changes: list[str]) -> str:
+    """The first of some changes, and a digest of all."""
+    more = f" and {len(changes) - 1} more changes ({_digest_of(changes):x})" if len(changes) > 1 else ""
+    return f"{changes[0]}{more}"
 
 
 def _digest_of(fqns: list[str]) -> int:

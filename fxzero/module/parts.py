@@ -94,7 +94,10 @@ def _save(held: _Held, at: _At, path: str, *args: Any, **kwargs: Any) -> None:
 
 def _load(held: _Held, at: _At, path: str, *args: Any, **kwargs: Any) -> None:
     sharded, module = _find(held, at)
-    load_part(sharded, module, path, *args, **kwargs)
+    if _is_outside(sharded, module):
+        load_part(sharded, module, path, *args, **kwargs)
+    else:
+        torch_internals.own_method(module, torch_internals.LOAD)(*args, **kwargs)
 
 
 def load_part(

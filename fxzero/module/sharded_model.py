@@ -71,7 +71,7 @@ class ShardedModel:
         self.arena = Arena(self.devices.compute)
         this = weakref.proxy(self)  # no cycle: shards are freed with the last name of the module
         self.phases = ModelPhases(
-            self.comm.phases, type(self.model).__name__, self.params, self.comm.meet, lambda: this.drop_gradients()
+            self.comm.phases, type(self.model).__name__, self.params, lambda: this.meet(), lambda: this.undo_step()
         )
         for optimizer in self.optimizers:
             self.phases.watch(optimizer)
@@ -145,8 +145,15 @@ class ShardedModel:
         posts = agree.exchange(self.group, topic, [own.to_json()], timeout=self.timeout)
         return [Recipe.from_json(line) for (line,) in posts]
 
-    def drop_gradients(self) -> None:
-        """Reset all gradients, also the unsharded ones of no_sync()."""
+    def meet(self) -> None:
+        """Return once all ranks have come to this phase: what they have done until then is not undone any more."""
+        self.comm.meet()
+        self.in_flight.before_writes.clear()
+
+    def undo_step(self) -> None:
+        """Reset all gradients, also the unsharded ones of no_sync(); undo what forwards wrote since ranks met."""
+        self.set_shards(self.in_flight.before_writes)
+        self.in_flight.before_writes.clear()
         for param in self.param_list:
             param.grad = None
         if self.gradients is not None:
@@ -158,7 +165,7 @@ class ShardedModel:
     def storage(self) -> Storage:
         """The memory that plans are bound to; needs a fixed layout."""
         assert self.shards is not None and self.gradients is not None
-        return Storage(self.shards, self.gradients, self.comm, self.arena, self.in_flight)
+        return Storage(self.shards, self.params, self.gradients, self.comm, self.arena, self.in_flight)
 
     def held_shards(self) -> dict[int, ParamShard]:
         """Maps the id of each Parameter object to this rank's part of it; empty before the layout is fixed."""
@@ -170,6 +177,13 @@ class ShardedModel:
         self.recipe = replace(self.recipe, buckets=tuple(bucket.fqns for bucket in shards.layout.buckets))
         self.shards, self.gradients = shards, Gradients(shards, self.params)
         self._replaced_data = ReplacedData(self.params, shards)
+
+    def set_shards(self, values: Mapping[str, Tensor]) -> None:
+        """Set this rank's slices of some parameters, also where other tensors are in the place of shards."""
+        for fqn, value in values.items():
+            assert self.shards is not None
+            self.shards.param_view(fqn).copy_(value)
+            self.params[fqn].data.copy_(value)
 
     def replaced(self) -> Replaced:
         """The shards in whose place the user put other tensors, which the coming phase must use.

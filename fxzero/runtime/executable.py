@@ -3,20 +3,21 @@
 Nothing is decided in a step but which binding runs: overwrite or add to `.grad`, no_sync() or not.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fxzero.comm.base import Comm
 from fxzero.cost.measured import MEASURED_STEPS, MeasuredLines
 from fxzero.graph.aliasing import aliases, base
+from fxzero.graph.new_values import Computation
 from fxzero.graph.nodes import Role, grad_fqn, info, is_random, may_be_missing, members
 from fxzero.graph.recipe import Fqns
-from fxzero.graph.step import StepGraph
+from fxzero.graph.step import StepGraph, is_read_in_backward
 from fxzero.graph.variant import Variant
 from fxzero.planning.narrow import narrow
 from fxzero.planning.plan import Plan
@@ -27,12 +28,17 @@ from fxzero.runtime.shards import Shards
 from fxzero.runtime.stopwatch import Stopwatch
 from fxzero.runtime.storage import Arena
 
+Writes: TypeAlias = tuple[Fqns, int]
+"""Names of parameters, and a digest of how their new values are computed."""
+
 
 @dataclass(frozen=True)
 class Storage:
     """What a plan is bound to on this rank; all plans of a model share it."""
 
     shards: Shards
+    params: Mapping[str, nn.Parameter]
+    """The user's Parameter objects; their data is their shard, or what the user put in its place."""
     gradients: Gradients
     comm: Comm
     arena: Arena
@@ -85,8 +91,14 @@ class Executable:
         written = {node.args[0] for node in step.graph.nodes if node.target is torch.ops.aten.copy_.default}
         self.written_buffers = [i for i, node in enumerate(step.nodes(Role.BUFFER)) if node in written]
         self.written_inputs = [i for i, node in enumerate(step.arguments) if node in written]
+        self.reads_written = any(
+            is_read_in_backward(plan.captured.step, value) for value in plan.captured.step.new_values.values()
+        )
+        """True if backward reads the new value of a parameter that forward writes."""
+        self._computation = Computation(plan.captured.step) if step.written and not storage.comm.is_alone else None
         self.draws_random = any(is_random(node) for node in step.graph.nodes)
-        self.tensor_outputs = [i for i, value in enumerate(step.model_outputs) if isinstance(value, fx.Node)]
+        returned = step.model_outputs[: len(step.model_outputs) - len(step.written)]
+        self.tensor_outputs = [i for i, value in enumerate(returned) if isinstance(value, fx.Node)]
         """Which of the flat outputs are tensors: they are the outputs of the autograd Function."""
         self.differentiable = frozenset(plan.captured.differentiable)
         self.is_settled = storage.comm.is_alone
@@ -129,10 +141,38 @@ class Executable:
                 run = partial(watch.time_phase, run, is_first=True, is_last=not self.has_backward)
             outputs = run(inputs, buffers)
             self._in_flight.end_forward(self._lasting)
+            if self.step.written:
+                outputs = self._write_params(*outputs)
         except Exception as error:
             self._in_flight.failed(error)
             raise
         return outputs
+
+    @property
+    def written_params(self) -> list[torch.Tensor]:
+        """This rank's slices of the parameters that forward writes."""
+        return [self._storage.params[fqn].data for fqn in self.step.written]
+
+    def writes(self, state: Sequence[Any]) -> Writes | None:
+        """The parameters that a forward has written, and what tells whether all ranks wrote the same.
+
+        Args:
+            state: the inputs that are Python state.
+        """
+        return None if self._computation is None else (self.step.written, self._computation.digest(state))
+
+    def _write_params(self, outputs: tuple[Any, ...], saved: list[Any]) -> tuple[tuple[Any, ...], list[Any]]:
+        """Copy this rank's slices of new values of parameters, the last outputs; what forward returns without them."""
+        written = self.step.written
+        own, values = outputs[: -len(written)], outputs[-len(written) :]
+        phases, before = self._storage.comm.phases, self._in_flight.before_writes
+        may_be_undone = phases.is_together and bool(phases.members)
+        for fqn, data, value in zip(written, self.written_params, values, strict=True):
+            if may_be_undone and fqn not in before:
+                before[fqn] = data.clone()
+            data.copy_(self._storage.shards.cut(fqn, value))
+        self._in_flight.after_write(written)
+        return own, saved
 
     def backward(self, variant: Variant, saved: list[Any], tangents: list[torch.Tensor]) -> tuple[Any, ...]:
         """Run the backward phase: the gradients of the inputs; both lists are emptied as values are used."""

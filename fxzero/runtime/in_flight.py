@@ -12,13 +12,16 @@ begin_backward   outside a phase
 end_backward     in a backward     waits until all is sent; kept buckets are gone
 after_backward   outside a phase   its gradients are published: their changes are known
 after_step       outside a phase   an optimizer has changed the shards: drops what is resident
+after_write      outside a phase   a forward has changed the shards of some parameters: drops their resident buckets
 failed           in a phase        drops everything, and takes in what peers have sent; the phase is over
 
 One change is not noticed, as it is not by autograd: a write through `param.data` between two micro-steps.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Literal, TypeAlias
+
+from torch import Tensor
 
 from fxzero.comm.base import Comm
 from fxzero.comm.heartbeat import report
@@ -43,6 +46,10 @@ class InFlight:
         self._resident: set[Fqns] = set()
         self._stamped: Stamp | None = None
         """The stamp when resident buckets were gathered."""
+        self.before_writes: dict[str, Tensor] = {}
+        """Slices of parameters as they were before forwards wrote them inside of `step_together()`, since ranks met."""
+        self.num_writes = 0
+        """Counts the forwards that changed parameters."""
         self.generation = 0
         """Counts the phases that ran: what one of them keeps in the arena is there only until the next."""
 
@@ -85,6 +92,11 @@ class InFlight:
     def after_step(self) -> None:
         """An optimizer, any, has taken a step."""
         self._resident.clear()
+
+    def after_write(self, fqns: Collection[str]) -> None:
+        """A forward that is over has changed some parameters."""
+        self.num_writes += 1
+        self._resident = {bucket for bucket in self._resident if not any(fqn in fqns for fqn in bucket)}
 
     def failed(self, error: Exception) -> None:
         """A phase has ended in an error: tell the other ranks, and leave nothing in flight behind it."""
