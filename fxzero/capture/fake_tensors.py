@@ -39,7 +39,7 @@ def swapped_tensors(module: nn.Module, state: FakeState) -> Generator[None]:
     for (prefix, _), pair in zip(module.named_modules(), tables, strict=True):
         for table in pair:
             slots.extend((prefix, table, key, value) for key, value in table.items() if value is not None)
-    names = [(table, set(table)) for table, _ in tables]
+    names = [(table, set(table.keys())) for table, _ in tables]  # a scripted module's table has no iterator
     try:
         for _, table, key, value in slots:
             table[key] = stand_ins[id(value)][1]
@@ -63,7 +63,7 @@ def swapped_tensors(module: nn.Module, state: FakeState) -> Generator[None]:
 def _check_new_names(names: list[tuple[dict[str, Any], set[str]]], state: FakeState) -> None:
     own = {id(stand_in): name for name, stand_in in state.params.items()}
     for table, before in names:
-        for key in table.keys() - before:
+        for key in set(table.keys()) - before:
             if (name := own.get(id(table[key]))) is not None:
                 raise CaptureError(
                     f"The forward gives parameter {name} another name, {key}. Parameters are sharded: read it as an "

@@ -30,7 +30,7 @@ from fxzero.capture.islands.run import Run, same_memory
 from fxzero.capture.islands.saved import NotingSaved
 from fxzero.capture.islands.site import Site
 from fxzero.capture.writes import Before
-from fxzero.errors import CaptureError
+from fxzero.errors import CaptureError, IslandError
 from fxzero.torch_internals import tree_leaves
 
 _SEED = 0x66785A
@@ -107,9 +107,25 @@ def _learn(site: Site, values: _Values) -> Facts:
 
 
 def _run(site: Site, values: _Values) -> Run:
-    """A forward whose inputs and buffers are copies, so that `values` shows what it wrote."""
-    with _seeded():
-        return site.run(values.inputs, values.params, values.buffers)
+    """A forward whose inputs and buffers are copies, so that `values` shows what it wrote.
+
+    Raises:
+        NotAnIslandError: it sets, or registers, a parameter.
+    """
+    tables = [torch_internals.tensor_tables(module)[0] for module in site.module.modules()]
+    names = [set(table.keys()) for table in tables]
+    try:
+        with _seeded():
+            run = site.run(values.inputs, values.params, values.buffers)
+    except IslandError as error:
+        raise NotAnIslandError(str(error)) from error
+    finally:
+        added = [(table, key) for table, own in zip(tables, names, strict=True) for key in {*table.keys()} - own]
+        for table, key in added:
+            del table[key]
+    if added:
+        raise NotAnIslandError(f"it registers a parameter, {added[0][1]}")
+    return run
 
 
 def _facts_of(site: Site, run: Run, values: _Values, before: _Values) -> Facts:

@@ -68,6 +68,8 @@ class Site:
         self._stand_ins: list[nn.Parameter] = []
         self.facts = UNKNOWN
         self._edges: list[Any] = []
+        self._changes = 0
+        """How often the stand-ins have been written in place."""
         self._lent: Sequence[Tensor] = ()
         """The values of parameters that the stand-ins have."""
         self._places: dict[int, tuple[Spans, set[int]]] = {}
@@ -122,7 +124,9 @@ class Site:
         if not wants:
             with torch.no_grad(), self._autocast():
                 given = [each.clone() if index in written else each for index, each in enumerate(inputs)]
-                return Run(str(self), facts, self._call(given, own), given, own)
+                output = self._call(given, own)
+            self._check_params(params)
+            return Run(str(self), facts, output, given, own)
         leaves = [
             each.detach().requires_grad_() if needs else each.detach()
             for each, needs in zip(inputs, self.requires_grad, strict=False)
@@ -135,6 +139,7 @@ class Site:
         hooks = torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack)
         with torch.enable_grad(), hooks, self._autocast(), torch_internals.checkpoints_without_backward():
             output = self._call(given, own)
+        self._check_params(params)
         if not facts.escapes:
             saved.now = ()
         return Run(str(self), facts, output, given, own, saved, self._wanted(leaves))
@@ -175,6 +180,19 @@ class Site:
                 stand_in.data = values
         self._lent = params
 
+    def _check_params(self, params: Sequence[Tensor]) -> None:
+        """Raise IslandError if the call has given a parameter other data."""
+        for stand_in, values in zip(self.stand_ins, params, strict=True):
+            if stand_in.data_ptr() != values.data_ptr():
+                self.forget()
+                raise IslandError(
+                    f"{self} sets the data of a parameter, {list(values.shape)}, which only optimizers may."
+                )
+        changes = torch_internals.num_changes(self.stand_ins)
+        if changes != self._changes:
+            self._changes = changes
+            raise IslandError(f"{self} writes into a parameter. Parameters are sharded, so only optimizers may.")
+
     def _place(self, params: Sequence[Tensor]) -> tuple[Spans, set[int]]:
         """Where parameters lie, and the addresses of their storages; gathered ones lie at few places."""
         if self.facts is UNKNOWN or self.facts.escapes or not params:
@@ -208,7 +226,7 @@ class Site:
 
     def forget(self) -> None:
         """Hold no values of parameters."""
-        self._stand_ins, self._edges, self._lent = [], [], ()
+        self._stand_ins, self._edges, self._lent, self._changes = [], [], (), 0
 
     # -- backward ------------------------------------------------------------------------------------------------
 
