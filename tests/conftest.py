@@ -1,10 +1,16 @@
 """Fixtures that several modules of tests use."""
 
+import gc
 from collections.abc import Iterator
 
 import pytest
 
 from fxzero.memory import activations
+
+
+def pytest_collection_finish() -> None:
+    """Spare each garbage collection of a test a walk through the objects of torch and of pytest."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")
