@@ -3,7 +3,9 @@
     results = run_ranks(3, worker, "argument")    # calls worker(rank, world_size, "argument") on each
 
 The rank processes are started once and serve every later call, each call with a new process group and the seed 0: so
-a call costs some 20 ms instead of the seconds that importing torch takes. Functions must be importable (module level).
+a call costs some 20 ms instead of the seconds that importing torch takes. One that died is forked anew from a process
+that has imported torch; only rank 0 is a process of its own, in which strings have other hashes than in the others, as
+they have on all ranks of a real run. Functions must be importable (module level).
 
     engine_of(zero).sharded.comm                  # what is behind a compiled module, for tests that look inside
 """
@@ -11,6 +13,7 @@ a call costs some 20 ms instead of the seconds that importing torch takes. Funct
 import atexit
 import contextlib
 import faulthandler
+import gc
 import multiprocessing
 import pickle
 import sys
@@ -31,7 +34,9 @@ from torch.distributed.distributed_c10d import PrefixStore
 from fxzero.api import ZeroModule
 from fxzero.module.engine import Engine
 
-_context = multiprocessing.get_context("spawn")
+_of_rank_0 = multiprocessing.get_context("spawn")
+_of_others = multiprocessing.get_context("forkserver")
+_of_others.set_forkserver_preload([__name__, "torch._dynamo"])  # which the first trace imports
 
 
 class RankError(AssertionError):
@@ -71,9 +76,10 @@ class _Pool:
             self.directory = tempfile.TemporaryDirectory(prefix="fxzero-ranks-")
         missing = [rank for rank in range(world_size) if rank not in self.ranks]
         for rank in missing:
-            ours, theirs = _context.Pipe()
+            context = _of_others if rank else _of_rank_0
+            ours, theirs = context.Pipe()
             stack_file = f"{self.directory.name}/rank{rank}-{time.monotonic_ns()}"
-            process = _context.Process(target=_serve, args=(theirs, stack_file), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, stack_file), daemon=True)
             process.start()
             theirs.close()
             self.ranks[rank] = _Rank(process, ours, stack_file)
@@ -182,6 +188,7 @@ def _stacks(ranks: list[int]) -> str:
 def _serve(connection: Connection, stack_file: str) -> None:
     """The main loop of one rank process."""
     torch.set_num_threads(1)
+    gc.freeze()  # torch's own objects, or each collection would walk them
     connection.send("ready")
     with open(stack_file, "w") as stacks:
         while True:

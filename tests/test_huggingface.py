@@ -19,7 +19,7 @@ transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.usefixtures("every_temporary_has_a_place")
 Batch = dict[str, Tensor]
-SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32, "vocab_size": 64}
+SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32, "vocab_size": 64}
 TOKENS = {"bos_token_id": 0, "eos_token_id": 1}
 CACHE = "past_key_values|cache"
 """What transformers call a cache in what models return: the first in older versions, the second in newer ones."""
@@ -50,7 +50,7 @@ def roberta() -> nn.Module:
 def t5() -> nn.Module:
     return transformers.T5ForConditionalGeneration(
         transformers.T5Config(
-            num_layers=2, num_heads=2, d_model=16, d_kv=8, d_ff=32, vocab_size=64, decoder_start_token_id=0
+            num_layers=1, num_heads=2, d_model=16, d_kv=8, d_ff=32, vocab_size=64, decoder_start_token_id=0
         )
     )
 

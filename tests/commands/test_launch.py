@@ -1,4 +1,4 @@
-"""Ranks that a command starts listen to this machine alone."""
+"""Ranks that a command starts listen to this machine alone, and do what they were started for."""
 
 import os
 import subprocess
@@ -10,6 +10,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from fxzero.commands.rendezvous import ADDRESS, LoopbackRendezvous
+from tests.commands.test_calibrate import cluster_in
 
 LOOPBACK = "0100007F"
 """127.0.0.1 as the kernel prints it."""
@@ -51,16 +52,18 @@ def test_ranks_meet_on_the_loopback() -> None:
     assert TCPStore(ADDRESS, about.master_port).get("run/key") == b"value"
 
 
-def test_started_ranks_listen_on_the_loopback_alone() -> None:
+def test_started_ranks_listen_on_the_loopback_alone(tmp_path: Path) -> None:
+    out = tmp_path / "numbers.json"
     environment = {name: value for name, value in os.environ.items() if "RANK" not in name and "WORLD" not in name}
-    command = [sys.executable, "-m", "fxzero", "calibrate", "--nproc", "2"]
-    run = subprocess.Popen(
-        command, cwd=Path(__file__).parents[2], env=environment | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE
-    )
+    environment["OMP_NUM_THREADS"] = "1"
+    options = ["--nproc", "2", "--device", "cpu", "--out", str(out)]
+    command = [sys.executable, "-m", "fxzero", "calibrate", *options]
+    run = subprocess.Popen(command, cwd=Path(__file__).parents[2], env=environment, stdout=subprocess.PIPE, text=True)
     found: set[str] = set()
     while run.poll() is None:
         found |= _listening(_with_children(run.pid))
-        time.sleep(0.02)
-    run.communicate()
+        time.sleep(0.05)
+    printed, _ = run.communicate()
     assert run.returncode == 0
     assert found == {LOOPBACK}
+    assert cluster_in(printed, out).inside is None

@@ -181,7 +181,7 @@ def train_as_replicas(rank: int, world_size: int, shape: Shape) -> None:
         for step in range(2):
             for micro in range(2):
                 torch.manual_seed(step)
-                loss = zero(**replicated.CASES["gpt"].batch(100 * step + 10 * micro + rank, 12 + 4 * micro)).loss
+                loss = zero(**replicated.CASES["gpt"].batch(100 * step + 10 * micro + rank, 12)).loss
                 loss.backward()
                 seen.append(loss.detach())
             optimizer.step()
@@ -292,10 +292,10 @@ def change_weights_between_micro_steps(rank: int, world_size: int, shape: Shape)
     assert first.abs().min() > 0 and second.abs().max() == 0
 
 
-def train_without(rank: int, world_size: int, shape: Shape, without: list[Any], layout: Any) -> None:
+def train_without(rank: int, world_size: int, shape: Shape, each: list[dict[str, Any]]) -> None:
     """Optimizations that are turned off, one way or several, change no bit."""
     results: list[list[Tensor]] = []
-    for options in ({}, {"without": without, "layout": layout}):
+    for options in ({}, *each):
         torch.manual_seed(0)
         case = replicated.CASES["net"]
         zero = fxzero.compile(case.build(), mesh=init_device_mesh("cpu", shape), across="shard", **options)
@@ -306,7 +306,8 @@ def train_without(rank: int, world_size: int, shape: Shape, without: list[Any], 
                 optimizer.step()
                 optimizer.zero_grad()
         results.append(list(zero.state_dict().values()))
-    assert all(map(torch.equal, *results))
+    for options, weights in zip(each, results[1:], strict=True):
+        assert all(map(torch.equal, weights, results[0])), options
 
 
 def initialise_on_meta(rank: int, world_size: int, shape: Shape) -> list[Tensor]:

@@ -148,13 +148,14 @@ def on_mesh(
 def replicas(rank: int, world_size: int, shape: tuple[int, int]) -> list[list[Tensor]]:
     """Train, clipped by the norm of all, on different data: shards, gradients, optimizer state, and full weights."""
     torch.manual_seed(rank)
-    model = replicated.CASES["roberta"].build()
+    case = replicated.CASES["gpt"]
+    model = case.build()
     zero = fxzero.compile(model, mesh=init_device_mesh("cpu", shape), passes=default_passes(bucket_bytes=8192))
     optimizer = torch.optim.AdamW(zero.parameters(), lr=1e-2)
     norms: list[Tensor] = []
     for step in range(5):
         optimizer.zero_grad()
-        zero(**replicated.CASES["roberta"].batch(100 * step + rank, 16)).loss.backward()
+        zero(**case.batch(100 * step + rank, 16)).loss.backward()
         norms.append(zero.clip_grad_norm_(0.5))
         optimizer.step()
     params = list(zero.parameters())
@@ -162,7 +163,7 @@ def replicas(rank: int, world_size: int, shape: tuple[int, int]) -> list[list[Te
     full = list(zero.state_dict().values())
     zero.eval()
     with torch.no_grad():
-        loss = zero(**replicated.CASES["roberta"].batch(7, 16)).loss
+        loss = zero(**case.batch(7, 16)).loss
     grads = [param.grad for param in params if param.grad is not None]
     return [[*[param.detach() for param in params], *grads, *state], [*full, loss, *norms]]
 

@@ -8,7 +8,7 @@ import copy
 import functools
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -60,10 +60,11 @@ class Case:
     batch: Callable[[int, int], Batch]
 
 
+GPT_OF_ONE_LAYER = replace(GPT_PRESETS["tiny"], num_layers=1)
 CASES: dict[str, Case] = {
     "mlp": Case(lambda: Classifier("odd"), lambda seed, _: _points(seed, 7, 5)),
     "net": Case(lambda: Classifier("tied"), lambda seed, _: _points(seed, 16, 16)),
-    "gpt": Case(lambda: GPT(GPT_PRESETS["tiny"]), lambda seed, seq: _tokens(seed, 2, seq, masked=False)),
+    "gpt": Case(lambda: GPT(GPT_OF_ONE_LAYER), lambda seed, seq: _tokens(seed, 2, seq, masked=False)),
     "roberta": Case(
         lambda: RobertaForMaskedLM(ROBERTA_PRESETS["tiny"]), lambda seed, seq: _tokens(seed, 2, seq, masked=True)
     ),

@@ -8,9 +8,8 @@ from fxzero.testing import run_ranks
 from tests.distributed import api_workers
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_gradients_of_other_outputs_are_those_of_replicated_training(world_size: int) -> None:
-    run_ranks(world_size, api_workers.train_by_other_outputs)
+def test_gradients_of_other_outputs_are_those_of_replicated_training() -> None:
+    run_ranks(3, api_workers.train_by_other_outputs)
 
 
 @pytest.mark.parametrize("bucket_bytes", [1, 2**20])
@@ -22,9 +21,8 @@ def test_calls_in_between_leave_training_as_it_is() -> None:
     run_ranks(3, api_workers.train_with_calls_in_between)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_training_goes_on_after_every_rank_failed_inside_a_step(world_size: int) -> None:
-    run_ranks(world_size, api_workers.fail_and_go_on, group_timeout=10.0)
+def test_training_goes_on_after_every_rank_failed_inside_a_step() -> None:
+    run_ranks(3, api_workers.fail_and_go_on, group_timeout=10.0)
 
 
 @pytest.mark.parametrize("norm_type", [2.0, math.inf])
@@ -59,9 +57,8 @@ def test_weights_come_and_go_in_the_memory_of_the_result_and_one_bucket(world_si
         assert peaks["load"] <= 0.1, peaks
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_no_sync_adds_up_what_different_micro_batches_reach(world_size: int) -> None:
-    run_ranks(world_size, api_workers.accumulate_without_sync)
+def test_no_sync_adds_up_what_different_micro_batches_reach() -> None:
+    run_ranks(3, api_workers.accumulate_without_sync)
 
 
 def test_a_process_group_of_some_ranks() -> None:

@@ -14,7 +14,8 @@ KEEP_ALL = {"bucket_bytes": 8192, "max_kept_bytes": None}
 
 
 @pytest.mark.parametrize(
-    ("world_size", "name"), [(1, "mixed"), *((size, name) for size in (2, 3) for name in [*replicated.CASES, "mixed"])]
+    ("world_size", "name"),
+    [(1, "mixed"), (3, "gpt"), *((size, name) for size in (2, 3) for name in ("mlp", "net", "mixed"))],
 )
 def test_training_equals_replicated_training(world_size: int, name: str) -> None:
     (header,) = {schedule.splitlines()[0] for schedule in run_ranks(world_size, workers.train, name)}
@@ -27,14 +28,14 @@ def test_training_equals_replicated_training_for_each_kind_of_optimizer(optimize
 
 
 def test_every_prefix_of_the_passes_trains_the_same() -> None:
-    prefixes = range(FIRST_COMPLETE_PREFIX, len(default_passes()) + 1)
+    prefixes = range(len(default_passes()), FIRST_COMPLETE_PREFIX - 1, -2)
     run_ranks(3, replicated.train_prefixes, "net", prefixes, "interleaved", timeout=120)
 
 
 @pytest.mark.parametrize("no_sync", [False, True])
-@pytest.mark.parametrize(("name", "world_size"), [("mixed", 2), ("mixed", 3), ("gpt", 3)])
-def test_both_layouts_accumulate_the_same_gradients_bit_for_bit(name: str, no_sync: bool, world_size: int) -> None:
-    run_ranks(world_size, workers.both_layouts, name, no_sync)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_both_layouts_accumulate_the_same_gradients_bit_for_bit(no_sync: bool, world_size: int) -> None:
+    run_ranks(world_size, workers.both_layouts, "mixed", no_sync)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -44,13 +45,13 @@ def test_clipping_by_the_largest_element_is_the_same_in_both_layouts_bit_for_bit
 
 
 def test_the_norm_differs_between_layouts_by_the_order_of_its_sum_only() -> None:
-    results = run_ranks(3, workers.both_layouts, "gpt", False, 2.0)
+    results = run_ranks(2, workers.both_layouts, "gpt", False, 2.0)
     assert all(norms == results[0] for norms in results)
     assert results[0][0::2] == pytest.approx(results[0][1::2], rel=1e-6)
 
 
 def test_buckets_kept_until_backward_train_the_same() -> None:
-    run_ranks(3, workers.both_layouts, "gpt", False, None, KEEP_ALL)
+    run_ranks(2, workers.both_layouts, "gpt", False, None, KEEP_ALL)
 
 
 def test_kept_buckets_are_gathered_again_when_another_phase_ran_between() -> None:

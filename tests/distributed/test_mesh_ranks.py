@@ -20,26 +20,22 @@ def _train(rank: int, world_size: int, name: str, options: dict[str, Any]) -> st
     return replicated.train(rank, world_size, name, **options)
 
 
-@pytest.mark.parametrize(
-    ("shape", "name"), [((2, 2), "net"), ((2, 2), "gpt"), ((1, 2), "net"), ((2, 1), "gpt"), ((3, 1), "net")]
-)
+@pytest.mark.parametrize(("shape", "name"), [((2, 2), "gpt"), ((1, 2), "net"), ((2, 1), "gpt"), ((3, 1), "net")])
 def test_training_on_a_mesh_equals_replicated_training(shape: tuple[int, int], name: str) -> None:
     assert len(set(train(shape, name, seed_offset=5))) == 1
 
 
-@pytest.mark.parametrize("shape", [(2, 2), (2, 1)])
-def test_accumulation_adds_to_the_shards_of_all_nodes(shape: tuple[int, int]) -> None:
-    train(shape, "gpt", steps=2, micro_batches=2, lengths=((16,), (12, 16)))
+def test_accumulation_adds_to_the_shards_of_all_nodes() -> None:
+    train((2, 2), "gpt", steps=2, micro_batches=2, lengths=((16,), (12, 16)))
 
 
-@pytest.mark.parametrize("shape", [(2, 2), (2, 1)])
-def test_no_sync_reduces_sums_over_nodes(shape: tuple[int, int]) -> None:
-    train(shape, "gpt", steps=1, micro_batches=3, no_sync=True)
+def test_no_sync_reduces_sums_over_nodes() -> None:
+    train((2, 2), "gpt", steps=1, micro_batches=3, no_sync=True)
 
 
 @pytest.mark.parametrize("shape", [(2, 2), (3, 1)])
 def test_the_norm_on_a_mesh_is_that_of_replicated_training(shape: tuple[int, int]) -> None:
-    train(shape, "roberta", steps=1, clip=0.01)
+    train(shape, "gpt", steps=1, clip=0.01)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +49,7 @@ def test_the_norm_on_a_mesh_is_that_of_replicated_training(shape: tuple[int, int
     ],
 )
 def test_training_on_a_mesh_is_the_same_under_other_options(shape: tuple[int, int], options: dict[str, Any]) -> None:
-    train(shape, "gpt", steps=2, **options)
+    train(shape, "gpt" if "lengths" in options else "net", steps=2, **options)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +57,6 @@ def test_training_on_a_mesh_is_the_same_under_other_options(shape: tuple[int, in
     [
         ((2, 1), "train_by_other_outputs", ()),
         ((2, 1), "train_with_flags", (1,)),
-        ((2, 1), "train_with_flags", (2**20,)),
         ((2, 2), "train_with_flags", (2**20,)),
         ((2, 2), "train_with_calls_in_between", ()),
         ((2, 1), "accumulate_without_sync", ()),

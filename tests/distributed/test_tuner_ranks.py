@@ -59,7 +59,7 @@ def test_training_on_nodes_is_the_same_when_tuned(across: str) -> None:
 def test_given_cluster_decides_without_a_measurement() -> None:
     first, second = run_ranks(2, for_a_cluster, {})
     assert first["cluster"] == SLOW
-    assert first["schedules"] == second["schedules"] == run_ranks(2, for_a_cluster, {})[0]["schedules"]
+    assert first["schedule"] == second["schedule"] == run_ranks(2, for_a_cluster, {})[0]["schedule"]
     predicted, ratio = first["timing"]
     assert predicted > 0
     assert ratio >= 1.0
@@ -67,8 +67,8 @@ def test_given_cluster_decides_without_a_measurement() -> None:
 
 def test_all_is_gathered_again_when_asked_to_be() -> None:
     by_default, again = (run_ranks(2, for_a_cluster, options)[0] for options in ({}, {"reshard_after_forward": True}))
-    assert "kept" in by_default["schedules"][0].splitlines()[0]
-    assert "kept" not in again["schedules"][0].splitlines()[0]
+    assert "kept" in by_default["schedule"].splitlines()[0]
+    assert "kept" not in again["schedule"].splitlines()[0]
 
 
 def test_optimizer_is_measured_under_accumulation() -> None:

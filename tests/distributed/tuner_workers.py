@@ -17,7 +17,7 @@ NUM_STEPS = WARM_STEPS + MEASURED_STEPS + 3
 SLOW = Cluster(Device(1e10, 1e10, 5e-6), Link(1e7, 2e-4, 1e-9))
 
 
-def make_model(width: int = 320, depth: int = 6) -> nn.Sequential:
+def make_model(width: int = 320, depth: int = 4) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(*(layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.Tanh())))
 
@@ -33,21 +33,20 @@ def train(rank: int, num_steps: int, *, uneven: bool = False, disturb: bool = Fa
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     zero = fxzero.compile(model, optimizer=optimizer, **options)
     tuner, sharded = engine_of(zero).maker.tuning, engine_of(zero).sharded
-    losses, schedules = list[float](), list[str]()
+    losses = list[float]()
     for step in range(num_steps):
         loss = zero(make_batch(step, rank, uneven=uneven)).pow(2).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        schedules.append(zero.schedule.text())
         if disturb and step == 5 and tuner.cluster is not None:
             sharded.recipe = dataclasses.replace(sharded.recipe, prefetch_bytes=1, reduce_bytes=1)
     layout = sharded.shards.layout  # type: ignore[union-attr]
     return {
         "losses": losses,
         "params": {name: value.clone() for name, value in zero.state_dict().items()},
-        "schedules": schedules,
+        "schedule": zero.schedule.text(),
         "cluster": tuner.cluster,
         "recipe": sharded.recipe,
         "measured": dict(tuner._by_name),

@@ -55,9 +55,10 @@ def test_views_that_do_not_say_so_share_their_memory() -> None:
     assert not {*activation_buffers(step)}.intersection([*halves, flat])
 
 
-@pytest.mark.parametrize("batch", [8, 40])
-@pytest.mark.parametrize("recompute", ["none", "full"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "recompute", "batch"),
+    [("gpt", "none", 8), ("gpt", "full", 40), ("roberta", "none", 40), ("roberta", "full", 8)],
+)
 def test_planned_activations_are_what_the_allocator_gives_out(name: str, recompute: Any, batch: int) -> None:
     torch.manual_seed(0)
     ids = torch.randint(2, 100, (batch, 32))

@@ -39,9 +39,9 @@ class Normed(nn.Module):
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "gpt": lambda: GPT(GPT_PRESETS["tiny"]),
-    "gpt, untied": lambda: GPT(replace(GPT_PRESETS["tiny"], tied=False)),
-    "llama": lambda: Llama(LLAMA_PRESETS["tiny"]),
-    "roberta": lambda: RobertaForMaskedLM(replace(ROBERTA_PRESETS["tiny"], dropout=0.1)),
+    "gpt, untied": lambda: GPT(replace(GPT_PRESETS["tiny"], num_layers=1, tied=False)),
+    "llama": lambda: Llama(replace(LLAMA_PRESETS["tiny"], num_layers=1)),
+    "roberta": lambda: RobertaForMaskedLM(replace(ROBERTA_PRESETS["tiny"], num_layers=1, dropout=0.1)),
     "convolution": Normed,
 }
 
@@ -76,9 +76,9 @@ def test_copied_gradient_bytes_are_those_that_the_profiler_sees_on_two_ranks(nam
 @pytest.mark.parametrize(
     "build",
     [
-        lambda: GPT(replace(GPT_PRESETS["small"], num_layers=3)),
-        lambda: GPT(replace(GPT_PRESETS["small"], num_layers=3, tied=False)),
-        lambda: RobertaForMaskedLM(replace(ROBERTA_PRESETS["base"], num_layers=3)),
+        lambda: GPT(replace(GPT_PRESETS["small"], num_layers=2)),
+        lambda: GPT(replace(GPT_PRESETS["small"], num_layers=2, tied=False)),
+        lambda: RobertaForMaskedLM(replace(ROBERTA_PRESETS["base"], num_layers=2)),
     ],
     ids=["gpt", "untied gpt", "roberta"],
 )

@@ -150,14 +150,14 @@ def test_lists_that_insert_but_a_part_of_the_collectives_are_refused_with_the_pa
             assert text.startswith("refused: ") and f"Run {cure}" in text
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_any_list_of_passes_trains_right_or_is_refused(world_size: int) -> None:
-    lists = [pass_list_workers.random_list(seed) for seed in range(40)]
+@pytest.mark.parametrize(("world_size", "seeds"), [(2, range(20)), (3, range(20, 40))])
+def test_any_list_of_passes_trains_right_or_is_refused(world_size: int, seeds: range) -> None:
+    lists = [pass_list_workers.random_list(seed) for seed in seeds]
     (outcomes, *others) = run_ranks(world_size, pass_list_workers.train_with, lists, timeout=120)
     assert all(each == outcomes for each in others)
     kinds = [text.partition(":")[0] for text in outcomes]
     assert set(kinds) == {"equal", "refused"}, outcomes
-    assert kinds.count("equal") > 10
+    assert kinds.count("equal") > 5
 
 
 # -- the runner ------------------------------------------------------------------------------------------------------
