@@ -32,7 +32,15 @@ from fxzero.module.step_together import step_together
 from fxzero.module.wrappers import refuse_wrappers
 from fxzero.optimizers.classes import check_optimizer
 from fxzero.optimizers.guard import OptimizerGuard
-from fxzero.options import Options, Without, check_mesh, choose_device, choose_group, choose_recipe
+from fxzero.options import (
+    Options,
+    Without,
+    check_mesh,
+    choose_device,
+    choose_group,
+    choose_islands,
+    choose_recipe,
+)
 from fxzero.planner import as_arguments
 from fxzero.planning.schedule import Schedule
 from fxzero.runtime.executable import Executable
@@ -158,7 +166,7 @@ def compile(
             init_fn=init_fn,
             timeout=timeout,
             short_gloo_slices=short_gloo_slices,
-            islands=None if islands == "auto" else tuple(islands),
+            islands=choose_islands(islands),
         )
         engine = options.make_engine(model, group, optimizers)
         zero = _class_for(type(model))(model, engine, elementwise_optimizer=elementwise_optimizer)

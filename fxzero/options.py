@@ -119,6 +119,19 @@ def check_mesh(mesh: DeviceMesh | None, across: Placement, recipe: Recipe) -> No
         raise ValueError("On a 2-D mesh gradients travel as they are; drop reduce_dtype.")
 
 
+def choose_islands(islands: Sequence[str] | str | None) -> tuple[str, ...] | None:
+    """The patterns of the islands that were asked for; None for those that are found.
+
+    Raises:
+        ValueError: it is a single text, but not "auto".
+    """
+    if islands == "auto":
+        return None
+    if isinstance(islands, str):
+        raise ValueError(f'islands is {islands!r}; it must be a list of paths of modules, or "auto".')
+    return tuple(islands or ())
+
+
 def choose_recipe(
     passes: Sequence[Pass] | None,
     layout: LayoutName,

@@ -9,12 +9,12 @@ drawing again. With preserve_rng_state=False, checkpoint restores nothing; the r
 import contextlib
 import functools
 import random
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxzero import torch_internals
 from fxzero.errors import CaptureError
@@ -143,22 +143,45 @@ def _may_draw(op: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in op.tags
 
 
+def python_states(others: Sequence[Any] = ()) -> tuple[Any, ...]:
+    """What tells whether anybody has drawn from Python's generator, from numpy's, or from other objects of theirs."""
+    of_numpy = cast("tuple[Any, ...]", np.random.get_state())
+    states = (random.getstate(), (of_numpy[1].tobytes(), *of_numpy[2:]))
+    return (*states, *(e.getstate() if isinstance(e, random.Random) else repr(e.bit_generator.state) for e in others))
+
+
+def generators_of(module: nn.Module) -> list[Any]:
+    """Generators of Python and numpy that a module and its parts hold in attributes."""
+    held = [value for part in module.modules() for value in vars(part).values()]
+    return [each for each in held if isinstance(each, (random.Random, np.random.Generator))]
+
+
 @contextlib.contextmanager
-def no_draws_of_python() -> Generator[None]:
+def no_draws_of_python(others: Sequence[Any] = ()) -> Generator[None]:
     """Refuse draws outside of torch, which would be constants of the step, and restore the generators.
 
+    Args:
+        others: generators that the model holds.
+
     Raises:
-        CaptureError: the block drew from Python's generator, or from numpy's.
+        CaptureError: the block drew from Python's generator, from numpy's, or from one of the model's.
     """
-    state, numpy_state = random.getstate(), cast("tuple[Any, ...]", np.random.get_state())
-    yield
-    now = cast("tuple[Any, ...]", np.random.get_state())
-    if random.getstate() != state:
-        drawn = "random"
-    elif now[2:] != numpy_state[2:] or not np.array_equal(now[1], numpy_state[1]):
-        drawn = "numpy.random"
-    else:
+    state, numpy_state = random.getstate(), np.random.get_state()
+    held = [(each, each.getstate() if isinstance(each, random.Random) else each.bit_generator.state) for each in others]
+    states = python_states(others)
+    try:
+        yield
+        now = python_states(others)
+    finally:
+        for each, own in held:
+            if isinstance(each, random.Random):
+                each.setstate(own)
+            else:
+                each.bit_generator.state = own
+    if now == states:
         return
+    names = ["random", "numpy.random", *("a generator of the model's own" for _ in others)]
+    drawn = next(name for name, a, b in zip(names, states, now, strict=True) if a != b)
     random.setstate(state)
     np.random.set_state(numpy_state)
     raise PythonDrawError(

@@ -23,6 +23,10 @@ _REPLACE_SHAPE = (
 _REENTRANT = "the reentrant torch.utils.checkpoint cannot be traced. Call checkpoint(..., use_reentrant=False)"
 _DEVICES = "its tensors are on different devices. Create tensors in forward with device=x.device, and pass inputs there"
 _RNN = "its fused kernel has no fake version. Use an nn.Module of plain operators in its place"
+_OPAQUE = (
+    "it is a function of torch.jit.script or torch.compile, which a trace cannot look into. Let it be a module of its "
+    "own, which can run as it is"
+)
 _SPARSE = "sparse tensors cannot be traced. Use sparse=False"
 LEAKED = (
     "a tensor made while the model was traced before is used again. Cache none in functools.cache or globals; make it "
@@ -59,6 +63,7 @@ _CURES: tuple[tuple[str, str], ...] = (
     (r"Mixing fake modes|from different FakeTensorMode", LEAKED),
     (r"mutating a non-functional tensor with a functional tensor", _WRITES),
     (r"[Ss]parse", _SPARSE),
+    (r"TorchScript interpreter|dynamo-optimized function", _OPAQUE),
     (r"no fake impl|UnsupportedOperator|Meta. backend|fake (class|kernel)", _NO_FAKE),
 )
 _FAKE_ONLY = re.compile(r"numpy\(\) is not supported for tensor subclasses|data_ptr|data pointer|\.numpy\(\)")
@@ -99,7 +104,7 @@ def explain(error: Exception) -> CaptureError | None:
         cure = _MOMENTUM
     below = [frame for frame in frames[last_user + 1 :] if not frame.filename.endswith(_CHECKS)]
     # With a known cure, it is enough that the tracer was at work; else the tracer itself must have raised the error.
-    if cure is not _LEAVES_TORCH and not any(
+    if cure not in (_LEAVES_TORCH, _OPAQUE) and not any(
         torch_internals.TRACER_FILES.search(frame.filename) for frame in (below if cure else below[-1:])
     ):
         return None

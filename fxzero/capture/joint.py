@@ -20,7 +20,7 @@ from fxzero import torch_internals
 from fxzero.capture.batch_norm import run_declared, with_real_strides, writes_undeclared
 from fxzero.capture.call import CallSpec, replace_numbers, replace_tensors
 from fxzero.capture.checks import noted_checks
-from fxzero.capture.draws import Draws, no_draws_of_python, numbered_draws
+from fxzero.capture.draws import Draws, generators_of, no_draws_of_python, numbered_draws
 from fxzero.capture.fake_tensors import FakeState, swapped_tensors
 from fxzero.capture.hooks import Observer, Observers
 from fxzero.capture.islands.marks import Marks
@@ -111,7 +111,7 @@ class Tracing:
             torch.inference_mode(False),
             _own_autocast_cache(),
             self.before.restored(),
-            no_draws_of_python(),
+            no_draws_of_python(generators_of(self.module)),
             numbered_draws(),
             torch.autograd.set_multithreading_enabled(False),
             torch_internals.eager_checkpoints(),
@@ -180,7 +180,7 @@ class Tracing:
         self._recorder = recorder
         if self.marks is not None:
             real = list(zip(inputs, self.inputs, strict=True))
-            self.marks.begin(state, self.params, real, draws, self.device, self.reads, self.forward)
+            self.marks.begin(state, self.params, real, draws, self.device, self.reads, self.before, self.forward)
         leaves: dict[str | int, Tensor] = {}
         results: list[Any] = []
         # A checkpoint runs modules in backward, so the stand-ins stay until its end.
@@ -209,6 +209,8 @@ class Tracing:
             differentiable = tuple(i for i, tensor in enumerate(tensors) if self.with_backward and tensor.requires_grad)
             loss = loss_index(output, tensors[:returned])
             chosen = _choose(self.differentiated, differentiable, tensors, returned, loss)
+            if self.marks is not None and self.marks.sites and self.differentiated is None:
+                chosen = tuple(index for index in differentiable if index < returned)  # an island cannot run again
             if chosen:
                 recorder.label()
                 graph.call_function(ops.end_forward).meta[META_KEY] = NodeInfo(Role.END_FORWARD)

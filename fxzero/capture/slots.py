@@ -84,7 +84,9 @@ def content_of(value: Any) -> Any:
     """A shallow copy of what a container or an array holds; None for all else."""
     if isinstance(value, (list, tuple, collections.deque)):
         return tuple(value)
-    if isinstance(value, (dict, types.MappingProxyType)):
+    if isinstance(value, dict):
+        return dict(dict.items(cast("dict[Any, Any]", value)))  # whatever its class makes of a key
+    if isinstance(value, types.MappingProxyType):
         return dict(cast("Mapping[Any, Any]", value))
     if isinstance(value, set):
         return frozenset(cast("set[Any]", value))

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from fxzero.capture.assemble import check_lstm
-from fxzero.capture.draws import PythonDrawError
+from fxzero.capture.draws import PythonDrawError, same_draws_of_python
 from fxzero.capture.failures import explain, with_place
 from fxzero.capture.functional import functionalize
 from fxzero.capture.islands.find import DrawFinder, module_of
@@ -83,6 +83,7 @@ class Tracer:
                 self._go_on_around(error.path, error, first)
             except Exception as error:
                 explained = with_place(error) if isinstance(error, CaptureError) else explain(error)
+                explained = explained or self._missed_state(error)
                 if explained is None or not self._islands.finds:
                     raise
                 first = first or explained
@@ -107,18 +108,31 @@ class Tracer:
         return Traced(root, tracing, reads, tensors)
 
     def _run(self) -> tuple[fx.GraphModule, Tracing]:
-        with self._islands.marked() as marks:
+        with self._islands.marked() as marks, same_draws_of_python():
             self._running = tracing = self._make(self._stand_ins, marks)
-            return tracing.run(), tracing
+            try:
+                return tracing.run(), tracing
+            except Exception:
+                tracing.before.undo_structure()
+                raise
+
+    def _missed_state(self, error: Exception) -> CaptureError | None:
+        """An error of its own where forward reads what an island would have set; None for an error of the model."""
+        assert self._running is not None
+        try:
+            self._islands.check_reads(list(self._running.reads.found.values()))
+        except CaptureError as missed:
+            return missed
+        return self._islands.missing_attribute(error)
 
     def _place_of(self, error: Exception) -> str | None:
         """The path of the module that cannot be traced; None if it is unknown."""
         if isinstance(error, CaptureError) and error.path is not None:
             return error.path
         if isinstance(error, PythonDrawError):
-            finder = DrawFinder(self._islands.names)
-            with finder.watching(), self._islands.marked() as marks, contextlib.suppress(Exception):
-                self._make(self._stand_ins, marks).run()
+            finder = DrawFinder(self._islands.model, self._islands.names)
+            with finder.watching(), contextlib.suppress(Exception):
+                self._run()
             return finder.found
         assert self._running is not None
         in_backward = self._running.module_in_backward

@@ -282,17 +282,43 @@ class Before:
             _fill(container, then.containers.get(key, before))
         put((owner, key, then.places.get(slot, before)) for slot, (owner, key, before, _) in self._places.items())
 
+    def changed_now(self) -> frozenset[Any]:
+        """What holds something else than before: slots, and the ids of containers."""
+        slots = {
+            (object_id, key)
+            for object_id, attributes, before in self._objects.values()
+            for key in attributes.keys() | before.keys()
+            if attributes.get(key, ABSENT) is not before.get(key, ABSENT) and not _is_cache(key)
+        }
+        slots |= {
+            slot for slot, (owner, key, before, _) in self._places.items() if owner.get(key, ABSENT) is not before
+        }
+        return frozenset(slots | {id(each) for each, before in self._containers.values() if _differs(each, before)})
+
+    def undo_structure(self) -> None:
+        """Take back hooks, submodules, functions and classes that were set, of a trace that failed."""
+        for table, before in self._structure:
+            if is_container(table) and table != before:  # a scripted module's table is none
+                table.clear()
+                table.update(before)
+        for _, attributes, before in self._objects.values():
+            _fill(attributes, before)
+        put((owner, key, before) for owner, key, before, _ in self._places.values())
+
     @contextlib.contextmanager
     def restored(self) -> Generator[None]:
         """Let everything hold again what it held, at the end of the block.
 
-        Hooks, submodules, functions and classes that were set stay: a second trace finds them.
+        Hooks, submodules, functions and classes that were set stay: a second trace finds them. So do flags that were
+        set with them, which say that they are there.
         """
         try:
             yield
         finally:
+            is_new = any(now != before for now, before in self._structure)
             for _, attributes, before in self._objects.values():
-                stay = {key: now for key, now in attributes.items() if now is not before.get(key) and _stays(now)}
+                changed = {key: now for key, now in attributes.items() if now is not before.get(key)}
+                stay = {key: now for key, now in changed.items() if _stays(now) or (is_new and now is True)}
                 _fill(attributes, before | stay)
             for container, before in self._containers.values():
                 _fill(container, before)
@@ -383,7 +409,7 @@ def _is(a: Any, b: Any) -> bool:
 
 
 def _items(container: Any) -> Iterable[Any]:
-    return container.values() if isinstance(container, dict) else container
+    return dict.values(cast("dict[Any, Any]", container)) if isinstance(container, dict) else container
 
 
 def _is_cache(key: str) -> bool:

@@ -47,8 +47,10 @@ class Heads:
             The outputs, and whether forward must run again for them.
         """
         assumed = executable.plan.captured.differentiated
-        if self.is_alone:
+        if self.is_alone and not (executable.has_islands and set(pattern) <= set(assumed)):
             return pattern, pattern != assumed
+        if self.is_alone:  # what runs as it is runs once
+            return assumed, False
         is_first = signature.trained not in self._settled
         executable.is_settled = True
         if not is_first and set(pattern) <= set(assumed):

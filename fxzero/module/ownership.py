@@ -74,6 +74,11 @@ def check_model(model: object) -> None:
             )
         if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             raise InputMismatchError(f"{part} is a {type(module).__name__}. Compile the module inside it: .module.")
+        if type(module).__name__ == "TopLevelTracedModule":
+            raise InputMismatchError(
+                f"{part} was made by torch.jit.trace, which keeps its parameters to itself. Give fxzero.compile the "
+                "module as it was before, or torch.jit.script(module)."
+            )
         if torch_internals.compiled_itself(module) or (not name and torch_internals.is_compiled(module)):
             raise InputMismatchError(
                 f"{part} was compiled by torch.compile, which a trace cannot follow. Give fxzero.compile the module as "

@@ -15,7 +15,7 @@ from fxzero.comm.base import Comm
 from fxzero.cost.measured import MEASURED_STEPS, MeasuredLines
 from fxzero.graph.aliasing import aliases, base
 from fxzero.graph.new_values import Computation
-from fxzero.graph.nodes import Role, grad_fqn, info, is_random, may_be_missing, members
+from fxzero.graph.nodes import Role, grad_fqn, info, is_island, is_random, may_be_missing, members
 from fxzero.graph.recipe import Fqns
 from fxzero.graph.step import StepGraph, is_read_in_backward
 from fxzero.graph.variant import Variant
@@ -96,6 +96,7 @@ class Executable:
         )
         """True if backward reads the new value of a parameter that forward writes."""
         self._computation = Computation(plan.captured.step) if step.written and not storage.comm.is_alone else None
+        self.has_islands = any(is_island(node) for node in step.graph.nodes)
         self.draws_random = any(is_random(node) for node in step.graph.nodes)
         returned = step.model_outputs[: len(step.model_outputs) - len(step.written)]
         self.tensor_outputs = [i for i, value in enumerate(returned) if isinstance(value, fx.Node)]

@@ -16,11 +16,13 @@ class Facts:
 
     output: OutputSpec
     outs: tuple[Geometry, ...]
-    """Of the results of forward: tensors of the output that are no inputs, written inputs, written buffers."""
-    is_input: Mapping[int, int]
-    """Which tensors of the output are inputs, as indices of both."""
+    """Of the results of forward: tensors of the output, written inputs, written buffers."""
     shares_memory: Mapping[int, int]
-    """Which others share memory with an input, a parameter or a buffer, as indices of the output and of all these."""
+    """Which tensors of the output share memory with an input, a parameter or a buffer, as indices of both."""
+    siblings: tuple[int, ...]
+    """Which tensors of the output share memory with another one."""
+    keeps: tuple[tuple[str, str], ...]
+    """Attributes in which it keeps tensors that require grad: paths of modules inside, and keys."""
     written_inputs: tuple[int, ...]
     written_buffers: tuple[int, ...]
     written_in_backward: tuple[int, ...]
@@ -35,7 +37,7 @@ class Facts:
     """Floating-point operations of forward and of backward, on the data of the probe."""
 
 
-UNKNOWN = Facts(OutputSpec(tree_flatten(None)[1], ()), (), {}, {}, (), (), (), (), False, 0, (0, 0))
+UNKNOWN = Facts(OutputSpec(tree_flatten(None)[1], ()), (), {}, (), (), (), (), (), (), False, 0, (0, 0))
 """Facts of a call before its probe."""
 
 

@@ -2,14 +2,14 @@
 
 import contextlib
 import fnmatch
-import random
 from collections.abc import Generator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from fxzero.capture.draws import generators_of, python_states
 
 
 def module_of(trace: TracebackType | None, names: Mapping[int, str]) -> str | None:
@@ -27,6 +27,11 @@ def module_of(trace: TracebackType | None, names: Mapping[int, str]) -> str | No
     return found
 
 
+def is_called(module: nn.Module) -> bool:
+    """False for a container that only holds modules, which has no forward."""
+    return type(module).forward is not nn.Module.forward
+
+
 def parent_of(path: str) -> str:
     """The path of the module around another one; it is "" for the model itself."""
     return path.rpartition(".")[0]
@@ -41,14 +46,16 @@ def matches(path: str, patterns: Sequence[str]) -> bool:
     """True if a path is one of those that patterns stand for, in which `*` stands for a part of a path."""
     parts = path.split(".")
     split = [pattern.split(".") for pattern in patterns]
+    if not path:
+        return "" in patterns
     return any(len(each) == len(parts) and all(map(fnmatch.fnmatchcase, parts, each)) for each in split)
 
 
 class DrawFinder:
     """Finds the deepest module in whose forward numbers are drawn outside of torch."""
 
-    def __init__(self, names: Mapping[int, str]) -> None:
-        self._names = names
+    def __init__(self, model: nn.Module, names: Mapping[int, str]) -> None:
+        self._names, self._generators = names, generators_of(model)
         self._entered: list[Any] = []
         self.found: str | None = None
         """The path of the module."""
@@ -56,7 +63,9 @@ class DrawFinder:
     @contextlib.contextmanager
     def watching(self) -> Generator[None]:
         """Watch the forwards that run in the block."""
-        before = register_module_forward_pre_hook(lambda module, args: self._entered.append(_states()))
+        before = register_module_forward_pre_hook(
+            lambda module, args: self._entered.append(python_states(self._generators))
+        )
         after = register_module_forward_hook(self._leave, always_call=True)
         try:
             yield
@@ -65,10 +74,5 @@ class DrawFinder:
             after.remove()
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._entered and self._entered.pop() != _states() and self.found is None:
+        if self._entered and self._entered.pop() != python_states(self._generators) and self.found is None:
             self.found = self._names.get(id(module))
-
-
-def _states() -> tuple[Any, ...]:
-    numpy_state = cast("tuple[Any, ...]", np.random.get_state())
-    return random.getstate(), numpy_state[1].tobytes(), numpy_state[2:]

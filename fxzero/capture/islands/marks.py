@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -15,7 +16,7 @@ from fxzero import torch_internals
 from fxzero.capture.draws import Draws
 from fxzero.capture.fake_tensors import FakeState
 from fxzero.capture.islands.facts import Facts, Modes
-from fxzero.capture.islands.find import matches, parent_of, pattern_of
+from fxzero.capture.islands.find import is_called, matches, parent_of, pattern_of
 from fxzero.capture.islands.geometry import geometries
 from fxzero.capture.islands.operators import FORWARD, IslandFunction, number, split, write_buffers
 from fxzero.capture.islands.probe import Example, NotAnIslandError, learn
@@ -23,6 +24,7 @@ from fxzero.capture.islands.site import Site, Slots
 from fxzero.capture.numbers import PinnedNumberError
 from fxzero.capture.reads import Reads
 from fxzero.capture.slots import PLAIN, Read
+from fxzero.capture.writes import Before
 from fxzero.errors import CaptureError
 from fxzero.graph.layout import ParamSpec
 from fxzero.torch_internals import tree_flatten
@@ -71,7 +73,10 @@ class Islands:
         """Why parts became islands of which the user has not been told, by path."""
         self._known: dict[Any, Facts] = {}
         self._similar: dict[Any, Facts] = {}
-        self._slots: dict[Any, frozenset[tuple[int, str]]] = {}
+        self._slots: dict[Any, frozenset[Any]] = {}
+        """Slots that calls write, and the ids of containers."""
+        self._reads: dict[str, frozenset[Any]] = {}
+        """The same that they read, by path."""
         self._assumed: list[_Call] = []
         if wanted:
             self._check_wanted()
@@ -102,13 +107,18 @@ class Islands:
         Returns:
             False if neither it nor a module around it can be one.
         """
-        while path is not None and (path in self._refused or path in self.paths):
+        while path is not None and not self._may_be_one(path):
             path = parent_of(path) if path else None
         if path is None or not self.finds:
             return False
         self._found.update(self._like(path))
         self._news[path] = str(why).splitlines()[0]
         return True
+
+    def _may_be_one(self, path: str) -> bool:
+        """False for a module that is one already, that cannot be one, or that has no forward."""
+        is_tried = path in self._refused or path in self._found or path in self.paths
+        return not is_tried and is_called(self.model.get_submodule(path))
 
     def _like(self, path: str) -> list[str]:
         """The paths that are equal to one but for numbers, of modules of the same class."""
@@ -137,7 +147,7 @@ class Islands:
             NotAnIslandError: it cannot be one; its module is none from now on.
         """
         try:
-            facts, slots = learn(self.model, call.site, call.example)
+            facts, slots, reads = learn(self.model, call.site, call.example)
         except NotAnIslandError as error:
             error.path = call.site.fqn
             self._refused.update(dict.fromkeys(self._like(error.path), str(error)))
@@ -146,6 +156,11 @@ class Islands:
         self._known[call.key] = facts
         self._similar[call.key[1:]] = facts
         self._slots[call.key] = slots
+        self._reads[call.site.fqn] = self._reads.get(call.site.fqn, frozenset()) | reads
+
+    def read_by(self, site: Site) -> frozenset[Any]:
+        """Slots, and ids of containers, that an island is known to read."""
+        return self._reads.get(site.fqn, frozenset())
 
     def are_settled(self) -> bool:
         """Probe the calls of a trace that were taken to be like others; False if one is not.
@@ -174,9 +189,19 @@ class Islands:
         """
         written = {slot for slots in self._slots.values() for slot in slots}
         for read in reads:
-            if (id(read.owner), read.name) in written:
+            if (id(read.owner), read.name) in written or id(read.value) in written:
                 path = self.names.get(id(read.owner), "")
                 raise CaptureError(f"forward reads {path}.{read.name}, which an island sets", path)
+
+    def missing_attribute(self, error: Exception) -> CaptureError | None:
+        """An error of its own for an attribute that is missing because an island sets it; None for another error."""
+        found = re.search(r"has no attribute '(\w+)'", str(error)) if isinstance(error, AttributeError) else None
+        if found is None:
+            return None
+        for (call, *_), slots in self._slots.items():
+            if any(isinstance(slot, tuple) and slot[1] == found.group(1) for slot in slots):
+                return CaptureError(f"forward reads {found.group(1)}, which an island sets", call[0])
+        return None
 
     # -- in a trace ----------------------------------------------------------------------------------------------
 
@@ -233,6 +258,7 @@ class Marks:
         draws: Draws,
         device: torch.device,
         reads: Reads,
+        before: Before,
         forward: Callable[..., Any],
     ) -> None:
         """Give the parts of a trace that has begun.
@@ -246,7 +272,7 @@ class Marks:
         self._buffers = dict(self.islands.model.named_buffers())
         self._real = {id(stand_in): real for stand_in, real in inputs if not real.is_meta}
         self._draws, self._device, self._reads = draws, device, reads
-        self._forward = forward
+        self._forward, self._before = forward, before
 
     @property
     def replaced(self) -> frozenset[int]:
@@ -296,6 +322,8 @@ class Marks:
             earlier[0].draws_again = True
         site.facts = self.islands.facts_of(self._known_call(path, site, tensors, params, buffers))
         facts = site.facts
+        self._check_state(path, site)
+        self._check_written(path, facts, [*tensors, *params, *buffers])
         if site.has_backward:
             site.grads = site.declared_grads([*tensors, *params])
         index = number(site)
@@ -310,12 +338,33 @@ class Marks:
         self._handles.setdefault(key, (site, made[0]))
         for each in reversed(facts.written_inputs):
             tensors[each].copy_(outs.pop())
-        num_outs = sum(leaf is Tensor for leaf in facts.output.leaves)
-        new = iter(outs)
-        results = [tensors[facts.is_input[i]] if i in facts.is_input else next(new) for i in range(num_outs)]
         for out, shared in facts.shares_memory.items():
-            self._fragile += [results[out], [*tensors, *params, *buffers][shared]]
-        return facts.output.rebuild(results)
+            self._fragile += [outs[out], [*tensors, *params, *buffers][shared]]
+        self._fragile += [outs[out] for out in facts.siblings]
+        return facts.output.rebuild(outs)
+
+    def _check_state(self, path: str, site: Site) -> None:
+        """Refuse that an island reads what forward has set before: a step sets it after its forward.
+
+        Raises:
+            CaptureError: it does.
+        """
+        changed = self._before.changed_now() | self._reads.set_slots
+        own = {(id(module), "training") for module in site.module.modules()}
+        if not changed.isdisjoint(self.islands.read_by(site) | own):
+            raise CaptureError(f"forward sets what {site} reads", path)
+
+    @staticmethod
+    def _check_written(path: str, facts: Facts, tensors: list[Tensor]) -> None:
+        """Refuse to write into an input that is given twice.
+
+        Raises:
+            CaptureError: the island does.
+        """
+        for index in facts.written_inputs:
+            others = tensors[:index] + tensors[index + 1 :]
+            if any(torch_internals.same_storage(tensors[index], each) for each in others):
+                raise CaptureError("a tensor that it writes into is given twice", path)
 
     def _known_call(
         self, path: str, site: Site, tensors: Sequence[Tensor], params: Sequence[Tensor], buffers: Sequence[Tensor]

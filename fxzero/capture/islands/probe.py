@@ -11,7 +11,7 @@ values that a step will have, but all of the geometry of the results, and of wha
 
 import contextlib
 import random
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,15 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from fxzero import torch_internals
 from fxzero.capture.draws import same_draws_of_python
 from fxzero.capture.islands.facts import UNKNOWN, Facts
 from fxzero.capture.islands.geometry import Geometry
-from fxzero.capture.islands.run import Run, same_memory
+from fxzero.capture.islands.run import Run
 from fxzero.capture.islands.saved import NotingSaved
 from fxzero.capture.islands.site import Site
+from fxzero.capture.reads import Reads
 from fxzero.capture.writes import Before
 from fxzero.errors import CaptureError, IslandError
 from fxzero.torch_internals import tree_leaves
@@ -60,17 +61,17 @@ class _Values:
         return _Values(*([_copy(each) for each in group] for group in (self.inputs, self.params, self.buffers)))
 
 
-def learn(model: nn.Module, site: Site, example: Example) -> tuple[Facts, frozenset[tuple[int, str]]]:
-    """What a call gives, and the slots of the Python state that it writes.
+def learn(model: nn.Module, site: Site, example: Example) -> tuple[Facts, frozenset[Any], frozenset[Any]]:
+    """What a call gives, and what of the Python state it writes and reads: slots, and ids of containers.
 
     Raises:
         NotAnIslandError: the call cannot be one node of a step.
     """
     error: Exception | None = None
     for values in _made_up(site, example):
-        with _undone(model, site), torch.inference_mode(False):
+        with _undone(model, site) as (before, reads), torch.inference_mode(False):
             try:
-                facts = _learn(site, values)
+                facts, written = _learn(model, site, values, before, reads)
             except NotAnIslandError:
                 raise
             except Exception as failed:  # not values that the module takes
@@ -79,19 +80,22 @@ def learn(model: nn.Module, site: Site, example: Example) -> tuple[Facts, frozen
             finally:
                 site.facts = UNKNOWN
                 site.forget()
-            return facts, _written_slots(model, site, values)
+            read = {(id(each.owner), each.name) for each in reads.found.values()}
+            return facts, written, frozenset(read | {id(each.value) for each in reads.found.values()})
     assert error is not None
     raise NotAnIslandError(f"on made-up values of its shapes it raises {type(error).__name__}: {error}") from error
 
 
-def _learn(site: Site, values: _Values) -> Facts:
+def _learn(model: nn.Module, site: Site, values: _Values, state: Before, reads: Reads) -> tuple[Facts, frozenset[Any]]:
     before = values.copies()
-    with FlopCounterMode(display=False) as forward, _no_parameters_beside(site):
+    forward, backward = _Flops(), _Flops()
+    with forward, _OnlyOwn(model, site), reads.following():
         run = _run(site, values)
+    written_state = state.changed_now() | reads.set_slots
     _check_params(values, before)
     facts = _facts_of(site, run, values, before)
     held = run.saved.held_bytes if isinstance(run.saved, NotingSaved) else 0
-    with FlopCounterMode(display=False) as backward:
+    with backward:
         late = before.copies()
         clean = _gradients(site, run, late)
     written = tuple(i for i, each in enumerate(late.buffers) if not same_bytes(each, before.buffers[i]))
@@ -99,11 +103,12 @@ def _learn(site: Site, values: _Values) -> Facts:
         facts,
         written_in_backward=written,
         held_bytes=held,
-        flops=(forward.get_total_flops(), backward.get_total_flops()),
+        flops=(forward.total, backward.total),
     )
     if site.has_backward:
         facts = replace(facts, escapes=_escapes(site, facts, before, clean))
-    return replace(facts, outs=_with_grad(site, facts, _run_on_other_values(site, facts, before)))
+    facts = replace(facts, outs=_with_grad(site, facts, _run_on_other_values(site, facts, before)))
+    return facts, frozenset(written_state)
 
 
 def _run(site: Site, values: _Values) -> Run:
@@ -132,28 +137,44 @@ def _facts_of(site: Site, run: Run, values: _Values, before: _Values) -> Facts:
     given, own = run.given, run.buffers
     written_inputs = tuple(i for i, each in enumerate(given) if not same_bytes(each, before.inputs[i]))
     written_buffers = tuple(i for i, each in enumerate(own) if not same_bytes(each, before.buffers[i]))
-    is_input: dict[int, int] = {}
-    for index, out in enumerate(run.tensors):
+    for out in run.tensors:
         if out.layout is not torch.strided or out.is_nested:
             raise NotAnIslandError(f"it returns a {out.layout} tensor")
-        found = next((i for i, each in enumerate(given) if same_memory(out, each)), None)
-        if found is not None:
-            is_input[index] = found
     storages = [each.untyped_storage().data_ptr() for each in (*given, *values.params, *own)]
-    shares_memory = {
-        index: storages.index(address)
-        for index, out in enumerate(run.tensors)
-        if index not in is_input and out.numel() and (address := out.untyped_storage().data_ptr()) in storages
-    }
-    outs = [each for index, each in enumerate(run.tensors) if index not in is_input]
-    outs += [given[index] for index in written_inputs] + [own[index] for index in written_buffers]
+    of_outs = [out.untyped_storage().data_ptr() if out.numel() else 0 for out in run.tensors]
+    shares_memory = {index: storages.index(each) for index, each in enumerate(of_outs) if each and each in storages}
+    siblings = tuple(index for index, each in enumerate(of_outs) if each and of_outs.count(each) > 1)
+    outs = [Geometry.dense(o) if i in shares_memory else Geometry.of(o) for i, o in enumerate(run.tensors)]
+    written = [given[index] for index in written_inputs] + [own[index] for index in written_buffers]
+    outs += map(Geometry.dense, written)
     begin = len(values.params)
     saved = run.saved.found if isinstance(run.saved, NotingSaved) else ()
     found = {index - begin for index in saved if index >= begin}
     kept = tuple(sorted(found - {*written_inputs}))
-    geometry = tuple(map(Geometry.dense, outs))
-    facts = (run.output, geometry, is_input, shares_memory, written_inputs, written_buffers, (), kept)
+    facts = (run.output, tuple(outs), shares_memory, siblings, _kept(site), written_inputs, written_buffers, (), kept)
     return Facts(*facts, escapes=False, held_bytes=0, flops=(0, 0))
+
+
+def _kept(site: Site) -> tuple[tuple[str, str], ...]:
+    """Attributes in which the call has kept tensors that require grad.
+
+    Raises:
+        NotAnIslandError: it keeps them in a container.
+    """
+    found: list[tuple[str, str]] = []
+    for path, module in site.module.named_modules():
+        for key, value in vars(module).items():
+            if key in torch_internals.MODULE_ATTRIBUTES or key in torch_internals.RNN_CACHES:
+                continue
+            entries = value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]
+            if any(isinstance(each, Tensor) and not each.is_leaf for each in entries):
+                found.append((path, key))
+            elif any(isinstance(leaf, Tensor) and not leaf.is_leaf for leaf in tree_leaves(value)):
+                raise NotAnIslandError(
+                    f"it keeps a tensor that requires grad in attribute {key}, where no reader outside would get its "
+                    "gradient; return it"
+                )
+    return tuple(found)
 
 
 def _gradients(site: Site, run: Run, values: _Values) -> list[Tensor | None]:
@@ -208,7 +229,7 @@ def _with_grad(site: Site, facts: Facts, other: Run | None) -> tuple[Geometry, .
     """
     found = [out.requires_grad for out in facts.outs]
     if other is not None:
-        outs = [each for index, each in enumerate(other.tensors) if index not in facts.is_input]
+        outs = [*other.tensors]
         outs += [other.given[index] for index in facts.written_inputs]
         found = [a or b.requires_grad for a, b in zip(found, outs, strict=False)] + found[len(outs) :]
     if site.has_backward and not any(found):
@@ -230,22 +251,13 @@ def _run_on_other_values(site: Site, facts: Facts, before: _Values) -> Run | Non
     except Exception:  # not values that the module takes
         return None
     now = [tuple(each.shape) for each in run.tensors]
-    then = _shapes(facts, before.inputs)
+    then = [out.shape for out in facts.outs[: len(run.tensors)]]
     if now != then and site.fqn:
         changed = next(pair for pair in zip(then, now, strict=False) if pair[0] != pair[1])
         raise NotAnIslandError(f"the shape of a result follows values: {list(changed[0])}, then {list(changed[1])}")
     if run.output != facts.output:
         raise NotAnIslandError("it returns plain values that follow values of tensors")
     return run
-
-
-def _shapes(facts: Facts, inputs: Sequence[Tensor]) -> list[tuple[int, ...]]:
-    outs = iter(facts.outs)
-    count = sum(leaf is Tensor for leaf in facts.output.leaves)
-    return [
-        tuple(inputs[facts.is_input[index]].shape) if index in facts.is_input else next(outs).shape
-        for index in range(count)
-    ]
 
 
 # -- values ----------------------------------------------------------------------------------------------------------
@@ -325,63 +337,97 @@ def _seeded() -> Generator[None]:
 
 
 @contextlib.contextmanager
-def _undone(model: nn.Module, site: Site) -> Generator[None]:
-    """Take back what the block does to the Python state of the model, and to generators that its modules hold."""
-    generators = [
-        (value, value.get_state())
-        for module in site.module.modules()
-        for value in vars(module).values()
-        if isinstance(value, torch.Generator)
-    ]
+def _undone(model: nn.Module, site: Site) -> Generator[tuple[Before, Reads]]:
+    """Take back what the block does to the Python state of the model, tensors and generators that its modules hold."""
+    snapshot, before = _Snapshot(), Before(model)
+    for module in site.module.modules():
+        snapshot.add(module)
+
+    def on_object(value: Any) -> None:
+        before.add(value)
+        snapshot.add(value)
+
+    reads = Reads(model, on_object, before.add_place, before.alive)
     try:
-        with Before(model).restored():
-            yield
+        with before.restored():
+            yield before, reads
     finally:
-        for generator, state in generators:
-            generator.set_state(state)
+        snapshot.restore()
 
 
-def _written_slots(model: nn.Module, site: Site, values: _Values) -> frozenset[tuple[int, str]]:
-    """The attributes of modules that a call sets.
+class _Snapshot:
+    """What generators, tensors and arrays held that objects have in attributes, and in containers."""
 
-    Raises:
-        NotAnIslandError: it keeps a tensor that requires grad in one.
-    """
-    before = {id(module): (module, dict(vars(module))) for module in model.modules()}
-    written: set[tuple[int, str]] = set()
-    with _undone(model, site):
-        _run(site, values.copies())
-        site.forget()
-        for module, held in before.values():
-            for key, now in vars(module).items():
-                if now is held.get(key) or key in torch_internals.RNN_CACHES:
-                    continue
-                written.add((id(module), key))
-                if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(now)):
-                    raise NotAnIslandError(
-                        f"it keeps a tensor that requires grad in attribute {key}, where no reader outside would get "
-                        "its gradient"
-                    )
-    return frozenset(written)
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], object]] = []
+        self._known: set[int] = set()
+
+    def add(self, owner: Any) -> None:
+        """Remember those of an object or a container."""
+        held = vars(owner) if hasattr(owner, "__dict__") else owner
+        if isinstance(owner, nn.Module):
+            held = {key: value for key, value in vars(owner).items() if key not in torch_internals.MODULE_ATTRIBUTES}
+        for value in tree_leaves(held):
+            if id(value) not in self._known and (undo := _undo(value)) is not None:
+                self._known.add(id(value))
+                self._undo.append(undo)
+
+    def restore(self) -> None:
+        """Let them hold it again."""
+        for undo in self._undo:
+            undo()
 
 
-@contextlib.contextmanager
-def _no_parameters_beside(site: Site) -> Generator[None]:
-    """Refuse to read parameters that are not the island's own: from a list, a closure, another module."""
-    with _OnlyOwn(site):
-        yield
+def _undo(value: Any) -> Callable[[], object] | None:
+    """What gives an object its present state again; None for one that has none."""
+    if isinstance(value, torch.Generator):
+        return partial(value.set_state, value.get_state())
+    if isinstance(value, random.Random):
+        return partial(value.setstate, value.getstate())
+    if isinstance(value, np.random.Generator):
+        return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+    if isinstance(value, np.ndarray):
+        return partial(np.copyto, value, value.copy())
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not value.is_meta:
+        return partial(_put_back, value, value.detach().clone())
+    return None
+
+
+def _put_back(tensor: Tensor, values: Tensor) -> None:
+    if not same_bytes(tensor, values):
+        with torch.no_grad():
+            tensor.copy_(values)
+
+
+class _Flops(torch_internals.DispatchMode):
+    """Counts floating-point operations of operators that have a formula."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None:
+            self.total += int(formula(*args, **(kwargs or {}), out_val=out))
+        return out
 
 
 class _OnlyOwn(TorchFunctionMode):
-    def __init__(self, site: Site) -> None:
+    """Refuses to read parameters and buffers that are not the island's own: from a list, a closure, another module."""
+
+    def __init__(self, model: nn.Module, site: Site) -> None:
         super().__init__()
         self._own = {id(each) for each in site.stand_ins}
+        self._others = {id(each) for each in model.buffers()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for value in tree_leaves((args, kwargs)):
-            if isinstance(value, nn.Parameter) and id(value) not in self._own:
+            is_param = isinstance(value, nn.Parameter) and id(value) not in self._own
+            if is_param or id(value) in self._others:
                 raise NotAnIslandError(
-                    f"it reads a parameter {list(value.shape)} past its own modules, from a list, a closure or another "
-                    "module"
+                    f"it reads a {'parameter' if is_param else 'buffer'} {list(value.shape)} past its own modules, "
+                    "from a list, a closure or another module"
                 )
         return func(*args, **(kwargs or {}))

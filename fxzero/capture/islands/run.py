@@ -37,9 +37,9 @@ class Run:
         """The tensors of the output, and its structure."""
         self.given, self.buffers = given, buffers
         if facts is not UNKNOWN:
-            self._check_output(label, facts, given)
+            self._check_output(label, facts)
         news = [given[index] for index in facts.written_inputs]
-        outs = [each for index, each in enumerate(self.tensors) if index not in facts.is_input]
+        outs = self.tensors
         self._differentiable: list[Tensor] = [*outs, *news]
         self.results: list[Tensor | None] = [*outs, *news, *(buffers[index] for index in facts.written_buffers)]
         if facts is not UNKNOWN:
@@ -48,28 +48,19 @@ class Run:
                 if out.requires_grad and not geometry.requires_grad:
                     raise IslandError(f"{label}: a result requires grad, which it did not when the step was traced.")
 
-    def _check_output(self, label: str, facts: Facts, given: Sequence[Tensor]) -> None:
+    def _check_output(self, label: str, facts: Facts) -> None:
         if self.output != facts.output:
             raise IslandError(
                 f"{label} returns {_plain(self.output)}; when the step was traced it returned "
                 f"{_plain(facts.output)}. Plain values that change must stay inside of an island: return a tensor, or "
                 "name a module around it in compile(islands=[...])."
             )
-        for out, index in facts.is_input.items():
-            if not same_memory(self.tensors[out], given[index]):
-                raise IslandError(f"{label} returned its input as it is when the step was traced, and now not.")
 
     def take(self) -> tuple[list[Tensor], Sequence[Any]]:
         """The results that may have a gradient, and what gradients are computed for; no longer held here."""
         taken = self._differentiable, self._wanted
         self._differentiable, self._wanted = [], ()
         return taken
-
-
-def same_memory(a: Tensor, b: Tensor) -> bool:
-    """True for two tensors that are equal whatever is written into either."""
-    geometry = [(each.data_ptr(), each.shape, each.stride(), each.dtype) for each in (a, b)]
-    return a is b or (geometry[0] == geometry[1] and a.numel() > 0)
 
 
 def _plain(output: OutputSpec) -> str:

@@ -15,7 +15,7 @@ from fxzero.capture.islands.run import Run
 from fxzero.capture.islands.saved import NotingSaved, Saved, Spans
 from fxzero.errors import IslandError
 from fxzero.graph.layout import ParamSpec
-from fxzero.torch_internals import TreeSpec, tree_unflatten
+from fxzero.torch_internals import TreeSpec, tree_flatten, tree_unflatten
 
 Slots = tuple[tuple[dict[str, Any], str, int], ...]
 """Where modules hold tensors: a table, the key in it, and the index of the tensor; a tied one is held twice."""
@@ -80,10 +80,11 @@ class Site:
         """What the modules hold in the place of parameters while the island runs; made at the first use."""
         if not self._stand_ins:
             needs_grad = self.requires_grad[self.num_inputs :]
-            self._stand_ins = [
-                nn.Parameter(torch.empty(0, dtype=spec.dtype, device=self.device), requires_grad=needs)
-                for spec, needs in zip(self.params, needs_grad, strict=True)
-            ]
+            with torch.inference_mode(False):
+                self._stand_ins = [
+                    nn.Parameter(torch.empty(0, dtype=spec.dtype, device=self.device), requires_grad=needs)
+                    for spec, needs in zip(self.params, needs_grad, strict=True)
+                ]
         return self._stand_ins
 
     # -- forward -------------------------------------------------------------------------------------------------
@@ -122,8 +123,11 @@ class Site:
             own[index] = own[index].clone()
         self._lend(params)
         if not wants:
-            with torch.no_grad(), self._autocast():
+            with torch.no_grad():
                 given = [each.clone() if index in written else each for index, each in enumerate(inputs)]
+                if any(self.requires_grad[: len(given)]):
+                    given = [g.detach().requires_grad_(r) for g, r in zip(given, self.requires_grad, strict=False)]
+            with torch.set_grad_enabled(self.modes.grad), self._autocast():
                 output = self._call(given, own)
             self._check_params(params)
             return Run(str(self), facts, output, given, own)
@@ -149,13 +153,38 @@ class Site:
         for at, tensor in zip(self._at, inputs, strict=True):
             leaves[at] = tensor
         args, kwargs = tree_unflatten(leaves, self.structure)
+        given = leaves if self.structure.num_nodes > self.structure.num_leaves + 3 else []
         own = self._swap(buffers)
         try:
             output = (self._forward or self.module.forward)(*args, **kwargs)
             self._note_rebound(buffers)
         finally:
             _put(own)
+        for path, key in self.facts.keeps:
+            self._guard(vars(self.module.get_submodule(path)), key)
+        if given:  # lists and dicts among the arguments
+            self._check_arguments(given, args, kwargs)
         return output
+
+    def _guard(self, attributes: dict[str, Any], key: str) -> None:
+        """Let an attribute hold its values, and refuse a backward through them, which would end here."""
+        value = attributes.get(key)
+        owner: Any = value if isinstance(value, (list, dict)) else attributes
+        entries: list[tuple[Any, Any]] = [(key, value)]
+        if isinstance(value, list):
+            entries = [*enumerate(value)]
+        elif isinstance(value, dict):
+            entries = [*value.items()]
+        for at, tensor in entries:
+            if isinstance(tensor, Tensor) and not tensor.is_leaf:
+                owner[at] = guarded = tensor.detach().requires_grad_()
+                guarded.register_hook(functools.partial(_refuse_backward, f"{self}: attribute {key}"))
+
+    def _check_arguments(self, given: Sequence[Any], args: Any, kwargs: Any) -> None:
+        """Raise IslandError if the call has changed a list or a dict that it was given, which is a copy."""
+        now, structure = tree_flatten((args, kwargs))
+        if structure != self.structure or not all(a is b for a, b in zip(given, now, strict=True)):
+            raise IslandError(f"{self} changes a list or a dict that it is given. Let it return what is new.")
 
     def _note_rebound(self, buffers: list[Tensor]) -> None:
         """Take the buffers that the modules hold now."""
@@ -315,7 +344,7 @@ class Site:
                 if address in owned or tensor.stride() != geometry.stride or tensor.is_conj() or tensor.is_neg():
                     tensor = geometry.empty().copy_(tensor)
                     address = tensor.untyped_storage().data_ptr()
-                if address:
+                if address and what == "gradient":  # results may share memory, as nothing writes into them
                     owned.add(address)
             checked.append(tensor)
         return checked
@@ -344,6 +373,10 @@ class Site:
 
     def __str__(self) -> str:
         return f"island {self.fqn}" if self.fqn else "the model, which is one island"
+
+
+def _refuse_backward(what: str, grad: Tensor) -> None:
+    raise IslandError(f"{what} was read outside of it, and its gradient is asked for. Let forward return it.")
 
 
 def _put(entries: Sequence[tuple[dict[str, Any], str, Any]]) -> None:

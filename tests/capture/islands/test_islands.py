@@ -1,6 +1,7 @@
 """Parts that no tracer can follow run as they are: one step after another, they do what the plain model does."""
 
 import copy
+import random
 import warnings
 import weakref
 from collections.abc import Callable
@@ -214,8 +215,8 @@ def writes(part: Any, y: Tensor) -> Tensor:
     return y
 
 
-def keeps(part: Any, y: Tensor) -> Tensor:
-    part.kept = y.square().mean()
+def keeps_deep(part: Any, y: Tensor) -> Tensor:
+    part.kept = [(y.square().mean(),)]
     return y
 
 
@@ -224,7 +225,7 @@ def keeps(part: Any, y: Tensor) -> Tensor:
     [
         (sparse, r"part cannot run as it is.*sparse_coo gradient.*sparse=False.*test_islands\.py"),
         (writes, "writes into a parameter"),
-        (keeps, "keeps a tensor that requires grad in attribute kept"),
+        (keeps_deep, "keeps a tensor that requires grad in attribute kept.*return it"),
     ],
 )
 def test_what_even_an_island_cannot_do_is_refused(function: Callable[[Any, Tensor], Tensor], why: str) -> None:
@@ -333,3 +334,137 @@ def test_what_has_a_fast_path_in_evaluation_takes_it() -> None:
     with torch.no_grad():
         assert torch.equal(zero(points(7)), plain(points(7)))
     assert islands_of(zero) == ["encoder"]
+
+
+def keeps(part: Any, y: Tensor) -> Tensor:
+    part.kept = y.square().mean()
+    return y
+
+
+class ReadsKept(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        loss = super().forward(x)
+        return loss + self.part.kept  # type: ignore[operator]
+
+
+def test_what_a_part_keeps_is_read_in_the_island_around_it_or_refused() -> None:
+    seed_all(0)
+    assert islands_of(train_both(ReadsKept(Part(keeps)))) == [""]
+    zero = train_both(Around(Part(keeps)))
+    assert islands_of(zero) == ["part"]
+    loss = zero(points(0)) + zero.part.kept
+    with pytest.raises(IslandError, match="attribute kept was read outside.*return it"):
+        loss.backward()
+
+
+class SetsBefore(Around):
+    """Sets what its part reads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.part.scale = float(x.shape[0])  # type: ignore[assignment]
+        return super().forward(x)
+
+
+class ToldBefore(nn.Module):
+    scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale if x.sum().item() < 1e9 else x
+
+
+class SharesAList(Around):
+    """Collects what its part appends to a list of both."""
+
+    def __init__(self) -> None:
+        super().__init__(Appends())
+        self.losses = self.part.losses
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.losses.clear()  # type: ignore[operator]
+        return super().forward(x) + sum(self.losses)  # type: ignore[arg-type]
+
+
+class Appends(Branch):
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        self.losses.append(y.square().mean())
+        return y
+
+
+class GivesAList(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        found: list[Tensor] = []
+        return self.tail(self.part(self.head(x), found)).square().mean() + sum(found)
+
+
+class TakesAList(Branch):
+    def forward(self, x: Tensor, found: list[Tensor]) -> Tensor:  # type: ignore[override]
+        y = super().forward(x)
+        found.append(y.square().mean())
+        return y
+
+
+class DrawsBefore(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * (1.0 + random.random()))
+
+
+class Twins(nn.Module):
+    """Two results in one memory, of which one is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.part = nn.Linear(WIDTH, WIDTH), Part(lambda part, y: (y, y.view(-1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, flat = self.part(self.head(x))
+        flat.mul_(2)
+        return y.square().mean()
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: SetsBefore(ToldBefore()), SharesAList, lambda: GivesAList(TakesAList()), lambda: DrawsBefore(Branch()),
+        Twins,
+    ],
+)  # fmt: skip
+def test_what_goes_past_arguments_and_results_is_as_in_eager(build: Callable[[], nn.Module]) -> None:
+    seed_all(0)
+    train_both(build())
+
+
+class Skips(nn.Module):
+    """Stochastic depth: in some steps its input is its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if random.random() < 0.5 else x + self.linear(x)
+
+
+def test_a_part_that_is_skipped_in_some_steps() -> None:
+    seed_all(0)
+    assert islands_of(train_both(Around(Skips()), steps=8)) == ["part"]
+
+
+def test_a_dict_whose_class_makes_values_of_keys_is_left_as_it_is() -> None:
+    class Makes(dict[str, Any]):
+        def __getitem__(self, key: str) -> Any:
+            return super().__getitem__(key)()
+
+    table = Makes(tanh=nn.Tanh, relu=nn.ReLU)
+
+    class Reads(Around):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(table["tanh"](x))
+
+    seed_all(0)
+    train_both(Reads(nn.Linear(WIDTH, WIDTH)))
+    assert dict.__getitem__(table, "tanh") is nn.Tanh
