@@ -4,7 +4,7 @@ import copy
 import random
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -104,6 +104,14 @@ class DrawsFromItsOwn(nn.Module):
         return self.linear(x) * (torch.rand(x.shape, generator=self.generator) < 0.5)
 
 
+@pytest.fixture
+def checks_of_distributions() -> Iterator[None]:
+    """torch.compile switches the checks of torch.distributions off for the whole process."""
+    yield
+    torch.distributions.Distribution.set_default_validate_args(True)
+
+
+@pytest.mark.usefixtures("checks_of_distributions")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.parametrize("part", [scripted, compiled, DrawsFromItsOwn])
 def test_what_a_trace_cannot_look_into(part: Callable[[], nn.Module]) -> None:
