@@ -10,6 +10,7 @@ the code objects that run, at their call; only those of the user's files count, 
 
 import collections
 import contextlib
+import copyreg
 import enum
 import functools
 import gc
@@ -21,6 +22,7 @@ import weakref
 from collections.abc import Callable, Collection, Generator, Mapping
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 from torch import Tensor, nn
 
@@ -109,7 +111,8 @@ class Reads:
             if kind not in (nn.Module, object) and "__getattribute__" in vars(kind):
                 self._patch(kind)
         try:
-            yield
+            with patch.object(copyreg, "__newobj__", self._noted(copyreg.__newobj__)):  # type: ignore[attr-defined]
+                yield
         finally:
             patched, self._patched = self._patched, {}
             for kind, own in reversed(patched.items()):
@@ -118,6 +121,19 @@ class Reads:
                         delattr(kind, name)
                     else:
                         setattr(kind, name, method)
+
+    def _noted(self, make: Callable[..., Any]) -> Callable[..., Any]:
+        """What makes copies of objects (copy.copy, copy.deepcopy), and notes that they are made here."""
+
+        @functools.wraps(make)
+        def newobj(*args: Any) -> Any:
+            obj = make(*args)
+            if self._is_on:
+                self._made_here.add(id(obj))
+                self._alive.append(obj)
+            return obj
+
+        return newobj
 
     @contextlib.contextmanager
     def _calls(self) -> Generator[None]:

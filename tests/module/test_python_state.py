@@ -2,6 +2,7 @@
 
 import copy
 import enum
+import logging
 import math
 import warnings
 from collections.abc import Callable
@@ -440,3 +441,29 @@ def test_a_list_that_grows_is_named_once() -> None:
         for _ in range(12):
             zero(torch.ones(2, 6))
     assert len([each for each in caught if "has changed" in str(each.message)]) == 1
+
+
+class Copies(nn.Linear):
+    """Reads a copy of its config that it changes, as encoder-decoder models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.config = SimpleNamespace(scale=2.0, other=1.0)
+
+    def forward(self, input: Tensor) -> Tensor:
+        config = copy.deepcopy(self.config)
+        scale = config.other * config.scale
+        config.other = 3.0
+        del config.scale
+        return super().forward(input) * scale
+
+
+def test_a_copy_of_a_config_that_forward_changes_is_no_state(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    plain = Copies()
+    zero = fxzero.compile(copy.deepcopy(plain))
+    with caplog.at_level(logging.INFO, "fxzero"):
+        for scale in (2.0, 2.0, 5.0):
+            plain.config.scale = zero.config.scale = scale
+            assert torch.equal(zero(torch.ones(2, 4)), plain(torch.ones(2, 4)))
+    assert len([each for each in caplog.messages if "traced anew" in each]) == 1
