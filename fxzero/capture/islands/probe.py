@@ -400,13 +400,17 @@ def _put_back(tensor: Tensor, values: Tensor) -> None:
 
 
 class _Flops(torch_internals.DispatchMode):
-    """Counts floating-point operations of operators that have a formula."""
+    """Counts floating-point operations of operators that have a formula, and refuses collectives before they run."""
 
     def __init__(self) -> None:
         super().__init__()
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", *torch_internals.COLLECTIVE_NAMESPACES):
+            raise NotAnIslandError(
+                f"it communicates ({func}), which would happen in trials too, and not in the order that ranks agree on"
+            )
         out = func(*args, **(kwargs or {}))
         formula = flop_registry.get(func.overloadpacket)
         if formula is not None:
