@@ -72,7 +72,8 @@ class Call:
             _copy_some(self._inputs, executable.written_inputs),
             _copy_some(buffers, executable.written_buffers),
         )
-        self._params_before = [data.clone() for data in executable.written_params]
+        if executable.written:
+            self._params_before = [data.clone() for data in executable.written_params]
         outputs, saved = executable.forward(self._inputs, buffers)
         self._saved, self._generation = saved, sharded.in_flight.generation
         self._num_writes = sharded.in_flight.num_writes

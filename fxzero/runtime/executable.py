@@ -91,6 +91,8 @@ class Executable:
         written = {node.args[0] for node in step.graph.nodes if node.target is torch.ops.aten.copy_.default}
         self.written_buffers = [i for i, node in enumerate(step.nodes(Role.BUFFER)) if node in written]
         self.written_inputs = [i for i, node in enumerate(step.arguments) if node in written]
+        self.written = tuple(step.written)
+        """The names of the parameters that forward writes."""
         self.reads_written = any(
             is_read_in_backward(plan.captured.step, value) for value in plan.captured.step.new_values.values()
         )
@@ -142,7 +144,7 @@ class Executable:
                 run = partial(watch.time_phase, run, is_first=True, is_last=not self.has_backward)
             outputs = run(inputs, buffers)
             self._in_flight.end_forward(self._lasting)
-            if self.step.written:
+            if self.written:
                 outputs = self._write_params(*outputs)
         except Exception as error:
             self._in_flight.failed(error)
@@ -152,7 +154,7 @@ class Executable:
     @property
     def written_params(self) -> list[torch.Tensor]:
         """This rank's slices of the parameters that forward writes."""
-        return [self._storage.params[fqn].data for fqn in self.step.written]
+        return [self._storage.params[fqn].data for fqn in self.written]
 
     def writes(self, state: Sequence[Any]) -> Writes | None:
         """The parameters that a forward has written, and what tells whether all ranks wrote the same.
@@ -164,7 +166,7 @@ class Executable:
 
     def _write_params(self, outputs: tuple[Any, ...], saved: list[Any]) -> tuple[tuple[Any, ...], list[Any]]:
         """Copy this rank's slices of new values of parameters, the last outputs; what forward returns without them."""
-        written = self.step.written
+        written = self.written
         own, values = outputs[: -len(written)], outputs[-len(written) :]
         phases, before = self._storage.comm.phases, self._in_flight.before_writes
         may_be_undone = phases.is_together and bool(phases.members)
