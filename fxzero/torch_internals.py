@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import fx, nn
+from torch._prims_common import make_channels_last_strides_for, make_contiguous_strides_for
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.distributed._composable.contract import REGISTRY_KEY
 from torch.distributed.distributed_c10d import PrefixStore, Store
@@ -358,6 +359,15 @@ def functional_form(overload: Any) -> Any:
 
 
 # -- storage -------------------------------------------------------------------------------------------------------
+
+
+def strides_of(shape: Sequence[int], *, channels_last: bool = False) -> tuple[int, ...]:
+    """The strides of a contiguous tensor, or of one whose channels, dimension 1, lie side by side.
+
+    `torch._prims_common`: 2.11 to 2.13.
+    """
+    make: Any = make_channels_last_strides_for if channels_last else make_contiguous_strides_for
+    return tuple(make(shape))
 
 
 def negated_view(tensor: torch.Tensor) -> torch.Tensor:

@@ -19,14 +19,13 @@ from torch import nn
 
 from fxzero.capture.assemble import assemble
 from fxzero.capture.call import flatten_call
-from fxzero.capture.failures import check_arguments, explain, with_place
+from fxzero.capture.failures import check_arguments, explain
 from fxzero.capture.islands.marks import Islands
 from fxzero.capture.joint import Tracing
 from fxzero.capture.numbers import NO_NUMBERS, NumberSlot, PinnedNumberError, StandIns, take_out
 from fxzero.capture.outputs import OutputSpec
 from fxzero.capture.state import PythonState, state_of
 from fxzero.capture.trace import Tracer
-from fxzero.errors import CaptureError
 from fxzero.graph.layout import ParamSpec
 from fxzero.graph.sharding import Sharding
 from fxzero.graph.step import StepGraph
@@ -97,7 +96,7 @@ def capture(
     except Exception as error:
         if numbers:
             raise PinnedNumberError(str(error)) from error
-        explained = with_place(error) if isinstance(error, CaptureError) else explain(error)
+        explained = explain(error)
         if explained is None or explained is error:
             raise
         raise explained from error

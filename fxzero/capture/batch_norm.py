@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from fxzero import torch_internals
+
 aten = torch.ops.aten
 
 _CPU = aten.native_batch_norm.default
@@ -49,12 +51,8 @@ def with_real_strides(op: Any, args: tuple[Any, ...], result: Any) -> Any:
     if x.device.type != "cpu" or not isinstance(first, torch.Tensor):
         return result
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    order = list(range(x.dim()))
-    if x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()]) and not x.is_contiguous():
-        order.append(order.pop(1))
-    strides, expected = [1] * x.dim(), 1
-    for dim in reversed(order):
-        strides[dim], expected = expected, expected * max(x.shape[dim], 1)
+    is_last = x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()]) and not x.is_contiguous()
+    strides = torch_internals.strides_of(x.shape, channels_last=is_last)
     if all(size <= 1 or a == b for size, a, b in zip(x.shape, first.stride(), strides, strict=True)):
         return result
-    return (aten.as_strided.default(first, list(x.shape), strides), *result[1:])
+    return (aten.as_strided.default(first, list(x.shape), list(strides)), *result[1:])

@@ -166,39 +166,68 @@ def no_draws_of_python(others: Sequence[Any] = ()) -> Generator[None]:
     Raises:
         CaptureError: the block drew from Python's generator, from numpy's, or from one of the model's.
     """
-    state, numpy_state = random.getstate(), np.random.get_state()
-    held = [(each, each.getstate() if isinstance(each, random.Random) else each.bit_generator.state) for each in others]
     states = python_states(others)
-    try:
+    with same_draws_of_python(others):
         yield
         now = python_states(others)
-    finally:
-        for each, own in held:
-            if isinstance(each, random.Random):
-                each.setstate(own)
-            else:
-                each.bit_generator.state = own
     if now == states:
         return
     names = ["random", "numpy.random", *("a generator of the model's own" for _ in others)]
     drawn = next(name for name, a, b in zip(names, states, now, strict=True) if a != b)
-    random.setstate(state)
-    np.random.set_state(numpy_state)
     raise PythonDrawError(
         f"The forward draws from {drawn}, outside of torch: every step would use the value drawn at its trace. Draw "
         "with torch (torch.rand), or before the call, and pass the value in."
     )
 
 
+def restoring(generator: Any) -> Callable[[], object] | None:
+    """What gives a generator of torch, Python or numpy its present state again; None for any other object."""
+    if isinstance(generator, torch.Generator):
+        return functools.partial(generator.set_state, generator.get_state())
+    if isinstance(generator, random.Random):
+        return functools.partial(generator.setstate, generator.getstate())
+    if isinstance(generator, np.random.Generator):
+        return functools.partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
+    return None
+
+
 @contextlib.contextmanager
-def same_draws_of_python() -> Generator[None]:
-    """Restore Python's generator and numpy's after the block."""
+def same_draws_of_python(others: Sequence[Any] = ()) -> Generator[None]:
+    """Restore Python's generator, numpy's, and other objects of theirs after the block."""
     state, numpy_state = random.getstate(), np.random.get_state()
+    undo = [restore for each in others if (restore := restoring(each)) is not None]
     try:
         yield
     finally:
         random.setstate(state)
         np.random.set_state(numpy_state)
+        for restore in undo:
+            restore()
+
+
+def rng_state(device: torch.device | str) -> Tensor:
+    """The state of the CPU's generator, followed by that of `device` if it has a generator of its own.
+
+    Returns:
+        A uint8 tensor on the CPU; on the CPU device it is `torch.get_rng_state()`.
+    """
+    where = torch.device(device)
+    states = [torch.get_rng_state()]
+    if where.type != "cpu":
+        states.append(torch.get_device_module(where).get_rng_state(where).cpu())
+    return torch.cat(states)
+
+
+@contextlib.contextmanager
+def drawing_from(state: Tensor, device: torch.device) -> Generator[None]:
+    """Draw from a state that `rng_state(device)` returned; afterwards the generators are as they were before."""
+    num_cpu_bytes = torch.get_rng_state().numel()
+    beside_cpu = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(beside_cpu, device_type=device.type):
+        torch.set_rng_state(state[:num_cpu_bytes].clone())
+        for other in beside_cpu:
+            torch.get_device_module(other).set_rng_state(state[num_cpu_bytes:].clone(), other)
+        yield
 
 
 @contextlib.contextmanager

@@ -93,7 +93,7 @@ def check_arguments(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: 
 def explain(error: Exception) -> CaptureError | None:
     """The CaptureError to raise for an exception of the trace; None for an exception that the model raised itself."""
     if isinstance(error, FxzeroError):
-        return None
+        return _with_place(error) if isinstance(error, CaptureError) else None
     text = f"{type(error).__name__}: {error}"
     cure = next((cure for pattern, cure in _CURES if re.search(pattern, text)), None)
     frames = traceback.extract_tb(error.__traceback__)
@@ -116,7 +116,7 @@ def explain(error: Exception) -> CaptureError | None:
     return CaptureError(f"{what}: {cure}. ({summary})")
 
 
-def with_place(error: CaptureError) -> CaptureError:
+def _with_place(error: CaptureError) -> CaptureError:
     """The error with the user's source line, if it was raised in draws.py; else the error itself."""
     frames = traceback.extract_tb(error.__traceback__)
     users = [frame for frame in frames if is_user_file(frame.filename)]

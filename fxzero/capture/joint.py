@@ -208,9 +208,8 @@ class Tracing:
             writes, observers, left_behind = self._left_behind(state, tensors, given)
             differentiable = tuple(i for i, tensor in enumerate(tensors) if self.with_backward and tensor.requires_grad)
             loss = loss_index(output, tensors[:returned])
-            chosen = _choose(self.differentiated, differentiable, tensors, returned, loss)
-            if self.marks is not None and self.marks.sites and self.differentiated is None:
-                chosen = tuple(index for index in differentiable if index < returned)  # an island cannot run again
+            runs_once = self.marks is not None and bool(self.marks.sites)  # so it saves for whatever may be asked
+            chosen = _choose(self.differentiated, differentiable, tensors, returned, loss, takes_all=runs_once)
             if chosen:
                 recorder.label()
                 graph.call_function(ops.end_forward).meta[META_KEY] = NodeInfo(Role.END_FORWARD)
@@ -387,11 +386,15 @@ def _choose(
     tensors: Sequence[Tensor],
     num_returned: int,
     loss: int | None,
+    *,
+    takes_all: bool,
 ) -> tuple[int, ...]:
     """The outputs that get a tangent: the wanted ones, else the loss, else the only scalar, else all returned ones."""
     if wanted is not None:
         return tuple(index for index in wanted if index in differentiable)
     differentiable = tuple(index for index in differentiable if index < num_returned)
+    if takes_all:
+        return differentiable
     if loss in differentiable:
         return (loss,)
     scalars = [index for index in differentiable if tensors[index].dim() == 0]

@@ -12,7 +12,7 @@ import functools
 import linecache
 import os
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from types import FrameType
 from typing import Any
 
@@ -39,6 +39,20 @@ def is_user_file(filename: str) -> bool:
     if filename.startswith(_STANDARD_LIBRARY) and "site-packages" not in filename:
         return False
     return not filename.startswith(_TORCH) and (not filename.startswith(_FXZERO) or filename.startswith(_MODELS))
+
+
+@contextlib.contextmanager
+def around_forwards(before: Callable[..., None], after: Callable[..., None]) -> Generator[None]:
+    """Call functions before and after the forward of every module that runs in the block, after a failing one too."""
+    handles = (
+        register_module_forward_pre_hook(before),
+        register_module_forward_hook(after, always_call=True),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class Recorder:
@@ -94,13 +108,8 @@ class Recorder:
     @contextlib.contextmanager
     def following(self) -> Generator[None]:
         """Record the running module inside the block."""
-        before = register_module_forward_pre_hook(self._enter)
-        after = register_module_forward_hook(self._leave, always_call=True)
-        try:
+        with around_forwards(self._enter, self._leave):
             yield
-        finally:
-            before.remove()
-            after.remove()
 
     def _change(self) -> None:
         if not self.in_backward:

@@ -8,8 +8,8 @@ from typing import Any
 from torch import fx
 
 from fxzero.capture.assemble import check_lstm
-from fxzero.capture.draws import PythonDrawError, same_draws_of_python
-from fxzero.capture.failures import explain, with_place
+from fxzero.capture.draws import PythonDrawError
+from fxzero.capture.failures import explain
 from fxzero.capture.functional import functionalize
 from fxzero.capture.islands.find import DrawFinder, module_of
 from fxzero.capture.islands.marks import Islands, Marks, NeedsProbeError
@@ -82,8 +82,7 @@ class Tracer:
             except NotAnIslandError as error:
                 self._go_on_around(error.path, error, first)
             except Exception as error:
-                explained = with_place(error) if isinstance(error, CaptureError) else explain(error)
-                explained = explained or self._missed_state(error)
+                explained = explain(error) or self._missed_state(error)
                 if explained is None or not self._islands.finds:
                     raise
                 first = first or explained
@@ -108,7 +107,7 @@ class Tracer:
         return Traced(root, tracing, reads, tensors)
 
     def _run(self) -> tuple[fx.GraphModule, Tracing]:
-        with self._islands.marked() as marks, same_draws_of_python():
+        with self._islands.marked() as marks:
             self._running = tracing = self._make(self._stand_ins, marks)
             try:
                 return tracing.run(), tracing

@@ -8,9 +8,9 @@ from typing import Any, TypeAlias
 import torch
 
 from fxzero import torch_internals
+from fxzero.capture.draws import drawing_from, rng_state
 from fxzero.errors import FxzeroError, StaleBackwardError
 from fxzero.module.call_kind import Pattern
-from fxzero.module.initialize import drawing_from, rng_state
 from fxzero.module.replaced_data import Replaced, in_shards
 from fxzero.module.sharded_model import ShardedModel
 from fxzero.runtime.executable import Executable

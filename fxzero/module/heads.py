@@ -47,10 +47,9 @@ class Heads:
             The outputs, and whether forward must run again for them.
         """
         assumed = executable.plan.captured.differentiated
-        if self.is_alone and not (executable.has_islands and set(pattern) <= set(assumed)):
-            return pattern, pattern != assumed
-        if self.is_alone:  # what runs as it is runs once
-            return assumed, False
+        if self.is_alone:
+            runs_once = executable.has_islands and set(pattern) <= set(assumed)
+            return (assumed, False) if runs_once else (pattern, pattern != assumed)
         is_first = signature.trained not in self._settled
         executable.is_settled = True
         if not is_first and set(pattern) <= set(assumed):

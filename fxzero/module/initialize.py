@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from fxzero import torch_internals
+from fxzero.capture.draws import drawing_from, rng_state
 from fxzero.errors import CheckpointError
 from fxzero.module.registered_tensors import Entry, entries, join, plain_tensors
 
@@ -92,31 +93,6 @@ def check_meta_model(model: nn.Module, init_fn: InitFn | None = None, skip: Abst
                 f"{turn.entries[0].fqn} is on the meta device, {_class(turn.module)} has no reset_parameters() or "
                 f"_reset_parameters(), and the model no _init_weights(module). {_cure(turn.module)}"
             )
-
-
-def rng_state(device: torch.device | str) -> Tensor:
-    """The state of the CPU's generator, followed by that of `device` if it has a generator of its own.
-
-    Returns:
-        A uint8 tensor on the CPU; on the CPU device it is `torch.get_rng_state()`.
-    """
-    where = torch.device(device)
-    states = [torch.get_rng_state()]
-    if where.type != "cpu":
-        states.append(torch.get_device_module(where).get_rng_state(where).cpu())
-    return torch.cat(states)
-
-
-@contextmanager
-def drawing_from(state: Tensor, device: torch.device) -> Generator[None]:
-    """Draw from a state that `rng_state(device)` returned; afterwards the generators are as they were before."""
-    num_cpu_bytes = torch.get_rng_state().numel()
-    beside_cpu = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(beside_cpu, device_type=device.type):
-        torch.set_rng_state(state[:num_cpu_bytes].clone())
-        for other in beside_cpu:
-            torch.get_device_module(other).set_rng_state(state[num_cpu_bytes:].clone(), other)
-        yield
 
 
 def initialize(

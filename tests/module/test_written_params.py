@@ -161,6 +161,14 @@ def points(seed: int) -> Tensor:
     return torch.randn(4, 6, generator=torch.Generator().manual_seed(seed))
 
 
+def run_backwards(zero: fxzero.ZeroModule, plain: nn.Module) -> None:
+    """Three forwards and backwards of both, after each of which they are the same."""
+    for step in range(3):
+        for module in (zero, plain):
+            module(points(step)).backward()
+        assert_same(zero, plain)
+
+
 @pytest.mark.parametrize("write", WRITES, ids=lambda write: write.__name__.removeprefix("_"))
 def test_each_way_to_write(write: Callable[[Any, Tensor], Any]) -> None:
     zero, plain = pair(net(write))
@@ -192,10 +200,7 @@ def test_a_backward_through_the_new_value(
     model = net(write)
     model.differentiates_key = True
     zero, plain = pair(model, recompute=recompute)
-    for step in range(3):
-        for module in (zero, plain):
-            module(points(step)).backward()
-        assert_same(zero, plain)
+    run_backwards(zero, plain)
 
 
 def test_a_backward_whose_values_a_later_forward_wrote_is_refused() -> None:
@@ -239,10 +244,7 @@ def test_a_hook_of_forward_that_writes_does_so_once(write: Callable[[Any, Tensor
     model = Net()
     model.register_forward_pre_hook(hook)
     zero, plain = pair(model)
-    for step in range(3):
-        for module in (zero, plain):
-            module(points(step)).backward()
-        assert_same(zero, plain)
+    run_backwards(zero, plain)
 
 
 def test_a_hook_of_backward_that_writes_a_buffer_does_so_once() -> None:
@@ -255,10 +257,7 @@ def test_a_hook_of_backward_that_writes_a_buffer_does_so_once() -> None:
 
     last.register_full_backward_hook(hook)
     zero, plain = pair(model)
-    for step in range(3):
-        for module in (zero, plain):
-            module(points(step)).backward()
-        assert_same(zero, plain)
+    run_backwards(zero, plain)
 
 
 class WritesBehind(Net):

@@ -2,14 +2,14 @@
 
 import contextlib
 import fnmatch
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from fxzero.capture.draws import generators_of, python_states
+from fxzero.capture.provenance import around_forwards
 
 
 def module_of(trace: TracebackType | None, names: Mapping[int, str]) -> str | None:
@@ -60,18 +60,12 @@ class DrawFinder:
         self.found: str | None = None
         """The path of the module."""
 
-    @contextlib.contextmanager
-    def watching(self) -> Generator[None]:
+    def watching(self) -> contextlib.AbstractContextManager[None]:
         """Watch the forwards that run in the block."""
-        before = register_module_forward_pre_hook(
-            lambda module, args: self._entered.append(python_states(self._generators))
-        )
-        after = register_module_forward_hook(self._leave, always_call=True)
-        try:
-            yield
-        finally:
-            before.remove()
-            after.remove()
+        return around_forwards(self._enter, self._leave)
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        self._entered.append(python_states(self._generators))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._entered and self._entered.pop() != python_states(self._generators) and self.found is None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fxzero import torch_internals
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -46,18 +48,9 @@ def dense_stride(tensor: Tensor) -> tuple[int, ...]:
     expected, own = 1, tuple(tensor.stride())
     for stride, size in sorted(zip(own, tensor.shape, strict=True)):
         if size != 1 and stride != expected:
-            contiguous = [1]
-            for each in reversed(tensor.shape[1:]):
-                contiguous.append(contiguous[-1] * max(each, 1))
-            return tuple(reversed(contiguous[: tensor.dim()]))
+            return torch_internals.strides_of(tensor.shape)
         expected *= size
     return own
-
-
-def extent(tensor: Tensor) -> int:
-    """Bytes from the first to the last element in memory, of a tensor that is not empty."""
-    last = sum([(size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)])
-    return (last + 1) * tensor.element_size()
 
 
 def geometries(tensors: Sequence[Tensor]) -> tuple[Geometry, ...]:

@@ -60,13 +60,13 @@ class Islands:
         self.model = model
         self.finds = wanted is None
         """True if modules that cannot be traced become islands."""
-        self.names = {id(module): path for path, module in reversed([*model.named_modules()])}
+        self._look_at_modules()
         self._wanted = tuple(wanted or ())
         self.without_grad = False
         """True for a trace without a backward."""
         self._found: set[str] = set()
         if self.finds:
-            self._found.update(path for path, module in model.named_modules() if path and _is_opaque(module))
+            self._found.update(path for path, module in self._modules.items() if path and _is_opaque(module))
         self._refused: dict[str, str] = {}
         """Why modules cannot be islands, by path."""
         self._news: dict[str, str] = {}
@@ -81,22 +81,26 @@ class Islands:
         if wanted:
             self._check_wanted()
 
+    def _look_at_modules(self) -> None:
+        self._modules = dict(self.model.named_modules())
+        self.names = {id(module): path for path, module in self._modules.items()}
+
     def _check_wanted(self) -> None:
-        unknown = [each for each in self._wanted if not any(matches(path, [each]) for path in self.names.values())]
+        unknown = [each for each in self._wanted if not any(matches(path, [each]) for path in self._modules)]
         if unknown:
             raise ValueError(f"islands= has {unknown[0]!r}, which is the path of no module. '*' stands for one part.")
 
     @property
     def paths(self) -> list[str]:
         """The paths of the islands, without those inside of others."""
-        found = [path for path in self.names.values() if path in self._found or matches(path, self._wanted)]
+        found = [path for path in self._modules if path in self._found or matches(path, self._wanted)]
         if self.finds and self.without_grad:
-            found += [path for path in self.names.values() if _has_fast_path(self.model.get_submodule(path))]
+            found += [path for path, module in self._modules.items() if _has_fast_path(module)]
         return [path for path in found if not any(_is_inside(path, other) for other in found)]
 
     def forget_facts(self) -> None:
         """Learn anew what calls give: the state that decides it may have changed."""
-        self.names = {id(module): path for path, module in reversed([*self.model.named_modules()])}
+        self._look_at_modules()
         self._known, self._similar, self._slots, self._assumed, self._refused = {}, {}, {}, [], {}
 
     # -- finding -------------------------------------------------------------------------------------------------
@@ -118,13 +122,12 @@ class Islands:
     def _may_be_one(self, path: str) -> bool:
         """False for a module that is one already, that cannot be one, or that has no forward."""
         is_tried = path in self._refused or path in self._found or path in self.paths
-        return not is_tried and is_called(self.model.get_submodule(path))
+        return not is_tried and is_called(self._modules[path])
 
     def _like(self, path: str) -> list[str]:
         """The paths that are equal to one but for numbers, of modules of the same class."""
-        kind, pattern = type(self.model.get_submodule(path)), pattern_of(path)
-        like = [each for each in self.names.values() if pattern_of(each) == pattern]
-        return [each for each in like if type(self.model.get_submodule(each)) is kind]
+        kind, pattern = type(self._modules[path]), pattern_of(path)
+        return [each for each, module in self._modules.items() if type(module) is kind and pattern_of(each) == pattern]
 
     def announce(self) -> None:
         """Tell the user of the islands that were found since the last time."""
@@ -209,10 +212,10 @@ class Islands:
     def marked(self) -> Generator["Marks"]:
         """Let the forwards of islands be nodes of the trace in the block."""
         self._assumed = []
-        marks = Marks(self)
-        modules = [(path, self.model.get_submodule(path)) for path in self.paths if path]
-        before = [(vars(module), "forward" in vars(module), vars(module).get("forward")) for _, module in modules]
-        for path, module in modules:
+        marks = Marks(self, {path: self._modules[path] for path in self.paths})
+        inner = {path: module for path, module in marks.modules.items() if path}
+        before = [(vars(each), "forward" in vars(each), vars(each).get("forward")) for each in inner.values()]
+        for path, module in inner.items():
             vars(module)["forward"] = marks.forward_of(path, module)
         try:
             yield marks
@@ -243,6 +246,8 @@ class Marks:
     """The calls of islands in one trace."""
 
     islands: Islands
+    modules: Mapping[str, nn.Module]
+    """The islands by path."""
     sites: list[Site] = field(default_factory=list[Site])
     _numbers: Counter[str] = field(default_factory=Counter[str])
     _handles: dict[int, tuple[Site, Tensor]] = field(default_factory=dict[int, tuple[Site, Tensor]])
@@ -277,11 +282,11 @@ class Marks:
     @property
     def replaced(self) -> frozenset[int]:
         """Ids of the modules that are islands."""
-        return frozenset(id(self.islands.model.get_submodule(path)) for path in self.islands.paths)
+        return frozenset(map(id, self.modules.values()))
 
     def forward_of_model(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """What to call as the forward of the model: its own, unless all of it is an island."""
-        return self.forward_of("", self.islands.model) if self.islands.paths == [""] else forward
+        return self.forward_of("", self.modules[""]) if "" in self.modules else forward
 
     def forward_of(self, path: str, module: nn.Module) -> Callable[..., Any]:
         """What stands in the place of a module's forward."""
@@ -378,10 +383,10 @@ class Marks:
         of_buffers = [
             self._buffers[self._real_buffers[id(each)]] if id(each) in self._real_buffers else each for each in buffers
         ]
-        meta = tuple(
+        known = tuple(
             torch.empty_like(each, device="meta") if torch_internals.is_fake(each) else each for each in of_buffers
         )
-        return _Call(key, site, Example(geometries(tensors), real, meta))
+        return _Call(key, site, Example(geometries(tensors), real, known))
 
     def _site(
         self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

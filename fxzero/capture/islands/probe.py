@@ -3,7 +3,7 @@
 The weights are made up, since no rank has all of them; so are inputs that the model computes. They say nothing of the
 values that a step will have, but all of the geometry of the results, and of what backward reads:
 
-    run twice from one state        are the gradients equal?
+    a run                           its results, what it writes, what autograd saves
     run with other tensors between  weights and inputs are NaN where forward had them: NaN in the gradients means that
                                     backward reads one where no hook sees it
     run on other values             a shape that follows values cannot leave an island
@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import flop_registry
 
 from fxzero import torch_internals
-from fxzero.capture.draws import same_draws_of_python
+from fxzero.capture.draws import restoring, same_draws_of_python
 from fxzero.capture.islands.facts import UNKNOWN, Facts
 from fxzero.capture.islands.geometry import Geometry
 from fxzero.capture.islands.run import Run
@@ -105,8 +105,7 @@ def _learn(model: nn.Module, site: Site, values: _Values, state: Before, reads: 
         held_bytes=held,
         flops=(forward.total, backward.total),
     )
-    if site.has_backward:
-        facts = replace(facts, escapes=_escapes(site, facts, before, clean))
+    facts = replace(facts, escapes=_escapes(site, facts, before, clean))
     facts = replace(facts, outs=_with_grad(site, facts, _run_on_other_values(site, facts, before)))
     return facts, frozenset(written_state)
 
@@ -151,15 +150,24 @@ def _facts_of(site: Site, run: Run, values: _Values, before: _Values) -> Facts:
     saved = run.saved.found if isinstance(run.saved, NotingSaved) else ()
     found = {index - begin for index in saved if index >= begin}
     kept = tuple(sorted(found - {*written_inputs}))
-    facts = (run.output, tuple(outs), shares_memory, siblings, _kept(site), written_inputs, written_buffers, (), kept)
-    return Facts(*facts, escapes=False, held_bytes=0, flops=(0, 0))
+    return replace(
+        UNKNOWN,
+        output=run.output,
+        outs=tuple(outs),
+        shares_memory=shares_memory,
+        siblings=siblings,
+        keeps=_kept(site),
+        written_inputs=written_inputs,
+        written_buffers=written_buffers,
+        saved_inputs=kept,
+    )
 
 
 def _kept(site: Site) -> tuple[tuple[str, str], ...]:
     """Attributes in which the call has kept tensors that require grad.
 
     Raises:
-        NotAnIslandError: it keeps them in a container.
+        NotAnIslandError: it keeps them deeper than in a list or a dict.
     """
     found: list[tuple[str, str]] = []
     for path, module in site.module.named_modules():
@@ -380,17 +388,11 @@ class _Snapshot:
 
 def _undo(value: Any) -> Callable[[], object] | None:
     """What gives an object its present state again; None for one that has none."""
-    if isinstance(value, torch.Generator):
-        return partial(value.set_state, value.get_state())
-    if isinstance(value, random.Random):
-        return partial(value.setstate, value.getstate())
-    if isinstance(value, np.random.Generator):
-        return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
     if isinstance(value, np.ndarray):
         return partial(np.copyto, value, value.copy())
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not value.is_meta:
         return partial(_put_back, value, value.detach().clone())
-    return None
+    return restoring(value)
 
 
 def _put_back(tensor: Tensor, values: Tensor) -> None:

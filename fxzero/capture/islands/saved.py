@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fxzero import torch_internals
-from fxzero.capture.islands.geometry import extent
+from fxzero.graph.nodes import tensor_bytes
 
 
 class Spans:
@@ -31,7 +31,7 @@ class Spans:
                 begin = tensor.data_ptr()
                 at = bisect.bisect(self.begins, begin)
                 self.begins.insert(at, begin)
-                self.ends.insert(at, begin + extent(tensor))
+                self.ends.insert(at, begin + tensor_bytes(tensor))
                 self.indices.insert(at, self._count)
             self._count += 1
 
@@ -73,7 +73,7 @@ class Saved:
         is_view = tensor.is_conj() or tensor.is_neg() or tensor.dtype is not base.dtype
         if not is_view and tensor.shape == base.shape and tensor.stride() == base.stride():
             return index
-        if begin + extent(tensor) > self._ends[at]:
+        if begin + tensor_bytes(tensor) > self._ends[at]:
             return tensor.detach().clone()  # it lies over two weights
         offset = (begin - self._begins[at]) // tensor.element_size()
         return index, offset, tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg()

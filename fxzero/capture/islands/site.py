@@ -2,13 +2,14 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fxzero import torch_internals
+from fxzero.capture.draws import drawing_from, rng_state
 from fxzero.capture.islands.facts import UNKNOWN, Modes
 from fxzero.capture.islands.geometry import Geometry
 from fxzero.capture.islands.run import Run
@@ -103,8 +104,8 @@ class Site:
         """
         handle: Any = torch.empty(0, dtype=torch.uint8)
         if self.draws_again:
-            handle.draws = _random_state(self.device)
-        with contextlib.nullcontext() if again is None else _drawing_from(again, self.device):
+            handle.draws = rng_state(self.device)
+        with contextlib.nullcontext() if again is None else drawing_from(cast(Any, again).draws, self.device):
             run = self.run(inputs, params, buffers)
         handle.run = run
         owned = _storages([*inputs, *buffers]) | self._place(params)[1]
@@ -389,20 +390,3 @@ def _storages(tensors: Sequence[Tensor | None]) -> set[int]:
     addresses = {each.untyped_storage().data_ptr() for each in tensors if each is not None}
     addresses.discard(0)
     return addresses
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    other = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-    return torch.get_rng_state(), other
-
-
-@contextlib.contextmanager
-def _drawing_from(handle: Any, device: torch.device) -> Generator[None]:
-    """Draw inside the block what the call of a handle drew."""
-    indices = [] if device.type == "cpu" else [device.index or 0]
-    with torch.random.fork_rng(indices, device_type=device.type if indices else "cuda"):
-        state, other = handle.draws
-        torch.set_rng_state(state)
-        if other is not None:
-            torch.get_device_module(device).set_rng_state(other, device)
-        yield
