@@ -89,7 +89,8 @@ def compile(
             this rank alone.
         init_fn: initialises the modules of a meta model, as `model.apply(init_fn)` would.
         sync_init: send rank 0's parameters and buffers to all ranks; False trusts that all ranks have equal ones.
-        elementwise_optimizer: vouch that an optimizer of a class unknown to fxzero updates each element by itself.
+        elementwise_optimizer: vouch that an optimizer updates each element by itself, where steps of small parameters
+            do not show it. Optimizers of classes unknown to fxzero are tried so before their first step.
         memory_budget: bytes that a rank may use for everything in `zero.schedule.memory`; "auto" takes the free memory.
             Buckets that fit into the budget stay gathered from forward to backward, and under gradient accumulation
             until the shards change. They are chosen at the first call with a backward, for its shapes. Default: only

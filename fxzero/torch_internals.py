@@ -631,3 +631,29 @@ def global_hooks() -> tuple[dict[int, Any], ...]:
 def buffer_tables(module: nn.Module) -> tuple[Any, Any]:
     """The table of a module's own buffers, and the names of those that a state dict leaves out: 2.11 to 2.13."""
     return vars(module)[TENSOR_TABLES[1]], vars(module)["_non_persistent_buffers_set"]
+
+
+# -- optimizers/ ---------------------------------------------------------------------------------------------------
+
+
+_COPIES = frozenset(
+    {
+        *("abs_", "alias", "clone", "copy_", "detach", "empty_like", "fill_", "full_like", "new_empty", "set_"),
+        *("new_full", "new_ones", "new_zeros", "ones_like", "_to_copy", "view", "_unsafe_view", "zero_", "zeros_like"),
+        *("expand", "lift_fresh", "masked_fill", "masked_fill_", "new_empty_strided"),
+    }
+)
+"""Names of element-wise operators without the tag: 2.11 to 2.13."""
+_FOREACH_REDUCTIONS = frozenset({"_foreach_norm", "_foreach_max"})
+"""Of the operators on lists, those that are not element-wise: 2.11 to 2.13."""
+
+
+def is_elementwise(func: Any) -> bool:
+    """True if each element of the result of an ATen operator depends on one element of each tensor that it takes.
+
+    Names of operators: 2.11 to 2.13.
+    """
+    name = func.overloadpacket.__name__
+    if name.startswith(("_foreach_", "_fused_")):
+        return name not in _FOREACH_REDUCTIONS
+    return torch.Tag.pointwise in func.tags or name in _COPIES

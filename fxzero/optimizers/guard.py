@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from fxzero.errors import OptimizerError
 from fxzero.optimizers.classes import check_optimizer
 from fxzero.optimizers.marks import foreign_state, mark
+from fxzero.optimizers.probe import is_probe
 from fxzero.optimizers.state import ParamShard, fits, name_of, parameters_of, rehome_state, text_of
 
 
@@ -142,10 +143,14 @@ def _install_hook() -> None:
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+    if is_probe(optimizer):
+        return
     for guard in list(_guards.values()):
         guard.before_step(optimizer)
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+    if is_probe(optimizer):
+        return
     for guard in list(_guards.values()):
         guard.after_step(optimizer)
