@@ -24,7 +24,7 @@ from fxzero.graph.layout import LayoutName
 from fxzero.graph.sharding import Placement
 from fxzero.graph.step import Pass
 from fxzero.memory.report import MemoryReport
-from fxzero.module import ownership, parts, weights
+from fxzero.module import norms, ownership, parts, weights
 from fxzero.module.budget_round import held
 from fxzero.module.engine import Engine
 from fxzero.module.first_fill import fix_layout_without_trace
@@ -229,6 +229,7 @@ class ZeroModule(nn.Module):
         ownership.take_over(model)
         refuse_wrappers(self)
         parts.watch_parts(engine.sharded, self)
+        norms.watch_norms(engine.sharded)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model; the first call of each kind (shapes, train or eval, ...) traces and plans it.
@@ -345,8 +346,8 @@ class ZeroModule(nn.Module):
     ) -> torch.Tensor:
         """Clip the gradients of all ranks by their global norm, without a host synchronisation.
 
-        `torch.nn.utils.clip_grad_norm_` would take this rank's shards for whole gradients. `torch.amp.GradScaler` would
-        look for infinities in this rank's shards only: on several ranks use
+        `torch.nn.utils.clip_grad_norm_(zero.parameters(), ...)` does the same, if every rank calls it. But
+        `torch.amp.GradScaler` would look for infinities in this rank's shards only: on several ranks use
         `torch.distributed.fsdp.sharded_grad_scaler`.
 
         Args:
@@ -365,6 +366,33 @@ class ZeroModule(nn.Module):
         sharded = engine.sharded
         with sharded.phases.phase("clip_grad_norm_"):
             return engine.clip_grad_norm(sharded.gradients, sharded.comm, max_norm, norm_type, error_if_nonfinite)
+
+    def grad_norms(self, norm_type: float = 2.0) -> dict[str, torch.Tensor]:
+        """The norm of each parameter's whole gradient by name, with one all-reduce; a collective.
+
+        Args:
+            norm_type: the order of the norms: 2.0, infinity or another positive number.
+
+        Returns:
+            Tensors `[]` in fp32 or wider, equal on all ranks, of the parameters that have a gradient.
+
+        Raises:
+            ValueError: norm_type is not positive.
+            PlanError: there are no gradients yet, or `no_sync()` holds some.
+        """
+        sharded = self._fxzero_engine.sharded
+        with sharded.phases.phase("grad_norms"):
+            return norms.grad_norms(sharded, norm_type)
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        """Elements of all parameters, over all ranks, as of the model before it was sharded; tied ones count once.
+
+        Args:
+            only_trainable: leave out those that need no gradient.
+        """
+        sharded = self._fxzero_engine.sharded
+        params = sharded.params
+        return sum(spec.numel for fqn, spec in sharded.specs.items() if params[fqn].requires_grad or not only_trainable)
 
     # -- weights -------------------------------------------------------------------------------------------------
 
