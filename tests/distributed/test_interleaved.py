@@ -15,30 +15,29 @@ KEEP_ALL = {"bucket_bytes": 8192, "max_kept_bytes": None}
 
 @pytest.mark.parametrize(
     ("world_size", "name"),
-    [(1, "mixed"), (3, "gpt"), *((size, name) for size in (2, 3) for name in ("mlp", "net", "mixed"))],
+    [(1, "mixed"), (3, "gpt"), (2, "net"), (2, "mixed"), (3, "mlp"), (3, "mixed")],
 )
 def test_training_equals_replicated_training(world_size: int, name: str) -> None:
     (header,) = {schedule.splitlines()[0] for schedule in run_ranks(world_size, workers.train, name)}
     assert ("interleaved: " in header) == (world_size > 1)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw_foreach", "adam_fused"])
+@pytest.mark.parametrize("optimizer", ["adamw_foreach", "adam_fused"])
 def test_training_equals_replicated_training_for_each_kind_of_optimizer(optimizer: str) -> None:
     run_ranks(3, workers.train, "mlp", optimizer)
 
 
 def test_every_prefix_of_the_passes_trains_the_same() -> None:
-    prefixes = range(len(default_passes()), FIRST_COMPLETE_PREFIX - 1, -2)
+    prefixes = range(len(default_passes()), FIRST_COMPLETE_PREFIX - 1, -4)
     run_ranks(3, replicated.train_prefixes, "net", prefixes, "interleaved", timeout=120)
 
 
-@pytest.mark.parametrize("no_sync", [False, True])
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_both_layouts_accumulate_the_same_gradients_bit_for_bit(no_sync: bool, world_size: int) -> None:
+@pytest.mark.parametrize(("world_size", "no_sync"), [(2, True), (3, False)])
+def test_both_layouts_accumulate_the_same_gradients_bit_for_bit(world_size: int, no_sync: bool) -> None:
     run_ranks(world_size, workers.both_layouts, "mixed", no_sync)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [3])
 def test_clipping_by_the_largest_element_is_the_same_in_both_layouts_bit_for_bit(world_size: int) -> None:
     results = run_ranks(world_size, workers.both_layouts, "mixed", False, math.inf)
     assert all(norms == results[0] and len(norms) == 6 and norms[0::2] == norms[1::2] for norms in results)
@@ -64,7 +63,7 @@ def test_flags_may_reach_different_parameters_in_each_micro_batch(bucket_bytes: 
     run_ranks(2, workers.train_pair, bucket_bytes)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 3])
 def test_weights_move_between_layouts(world_size: int) -> None:
     run_ranks(world_size, workers.move_weights)
 

@@ -20,22 +20,22 @@ def _train(rank: int, world_size: int, name: str, options: dict[str, Any]) -> st
     return replicated.train(rank, world_size, name, **options)
 
 
-@pytest.mark.parametrize(("shape", "name"), [((2, 2), "gpt"), ((1, 2), "net"), ((2, 1), "gpt"), ((3, 1), "net")])
+@pytest.mark.parametrize(("shape", "name"), [((2, 2), "gpt"), ((1, 2), "net"), ((3, 1), "net")])
 def test_training_on_a_mesh_equals_replicated_training(shape: tuple[int, int], name: str) -> None:
     assert len(set(train(shape, name, seed_offset=5))) == 1
 
 
 def test_accumulation_adds_to_the_shards_of_all_nodes() -> None:
-    train((2, 2), "gpt", steps=2, micro_batches=2, lengths=((16,), (12, 16)))
+    train((2, 2), "net", steps=2, micro_batches=2)
 
 
 def test_no_sync_reduces_sums_over_nodes() -> None:
-    train((2, 2), "gpt", steps=1, micro_batches=3, no_sync=True)
+    train((2, 2), "net", steps=1, micro_batches=3, no_sync=True)
 
 
-@pytest.mark.parametrize("shape", [(2, 2), (3, 1)])
+@pytest.mark.parametrize("shape", [(2, 2)])
 def test_the_norm_on_a_mesh_is_that_of_replicated_training(shape: tuple[int, int]) -> None:
-    train(shape, "gpt", steps=1, clip=0.01)
+    train(shape, "net", steps=1, clip=0.01)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,6 @@ def test_training_on_a_mesh_is_the_same_under_other_options(shape: tuple[int, in
     [
         ((2, 1), "train_by_other_outputs", ()),
         ((2, 1), "train_with_flags", (1,)),
-        ((2, 2), "train_with_flags", (2**20,)),
         ((2, 2), "train_with_calls_in_between", ()),
         ((2, 1), "accumulate_without_sync", ()),
         ((2, 2), "fail_and_go_on", ()),
@@ -69,7 +68,7 @@ def test_what_works_on_one_group_works_on_a_mesh(shape: tuple[int, int], name: s
     run_ranks(shape[0] * shape[1], mesh_workers.on_mesh, shape, name, *args, group_timeout=10.0)
 
 
-@pytest.mark.parametrize("shape", [(2, 2), (3, 1)])
+@pytest.mark.parametrize("shape", [(2, 2)])
 def test_replicas_have_the_same_bits_after_several_steps(shape: tuple[int, int]) -> None:
     results = run_ranks(shape[0] * shape[1], mesh_workers.replicas, shape)
     for rank, (shards, everywhere) in enumerate(results):

@@ -8,7 +8,7 @@ from fxzero.passes import default_passes
 from fxzero.testing import run_ranks
 from tests.distributed import replicated
 
-SIZES_OF_MODELS = {"mlp": (1, 2, 3), "net": (1, 2, 3, 4), "gpt": (2,), "roberta": (3,)}
+SIZES_OF_MODELS = {"mlp": (2,), "net": (1, 2, 3, 4), "gpt": (2,), "roberta": (3,)}
 """World sizes on which each model is trained; transformers are trained on other sizes by the tests further down."""
 FIRST_COMPLETE_PREFIX = 4
 """The passes up to InsertReduceScatters: a graph with all its collectives, if not yet in a good order."""
@@ -27,7 +27,7 @@ def test_training_equals_replicated_training_for_each_kind_of_optimizer(optimize
     run_ranks(3, replicated.train, "mlp", optimizer)
 
 
-@pytest.mark.parametrize(("world_size", "name", "stride"), [(2, "net", 1), (3, "mlp", 3), (2, "gpt", 3)])
+@pytest.mark.parametrize(("world_size", "name", "stride"), [(2, "net", 2), (3, "mlp", 3), (2, "gpt", 5)])
 def test_every_prefix_of_the_passes_trains_the_same(world_size: int, name: str, stride: int) -> None:
     prefixes = range(len(default_passes()), FIRST_COMPLETE_PREFIX - 1, -stride)
     run_ranks(world_size, replicated.train_prefixes, name, prefixes, timeout=120)
@@ -44,8 +44,8 @@ def test_no_sync_reduces_the_sum_of_micro_batches(world_size: int) -> None:
 
 
 def test_ranks_may_have_different_lengths_when_rank_0_alone_meets_a_new_one() -> None:
-    lengths = ((16, 16, 16), (12, 16, 16), (16, 9, 16), (20, 16, 7))
-    run_ranks(3, replicated.train, "gpt", "adamw", None, 4, 1, False, lengths)
+    lengths = ((16, 16, 16), (12, 16, 16), (16, 9, 12))
+    run_ranks(3, replicated.train, "gpt", "adamw", None, 3, 1, False, lengths)
 
 
 def test_rank_0_wins_when_ranks_are_seeded_differently() -> None:
@@ -57,13 +57,12 @@ def test_clipping_is_within_1e_6_of_replicated_training(world_size: int) -> None
     run_ranks(world_size, replicated.train, "gpt", "adamw", None, 1, 1, False, ((16,),), 0, 0.01)
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_training_is_the_same_when_buckets_are_kept_until_backward(world_size: int) -> None:
+def test_training_is_the_same_when_buckets_are_kept_until_backward() -> None:
     sizes = {"bucket_bytes": 8192, "max_kept_bytes": None}
-    run_ranks(world_size, replicated.train, "gpt", "adamw", None, 3, 1, False, ((16,), (12, 16)), 0, None, sizes)
+    run_ranks(3, replicated.train, "gpt", "adamw", None, 3, 1, False, ((16,), (12, 16)), 0, None, sizes)
 
 
-@pytest.mark.parametrize(("name", "recompute"), [("gpt", "full"), ("gpt", 20000), ("net", "full"), ("net", 20000)])
+@pytest.mark.parametrize(("name", "recompute"), [("gpt", 20000), ("net", "full"), ("net", 20000)])
 def test_training_is_the_same_when_activations_are_recomputed(name: str, recompute: str | int) -> None:
     sizes: dict[str, Any] = {"bucket_bytes": 8192, "recompute": recompute}
     run_ranks(2, replicated.train, name, "adamw", None, 3, 1, False, ((9, 16), (16,), (12, 16)), 0, None, sizes)

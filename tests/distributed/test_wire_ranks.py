@@ -17,7 +17,7 @@ KEEP_ALL = {"max_kept_bytes": None}
 
 @pytest.mark.parametrize(
     "name, world_size, gather_dtype, reduce_dtype",
-    [*(("net", 2, *each) for each in DTYPES), ("gpt", 3, INT8, BF16)],
+    [*(("net", 2, *each) for each in DTYPES), ("net", 3, INT8, BF16)],
 )
 def test_training_equals_that_with_rounded_parameters_and_gradients(
     name: str, world_size: int, gather_dtype: torch.dtype | None, reduce_dtype: torch.dtype | None
@@ -27,7 +27,7 @@ def test_training_equals_that_with_rounded_parameters_and_gradients(
     assert ("sent as bfloat16" in header) == (reduce_dtype is not None)
 
 
-@pytest.mark.parametrize(("name", "gather_dtype"), [("mixed", BF16), ("mixed", INT8), ("mlp", INT8)])
+@pytest.mark.parametrize(("name", "gather_dtype"), [("mixed", BF16), ("mixed", INT8)])
 def test_training_equals_the_rounded_one_for_other_models(name: str, gather_dtype: torch.dtype) -> None:
     """Parameters of three dtypes, frozen, tied, empty and unused ones; odd sizes."""
     (header,) = {s.splitlines()[0] for s in run_ranks(3, workers.train, name, gather_dtype, BF16)}
@@ -41,7 +41,7 @@ def test_accumulated_gradients_equal_the_rounded_ones(no_sync: bool, sizes: dict
     run_ranks(2, _train, "net", INT8, BF16, arguments)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [3])
 def test_interleaved_layout_can_be_cast(world_size: int) -> None:
     run_ranks(world_size, _train, "mixed", BF16, BF16, {"layout": "interleaved", "micro_batches": 2})
 
