@@ -26,6 +26,7 @@ from torch.fx._lazy_graph_module import _use_lazy_graph_module  # pyright: ignor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx, set_proxy_slot
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -176,6 +177,12 @@ def fake_result(node: fx.Node) -> Any:
         return cast(Any, node.target)(*args, **kwargs)
 
 
+def values_of(tensor: torch.Tensor) -> Any:
+    """The numbers of a tensor that is not fake, also under a fake mode. `no_dispatch`: 2.11 to 2.13."""
+    with no_dispatch():
+        return tensor.tolist()
+
+
 def answer_device(op: Any, args: Any) -> torch.device | None:
     """The device of a fake tensor if `op` asks for it, else None. Two thirds of all calls of a dispatch mode ask so.
 
@@ -271,6 +278,14 @@ def next_sequence_number() -> int:
 def sequence_number(node: Any) -> int:
     """The sequence number of an autograd node. `Node._sequence_nr`: 2.11 to 2.13."""
     return node._sequence_nr()
+
+
+def saves_through_hooks() -> bool:
+    """True if hooks get the tensors that autograd saves, as in a checkpoint.
+
+    `torch._C._autograd._top_saved_tensors_default_hooks`: 2.11 to 2.13.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # pyright: ignore
 
 
 def apply_pending_updates(tensor: torch.Tensor) -> None:

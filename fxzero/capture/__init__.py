@@ -5,8 +5,8 @@
 
 joint.py traces; trace.py lets it try until all that cannot be traced is left as it is (islands/); draws.py makes random
 draws equal to eager's; provenance.py labels nodes with their modules; fake_tensors.py swaps the module's tensors;
-temporaries.py and functional.py remove in-place operators; assemble.py makes the StepGraph; failures.py explains why a
-model cannot be traced.
+in_place/ removes in-place operators; repeats/ traces repeated blocks once; assemble.py makes the StepGraph; failures.py
+explains why a model cannot be traced.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +24,7 @@ from fxzero.capture.islands.marks import Islands
 from fxzero.capture.joint import Tracing
 from fxzero.capture.numbers import NO_NUMBERS, NumberSlot, PinnedNumberError, StandIns, take_out
 from fxzero.capture.outputs import OutputSpec
+from fxzero.capture.repeats.capture import stamped
 from fxzero.capture.state import PythonState, state_of
 from fxzero.capture.trace import Tracer
 from fxzero.graph.layout import ParamSpec
@@ -61,6 +62,7 @@ def capture(
     differentiated: tuple[int, ...] | None = None,
     numbers: Sequence[NumberSlot] = (),
     islands: Islands | None = None,
+    stamps: bool = True,
 ) -> Captured:
     """Trace one call of a module.
 
@@ -76,6 +78,7 @@ def capture(
             else all.
         numbers: slots of the Python state whose numbers become inputs of the graph.
         islands: what is known of the parts that run as they are. Default: there are none.
+        stamps: False to trace every block, also those that repeat.
 
     Raises:
         PinnedNumberError: the trace needs one of these numbers itself.
@@ -86,8 +89,15 @@ def capture(
     inputs, spec = flatten_call(args, kwargs)
     make = partial(Tracing, module, forward, args, kwargs, inputs, spec, params, device, with_backward, differentiated)
     stand_ins = StandIns(numbers) if numbers else None
+    parts = Islands(module) if islands is None else islands
+    parts.without_grad = not with_backward
+    may_stamp = stamps and not numbers and not parts.paths
+    repeated = stamped(partial(make, None), module, params, sharding) if may_stamp else None
+    if repeated is not None:
+        joint = repeated.joint
+        state = state_of(module, repeated.reads, (), NO_NUMBERS, joint.writes, (), ())
+        return Captured(repeated.step, joint.output, joint.differentiable, joint.differentiated, state)
     try:
-        parts = Islands(module) if islands is None else islands
         traced = Tracer(make, stand_ins, parts, with_backward=with_backward).trace()
         root, joint = traced.root, traced.tracing.joint
         computed = NO_NUMBERS if stand_ins is None else take_out(root, stand_ins, joint.num_numbers)

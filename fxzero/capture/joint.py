@@ -28,6 +28,7 @@ from fxzero.capture.numbers import StandIns
 from fxzero.capture.outputs import OutputSpec, flatten_output, loss_index
 from fxzero.capture.provenance import Recorder, runs_python
 from fxzero.capture.reads import Reads
+from fxzero.capture.repeats.record import Record
 from fxzero.capture.slots import Read, Slot
 from fxzero.capture.state import tensors_read
 from fxzero.capture.writes import Before, Moment, Output, Write, output_in
@@ -79,6 +80,10 @@ class Tracing:
     """Symbolic numbers in the place of numbers of the Python state."""
     marks: Marks | None = None
     """The islands, whose forwards are replaced."""
+    record: Record | None = None
+    """What the forward runs, if it is to be known."""
+    rehearses: bool = False
+    """True if the forward only runs, for its record and for what it reads and leaves behind; nothing is traced."""
     joint: Joint = field(init=False)
     """Outputs of the graph; set by `run`."""
 
@@ -92,7 +97,7 @@ class Tracing:
             self.reads.replaced = self.marks.replaced
 
     def run(self) -> fx.GraphModule:
-        """Trace forward and backward into one graph.
+        """Trace forward and backward into one graph, which is empty after a rehearsal.
 
         Raises:
             CaptureError: the model keeps tensors where a compiled step would not update them.
@@ -118,6 +123,9 @@ class Tracing:
             torch_internals.checkpoints_without_backward(),
             fake,
         ):
+            if self.rehearses:
+                traced([], [], inputs, [])
+                return fx.GraphModule({}, fx.Graph())
             root = torch_internals.trace_fx(
                 traced, [*state.params.values()], [*state.buffers.values()], inputs, numbers
             )
@@ -172,20 +180,24 @@ class Tracing:
         numbers: list[Any],
     ) -> list[Any]:
         """The function that is traced: forward, boundary, backward."""
-        graph = torch_internals.traced_graph()
+        graph = fx.Graph() if self.rehearses else torch_internals.traced_graph()
         # make_fx switches autocast's cache off; but whether a weight is cast once or twice rounds its gradient.
         torch.set_autocast_cache_enabled(caches_casts)
-        self._label_placeholders(graph, state)
+        if not self.rehearses:
+            self._label_placeholders(graph, state)
         recorder, draws = Recorder(graph, self.module), Draws()
         self._recorder = recorder
         if self.marks is not None:
             real = list(zip(inputs, self.inputs, strict=True))
             self.marks.begin(state, self.params, real, draws, self.device, self.reads, self.before, self.forward)
+        if self.record is not None:
+            self.record.begin(state, inputs)
+        recording = contextlib.nullcontext() if self.record is None else self.record.following()
         leaves: dict[str | int, Tensor] = {}
         results: list[Any] = []
         # A checkpoint runs modules in backward, so the stand-ins stay until its end.
         with (
-            _Interceptor(draws, recorder, self.reads, self.marks),
+            _Interceptor(draws, recorder, self.reads, self.marks, self.record),
             recorder.following(),
             swapped_tensors(self.module, state),
         ):
@@ -198,7 +210,7 @@ class Tracing:
             grad = torch.set_grad_enabled(self.with_backward)
             set_data = SetData(state, inputs)
             watching, mode = self._observers.watching(self.module), _ForwardMode(set_data, self._observers)
-            with grad, watching, self.reads.following(), mode, noted_checks(self._observers.add_check):
+            with grad, watching, recording, self.reads.following(), mode, noted_checks(self._observers.add_check):
                 forward = self.forward if self.marks is None else self.marks.forward_of_model(self.forward)
                 output = call_module(self.module, forward, args, kwargs)
             set_data.forward_is_over()
@@ -210,11 +222,14 @@ class Tracing:
             loss = loss_index(output, tensors[:returned])
             runs_once = self.marks is not None and bool(self.marks.sites)  # so it saves for whatever may be asked
             chosen = _choose(self.differentiated, differentiable, tensors, returned, loss, takes_all=runs_once)
+            if self.record is not None:
+                self.record.end(tensors, chosen)
             if chosen:
+                leaves = {key: leaf for key, leaf in [*state.params.items(), *enumerate(inputs)] if leaf.requires_grad}
+            if chosen and not self.rehearses:
                 recorder.label()
                 graph.call_function(ops.end_forward).meta[META_KEY] = NodeInfo(Role.END_FORWARD)
                 draws.in_backward = True
-                leaves = {key: leaf for key, leaf in [*state.params.items(), *enumerate(inputs)] if leaf.requires_grad}
                 then = self.before.now()
                 outputs = [tensors[index] for index in chosen]
                 with self.reads.following() if runs_python(outputs) else contextlib.nullcontext():
@@ -343,9 +358,11 @@ class _ForwardMode(TorchFunctionMode):
 class _Interceptor(torch_internals.DispatchMode):
     """Runs every operator below autograd: draws go through `Draws`, and each node gets its source line."""
 
-    def __init__(self, draws: Draws, recorder: Recorder, reads: Reads, marks: Marks | None) -> None:
+    def __init__(
+        self, draws: Draws, recorder: Recorder, reads: Reads, marks: Marks | None, record: Record | None
+    ) -> None:
         super().__init__()
-        self._marks = marks
+        self._marks, self._record = marks, record
         self._reads = reads
         self._draws = draws
         self._recorder = recorder
@@ -359,6 +376,8 @@ class _Interceptor(torch_internals.DispatchMode):
                 self._marks.check_write(func, args, kwargs or {})
             run = run_declared if writes_undeclared(func) else self._draws.run
             result = with_real_strides(func, args, run(func, args, kwargs or {}))
+            if self._record is not None:
+                self._record.add(func, args, kwargs or {}, result)
             self._recorder.label_line()
         finally:
             if is_seen:

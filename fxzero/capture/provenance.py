@@ -91,7 +91,7 @@ class Recorder:
                 break
             line = line or self._user_line()
             node.meta["stack_trace"] = line
-        self._last_with_line = next(iter(reversed(self._graph.nodes)))
+        self._last_with_line = next(iter(reversed(self._graph.nodes)), None)
 
     def _user_line(self) -> str:
         frame: FrameType | None = sys._getframe(2)  # pyright: ignore[reportPrivateUsage]

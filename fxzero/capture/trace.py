@@ -5,12 +5,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from fxzero.capture.assemble import check_lstm
 from fxzero.capture.draws import PythonDrawError
 from fxzero.capture.failures import explain
-from fxzero.capture.functional import functionalize
+from fxzero.capture.in_place.functional import functionalize
+from fxzero.capture.in_place.temporaries import make_temporaries_functional
 from fxzero.capture.islands.find import DrawFinder, module_of
 from fxzero.capture.islands.marks import Islands, Marks, NeedsProbeError
 from fxzero.capture.islands.operators import bind
@@ -18,7 +20,6 @@ from fxzero.capture.islands.probe import NotAnIslandError
 from fxzero.capture.joint import Tracing, no_autocast
 from fxzero.capture.numbers import PinnedNumberError, StandIns
 from fxzero.capture.slots import Read
-from fxzero.capture.temporaries import make_temporaries_functional
 from fxzero.errors import CaptureError
 
 MOST_TRIES = 300
@@ -99,10 +100,7 @@ class Tracer:
         reads = list(tracing.reads.found.values())
         self._islands.check_reads(reads)
         tensors = tracing.read_as_inputs(root, reads)
-        make_temporaries_functional(root.graph)
-        with no_autocast(tracing.device):
-            root = functionalize(root)
-        check_lstm(root.graph)
+        root = functional(root, tracing.device)
         bind(root.graph)
         return Traced(root, tracing, reads, tensors)
 
@@ -149,3 +147,16 @@ class Tracer:
         if why := self._islands.why_not():
             raised = CaptureError(f"{why} And it cannot be traced: {raised}")
         raise raised from error
+
+
+def functional(root: fx.GraphModule, device: torch.device) -> fx.GraphModule:
+    """The functional graph of a traced one, which changes.
+
+    Raises:
+        CaptureError: it has an operator that has no backward outside of autograd.
+    """
+    make_temporaries_functional(root.graph)
+    with no_autocast(device):
+        root = functionalize(root)
+    check_lstm(root.graph)
+    return root
