@@ -100,8 +100,6 @@ def capture(
         if explained is None or explained is error:
             raise
         raise explained from error
-    state = state_of(
-        module, traced.reads, traced.tensors, computed, joint.writes, joint.observers, joint.observers_of_backward
-    )
+    state = state_of(module, traced.reads, traced.tensors, computed, joint.writes, joint.observers)
     step = assemble(root, joint, module, params, sharding)
     return Captured(step, joint.output, joint.differentiable, joint.differentiated, state)

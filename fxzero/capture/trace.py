@@ -11,6 +11,8 @@ from fxzero.capture.assemble import check_lstm
 from fxzero.capture.draws import PythonDrawError
 from fxzero.capture.failures import explain
 from fxzero.capture.functional import functionalize
+from fxzero.capture.hooks.observers import TracedHooksError
+from fxzero.capture.hooks.operators import bind as bind_hooks
 from fxzero.capture.islands.find import DrawFinder, module_of
 from fxzero.capture.islands.marks import Islands, Marks, NeedsProbeError
 from fxzero.capture.islands.operators import bind
@@ -57,6 +59,7 @@ class Tracer:
         self._make, self._stand_ins, self._islands = make, stand_ins, islands
         islands.without_grad = not with_backward
         self._running: Tracing | None = None
+        self._traced_hooks: frozenset[int] = frozenset()
 
     def trace(self) -> Traced:
         """Trace as often as it takes.
@@ -74,6 +77,10 @@ class Tracer:
                     return traced
             except PinnedNumberError:
                 raise
+            except TracedHooksError as error:
+                if error.hooks <= self._traced_hooks:
+                    raise CaptureError("A hook and the forward both set the same state.") from error
+                self._traced_hooks |= error.hooks
             except NeedsProbeError as needs:
                 try:
                     self._islands.learn(needs.call)
@@ -104,11 +111,13 @@ class Tracer:
             root = functionalize(root)
         check_lstm(root.graph)
         bind(root.graph)
+        bind_hooks(root.graph)
         return Traced(root, tracing, reads, tensors)
 
     def _run(self) -> tuple[fx.GraphModule, Tracing]:
         with self._islands.marked() as marks:
             self._running = tracing = self._make(self._stand_ins, marks)
+            tracing.observers.traced = self._traced_hooks
             try:
                 return tracing.run(), tracing
             except Exception:
