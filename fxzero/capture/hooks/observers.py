@@ -62,7 +62,8 @@ class _Call:
     """What the forward had set before it."""
     modes: HookModes
     last: fx.Node
-    versions: int
+    versions: tuple[int, ...]
+    """What changes when a tensor among the arguments is written, or made to require grad."""
     num_set_data: int
     num_hooked: int
     num_parts: int
@@ -81,7 +82,7 @@ class Observers:
         self.traced: frozenset[int] = frozenset()
         """Ids of hooks that set what forward reads."""
         self._after_forward: list[tuple[Callable[..., Any], tuple[Any, ...], HookModes]] = []
-        self._placed: list[tuple[Observer, list[Tensor], list[int]]] = []
+        self._placed: list[tuple[Observer, list[Tensor], list[tuple[int, ...]]]] = []
         """Observers at their place, the traced tensors that they get, and the versions of these then."""
         self._called: list[Any] = []
         """What nodes of the graph call."""
@@ -375,6 +376,7 @@ def _trains(value: Tensor) -> bool | None:
     return value.requires_grad if isinstance(value, nn.Parameter) else None
 
 
-def _versions(arguments: tuple[Any, ...]) -> int:
-    """A number that changes when a tensor among the arguments of a hook is written."""
-    return torch_internals.num_changes([leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)])
+def _versions(arguments: tuple[Any, ...]) -> tuple[int, ...]:
+    """Numbers that change when a tensor among the arguments of a hook is written, or made to require grad."""
+    tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+    return torch_internals.num_changes(tensors), sum(tensor.requires_grad for tensor in tensors)
