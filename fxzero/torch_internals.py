@@ -143,6 +143,13 @@ def is_symbolic(value: Any) -> bool:
     return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
+def pinned(value: Any) -> Any:
+    """The number that a symbolic one stands for, which is a constant of the trace then; any other value as it is."""
+    if isinstance(value, torch.SymBool):
+        return bool(value)
+    return int(value) if isinstance(value, torch.SymInt) else float(value) if is_symbolic(value) else value
+
+
 def has_symbolic_shape(value: Any) -> bool:
     """True for a tensor whose shape or strides have a symbolic number."""
     return isinstance(value, torch.Tensor) and any(map(is_symbolic, (*value.shape, *value.stride())))
@@ -616,6 +623,11 @@ MODULE_ATTRIBUTES = frozenset(
 def registered(module: nn.Module) -> tuple[dict[str, Any], ...]:
     """The tables in which `Module.__getattr__` looks: 2.11 to 2.13."""
     return tuple(vars(module).get(table, {}) for table in (*TENSOR_TABLES, MODULE_TABLE))
+
+
+def tensors_of(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """The tables of a module's own parameters and buffers, by the names of their attributes: 2.11 to 2.13."""
+    return {name: vars(module)[name] for name in TENSOR_TABLES}
 
 
 def children_of(module: nn.Module) -> dict[str, Any]:

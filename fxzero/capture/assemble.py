@@ -15,7 +15,7 @@ from fxzero.errors import CaptureError
 from fxzero.graph import ops
 from fxzero.graph.aliasing import is_view
 from fxzero.graph.layout import ParamSpec
-from fxzero.graph.nodes import META_KEY, NodeInfo, Role, info, role
+from fxzero.graph.nodes import META_KEY, NodeInfo, Role, info, is_observer, role
 from fxzero.graph.sharding import Sharding
 from fxzero.graph.step import StepGraph
 
@@ -51,6 +51,7 @@ def assemble(
     graph.eliminate_dead_code()
     check_written(step)
     _detach_outputs(step)
+    _copy_observed(step)
     for target in constants.keys() - {cast(str, node.target) for node in graph.find_nodes(op="get_attr")}:
         del constants[target]
     graph.lint()
@@ -248,6 +249,14 @@ def _detach_outputs(step: StepGraph) -> None:
             target = aten.clone.default if is_param else aten.alias.default
             outputs[index] = _insert(step.graph, step.end_forward or step.output, target, output)
     step.set_output(outputs, step.grads, step.input_grads)
+
+
+def _copy_observed(step: StepGraph) -> None:
+    """Let hooks get copies of parameters and of views of them, whose memory is another's later."""
+    for call in [node for node in step.graph.nodes if is_observer(node)]:
+        for source in call.all_input_nodes:
+            if role([*_origins(source)][-1]) is Role.PARAM:
+                call.replace_input_with(source, _insert(step.graph, call, aten.clone.default, source))
 
 
 def _insert(graph: fx.Graph, before: fx.Node, target: Any, source: fx.Node) -> fx.Node:

@@ -7,6 +7,7 @@ Every tensor is fake and of full size. A trace uses no memory, draws nothing, an
 """
 
 import contextlib
+import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +23,9 @@ from fxzero.capture.call import CallSpec, replace_numbers, replace_tensors
 from fxzero.capture.checks import noted_checks
 from fxzero.capture.draws import Draws, generators_of, no_draws_of_python, numbered_draws
 from fxzero.capture.fake_tensors import FakeState, swapped_tensors
-from fxzero.capture.hooks import Observer, Observers
+from fxzero.capture.hooks.autograd_node import HookedNode
+from fxzero.capture.hooks.observer import Observer
+from fxzero.capture.hooks.observers import Observers, reads_values
 from fxzero.capture.islands.marks import Marks
 from fxzero.capture.numbers import StandIns
 from fxzero.capture.outputs import OutputSpec, flatten_output, loss_index
@@ -31,6 +34,7 @@ from fxzero.capture.reads import Reads
 from fxzero.capture.repeats.record import Record
 from fxzero.capture.slots import Read, Slot
 from fxzero.capture.state import tensors_read
+from fxzero.capture.users_code import is_followed_file
 from fxzero.capture.writes import Before, Moment, Output, Write, output_in
 from fxzero.capture.written_params import SetData, check_frozen
 from fxzero.errors import CaptureError, InputMismatchError
@@ -41,7 +45,7 @@ from fxzero.graph.nodes import META_KEY, NodeInfo, Role, add_placeholder
 
 @dataclass(frozen=True)
 class Joint:
-    """The outputs of a traced graph: first those of the model, then a group for each of the last three fields."""
+    """The outputs of a traced graph: first those of the model, then a group for each of three fields."""
 
     output: OutputSpec
     num_outputs: int
@@ -56,8 +60,7 @@ class Joint:
     """Indices of inputs whose gradients are outputs."""
     writes: tuple[Write, ...]
     observers: tuple[Observer, ...]
-    observers_of_backward: tuple[Observer, ...]
-    """Their tensors are the last outputs of the traced graph."""
+    """To call after forward."""
     num_numbers: int
     """Numbers that are left behind, as the first outputs of the traced graph."""
 
@@ -91,7 +94,7 @@ class Tracing:
         self._fake_mode = torch_internals.fake_tensor_mode() if self.stand_ins is None else self.stand_ins.fake_mode
         self.before = Before(self.module)
         self.reads = Reads(self.module, self.before.add, self.before.add_place, self.before.alive)
-        self._observers = Observers(self.reads, self.before)
+        self.observers = Observers(self.reads, self.before, self.device.type)
         self._recorder: Recorder | None = None
         if self.marks is not None:
             self.reads.replaced = self.marks.replaced
@@ -209,10 +212,11 @@ class Tracing:
                 args, kwargs = replace_numbers(self.spec, args, kwargs, arguments)
             grad = torch.set_grad_enabled(self.with_backward)
             set_data = SetData(state, inputs)
-            watching, mode = self._observers.watching(self.module), _ForwardMode(set_data, self._observers)
-            with grad, watching, recording, self.reads.following(), mode, noted_checks(self._observers.add_check):
+            watching, mode = self.observers.watching(self.module), _ForwardMode(set_data, self.observers)
+            with grad, watching, recording, self.reads.following(), mode, noted_checks(self.observers.add_check):
                 forward = self.forward if self.marks is None else self.marks.forward_of_model(self.forward)
                 output = call_module(self.module, forward, args, kwargs)
+                self.observers.end_forward()
             set_data.forward_is_over()
             check_frozen(state, self.params)
             tensors, spec = flatten_output(output)
@@ -232,19 +236,20 @@ class Tracing:
                 draws.in_backward = True
                 then = self.before.now()
                 outputs = [tensors[index] for index in chosen]
-                with self.reads.following() if runs_python(outputs) else contextlib.nullcontext():
+                follows = self.reads.following() if runs_python(outputs) else contextlib.nullcontext()
+                with follows, self.observers.watching(self.module):  # a checkpoint runs hooks of forward again
                     results = self._backward(outputs, [*leaves.values()], recorder)
                 self._check_state_of_backward(then)
                 set_data.check_backward()
         recorder.label()
-        observers_of_backward, observed = self._observers.found_in_backward()
+        self.observers.check()
         grads = tuple(key for key in leaves if isinstance(key, str))
         input_grads = tuple(key for key in leaves if isinstance(key, int))
         self.joint = Joint(
             spec, len(tensors), differentiable, chosen, tuple(state.rebound), grads, input_grads, writes, observers,
-            observers_of_backward, len(left_behind),
+            len(left_behind),
         )  # fmt: skip
-        return [*left_behind, *tensors, *state.rebound.values(), *results, *observed]
+        return [*left_behind, *tensors, *state.rebound.values(), *results]
 
     def _check_state_of_backward(self, then: Moment) -> None:
         name = self.before.changed_since(then)
@@ -286,7 +291,7 @@ class Tracing:
 
         self.reads.add_class_writes(self.before.class_writes())
         writes = tuple(self.before.writes(self.reads.set_slots, given, index_of))
-        return writes, self._observers.found(index_of), numbers
+        return writes, self.observers.found(index_of), numbers
 
     def _label_placeholders(self, graph: fx.Graph, state: FakeState) -> None:
         infos = [NodeInfo(Role.PARAM, name) for name in state.params]
@@ -338,8 +343,12 @@ class _ForwardMode(TorchFunctionMode):
             self._observers.num_set_data += 1
             return self._set_data.set(name, *args)
         if func == Tensor.register_hook:
+            self._observers.num_hooked += 1
             self._check_hooked(args[0])
             return func(args[0], self._observers.of_backward(args[1]))
+        if func == cast(Any, Tensor.grad_fn).__get__ and _is_called_by_user():
+            node = func(*args, **(kwargs or {}))
+            return None if node is None else HookedNode.of(node, self._watched_on_node)
         if func == Tensor.retain_grad and not args[0].is_leaf:
             raise CaptureError(
                 "The forward calls retain_grad() on a tensor inside of the model, whose gradient the backward of a "
@@ -347,12 +356,22 @@ class _ForwardMode(TorchFunctionMode):
             )
         return func(*args, **(kwargs or {}))
 
+    def _watched_on_node(self, hook: Any) -> Any:
+        self._observers.num_hooked += 1
+        return self._observers.of_backward(hook)
+
     def _check_hooked(self, tensor: Tensor) -> None:
         if (name := self._set_data.name_of(tensor)) is not None:
             raise CaptureError(
                 f"The forward registers a hook on parameter {name}, in each call one more. "
                 "Register a hook once, before training: register_post_accumulate_grad_hook gets its shard's gradient."
             )
+
+
+def _is_called_by_user() -> bool:
+    """True if code of the user runs the function whose `__torch_function__` has called this."""
+    caller = sys._getframe(2)  # pyright: ignore[reportPrivateUsage]
+    return is_followed_file(caller.f_code.co_filename)
 
 
 class _Interceptor(torch_internals.DispatchMode):
@@ -374,6 +393,8 @@ class _Interceptor(torch_internals.DispatchMode):
                 return device
             if self._marks is not None:
                 self._marks.check_write(func, args, kwargs or {})
+            if self._reads.is_in_trial and reads_values(func):
+                raise CaptureError(f"A hook reads the values of a tensor ({func}).")
             run = run_declared if writes_undeclared(func) else self._draws.run
             result = with_real_strides(func, args, run(func, args, kwargs or {}))
             if self._record is not None:

@@ -21,7 +21,7 @@ import types
 import weakref
 from collections.abc import Callable, Collection, Generator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 from torch import Tensor, nn
@@ -44,6 +44,14 @@ _OF_LIBRARY = (types.SimpleNamespace, collections.UserDict, collections.UserList
 _DEPTH = 8
 """Levels of containers in containers that are followed."""
 _SIZE = "the number of attributes"
+
+
+class ReadsMoment(NamedTuple):
+    """What was known at some time of a forward."""
+
+    found: dict[Slot, Read]
+    set_slots: set[Slot]
+    codes: dict[types.CodeType, list[tuple[int, ...]]]
 
 
 class Reads:
@@ -69,6 +77,13 @@ class Reads:
         """Ids of modules whose forward is not their own during a trace, beside the model."""
         self.set_slots: set[Slot] = set()
         """Attributes that were set."""
+        self.num_bound = 0
+        """Times that a parameter, a buffer or a submodule was set."""
+        self.observed: dict[Any, int] = {}
+        """Maps slots, and ids of containers, that hooks change for which this is no trace, to the ids of the hooks."""
+        self.conflicts: set[int] = set()
+        """The hooks among them whose changes the forward reads, or makes too."""
+        self._seen: set[Any] | None = None
         self._model, self._on_object, self._on_store = model, on_object, on_store
         self._alive = alive
         self._followed: set[int] = set()
@@ -102,6 +117,38 @@ class Reads:
                     self._scan(code, space)
                 self._add_cells()
                 self._read_wrapped_again()
+
+    @contextlib.contextmanager
+    def trial(self) -> Generator[set[Any]]:
+        """Note the slots, and the ids of containers, that the block reads. What it sets is no conflict."""
+        outer, self._seen = self._seen, set()
+        try:
+            yield self._seen
+        finally:
+            self._seen = outer
+
+    @property
+    def is_in_trial(self) -> bool:
+        """True while the block of a trial runs."""
+        return self._seen is not None
+
+    def now(self) -> ReadsMoment:
+        """What is known now."""
+        codes = {code: list(calls) for code, calls in self._codes.items()}
+        return ReadsMoment(dict(self.found), set(self.set_slots), codes)
+
+    def go_back_to(self, then: ReadsMoment) -> None:
+        """Forget what was learnt since some time."""
+        self.found, self.set_slots, self._codes = dict(then.found), set(then.set_slots), then.codes
+
+    def _touch(self, *keys: Any) -> None:
+        """Code reads or sets slots, or meets containers."""
+        if not self._is_on or threading.get_ident() != self._thread:
+            return
+        if self._seen is not None:
+            self._seen.update(keys)
+        elif self.observed:
+            self.conflicts.update(self.observed[key] for key in keys if key in self.observed)
 
     @contextlib.contextmanager
     def _patches(self) -> Generator[None]:
@@ -187,8 +234,11 @@ class Reads:
 
         def setattribute(obj: Any, name: str, value: Any) -> None:
             if self._counts(obj):
+                self._touch((id(obj), name))
                 self.set_slots.add((id(obj), name))
                 self._alive.append(obj)
+                if isinstance(obj, nn.Module):
+                    self.num_bound += any(name in table for table in torch_internals.registered(obj))
             put(obj, name, value)
 
         methods: dict[str, Any] = {"__getattribute__": getattribute, "__setattr__": setattribute}
@@ -213,6 +263,8 @@ class Reads:
 
     def _on_read(self, obj: Any, name: str, value: Any) -> None:
         slot = (id(obj), name)
+        if self._seen is not None or self.observed:
+            self._touch(slot, id(value))
         if slot in self.found or slot in self.set_slots or not self._counts(obj):
             return
         if isinstance(obj, nn.Module) and (name in torch_internals.MODULE_ATTRIBUTES or name == "training"):
@@ -221,7 +273,7 @@ class Reads:
             return
         if name == "forward" and (obj is self._model or id(obj) in self.replaced):  # which fxzero replaces
             return
-        with self._muted():
+        with self.muted():
             read = _locate(obj, name, value)
             if read is not None:
                 self._add(slot, read)
@@ -233,7 +285,8 @@ class Reads:
             self._add((id(attributes), _SIZE), _size_of(attributes, type(obj).__qualname__))
 
     @contextlib.contextmanager
-    def _muted(self) -> Generator[None]:
+    def muted(self) -> Generator[None]:
+        """See nothing in the block."""
         self._is_on, was = False, self._is_on
         try:
             yield
@@ -251,7 +304,7 @@ class Reads:
 
     def follow(self, value: Any) -> None:
         """Follow an object that a forward will meet, such as a hook."""
-        with self._muted():
+        with self.muted():
             self._follow(value)
 
     def _follow(self, value: Any, depth: int = _DEPTH) -> None:
@@ -308,7 +361,9 @@ class Reads:
         code = frame.f_code
         if not self._is_on or threading.get_ident() != self._thread:
             return
-        with self._muted():
+        if self._seen is not None or self.observed:
+            self._touch_names(frame)
+        with self.muted():
             if code not in self._codes:
                 self._codes[code] = []
                 self._scan(code, frame.f_globals)
@@ -332,6 +387,12 @@ class Reads:
                     self._alive.append(first)
                 elif id(first) not in self._made_here and hasattr(type(first), code.co_name):
                     self._follow(first)  # an object that keeps state
+
+    def _touch_names(self, frame: types.FrameType) -> None:
+        """Code is about to run that may read globals and variables of its closure."""
+        code, space, values = frame.f_code, frame.f_globals, frame.f_locals
+        self._touch(*((id(space), name) for name in code.co_names), *(id(space.get(name)) for name in code.co_names))
+        self._touch(*(id(values.get(name)) for name in code.co_freevars))
 
     def _scan(self, code: types.CodeType, space: dict[str, Any]) -> None:
         """Add what code names that is about to run, and note what it sets."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fxzero.capture.guards import Guards
-from fxzero.capture.hooks import Observer
+from fxzero.capture.hooks.observer import Observer
 from fxzero.capture.numbers import Numbers, NumberSlot
 from fxzero.capture.slots import ABSENT, Read
 from fxzero.capture.writes import Write, put
@@ -45,8 +45,6 @@ class PythonState:
     writes: tuple[Write, ...]
     observers: tuple[Observer, ...]
     """Hooks to call after each forward."""
-    observers_of_backward: tuple[Observer, ...]
-    """Hooks to call after each backward."""
     candidates: tuple[NumberSlot, ...]
     """Numbers that the forward read and that the graph has as constants."""
 
@@ -104,7 +102,6 @@ def state_of(
     numbers: Numbers,
     writes: tuple[Write, ...],
     observers: tuple[Observer, ...],
-    observers_of_backward: tuple[Observer, ...],
 ) -> PythonState:
     """The state of a trace that is over.
 
@@ -115,8 +112,7 @@ def state_of(
     inputs |= {each.slot: each.value for each in numbers.slots}
     guards = Guards(model, reads, inputs)
     candidates = {each.slot: each for each in _number_slots(reads, guards) if each.slot not in inputs}
-    of_hooks = observers, observers_of_backward
-    return PythonState(guards, numbers, tuple(tensors), writes, *of_hooks, tuple(candidates.values()))
+    return PythonState(guards, numbers, tuple(tensors), writes, observers, tuple(candidates.values()))
 
 
 def tensors_read(reads: Sequence[Read], constants: Mapping[str, Tensor]) -> dict[str, tuple[dict[Any, Any], Any]]:

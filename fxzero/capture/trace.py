@@ -11,6 +11,8 @@ from torch import fx
 from fxzero.capture.assemble import check_lstm
 from fxzero.capture.draws import PythonDrawError
 from fxzero.capture.failures import explain
+from fxzero.capture.hooks.observers import TracedHooksError
+from fxzero.capture.hooks.operators import bind as bind_hooks
 from fxzero.capture.in_place.functional import functionalize
 from fxzero.capture.in_place.temporaries import make_temporaries_functional
 from fxzero.capture.islands.find import DrawFinder, module_of
@@ -58,6 +60,7 @@ class Tracer:
         self._make, self._stand_ins, self._islands = make, stand_ins, islands
         islands.without_grad = not with_backward
         self._running: Tracing | None = None
+        self._traced_hooks: frozenset[int] = frozenset()
 
     def trace(self) -> Traced:
         """Trace as often as it takes.
@@ -75,6 +78,10 @@ class Tracer:
                     return traced
             except PinnedNumberError:
                 raise
+            except TracedHooksError as error:
+                if error.hooks <= self._traced_hooks:
+                    raise CaptureError("A hook and the forward both set the same state.") from error
+                self._traced_hooks |= error.hooks
             except NeedsProbeError as needs:
                 try:
                     self._islands.learn(needs.call)
@@ -102,11 +109,13 @@ class Tracer:
         tensors = tracing.read_as_inputs(root, reads)
         root = functional(root, tracing.device)
         bind(root.graph)
+        bind_hooks(root.graph)
         return Traced(root, tracing, reads, tensors)
 
     def _run(self) -> tuple[fx.GraphModule, Tracing]:
         with self._islands.marked() as marks:
             self._running = tracing = self._make(self._stand_ins, marks)
+            tracing.observers.traced = self._traced_hooks
             try:
                 return tracing.run(), tracing
             except Exception:

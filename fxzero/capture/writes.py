@@ -245,14 +245,33 @@ class Before:
             {slot: owner.get(key, ABSENT) for slot, (owner, key, *_) in self._places.items()},
         )
 
-    def differs_from(self, then: Moment) -> bool:
-        """True if a container or a place holds other objects than at some time in the forward."""
-        places = self._places.items()
-        return any(
-            _differs(now, then.containers.get(key, before)) for key, (now, before) in self._containers.items()
-        ) or any(
-            owner.get(key, ABSENT) is not then.places.get(slot, before) for slot, (owner, key, before, _) in places
-        )
+    def changes_since(self, then: Moment) -> dict[Any, Any]:
+        """Maps slots, and ids of containers, that hold something else than at some time in the forward to what it is.
+
+        Of a container it is a list of what is new in it.
+        """
+        changes: dict[Any, Any] = {}
+        for key, (object_id, attributes, before) in self._objects.items():
+            known = then.attributes.get(key, before)
+            for name in known.keys() | attributes.keys():
+                now = attributes.get(name, ABSENT)
+                is_own = _is_cache(name) or name in torch_internals.MODULE_ATTRIBUTES
+                if now is not known.get(name, ABSENT) and not is_own:
+                    changes[object_id, name] = now
+        for key, (container, before) in self._containers.items():
+            content = then.containers.get(key, before)
+            if _differs(container, content):
+                held = set(map(id, _items(content)))
+                changes[key] = [each for each in _items(container) if id(each) not in held]
+        for slot, (owner, key, before, _) in self._places.items():
+            if (now := owner.get(key, ABSENT)) is not then.places.get(slot, before):
+                changes[slot] = now
+        return changes
+
+    @property
+    def num_parts(self) -> int:
+        """Hooks and submodules that there are now."""
+        return sum(len(table) for table, _ in self._structure)
 
     def changed_since(self, then: Moment) -> str | None:
         """The name of something that holds another value than at some time in the forward; None if there is nothing.

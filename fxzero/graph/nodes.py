@@ -176,6 +176,11 @@ def is_island(node: fx.Node) -> bool:
     return node.target in (ops.island_forward, ops.island_backward)
 
 
+def is_observer(node: fx.Node) -> bool:
+    """True for a call of a hook that only looks at tensors."""
+    return node.target is ops.observe
+
+
 def may_be_missing(slot: fx.Node) -> bool:
     """True for a write_grad whose gradient may be None in a step: of a parameter that an island need not reach."""
     grad = grad_of(slot)
@@ -247,7 +252,9 @@ def is_in_place(node: fx.Node) -> bool:
 
 def is_pure(node: fx.Node) -> bool:
     """True for compute that gives the same value when this rank runs it again by itself, and changes nothing."""
-    return role(node) is Role.COMPUTE and not (is_in_place(node) or is_random(node) or model_collective(node))
+    if role(node) is not Role.COMPUTE or is_observer(node):
+        return False
+    return not (is_in_place(node) or is_random(node) or model_collective(node))
 
 
 def tensor_bytes(value: Any) -> int:

@@ -10,8 +10,9 @@
     end_forward()                               the boundary between the forward and the backward phase
     handle, *results = island_forward(site, ..) a part of the model that runs as it is; these two are called
     gradients = island_backward(site, ..)       its backward
+    observe(observer, *tensors)                 a hook of the model that only looks at tensors; called too
 
-The position of a node in the graph is its place in the schedule. The functions, but for those of islands, are never
+The position of a node in the graph is its place in the schedule. The functions, but for the last three, are never
 called: `codegen.py` replaces them.
 """
 
@@ -96,3 +97,9 @@ def island_backward(
 ) -> Sequence[Any]:
     """Run the backward of an island; see `fxzero.capture.islands.site.Site.backward`."""
     return site.backward(handle, grads, inputs, params, buffers, sums)
+
+
+@fx.has_side_effect
+def observe(observer: Any, *tensors: Any) -> None:
+    """Call a hook with tensors of the step; see `fxzero.capture.hooks.observer.Observer.run`."""
+    observer.run(tensors)

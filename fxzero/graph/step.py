@@ -163,6 +163,12 @@ class StepGraph:
         return cast(Any, self.output.args[0])[0]
 
     @property
+    def observed(self) -> set[fx.Node]:
+        """The tensors that hooks of the model look at."""
+        calls = self.graph.find_nodes(op="call_function", target=ops.observe)
+        return {tensor for call in calls for tensor in call.all_input_nodes}
+
+    @property
     def new_values(self) -> dict[str, fx.Node]:
         """Maps names of parameters that forward writes to their new values, of full size."""
         outputs = self.model_outputs
@@ -175,10 +181,7 @@ class StepGraph:
 
     @property
     def input_grads(self) -> Sequence[fx.Node | None]:
-        """The gradients of inputs in the order of their placeholders, None for an input without a gradient.
-
-        Behind them those that hooks observe.
-        """
+        """The gradients of inputs in the order of their placeholders, None for an input without a gradient."""
         return cast(Any, self.output.args[0])[2]
 
     def set_output(self, outputs: Sequence[Any], grads: dict[str, fx.Node], input_grads: Sequence[Any]) -> None:

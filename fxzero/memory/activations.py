@@ -73,6 +73,7 @@ def activations_of(step: StepGraph) -> Activations:
 def _placed(step: StepGraph, buffers: Mapping[fx.Node, Buffer]) -> dict[fx.Node, PlacedTemporary]:
     """The temporaries that have places in the arena: large ones on the CPU, of operators with `out=`."""
     returned = {memory_of(value) for value in (*step.model_outputs, *step.input_grads) if isinstance(value, fx.Node)}
+    returned |= {memory_of(value) for value in step.observed}  # a hook may keep them
     placed: dict[fx.Node, PlacedTemporary] = {}
     for node, buffer in buffers.items():
         value, is_operator = node.meta["val"], torch_internals.is_overload(node.target)

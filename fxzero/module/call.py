@@ -9,6 +9,7 @@ import torch
 
 from fxzero import torch_internals
 from fxzero.capture.draws import drawing_from, rng_state
+from fxzero.capture.hooks.observer import no_hooks
 from fxzero.errors import FxzeroError, StaleBackwardError
 from fxzero.module.call_kind import Pattern
 from fxzero.module.replaced_data import Replaced, in_shards
@@ -124,9 +125,6 @@ class Call:
         tangents = [grad for grad in arriving if grad is not None]
         self.executable.restore_kept(self._generation)
         input_grads = self._run_backward(running, saved, tangents)
-        observed = input_grads[self.executable.num_inputs :]
-        for observer in self.executable.plan.captured.state.observers_of_backward:
-            observer.run(observed)
         return [input_grads[index] for index in self.trained_inputs]
 
     def _check(self) -> None:
@@ -196,6 +194,7 @@ class Call:
         with (
             nullcontext() if draws is None else drawing_from(draws, device),
             self._written_params_put_back(before),
+            no_hooks(),
         ):
             _, self._saved = executable.forward(inputs, buffers)
         self._generation = self._sharded.in_flight.generation

@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 
 from fxzero import torch_internals
 from fxzero.capture.draws import same_draws_of_python
+from fxzero.capture.hooks.observer import no_hooks
 from fxzero.capture.joint import no_autocast
 from fxzero.comm.wire_copies import pack, unpack
 from fxzero.graph.names import describe
@@ -77,6 +78,7 @@ def run_step(step: StepGraph, values: Mapping[str, Any], watch: Watch | None = N
         no_autocast(main),
         torch.random.fork_rng([device.index for device in devices], device_type=main.type),
         same_draws_of_python(),
+        no_hooks(),
     ):
         runner = _Runner(step, fed, watch)
         outputs, grads, input_grads = runner.run(enable_io_processing=False)

@@ -107,9 +107,8 @@ class Executable:
         self.is_settled = storage.comm.is_alone
         """True once ranks know for which outputs the forwards of its mode save values."""
         outputs = {i: {*aliases(base(cast(fx.Node, step.model_outputs[i])))} for i in self.tensor_outputs}
-        held = {alias for node in step.nodes(Role.INPUT, Role.STATE, Role.BUFFER) for alias in aliases(node)}.union(
-            *outputs.values()
-        )
+        given = [*step.nodes(Role.INPUT, Role.STATE, Role.BUFFER), *map(base, step.observed)]
+        held = {alias for node in given for alias in aliases(node)}.union(*outputs.values())
         saved = self.form.code.saved
         tensors = [i for i, node in enumerate(saved) if isinstance(node.meta["val"], torch.Tensor)]
         self.reachable = [i for i in tensors if saved[i] in held]

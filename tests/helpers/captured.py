@@ -56,8 +56,10 @@ def run(captured: Captured, module: nn.Module, args, kwargs):
             feed.append(next(values).detach())
         else:
             feed.append(_ones(node.meta["val"]))
+    root = torch.nn.Module()
+    vars(root).update(step.constants)
     with torch.no_grad():
-        outputs, grads, input_grads = fx.Interpreter(fx.GraphModule(step.constants, graph)).run(*feed)
+        outputs, grads, input_grads = fx.Interpreter(root, graph=graph).run(*feed)
     return captured.output.rebuild(outputs), dict(grads), list(input_grads)
 
 

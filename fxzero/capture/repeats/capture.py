@@ -111,7 +111,7 @@ def _check_rehearsal(rehearsal: Tracing, record: Record) -> None:
         raise NotRepeatedError("the forward adds hooks or submodules")
     reasons = {
         "the forward leaves tensors behind in the Python state": any(map(_has_tensors, joint.writes)),
-        "hooks or checks observe tensors": joint.observers or joint.observers_of_backward,
+        "hooks or checks observe tensors": rehearsal.observers.are_there,
         "the forward binds or writes buffers or parameters": joint.rebound,
         "the backward runs Python code": record.runs_python,
         f"there is {record.why_not}": record.why_not,
@@ -127,7 +127,7 @@ def _has_tensors(write: Write) -> bool:
 
 def _described(joint: Joint) -> Any:
     """What the graph of a step must agree with."""
-    return replace(joint, writes=(), observers=(), observers_of_backward=())
+    return replace(joint, writes=(), observers=())
 
 
 @contextlib.contextmanager

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.captured import param_specs
-from helpers.same_graph import described
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -16,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from fxzero.capture import Captured, capture
 from fxzero.graph.sharding import Sharding
 from fxzero.models import GPT, GPT_PRESETS, LLAMA_PRESETS, MLP, ROBERTA_PRESETS, Llama, MLPConfig, RobertaForMaskedLM
+from tests.helpers.captured import param_specs
+from tests.helpers.same_graph import described
 
 IDS = torch.randint(0, 64, (2, 8), generator=torch.Generator().manual_seed(0))
 
