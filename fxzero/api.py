@@ -31,7 +31,7 @@ from fxzero.module.first_fill import fix_layout_without_trace
 from fxzero.module.step_together import step_together
 from fxzero.module.wrappers import refuse_wrappers
 from fxzero.optimizers.classes import check_optimizer
-from fxzero.optimizers.guard import OptimizerGuard
+from fxzero.optimizers.guard import OptimizerGuard, hook_state_dicts
 from fxzero.options import (
     Options,
     Without,
@@ -220,12 +220,15 @@ class ZeroModule(nn.Module):
             self,
             engine.sharded.held_shards,
             elementwise_optimizer=elementwise_optimizer,
+            pieces=lambda: engine.sharded.pieces,
             compare=engine.compare_optimizer_state,
             on_begin=engine.before_optimizer,
             on_step=engine.after_optimizer,
             before_own_step=engine.sharded.phases.before_step,
             after_own_step=engine.sharded.phases.after_step,
         )
+        for optimizer in engine.sharded.optimizers:
+            hook_state_dicts(optimizer)
         ownership.take_over(model)
         refuse_wrappers(self)
         parts.watch_parts(engine.sharded, self)
@@ -394,6 +397,16 @@ class ZeroModule(nn.Module):
         params = sharded.params
         return sum(spec.numel for fqn, spec in sharded.specs.items() if params[fqn].requires_grad or not only_trainable)
 
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters of the model by name, as in nn.Module; `get_state_dict` and its like find shards."""
+        if (optimizers := torch_internals.optimizers_asked_for()) is not None:
+            weights.before_checkpoint(self._fxzero_engine.sharded)
+            for optimizer in optimizers:
+                hook_state_dicts(optimizer)
+        return super().named_parameters(prefix, recurse, remove_duplicate)
+
     # -- weights -------------------------------------------------------------------------------------------------
 
     def state_dict(  # type: ignore[override]
@@ -406,7 +419,8 @@ class ZeroModule(nn.Module):
     ) -> dict[str, Any]:
         """The full state dict with the model's own names; a collective, to be called on every rank.
 
-        At its peak a rank holds the result and one bucket. Buffers are those of rank 0.
+        At its peak a rank holds the result and one bucket. Buffers are those of rank 0. Functions of
+        torch.distributed.checkpoint, which call this too, get pieces instead: DTensors of this rank's slices.
 
         Args:
             destination: the mapping to fill, as in nn.Module; default: a new one.
@@ -422,10 +436,10 @@ class ZeroModule(nn.Module):
         )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load a full state dict with the model's own names; every rank passes it, and keeps its slices.
+        """Load a state dict with the model's own names; a collective. Every rank passes it, and keeps its slices.
 
         Args:
-            state_dict: tensors at their full shapes by name.
+            state_dict: tensors at their full shapes by name, or DTensors of such shapes.
             strict: raise if a name is missing or unexpected; False loads the names that fit.
             assign: must be False.
 
@@ -434,6 +448,7 @@ class ZeroModule(nn.Module):
 
         Raises:
             CheckpointError: names or shapes do not fit.
+            RankMismatchError: ranks pass other names or shapes, or one of them does something else.
             ValueError: assign is set.
         """
         if assign:

@@ -7,6 +7,7 @@ finds private symbols in other modules.
 
 import contextlib
 import functools
+import inspect
 import re
 import weakref
 from collections import OrderedDict
@@ -724,3 +725,82 @@ def wrap_norms(total_norm: Callable[..., Tensor], before_clip: Callable[[Any], o
 
     _in_place_of_norms.update(norm=own_norm, clip=own_clip)
     of_norm.cell_contents, of_clip.cell_contents = own_norm, own_clip
+
+
+# -- checkpoints: checkpoint/, optimizers/ -------------------------------------------------------------------------
+
+
+def become_dtensor(kind: type[Any], flat: torch.Tensor, mesh: Any, shape: Sequence[int], strides: Sequence[int]) -> Any:
+    """An object of a subclass of DTensor with the shape of a whole tensor, and any local tensor.
+
+    It is made from an empty tensor: `StateDictStager` takes a wrapper with a storage offset, which it would have from
+    its local tensor, for one with memory. `DTensor._local_tensor`: 2.11 to 2.13.
+    """
+    from torch.distributed.tensor import DTensor, Shard  # takes long to import
+
+    made: Any = DTensor.from_local(
+        flat.new_empty(0), mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=tuple(strides)
+    )
+    made._local_tensor = flat
+    made.__class__ = kind
+    return made
+
+
+def local_of(dtensor: Any) -> torch.Tensor:
+    """The local tensor of a DTensor. `DTensor._local_tensor`: 2.11 to 2.13."""
+    return dtensor._local_tensor
+
+
+def copy_slots(kind: type[Any]) -> None:
+    """Let a subclass of DTensor name the slots of its base, which `StateDictStager` copies. 2.11 to 2.13."""
+    kind.__slots__ = kind.__mro__[1].__slots__
+
+
+def without_tensor_subclasses() -> contextlib.AbstractContextManager[None]:
+    """Inside of it `__torch_function__` is not called. `torch._C.DisableTorchFunctionSubclass`: 2.11 to 2.13."""
+    return torch._C.DisableTorchFunctionSubclass()  # type: ignore[attr-defined]
+
+
+def optimizers_asked_for() -> tuple[torch.optim.Optimizer, ...] | None:
+    """The optimizers of the call of `get_state_dict`, or of its like, that is beginning; None outside of such a call.
+
+    `torch.distributed.checkpoint.state_dict._verify_options(model, optims, ...)`: 2.11 to 2.13.
+    """
+    frame = _frame_of("torch.distributed.checkpoint.state_dict", "_verify_options")
+    return None if frame is None else tuple(frame.f_locals["optims"])
+
+
+def is_making_optimizer_state() -> bool:
+    """True in the step that torch takes with zero gradients, so that an optimizer makes its state.
+
+    `torch.distributed.checkpoint.state_dict._init_optim_state`: 2.11 to 2.13.
+    """
+    return _frame_of("torch.distributed.checkpoint.state_dict", "_init_optim_state") is not None
+
+
+def _frame_of(module: str, function: str) -> Any:
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == function and frame.f_globals.get("__name__") == module:
+            return frame
+        frame = frame.f_back
+    return None
+
+
+def seen_as_dict(kind: type[dict[Any, Any]]) -> None:
+    """Let `tree_map` look into a subclass of dict as into a dict. `torch.utils._pytree`: 2.11 to 2.13."""
+
+    def flatten(value: dict[Any, Any]) -> tuple[list[Any], list[Any]]:
+        return list(dict.values(value)), list(dict.keys(value))
+
+    pytree.register_pytree_node(kind, flatten, lambda values, keys: dict(zip(keys, values, strict=True)))
+
+
+def make_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer without state and gradients make its state, in a step that changes no parameter.
+
+    `torch.distributed.checkpoint.state_dict._init_optim_state`: 2.11 to 2.13.
+    """
+    from torch.distributed.checkpoint import state_dict
+
+    state_dict._init_optim_state(optimizer)  # pyright: ignore[reportPrivateUsage]

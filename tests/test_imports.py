@@ -19,6 +19,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("cost",),
     ("planning",),
     ("runtime",),
+    ("checkpoint",),
     ("reference", "optimizers"),
     ("module",),
     ("options", "planner"),

@@ -1,7 +1,8 @@
 """A compiled model on this rank: parameters, buffers and optimizers, and the shards once the layout is fixed."""
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fxzero import torch_internals
+from fxzero.checkpoint.pieces import Pieces
 from fxzero.comm import agree
 from fxzero.comm.base import Comm
 from fxzero.comm.groups import Group
@@ -68,6 +70,8 @@ class ShardedModel:
         self.shards: Shards | None = None
         """None before the layout is fixed."""
         self.gradients: Gradients | None = None
+        self.pieces: Pieces | None = None
+        """Shows shards to torch.distributed.checkpoint; None before the layout is fixed."""
         self.arena = Arena(self.devices.compute)
         this = weakref.proxy(self)  # no cycle: shards are freed with the last name of the module
         self.phases = ModelPhases(
@@ -177,6 +181,15 @@ class ShardedModel:
         self.recipe = replace(self.recipe, buckets=tuple(bucket.fqns for bucket in shards.layout.buckets))
         self.shards, self.gradients = shards, Gradients(shards, self.params)
         self._replaced_data = ReplacedData(self.params, shards)
+        phases, comm = self.phases, self.comm
+
+        @contextmanager
+        def gathering() -> Generator[None]:
+            with phases.phase("gathering of a piece"):
+                comm.meet()
+                yield
+
+        self.pieces = Pieces(shards.layout, comm, self.group, shards.device, gathering)
 
     def set_shards(self, values: Mapping[str, Tensor]) -> None:
         """Set this rank's slices of some parameters, also where other tensors are in the place of shards."""

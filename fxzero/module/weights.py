@@ -1,4 +1,7 @@
-"""Full weights gathered from the shards, and loaded into them; each of these functions is a collective."""
+"""Weights as state dicts: gathered from the shards, shown as pieces of them, and loaded into them.
+
+Each of these functions is a collective.
+"""
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -8,6 +11,8 @@ import torch
 from torch import nn
 
 from fxzero import torch_internals
+from fxzero.checkpoint.callers import is_asked_by_checkpoint
+from fxzero.checkpoint.pieces import full_tensor
 from fxzero.comm import agree
 from fxzero.errors import CheckpointError
 from fxzero.module.first_fill import fix_layout_without_trace
@@ -48,7 +53,10 @@ def state_dict(
 
     See `ZeroModule.state_dict`.
     """
-    full = _full_copies(sharded, rank0_only=rank0_only)
+    is_in_pieces = is_asked_by_checkpoint()
+    if is_in_pieces:
+        before_checkpoint(sharded)
+    full = _pieces(sharded) if is_in_pieces else _full_copies(sharded, rank0_only=rank0_only)
     with sharded.phases.phase("state_dict"):
         sharded.comm.meet()
         full |= _buffer_copies(sharded, rank0_only=rank0_only)
@@ -57,7 +65,7 @@ def state_dict(
         with standing_in(sharded.model, full):
             own: Any = type(sharded.model).state_dict
             local: dict[str, Any] = own(sharded.model, **({"prefix": prefix} if prefix else {}))
-        copies = {copy.untyped_storage().data_ptr(): copy for copy in full.values()}
+        copies = {} if is_in_pieces else {copy.untyped_storage().data_ptr(): copy for copy in full.values()}
         result.update({name: _the_copy(value, copies) for name, value in local.items()})
         torch_internals.add_metadata(result, local)
     return result
@@ -65,10 +73,23 @@ def state_dict(
 
 def _the_copy(value: Any, copies: Mapping[int, torch.Tensor]) -> Any:
     """The copy that a value is a view of, so that tied parameters share one tensor; the value itself if it is not."""
-    copy = copies.get(value.untyped_storage().data_ptr()) if isinstance(value, torch.Tensor) else None
+    copy = copies.get(value.untyped_storage().data_ptr()) if copies and isinstance(value, torch.Tensor) else None
     if copy is not None and (copy.shape, copy.dtype, copy.stride()) == (value.shape, value.dtype, value.stride()):
         return copy
     return value
+
+
+def before_checkpoint(sharded: ShardedModel) -> None:
+    """Make shards, if there are none, because torch.distributed.checkpoint is about to look at them."""
+    with sharded.phases.phase("checkpoint"):
+        fix_layout_without_trace(sharded)
+
+
+def _pieces(sharded: ShardedModel) -> dict[str, torch.Tensor]:
+    """Each parameter as this rank's piece of it, by canonical name."""
+    assert sharded.pieces is not None
+    sharded.replaced()  # refuses data of other shapes
+    return {fqn: sharded.pieces.show(sharded.specs[fqn], param) for fqn, param in sharded.params.items()}
 
 
 def _buffer_copies(sharded: ShardedModel, *, rank0_only: bool) -> dict[str, torch.Tensor]:
@@ -107,32 +128,50 @@ def _full_copies(sharded: ShardedModel, *, rank0_only: bool) -> dict[str, torch.
 
 
 def load_state_dict(sharded: ShardedModel, state: Mapping[str, Any], *, strict: bool) -> Any:
-    """Load a full state dict that every rank passes; each keeps its slices. See `ZeroModule.load_state_dict`."""
-    state, names, extra = dict(state), _names(sharded), _extra_states(sharded)
-    missing, unexpected = _run_load_hooks(sharded, state)
-    given = {names[name] for name in state if name in names}
-    missing += [name for name, fqn in names.items() if name not in state and fqn not in given]
-    missing += [name for name in extra if name not in state]
-    unexpected += [name for name in state if name not in names and name not in extra]
-    if strict and (missing or unexpected):
-        raise CheckpointError(
-            f"The state dict does not fit: missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}. Pass "
-            "strict=False to load what fits."
-        )
-    tensors = {name: value for name, value in state.items() if name in names}
-    _check_tensors(sharded, tensors, names)
-    if sharded.has_meta_params():
-        with sharded.phases.phase("load_state_dict"):
+    """Load a state dict that every rank passes; each keeps its slices. See `ZeroModule.load_state_dict`."""
+    with sharded.phases.phase("load_state_dict"):
+        with agree.reporting_failure(sharded.group, _TOPIC):
+            state, names, extra = dict(state), _names(sharded), _extra_states(sharded)
+            missing, unexpected = _run_load_hooks(sharded, state)
+            given = {names[name] for name in state if name in names}
+            missing += [name for name, fqn in names.items() if name not in state and fqn not in given]
+            missing += [name for name in extra if name not in state]
+            unexpected += [name for name in state if name not in names and name not in extra]
+            if strict and (missing or unexpected):
+                raise CheckpointError(
+                    f"The state dict does not fit: missing {missing or 'nothing'}, unexpected "
+                    f"{unexpected or 'nothing'}. Pass strict=False to load what fits."
+                )
+            tensors = {name: state[name] for name in names if name in state}
+            _check_tensors(sharded, tensors, names)
+        if sharded.shards is not None or sharded.has_meta_params():
+            agree.agree(sharded.group, _TOPIC, _describe(tensors), timeout=sharded.timeout)
             fix_layout_without_trace(sharded, loaded=given)
-    shards, targets = sharded.shards, {**sharded.params, **dict(sharded.model.named_buffers())}
     with torch.no_grad():
         for name, value in tensors.items():
-            fqn = names[name]
-            targets[fqn].copy_(shards.cut(fqn, value) if shards is not None and fqn in sharded.params else value)
+            _load(sharded, names[name], value)
     for name, module in extra.items():
         if name in state:
             module.set_extra_state(state[name])
     return torch_internals.incompatible_keys(missing, unexpected)
+
+
+_TOPIC = "state dict to load"
+
+
+def _describe(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """What all ranks must pass, one tensor a line."""
+    return [f"{name} {tuple(value.shape)}" for name, value in tensors.items()] or ["nothing"]
+
+
+def _load(sharded: ShardedModel, fqn: str, value: torch.Tensor) -> None:
+    """Copy a value into a parameter or a buffer; gathers what is a DTensor, but no piece of this rank's slice."""
+    if fqn not in sharded.params:
+        dict(sharded.model.named_buffers())[fqn].copy_(full_tensor(value))
+    elif sharded.pieces is None:
+        sharded.params[fqn].copy_(full_tensor(value))
+    else:
+        sharded.params[fqn].copy_(sharded.pieces.cut(sharded.specs[fqn], value, fqn))
 
 
 def _names(sharded: ShardedModel) -> dict[str, str]:
@@ -179,5 +218,5 @@ def _check_tensors(sharded: ShardedModel, tensors: Mapping[str, Any], names: Map
         found = tuple(value.shape) if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
         if found != wanted:
             raise CheckpointError(f"{name} is {found} in the state dict and {wanted} in the model. Load a full one.")
-        if value.is_meta:
+        if value.device.type == "meta":
             raise CheckpointError(f"{name} is on the meta device in the state dict: it has no values.")

@@ -10,11 +10,15 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from fxzero import torch_internals
+from fxzero.checkpoint.pieces import Pieces
 from fxzero.errors import OptimizerError
+from fxzero.optimizers import made_up
 from fxzero.optimizers.classes import check_optimizer
-from fxzero.optimizers.marks import foreign_state, mark
+from fxzero.optimizers.marks import foreign_state, unmark
 from fxzero.optimizers.probe import is_probe
 from fxzero.optimizers.state import ParamShard, fits, name_of, parameters_of, rehome_state, text_of
+from fxzero.optimizers.state_dicts import Held, StateDict, after_state_dict, before_load
 
 
 class OptimizerGuard:
@@ -28,11 +32,15 @@ class OptimizerGuard:
                                state was loaded                  other ranks; its state will move
     after_step                 its state is to move              moves it into one buffer
 
+    A step in which torch.distributed.checkpoint lets an optimizer make its state (`made_up.py`) is not one of training.
+
     Args:
         owner: the compiled model; held weakly.
         shards: returns this rank's part of each parameter as `param_shards` does, and nothing before there are shards.
             It must not hold the owner.
         elementwise_optimizer: see `check_optimizer`.
+        pieces: returns what shows slices to torch.distributed.checkpoint, once there are shards. It must not hold the
+            owner.
         compare: compares between ranks what state an optimizer has before its first step, and after a load; raises
             where that differs. It must not hold the owner.
         on_begin: called before each step of any optimizer; must not hold the owner.
@@ -47,6 +55,7 @@ class OptimizerGuard:
         shards: Callable[[], Mapping[int, ParamShard]],
         *,
         elementwise_optimizer: bool,
+        pieces: Callable[[], Pieces | None] = lambda: None,
         compare: Callable[[str], object] = lambda state: None,
         on_begin: Callable[[torch.optim.Optimizer], object] = lambda optimizer: None,
         on_step: Callable[[float], object] = lambda seconds: None,
@@ -56,7 +65,7 @@ class OptimizerGuard:
         self._compare, self._on_begin, self._on_step = compare, on_begin, on_step
         self._before_own_step, self._after_own_step = before_own_step, after_own_step
         self._began_s = 0.0
-        self.shards = shards
+        self.shards, self.pieces = shards, pieces
         self.elementwise_optimizer = elementwise_optimizer
         self._checked: weakref.WeakKeyDictionary[Any, tuple[list[Any], int]] = weakref.WeakKeyDictionary()
         """The list of groups that was checked, which a load replaces, and its length."""
@@ -64,13 +73,32 @@ class OptimizerGuard:
         """Optimizers that hold shards."""
         self._to_rehome: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         """Optimizers that are taking their first step, in which they make their state."""
-        self.state_nbytes = 0
-        """Bytes of the buffers that optimizer state was moved to."""
+        self._state_nbytes: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        """Bytes of the buffer that the state of each optimizer was moved to."""
         _install_hook()
         _guards[owner] = self
 
-    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Check an optimizer in its first step, and again if groups were added or state was loaded."""
+    @property
+    def state_nbytes(self) -> int:
+        """Bytes of the buffers that optimizer state was moved to."""
+        return sum(self._state_nbytes.values())
+
+    def held(self) -> Held:
+        """This rank's part of each parameter, with what shows it; empty before there are shards."""
+        pieces = self.pieces()
+        return {} if pieces is None else {key: (shard, pieces) for key, shard in self.shards().items()}
+
+    def forget(self, optimizer: torch.optim.Optimizer) -> None:
+        """The state of an optimizer was dropped: its next step is its first."""
+        self._checked.pop(optimizer, None)
+        self._state_nbytes.pop(optimizer, None)
+
+    def before_step(self, optimizer: torch.optim.Optimizer, *, is_training: bool = True) -> None:
+        """Check an optimizer in its first step, and again if groups were added or state was loaded.
+
+        Args:
+            is_training: False for the step in which torch.distributed.checkpoint lets it make its state.
+        """
         self._on_begin(optimizer)
         self._began_s = time.perf_counter()
         groups = optimizer.param_groups
@@ -83,17 +111,19 @@ class OptimizerGuard:
                 self._to_rehome.add(optimizer)
                 if next(parameters_of(optimizer, shards), None) is not None:
                     self._own.add(optimizer)
-        if optimizer in self._own:
+                    hook_state_dicts(optimizer)
+        if optimizer in self._own and is_training:
             self._before_own_step(optimizer)
 
-    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def after_step(self, optimizer: torch.optim.Optimizer, *, is_training: bool = True) -> None:
         """Move the state that an optimizer made in its first step into one buffer."""
-        self._on_step(time.perf_counter() - self._began_s)
-        if optimizer in self._own:
-            self._after_own_step()
+        if is_training:
+            self._on_step(time.perf_counter() - self._began_s)
+            if optimizer in self._own:
+                self._after_own_step()
         if optimizer in self._to_rehome:
             self._to_rehome.discard(optimizer)
-            self.state_nbytes += rehome_state(optimizer, self.shards().keys())
+            self._state_nbytes[optimizer] = rehome_state(optimizer, self.shards().keys())
 
     def check(self, optimizer: torch.optim.Optimizer, shards: Mapping[int, ParamShard]) -> None:
         """Refuse an optimizer that would step the shards wrongly.
@@ -125,7 +155,7 @@ class OptimizerGuard:
             self._compare(foreign or f"{name_of(optimizer)} has {'loaded' if optimizer.state else 'no'} state")
             if foreign is not None:
                 raise OptimizerError(foreign)
-            mark(optimizer, shards)
+            unmark(optimizer, shards)
 
 
 _guards: weakref.WeakKeyDictionary[nn.Module, OptimizerGuard] = weakref.WeakKeyDictionary()
@@ -142,15 +172,52 @@ def _install_hook() -> None:
     register_optimizer_step_post_hook(_after_step)
 
 
+def hook_state_dicts(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer of shards give its state to torch.distributed.checkpoint, and take it back, at any layout."""
+    if optimizer not in _hooked:
+        _hooked.add(optimizer)
+        optimizer.register_state_dict_post_hook(_after_state_dict)
+        optimizer.register_load_state_dict_pre_hook(_before_load)
+
+
+_hooked: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+
+
+def _held() -> Held:
+    return {key: held for guard in list(_guards.values()) for key, held in guard.held().items()}
+
+
+def _after_state_dict(optimizer: torch.optim.Optimizer, state_dict: StateDict) -> StateDict | None:
+    return after_state_dict(optimizer, state_dict, _held())
+
+
+def _before_load(optimizer: torch.optim.Optimizer, state_dict: StateDict) -> StateDict | None:
+    return before_load(optimizer, state_dict, _held())
+
+
+_making_state: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+"""Optimizers that make their state because torch.distributed.checkpoint asks for it."""
+
+
 def _before_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
     if is_probe(optimizer):
         return
+    if not optimizer.state and torch_internals.is_making_optimizer_state():
+        _making_state.add(optimizer)
+    is_training = optimizer not in _making_state
+    if is_training and made_up.drop(optimizer):
+        for guard in list(_guards.values()):
+            guard.forget(optimizer)
     for guard in list(_guards.values()):
-        guard.before_step(optimizer)
+        guard.before_step(optimizer, is_training=is_training)
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
     if is_probe(optimizer):
         return
+    is_training = optimizer not in _making_state
     for guard in list(_guards.values()):
-        guard.after_step(optimizer)
+        guard.after_step(optimizer, is_training=is_training)
+    if not is_training:
+        _making_state.discard(optimizer)
+        made_up.note(optimizer)

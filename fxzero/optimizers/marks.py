@@ -1,7 +1,8 @@
 """Marks in an optimizer's groups that say whose slices its state belongs to; they are saved and loaded with the state.
 
-Shards of two ranks often have equal shapes, so state of one would fit the other. A group of an optimizer that stepped
-shards has a mark for each compiled model with parameters in it, by the place of the first of them:
+Shards of two ranks often have equal shapes, so state of one would fit the other. In the state dict of an optimizer a
+group has a mark for each compiled model with parameters in it, by the place of the first of them. What is loaded brings
+it into the optimizer, where it stays until it was compared.
 
     {"params": [...], "lr": 0.1, "fxzero_shards_0": "rank 1 of 2, slices 6f1ab8c04d2e"}
 """
@@ -18,10 +19,20 @@ from fxzero.optimizers.state import ParamShard, name_of
 PREFIX = "fxzero_shards_"
 
 
-def mark(optimizer: torch.optim.Optimizer, shards: Mapping[int, ParamShard]) -> None:
-    """Note that the state is, or will be, that of this rank's shards."""
-    for group, key, text in _marks(optimizer, shards):
-        group[key] = text
+def marks_of(group: Mapping[str, Any], shards: Mapping[int, ParamShard]) -> dict[str, str]:
+    """The mark of this rank's shards that the state dict of a group has, by its key; empty without such parameters."""
+    held = [(place, shards[id(param)]) for place, param in enumerate(group["params"]) if id(param) in shards]
+    if not held:
+        return {}
+    slices = [(shard.spec.fqn, shard.part.start, shard.part.stop) for _, shard in held]
+    digest = hashlib.sha256(repr(slices).encode()).hexdigest()[:12]
+    return {f"{PREFIX}{held[0][0]}": f"{_this_rank()}, slices {digest}"}
+
+
+def unmark(optimizer: torch.optim.Optimizer, shards: Mapping[int, ParamShard]) -> None:
+    """Forget the marks that were loaded: the state is that of this rank's shards."""
+    for group, key, _ in _marks(optimizer, shards):
+        group.pop(key, None)
 
 
 def is_marked(optimizer: torch.optim.Optimizer, shards: Mapping[int, ParamShard]) -> bool:
@@ -47,11 +58,7 @@ def _marks(
 ) -> Iterator[tuple[dict[str, Any], str, str]]:
     """Each group with parameters among these, the key of its mark, and the mark that it must have here."""
     for group in optimizer.param_groups:
-        held = [(place, shards[id(param)]) for place, param in enumerate(group["params"]) if id(param) in shards]
-        if held:
-            slices = [(shard.spec.fqn, shard.part.start, shard.part.stop) for _, shard in held]
-            digest = hashlib.sha256(repr(slices).encode()).hexdigest()[:12]
-            yield group, f"{PREFIX}{held[0][0]}", f"{_this_rank()}, slices {digest}"
+        yield from ((group, key, text) for key, text in marks_of(group, shards).items())
 
 
 def _this_rank() -> str:

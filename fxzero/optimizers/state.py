@@ -132,6 +132,11 @@ def _kind(key: str, value: object, spec: ParamSpec) -> Literal["like its paramet
     return "scalar" if value.numel() == 1 else "other"
 
 
+def is_like(key: str, value: Tensor, spec: ParamSpec) -> bool:
+    """True if a tensor in the state has an element for each element of the full parameter."""
+    return _kind(key, value, spec) == "like its parameter"
+
+
 def fits(key: str, value: object, shard: Tensor, spec: ParamSpec) -> bool:
     """True if a value in the state has the shape of the shard, or is a scalar for the whole parameter."""
     if isinstance(value, Tensor) and not value.is_meta and value.shape == shard.shape:

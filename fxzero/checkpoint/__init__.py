@@ -1,0 +1,5 @@
+"""How parts of tensors are shown to torch.distributed.checkpoint and lie in files; nothing here knows a model.
+
+boxes.py cuts a range of a flattened tensor into boxes; piece.py is such a range as a DTensor; pieces.py makes the
+pieces of one model's layout, and cuts what comes back; callers.py says who asks.
+"""

@@ -1,0 +1,102 @@
+"""The pieces of one layout: shows this rank's slices to torch.distributed.checkpoint, and cuts what comes back."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from fxzero.comm.base import Comm
+from fxzero.comm.groups import Group, Hierarchy
+from fxzero.errors import CheckpointError
+from fxzero.graph.layout import Layout, ParamSpec
+
+if TYPE_CHECKING:
+    from fxzero.checkpoint.piece import Whole
+
+
+class Pieces:
+    """Shows tensors of this rank as pieces of whole ones, and cuts whole ones.
+
+    Args:
+        group: the ranks of the model; None for the default group, or one rank.
+        gathering: a phase of all ranks, in which a piece is gathered.
+    """
+
+    def __init__(
+        self, layout: Layout, comm: Comm, group: Group | None, device: torch.device, gathering: Callable[[], Any]
+    ) -> None:
+        self._layout, self._comm, self._group, self._device = layout, comm, group, device
+        self._gathering = gathering
+        self._mesh: DeviceMesh | None = None
+
+    def show(self, spec: ParamSpec, own: Tensor, name: str = "", *, is_made_up: bool = False) -> Tensor:
+        """This rank's slice of a parameter, or of a tensor like it, as a piece that shares its memory.
+
+        On one rank the whole tensor; of a scalar a copy, which all ranks get: a collective then.
+        """
+        if self._comm.is_alone:
+            return own.detach().view(spec.shape)
+        from fxzero.checkpoint.piece import Piece, Whole  # torch.distributed.tensor takes long to import
+
+        whole = Whole(
+            name or spec.fqn, spec.shape, self.ranges(spec), self._comm.rank, self.mesh, self._gather, is_made_up
+        )
+        flat = own.detach().view(-1)
+        return Piece.of(flat, whole) if spec.shape else self._gather(flat, whole)
+
+    def ranges(self, spec: ParamSpec) -> tuple[tuple[int, int], ...]:
+        """Start and stop of each rank's slice of a parameter."""
+        bucket = self._layout.bucket_of[spec.fqn]
+        parts = [bucket.slice_of(spec, rank) for rank in range(bucket.shard_ranks)]
+        return tuple((part.start, part.stop) for part in parts)
+
+    def cut(self, spec: ParamSpec, value: Tensor, name: str) -> Tensor:
+        """This rank's slice of what a state dict has: a piece, another DTensor, or a full tensor.
+
+        Gathers a DTensor that is not a piece of the same range: a collective then.
+
+        Raises:
+            CheckpointError: it has another shape than the parameter.
+        """
+        if tuple(value.shape) != spec.shape:
+            raise CheckpointError(
+                f"{name} is {tuple(value.shape)} in the state dict and {spec.shape} in the model. Load a full one."
+            )
+        start, stop = self.ranges(spec)[self._comm.rank]
+        shape = spec.shard_shape(stop - start)
+        whole = getattr(value, "whole", None)
+        if whole is not None and whole.ranges == self.ranges(spec):
+            return cast(Any, value).flat.view(shape)
+        return full_tensor(value).detach().reshape(-1)[start:stop].view(shape)
+
+    @property
+    def mesh(self) -> DeviceMesh:
+        """The ranks that share the tensors."""
+        if self._mesh is None:
+            kind, group = self._device.type, self._group
+            if isinstance(group, Hierarchy) and group.shards_across:
+                self._mesh = DeviceMesh(kind, list(group.ranks))
+            else:
+                inside = group.inside if isinstance(group, Hierarchy) else group or dist.group.WORLD
+                assert inside is not None
+                self._mesh = DeviceMesh.from_group(inside, kind)
+        return self._mesh
+
+    def _gather(self, flat: Tensor, whole: "Whole") -> Tensor:
+        longest = max(stop - start for start, stop in whole.ranges)
+        sent = flat.new_zeros(longest, device=self._device)
+        sent[: flat.numel()].copy_(flat)
+        received = sent.new_empty(len(whole.ranges) * longest)
+        with self._gathering():
+            self._comm.gather_to_all(sent, received)
+        parts = received.view(len(whole.ranges), longest)
+        cut = [part[: stop - start] for part, (start, stop) in zip(parts, whole.ranges, strict=True)]
+        return torch.cat(cut).view(whole.shape)
+
+
+def full_tensor(value: Any) -> Tensor:
+    """The whole of a DTensor, which is a collective; another tensor as it is."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
