@@ -61,6 +61,7 @@ def capture(
     differentiated: tuple[int, ...] | None = None,
     numbers: Sequence[NumberSlot] = (),
     islands: Islands | None = None,
+    is_method: bool = False,
 ) -> Captured:
     """Trace one call of a module.
 
@@ -76,6 +77,7 @@ def capture(
             else all.
         numbers: slots of the Python state whose numbers become inputs of the graph.
         islands: what is known of the parts that run as they are. Default: there are none.
+        is_method: `forward` is another method, which runs without the hooks of the module.
 
     Raises:
         PinnedNumberError: the trace needs one of these numbers itself.
@@ -84,7 +86,10 @@ def capture(
     """
     check_arguments(forward, args, kwargs)
     inputs, spec = flatten_call(args, kwargs)
-    make = partial(Tracing, module, forward, args, kwargs, inputs, spec, params, device, with_backward, differentiated)
+    make = partial(
+        Tracing, module, forward, args, kwargs, inputs, spec, params, device, with_backward, differentiated,
+        is_method=is_method,
+    )  # fmt: skip
     stand_ins = StandIns(numbers) if numbers else None
     try:
         parts = Islands(module) if islands is None else islands
