@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -28,6 +27,7 @@ from fxzero.module import norms, ownership, parts, weights
 from fxzero.module.budget_round import held
 from fxzero.module.engine import Engine
 from fxzero.module.first_fill import fix_layout_without_trace
+from fxzero.module.methods.call import Methods
 from fxzero.module.step_together import step_together
 from fxzero.module.wrappers import refuse_wrappers
 from fxzero.optimizers.classes import check_optimizer
@@ -44,8 +44,6 @@ from fxzero.options import (
 from fxzero.planner import as_arguments
 from fxzero.planning.schedule import Schedule
 from fxzero.runtime.executable import Executable
-
-_REFUSED_METHODS = ("generate",)
 
 
 def compile(
@@ -229,6 +227,7 @@ class ZeroModule(nn.Module):
         )
         for optimizer in engine.sharded.optimizers:
             hook_state_dicts(optimizer)
+        self.__dict__["_fxzero_methods"] = Methods(self, model, engine)
         ownership.take_over(model)
         refuse_wrappers(self)
         parts.watch_parts(engine.sharded, self)
@@ -266,12 +265,7 @@ class ZeroModule(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            model = self.__dict__["_fxzero_model"]
-            value = getattr(model, name)
-        if name in _REFUSED_METHODS:
-            return _refuse_new_shapes(name)
-        is_method = inspect.ismethod(value) and value.__self__ is model
-        return parts.outside_of_forward(name, value, sharded) if is_method else value
+            return self.__dict__["_fxzero_methods"].attribute(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_fxzero") or name in self.__dict__ or hasattr(type(self), name):
@@ -506,13 +500,6 @@ def _of_model(name: str) -> Callable[..., Any]:
         return getattr(self._fxzero_model, name)(*args)
 
     return call
-
-
-def _refuse_new_shapes(name: str) -> Callable[..., NoReturn]:
-    return ownership.refuse(
-        f"{name}() calls the model with ever new shapes, each of which would be traced. Gather the weights into the "
-        f"plain model instead: plain.load_state_dict(zero.state_dict()); plain.{name}(...)."
-    )
 
 
 __all__ = ["Schedule", "ZeroModule", "compile"]

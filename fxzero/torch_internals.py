@@ -191,6 +191,14 @@ def values_of(tensor: torch.Tensor) -> Any:
         return tensor.tolist()
 
 
+def current_function_mode() -> Any:
+    """The torch function mode that was entered last; None if there is none.
+
+    `torch.overrides._get_current_function_mode`: 2.11 to 2.13.
+    """
+    return torch.overrides._get_current_function_mode()  # pyright: ignore[reportPrivateUsage]
+
+
 def answer_device(op: Any, args: Any) -> torch.device | None:
     """The device of a fake tensor if `op` asks for it, else None. Two thirds of all calls of a dispatch mode ask so.
 
@@ -426,6 +434,14 @@ def out_variant(overload: Any) -> tuple[Any, str] | None:
 def zero_all(tensors: Sequence[torch.Tensor]) -> None:
     """Write zeros to all tensors in one call. `torch._foreach_zero_`: 2.11 to 2.13."""
     torch._foreach_zero_(list(tensors))  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+
+
+def writes_lists(name: str) -> bool:
+    """True for the name of a function that writes into each tensor of a list, as `torch._foreach_mul_`: 2.11 to 2.13.
+
+    Each element follows from those at its place alone.
+    """
+    return name.startswith("_foreach_") and name.endswith("_")
 
 
 def copy_all(into: Sequence[torch.Tensor], source: Sequence[torch.Tensor]) -> None:

@@ -63,6 +63,7 @@ def capture(
     numbers: Sequence[NumberSlot] = (),
     islands: Islands | None = None,
     stamps: bool = True,
+    is_method: bool = False,
 ) -> Captured:
     """Trace one call of a module.
 
@@ -79,6 +80,7 @@ def capture(
         numbers: slots of the Python state whose numbers become inputs of the graph.
         islands: what is known of the parts that run as they are. Default: there are none.
         stamps: False to trace every block, also those that repeat.
+        is_method: `forward` is another method, which runs without the hooks of the module.
 
     Raises:
         PinnedNumberError: the trace needs one of these numbers itself.
@@ -87,7 +89,10 @@ def capture(
     """
     check_arguments(forward, args, kwargs)
     inputs, spec = flatten_call(args, kwargs)
-    make = partial(Tracing, module, forward, args, kwargs, inputs, spec, params, device, with_backward, differentiated)
+    make = partial(
+        Tracing, module, forward, args, kwargs, inputs, spec, params, device, with_backward, differentiated,
+        is_method=is_method,
+    )  # fmt: skip
     stand_ins = StandIns(numbers) if numbers else None
     parts = Islands(module) if islands is None else islands
     parts.without_grad = not with_backward

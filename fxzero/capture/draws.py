@@ -205,6 +205,29 @@ def same_draws_of_python(others: Sequence[Any] = ()) -> Generator[None]:
             restore()
 
 
+def restoring_all(device: torch.device, others: Sequence[Any] = ()) -> Callable[[], None]:
+    """What gives the generators of torch, Python and numpy their present states again.
+
+    Args:
+        device: the one beside the CPU whose generator counts.
+        others: objects, of which generators count too.
+    """
+    state, num_cpu_bytes = rng_state(device), torch.get_rng_state().numel()
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    undo = [restore for each in others if (restore := restoring(each)) is not None]
+
+    def restore_all() -> None:
+        torch.set_rng_state(state[:num_cpu_bytes].clone())
+        if device.type != "cpu":
+            torch.get_device_module(device).set_rng_state(state[num_cpu_bytes:].clone(), device)
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+        for restore in undo:
+            restore()
+
+    return restore_all
+
+
 def rng_state(device: torch.device | str) -> Tensor:
     """The state of the CPU's generator, followed by that of `device` if it has a generator of its own.
 

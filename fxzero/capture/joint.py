@@ -87,6 +87,8 @@ class Tracing:
     """What the forward runs, if it is to be known."""
     rehearses: bool = False
     """True if the forward only runs, for its record and for what it reads and leaves behind; nothing is traced."""
+    is_method: bool = False
+    """`forward` is another method, which runs without the hooks of the module."""
     joint: Joint = field(init=False)
     """Outputs of the graph; set by `run`."""
 
@@ -215,8 +217,9 @@ class Tracing:
             watching, mode = self.observers.watching(self.module), _ForwardMode(set_data, self.observers)
             with grad, watching, recording, self.reads.following(), mode, noted_checks(self.observers.add_check):
                 forward = self.forward if self.marks is None else self.marks.forward_of_model(self.forward)
-                output = call_module(self.module, forward, args, kwargs)
+                output = forward(*args, **kwargs) if self.is_method else call_module(self.module, forward, args, kwargs)
                 self.observers.end_forward()
+            _check_no_gradients(state, inputs)
             set_data.forward_is_over()
             check_frozen(state, self.params)
             tensors, spec = flatten_output(output)
@@ -318,6 +321,21 @@ def _fake_like(name: str, tensor: Tensor, device: torch.device, requires_grad: b
     return torch.empty_strided(
         tensor.shape, tensor.stride(), dtype=tensor.dtype, device=where, requires_grad=requires_grad
     )
+
+
+def _check_no_gradients(state: FakeState, inputs: Sequence[Tensor]) -> None:
+    """Refuse a forward that has run a backward of its own, which would leave gradients in stand-ins.
+
+    Raises:
+        CaptureError: it has.
+    """
+    found = next((name for name, param in state.params.items() if param.grad is not None), None)
+    if found is not None or any(each.grad is not None for each in inputs):
+        raise CaptureError(
+            f"The forward calls backward(), which would give a gradient to {found or 'an input'}: a step has one "
+            "backward, behind its forward. Return the loss, and call backward on that; for the gradient of something "
+            "inside use torch.autograd.grad."
+        )
 
 
 @contextlib.contextmanager

@@ -40,8 +40,10 @@ class Call:
         inputs: list[torch.Tensor],
         settle: Settle,
         replaced: Replaced,
+        called: str = "",
     ) -> None:
         self._sharded, self._run_backward = sharded, run_backward
+        self._word = f"backward of {called}()" if called else "backward"
         self.executable = executable
         self._inputs = inputs
         self.trained_inputs = [index for index, x in enumerate(inputs[: executable.num_inputs]) if x.requires_grad]
@@ -98,7 +100,7 @@ class Call:
         """
         synchronize = self.executable.step.synchronize
         phases = self._sharded.phases
-        with phases.phase("backward" if synchronize else "backward under no_sync()"):
+        with phases.phase(self._word if synchronize else f"{self._word} under no_sync()"):
             input_grads = self._run(arriving)
         phases.after_backward()
         return input_grads

@@ -21,9 +21,20 @@ Pattern: TypeAlias = tuple[int, ...]
 
 
 @dataclass(frozen=True)
+class Method:
+    """A method of the model that is called in the place of the model itself."""
+
+    name: str
+    function: Callable[..., Any]
+    """Bound to the model."""
+
+
+@dataclass(frozen=True)
 class Signature:
     """Everything that chooses the plan of a call when it begins."""
 
+    method: Method | None
+    """None for a call of the model, with its hooks."""
     call: CallSpec
     training: tuple[bool, ...]
     """`training` of each module."""
@@ -35,6 +46,11 @@ class Signature:
     """Whether autocast is on for the device that computes, and its dtype then."""
     settings: tuple[Any, ...]
     """Settings of torch that choose kernels; see `settings()`."""
+
+    @property
+    def called(self) -> str:
+        """The name of the method that is called; empty for the model itself."""
+        return "" if self.method is None else self.method.name
 
     @property
     def tensor_leaves(self) -> list[TensorLeaf]:

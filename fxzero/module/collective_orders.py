@@ -34,6 +34,8 @@ class Mode(NamedTuple):
     has_backward: bool
     trained: tuple[bool, ...]
     """Every parameter's `requires_grad`."""
+    called: str = ""
+    """The name of the method; empty for the model itself."""
 
 
 @dataclass

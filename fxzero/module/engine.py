@@ -14,7 +14,7 @@ from fxzero.errors import InputMismatchError
 from fxzero.graph.variant import Stash
 from fxzero.host.memory_in_use import MemoryInUse
 from fxzero.module.call import Call, StepFunction
-from fxzero.module.call_kind import Arguments, Pattern, Signature, settings
+from fxzero.module.call_kind import Arguments, Method, Pattern, Signature, settings
 from fxzero.module.heads import Heads
 from fxzero.module.plan_cache import PlanCache
 from fxzero.module.plan_maker import PlanMaker
@@ -46,10 +46,12 @@ class Engine:
         self.memory_in_use = MemoryInUse(sharded.devices.compute)
         self._anchor = torch.empty(0, requires_grad=True)
 
-    def prepare(self, arguments: Arguments) -> tuple[list[torch.Tensor], Signature, Executable]:
+    def prepare(
+        self, arguments: Arguments, method: Method | None = None
+    ) -> tuple[list[torch.Tensor], Signature, Executable]:
         """The tensors, the signature and the executable of a call, which is planned if its kind is new."""
         inputs, own = flatten_call(*arguments)
-        signature = self._signature(self.maker.numbers.arguments.generalized(own))
+        signature = self._signature(self.maker.numbers.arguments.generalized(own), method)
         pattern = self.plans.pattern_of(signature)
         bound = self.plans.find(signature, pattern)
         if bound is None:
@@ -57,24 +59,30 @@ class Engine:
             try:
                 bound = self._make(signature, pattern, arguments)
             except PinnedNumberError:
-                return self.prepare(arguments)
+                return self.prepare(arguments, method)
         executable = bound.executable(synchronize=self.synchronize or not signature.grad)
         self.last = executable
         return inputs, signature, executable
 
-    def __call__(self, arguments: Arguments) -> Any:
+    def __call__(self, arguments: Arguments, method: Method | None = None) -> Any:
+        """Call the model.
+
+        Args:
+            method: the method to call; default: the model itself, with its hooks.
+        """
         self.sharded.phases.note_trained()
-        with self.sharded.phases.phase("forward" if torch.is_grad_enabled() else "evaluation"):
+        word = "forward" if torch.is_grad_enabled() else "evaluation"
+        with self.sharded.phases.phase(word if method is None else f"{word} of {method.name}()"):
             if replaced := self.sharded.replaced():
                 with in_shards(replaced):
-                    return self._call(arguments, replaced)
-            return self._call(arguments, replaced)
+                    return self._call(arguments, method, replaced)
+            return self._call(arguments, method, replaced)
 
-    def _call(self, arguments: Arguments, replaced: Replaced) -> Any:
+    def _call(self, arguments: Arguments, method: Method | None, replaced: Replaced) -> Any:
         sharded, tuning = self.sharded, self.maker.tuning
         if tuning.is_due and torch.is_grad_enabled() and self.synchronize and self.maker.tune_again():
             self.plans.clear()
-        inputs, signature, executable = self.prepare(arguments)
+        inputs, signature, executable = self.prepare(arguments, method)
         if executable.example_only:
             raise InputMismatchError("An input is on the meta device: it can be an example, not a batch to run on.")
         executable.stopwatch = tuning.stopwatch_for(executable)
@@ -102,7 +110,9 @@ class Engine:
     ) -> Sequence[Any]:
         if executable.has_backward:
             settle = partial(self._settle, signature, arguments, values)
-            call = Call(self.sharded, self.backward, executable, [*inputs, *values.inputs], settle, replaced)
+            call = Call(
+                self.sharded, self.backward, executable, [*inputs, *values.inputs], settle, replaced, signature.called
+            )
             returned = StepFunction.apply(call, self._anchor, *[x for x in inputs if x.requires_grad])
             call.watch(returned)  # type: ignore[arg-type]
             return returned  # type: ignore[return-value]
@@ -148,20 +158,23 @@ class Engine:
         Raises:
             PlanError: it would take gradients that are not averaged yet.
         """
+        self.sharded.is_stepping = True
         gradients = self.sharded.gradients
         if gradients is not None and gradients.are_held:
             gradients.check_reduced({id(param) for group in optimizer.param_groups for param in group["params"]})
 
     def after_optimizer(self, seconds: float) -> None:
         """Note that a step of an optimizer is over, of any in this process."""
+        self.sharded.is_stepping = False
         self.sharded.in_flight.after_step()
         self.maker.tuning.after_optimizer(seconds)
 
-    def _signature(self, spec: CallSpec) -> Signature:
+    def _signature(self, spec: CallSpec, method: Method | None) -> Signature:
         sharded = self.sharded
         device_type = sharded.devices.compute.type
         autocast = torch.is_autocast_enabled(device_type)
         return Signature(
+            method,
             spec,
             tuple([module.training for module in sharded.modules]),
             sharded.phases.trained,

@@ -31,8 +31,8 @@ class Heads:
     timeout: timedelta
     is_alone: bool
     """True if there is no other rank."""
-    _settled: set[tuple[bool, ...]] = field(default_factory=set["tuple[bool, ...]"])
-    """The modes (every parameter's `requires_grad`) whose first backward was begun."""
+    _settled: set[tuple[str, tuple[bool, ...]]] = field(default_factory=set["tuple[str, tuple[bool, ...]]"])
+    """The modes (a method, every parameter's `requires_grad`) whose first backward was begun."""
 
     def settle(
         self, signature: Signature, executable: Executable, pattern: Pattern, meet: Callable[..., None]
@@ -50,7 +50,8 @@ class Heads:
         if self.is_alone:
             runs_once = executable.has_islands and set(pattern) <= set(assumed)
             return (assumed, False) if runs_once else (pattern, pattern != assumed)
-        is_first = signature.trained not in self._settled
+        mode = signature.called, signature.trained
+        is_first = mode not in self._settled
         executable.is_settled = True
         if not is_first and set(pattern) <= set(assumed):
             return assumed, False
@@ -59,7 +60,7 @@ class Heads:
         alone = None if is_first else self._refusal(pattern, assumed)
         posts = agree.exchange(self.group, "mode", lines, timeout=self.timeout, alone=alone)
         _check_kinds(posts)
-        self._settled.add(signature.trained)
+        self._settled.add(mode)
         of_ranks = [json.loads(line) for _, line in posts]
         wanted, again = _together(of_ranks, [outputs, [*assumed], [*pattern]], keeps=not is_first)
         if again:

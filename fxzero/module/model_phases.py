@@ -91,6 +91,11 @@ class ModelPhases:
         """The model's class, and its number among the models that were compiled for these ranks."""
         return self._name
 
+    @property
+    def moment(self) -> tuple[int, int]:
+        """Steps of optimizers, and backwards since the last one."""
+        return self.num_steps, self._num_backwards
+
     def is_fixed(self) -> None:
         """Ranks have agreed on the layout of this model, and on which parameters it trains."""
         self.trained = self._trained_at_first = self._trained_now()

@@ -3,8 +3,10 @@
 The model stays the same object. The refusals are attributes of the instance, so that they can be taken back.
 """
 
+import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -13,6 +15,7 @@ from torch import nn
 from fxzero import torch_internals
 from fxzero.errors import FxzeroError, InputMismatchError
 from fxzero.module.parts import forget_parts
+from fxzero.module.sharded_model import ShardedModel
 from fxzero.module.wrappers import allow_wrappers, refuse_wrappers
 
 _TAKEN = "_fxzero_taken"
@@ -46,8 +49,10 @@ def refuse(text: str) -> Callable[..., NoReturn]:
 
 refuse_copy = refuse(_COPY)
 """Stands in for `__reduce_ex__`, which copy and pickle call."""
+refuse_call = refuse(_CALL)
+"""Stands in for the forward of a model."""
 _REFUSALS = {
-    "forward": refuse(_CALL),
+    "forward": refuse_call,
     "state_dict": refuse(_STATE),
     "load_state_dict": refuse(_STATE),
     "__reduce_ex__": refuse_copy,
@@ -117,6 +122,27 @@ def give_back(model: nn.Module) -> None:
     for module in model.modules():
         del module.__dict__[torch_internals.CONVERSION]
     forget_parts(model)
+
+
+@contextmanager
+def forward_set_to(model: nn.Module, forward: Callable[..., Any]) -> Generator[None]:
+    """Let `model.forward` be a function inside of the block, where it is another one or refuses calls otherwise."""
+    before, model.__dict__["forward"] = model.__dict__["forward"], forward
+    try:
+        yield
+    finally:
+        model.__dict__["forward"] = before
+
+
+def with_own_forward(sharded: ShardedModel, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function during which `model.forward` is the model's own."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with forward_set_to(sharded.model, sharded.forward):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def check_forward(model: nn.Module) -> None:

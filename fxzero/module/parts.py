@@ -1,36 +1,23 @@
-"""Parts and methods of a compiled model outside of its step, where a parameter is a shard and computes nothing right.
+"""Parts of a compiled model outside of its step, where a parameter is a shard and computes nothing right.
 
 A step is traced with whole stand-ins for the parameters. So code that finds the model's own Parameter objects runs
-outside: a call of a submodule, its state dict, a method other than forward. It is refused by the name of the part. Only
-loading is done, from whole tensors.
+outside. A part that is called there gathers its parameters, where no gradient is to come back to them; else it is
+refused by its name, as its state dict is. Loading is done from whole tensors.
 """
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from fxzero import torch_internals
 from fxzero.errors import FxzeroError
+from fxzero.module.methods.gathered import fqns_of, gathered
 from fxzero.module.sharded_model import ShardedModel
 from fxzero.torch_internals import tree_leaves
-
-_CURE = (
-    "Call the compiled module, and let forward do it (an argument can choose what it does); or load the gathered "
-    "weights into a plain model: plain.load_state_dict(zero.state_dict())."
-)
-_HARMLESS = frozenset(
-    {
-        *("__get__", "__set__", "__delete__", "__hash__", "__repr__", "__len__", "size", "dim", "numel", "nelement"),
-        *("stride", "storage_offset", "is_contiguous", "element_size", "data_ptr", "untyped_storage", "get_device"),
-        *("is_floating_point", "is_complex", "detach", "register_hook", "register_post_accumulate_grad_hook"),
-    }
-)
-"""Names of functions of a tensor that compute nothing with its elements. In-place functions work on shards too."""
 
 
 def watch_parts(sharded: ShardedModel, compiled: nn.Module) -> None:
@@ -42,12 +29,12 @@ def watch_parts(sharded: ShardedModel, compiled: nn.Module) -> None:
     vars(compiled)[torch_internals.LOAD] = functools.partial(load_part, sharded, sharded.model, "")
     held = weakref.ref(sharded)
     for path, module in sharded.model.named_modules():
+        at = weakref.ref(module)
+        if next(module.parameters(), None) is not None:
+            module.__dict__[torch_internals.CALL] = functools.partial(_call, held, at, path)
         if any(param is not None for param in torch_internals.tensor_tables(module)[0].values()):
-            at = weakref.ref(module)
             module.__dict__[torch_internals.SAVE] = functools.partial(_save, held, at, path)
             module.__dict__[torch_internals.LOAD] = functools.partial(_load, held, at, path)
-            if path:
-                module.__dict__[torch_internals.CALL] = functools.partial(_call, held, at, path)
 
 
 def forget_parts(model: nn.Module) -> None:
@@ -73,13 +60,38 @@ def _is_outside(sharded: ShardedModel, module: nn.Module) -> bool:
 
 
 def _call(held: _Held, at: _At, path: str, *args: Any, **kwargs: Any) -> Any:
-    sharded, module = _find(held, at)
-    if _is_outside(sharded, module):
+    sharded, module = held(), at()
+    assert module is not None
+    own = torch_internals.own_method(module, torch_internals.CALL)
+    if sharded is None:  # the compiled module is gone
+        return own(*args, **kwargs)
+    run = sharded.method_run
+    if (sharded.whole and not torch.is_grad_enabled()) or id(next(module.parameters(), None)) not in sharded.ids:
+        return own(*args, **kwargs)
+    needs_graph = torch.is_grad_enabled() and _may_get_grad(module, (args, kwargs))
+    fqns = fqns_of(sharded, module)
+    if not needs_graph and sharded.whole.issuperset(fqns):
+        return own(*args, **kwargs)
+    if run is not None:
+        if needs_graph and not path:
+            return run.on_model(args, kwargs)
+        run.on_part(path or "the model", needs_graph=needs_graph)
+    if not path:
+        return own(*args, **kwargs)  # its forward refuses
+    if needs_graph:
         raise FxzeroError(
-            f"{path} is a part of a model that fxzero.compile took over, and was called by itself (zero.{path}): its "
-            f"parameters are shards here. {_CURE}"
+            f"{path} is a part of a model that fxzero.compile took over, and was called by itself (zero.{path}) with "
+            "gradients: its parameters are shards here. Call it in a method of the model, which is trained as forward "
+            "is (zero.encode(x)), or under torch.no_grad(), where it gathers its parameters."
         )
-    return torch_internals.own_method(module, torch_internals.CALL)(*args, **kwargs)
+    with gathered(sharded, fqns, path):
+        return own(*args, **kwargs)
+
+
+def _may_get_grad(module: nn.Module, arguments: Any) -> bool:
+    leaves = tree_leaves(arguments)
+    given = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
+    return given or any(param.requires_grad for param in module.parameters())
 
 
 def _save(held: _Held, at: _At, path: str, *args: Any, **kwargs: Any) -> None:
@@ -137,44 +149,6 @@ def load_part(
         for (name, value), was, now in zip(whole.items(), before, after, strict=True):
             if was != now:
                 params[name].copy_(shards.cut(sharded.fqn_of(params[name]), value))
-
-
-class _RefuseShards(TorchFunctionMode):
-    """Refuses to compute with shards while a method of the model runs."""
-
-    def __init__(self, method: str, names: Mapping[int, str]) -> None:
-        super().__init__()
-        self._method, self._names = method, names
-
-    def __torch_function__(
-        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        name = getattr(func, "__name__", "")
-        is_in_place = name.endswith("_") and not name.endswith("__")
-        if name not in _HARMLESS and not is_in_place:
-            for value in tree_leaves((args, kwargs)):
-                if id(value) in self._names:
-                    raise FxzeroError(
-                        f"{self._method}() computes with {self._names[id(value)]} ({name}), which is a shard outside "
-                        f"of forward. {_CURE}"
-                    )
-        return func(*args, **(kwargs or {}))
-
-
-def outside_of_forward(name: str, method: Callable[..., Any], sharded: ShardedModel) -> Callable[..., Any]:
-    """A method of the model other than forward, which must not compute with shards."""
-
-    @functools.wraps(method)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        try:
-            with _RefuseShards(name, {id(param): fqn for fqn, param in sharded.params.items()}):
-                return method(*args, **kwargs)
-        except FxzeroError as error:
-            if name not in str(error):
-                raise type(error)(f"In {name}(), outside of forward: {error}") from error
-            raise
-
-    return run
 
 
 def check_scalar(name: str, sharded: ShardedModel) -> None:

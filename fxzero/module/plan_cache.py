@@ -25,8 +25,8 @@ class PlanCache:
         self._plans: OrderedDict[tuple[Signature, Pattern | None], list[BoundPlan]] = OrderedDict()
         """Plans that differ in the Python state that they were traced for, the last used one first."""
         self._patterns: dict[Signature, Pattern] = {}
-        self._preferred: dict[tuple[bool, ...], Pattern] = {}
-        """The pattern that was preferred last with each `requires_grad` of all parameters."""
+        self._preferred: dict[tuple[str, tuple[bool, ...]], Pattern] = {}
+        """The pattern that was preferred last of each method, with each `requires_grad` of all parameters."""
         self._warned = False
         self._changes: Counter[str] = Counter()
         """How often each slot of the Python state has changed."""
@@ -37,11 +37,11 @@ class PlanCache:
     def pattern_of(self, signature: Signature) -> Pattern | None:
         """The pattern that the next forward of a kind of call assumes; a new kind assumes what others did last."""
         known = self._patterns.get(signature)
-        return self._preferred.get(signature.trained) if known is None else known
+        return self._preferred.get((signature.called, signature.trained)) if known is None else known
 
     def prefer(self, signature: Signature, pattern: Pattern) -> None:
         """Let the next forward of a kind of call assume a pattern."""
-        self._patterns[signature] = self._preferred[signature.trained] = pattern
+        self._patterns[signature] = self._preferred[signature.called, signature.trained] = pattern
 
     def find(self, signature: Signature, pattern: Pattern | None) -> BoundPlan | None:
         """The plan for a kind of call, a pattern and the Python state, which becomes the last used one; or None."""

@@ -21,6 +21,7 @@ from fxzero.module.call_kind import Arguments, Pattern, Signature, set_to
 from fxzero.module.changing_numbers import ChangingNumbers
 from fxzero.module.collective_orders import Mode, Orders, order_of
 from fxzero.module.first_fill import agree_on_options, fix_layout
+from fxzero.module.ownership import with_own_forward
 from fxzero.module.sharded_model import ShardedModel
 from fxzero.module.tuning_rounds import TuningRounds
 from fxzero.planning.check_passes import pass_checks
@@ -58,7 +59,7 @@ class PlanMaker:
         Args:
             anew: forget what earlier calls needed.
         """
-        self._orders.meet(Mode(signature.grad, signature.trained), anew=anew)
+        self._orders.meet(Mode(signature.grad, signature.trained, signature.called), anew=anew)
 
     def make(
         self, signature: Signature, pattern: Pattern | None, arguments: Arguments
@@ -91,7 +92,7 @@ class PlanMaker:
         needs_grad = any(signature.trained) or any(leaf.requires_grad for leaf in signature.tensor_leaves)
         with_backward = signature.grad and needs_grad
         fixes_layout = sharded.shards is None
-        others_wait = fixes_layout or not self._orders.knows(Mode(with_backward, signature.trained))
+        others_wait = fixes_layout or not self._orders.knows(Mode(with_backward, signature.trained, signature.called))
         topic = "layout" if fixes_layout else "mode"
         reporting = partial(agree.reporting_failure, sharded.group, topic) if others_wait else nullcontext
         with reporting():
@@ -101,7 +102,7 @@ class PlanMaker:
         self.tuning.choose(sharded, captured.step, topic)
         # Plans of evaluations made before a choice do not leave kept and resident buckets their places.
         drops_others = self.budget.choose(sharded, captured.step, topic)
-        mode = Mode(captured.step.has_backward, signature.trained)
+        mode = Mode(captured.step.has_backward, signature.trained, signature.called)
         with reporting():
             needs = self._needs(captured)
         together, has_grown = self._orders.settle(mode, needs, topic)
@@ -142,13 +143,14 @@ class PlanMaker:
         trace = partial(
             capture,
             sharded.model,
-            sharded.forward,
+            sharded.forward if signature.method is None else with_own_forward(sharded, signature.method.function),
             *arguments,
             specs,
             device=sharded.devices.compute,
             sharding=sharded.comm.sharding,
             with_backward=with_backward,
             islands=self.islands,
+            is_method=signature.method is not None,
         )
         captured = self.numbers.captured(partial(trace, differentiated=pattern), signature.call)
         if pattern and captured.differentiable and not captured.differentiated:  # other outputs than of calls before

@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,18 @@ from fxzero.runtime.gradients import Gradients
 from fxzero.runtime.in_flight import InFlight
 from fxzero.runtime.shards import Shards, check_storage, spec_of
 from fxzero.runtime.storage import Arena
+
+
+class MethodRun(Protocol):
+    """A method of the model that runs outside of a step."""
+
+    def on_part(self, path: str, *, needs_graph: bool) -> None:
+        """The method is about to call a part of the model whose parameters are shards; returns if that is well."""
+        ...
+
+    def on_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the method gets from a call of the model itself."""
+        ...
 
 
 @dataclass
@@ -84,6 +96,12 @@ class ShardedModel:
             lambda: this.gradients is not None and this.gradients.are_added_to,
             lambda: (this.version(), 0 if this.gradients is None else this.gradients.version),
         )
+        self.whole: frozenset[str] = frozenset()
+        """The parameters whose data has their full shape for now, beside all those before the layout is fixed."""
+        self.is_stepping = False
+        """True in the step of an optimizer."""
+        self.method_run: MethodRun | None = None
+        """The method of the model that runs outside of a step."""
         self._replaced_data: ReplacedData | None = None
         """None before the layout is fixed."""
         self._had_replaced = False
@@ -138,6 +156,20 @@ class ShardedModel:
     def version(self) -> int:
         """A number that changes when a parameter is changed in place."""
         return torch_internals.num_changes(self.param_list)
+
+    def lie_alike(self, fqn: str, other: str) -> bool:
+        """True if each rank has the same elements of two parameters of one shape, so that their slices fit."""
+        specs = self.specs[fqn], self.specs[other]
+        if self.shards is None or specs[0].shape != specs[1].shape:
+            return specs[0].shape == specs[1].shape
+        buckets = [self.shards.layout.bucket_of[each] for each in (fqn, other)]
+        if buckets[0].shard_ranks != buckets[1].shard_ranks:
+            return False
+        of_ranks = [
+            [bucket.slice_of(spec, rank) for bucket, spec in zip(buckets, specs, strict=True)]
+            for rank in range(buckets[0].shard_ranks)
+        ]
+        return all((a.start, a.stop) == (b.start, b.stop) for a, b in of_ranks)
 
     @property
     def state_per_element(self) -> int:

@@ -4,7 +4,7 @@ Each of these functions is a collective.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,21 +23,28 @@ from fxzero.planning.agreed_text import describe_buffers, describe_options, desc
 from fxzero.runtime.interleave import gathered_members
 
 
-def full_params(sharded: ShardedModel, *, rank0_only: bool) -> Iterator[tuple[str, torch.Tensor | None]]:
+def full_params(
+    sharded: ShardedModel, *, rank0_only: bool, of: Collection[str] | None = None, word: str = "full parameters"
+) -> Iterator[tuple[str, torch.Tensor | None]]:
     """Gather the parameters bucket by bucket: `(name, full tensor)`, None on other ranks if `rank0_only`.
 
     Each tensor is a view of memory that the next bucket overwrites. Every rank must iterate to the end.
+
+    Args:
+        of: gather the buckets of these parameters alone.
+        word: what is gathered, in the names of phases.
     """
     assert sharded.shards is not None
     shards, comm = sharded.shards, sharded.comm
-    largest = max((bucket.shard_ranks * bucket.shard_nbytes for bucket in shards.layout.buckets), default=0)
+    buckets = [each for each in shards.layout.buckets if of is None or not set(each.fqns).isdisjoint(of)]
+    largest = max((bucket.shard_ranks * bucket.shard_nbytes for bucket in buckets), default=0)
     is_given = comm.is_rank0 or not rank0_only
     room = torch.empty(largest if is_given else 0, dtype=torch.uint8, device=shards.device)
     with in_shards(sharded.replaced()):
-        for number, bucket in enumerate(shards.layout.buckets, 1):
+        for number, bucket in enumerate(buckets, 1):
             shard = shards.params.parts[bucket]
             full = room[: bucket.shard_ranks * bucket.shard_nbytes].view(bucket.dtypes.shard)
-            with sharded.phases.phase(f"gathering of full parameters ({number} of {len(shards.layout.buckets)})"):
+            with sharded.phases.phase(f"gathering of {word} ({number} of {len(buckets)})"):
                 comm.meet()
                 if rank0_only:
                     comm.gather_to_rank0(shard, full if is_given else None)
@@ -56,7 +63,7 @@ def state_dict(
     is_in_pieces = is_asked_by_checkpoint()
     if is_in_pieces:
         before_checkpoint(sharded)
-    full = _pieces(sharded) if is_in_pieces else _full_copies(sharded, rank0_only=rank0_only)
+    full = _pieces(sharded) if is_in_pieces else full_copies(sharded, rank0_only=rank0_only)
     with sharded.phases.phase("state_dict"):
         sharded.comm.meet()
         full |= _buffer_copies(sharded, rank0_only=rank0_only)
@@ -109,9 +116,21 @@ def _has_rank0(sharded: ShardedModel) -> bool:
     return sharded.shards is not None or sharded.sync_init
 
 
-def _full_copies(sharded: ShardedModel, *, rank0_only: bool) -> dict[str, torch.Tensor]:
-    """A copy of each parameter at full size by canonical name; empty on other ranks if `rank0_only`."""
-    with sharded.phases.phase("state_dict"):
+def full_copies(
+    sharded: ShardedModel,
+    *,
+    rank0_only: bool,
+    of: Collection[str] | None = None,
+    phase: str = "state_dict",
+    word: str = "full parameters",
+) -> dict[str, torch.Tensor]:
+    """A copy of each parameter at full size by canonical name; empty on other ranks if `rank0_only`.
+
+    Args:
+        of: the parameters; others may be among the copies. Default: all.
+        phase, word: the name of the phase, and of what is gathered.
+    """
+    with sharded.phases.phase(phase):
         if sharded.shards is None and not sharded.has_meta_params():  # nothing is sharded yet
             if not rank0_only:
                 lines = describe_options(sharded.agreed) + describe_params(sharded.specs.values())
@@ -124,7 +143,8 @@ def _full_copies(sharded: ShardedModel, *, rank0_only: bool) -> dict[str, torch.
                     sharded.comm.broadcast_from_rank0(copy)
             return copies
         fix_layout_without_trace(sharded)
-    return {fqn: value.clone() for fqn, value in full_params(sharded, rank0_only=rank0_only) if value is not None}
+    gathered = full_params(sharded, rank0_only=rank0_only, of=of, word=word)
+    return {fqn: value.clone() for fqn, value in gathered if value is not None and (of is None or fqn in of)}
 
 
 def load_state_dict(sharded: ShardedModel, state: Mapping[str, Any], *, strict: bool) -> Any:
