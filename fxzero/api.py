@@ -24,6 +24,7 @@ from fxzero.graph.sharding import Placement
 from fxzero.graph.step import Pass
 from fxzero.memory.report import MemoryReport
 from fxzero.module import norms, ownership, parts, weights
+from fxzero.module.asked_gradients import watch_gradients
 from fxzero.module.budget_round import held
 from fxzero.module.engine import Engine
 from fxzero.module.first_fill import fix_layout_without_trace
@@ -232,6 +233,7 @@ class ZeroModule(nn.Module):
         refuse_wrappers(self)
         parts.watch_parts(engine.sharded, self)
         norms.watch_norms(engine.sharded)
+        watch_gradients(engine)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model; the first call of each kind (shapes, train or eval, ...) traces and plans it.

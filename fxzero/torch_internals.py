@@ -620,6 +620,15 @@ def in_function_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
 
 
+def wrap_engine_run(wrapper: Callable[..., Any]) -> None:
+    """Let `torch.autograd.backward` and `grad` run the engine through a function that gets torch's own one first.
+
+    `torch.autograd._engine_run_backward`: 2.11 to 2.13.
+    """
+    autograd = cast(Any, torch.autograd)
+    autograd._engine_run_backward = functools.partial(wrapper, autograd._engine_run_backward)
+
+
 def runs_in_this_backward(node: Any) -> bool:
     """True if the running backward will execute a node of its graph. `_will_engine_execute_node`: 2.11 to 2.13."""
     return torch._C._will_engine_execute_node(node)  # pyright: ignore[reportPrivateUsage]

@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
@@ -19,8 +19,22 @@ from fxzero.runtime.executable import Executable
 Settle: TypeAlias = Callable[[Executable, Pattern], tuple[Executable, Executable, bool, list[Any]]]
 """Given the executable that ran forward, and the outputs that receive a gradient: the executables of forward and of
 backward, whether forward must run again, and the inputs that are Python state then."""
-RunBackward: TypeAlias = Callable[[Executable, list[Any], list[torch.Tensor]], tuple[Any, ...]]
-"""Runs the backward of an executable on its saved values and the arriving gradients; returns those of the inputs."""
+
+
+class RunsBackward(Protocol):
+    """Runs the backward of an executable on its saved values and the arriving gradients; gives those of the inputs."""
+
+    def backward(self, executable: Executable, saved: list[Any], tangents: list[torch.Tensor]) -> tuple[Any, ...]:
+        """With the gradients of parameters in `.grad`."""
+        ...
+
+    def backward_aside(self, executable: Executable, saved: list[Any], tangents: list[torch.Tensor]) -> tuple[Any, ...]:
+        """With the gradients of parameters for who asks for them."""
+        ...
+
+    def gradients_are_asked_for(self, anchor: Any) -> bool:
+        """True in a backward that leaves `.grad` alone."""
+        ...
 
 
 class Call:
@@ -35,14 +49,16 @@ class Call:
     def __init__(
         self,
         sharded: ShardedModel,
-        run_backward: RunBackward,
+        runs: RunsBackward,
         executable: Executable,
         inputs: list[torch.Tensor],
         settle: Settle,
         replaced: Replaced,
         called: str = "",
     ) -> None:
-        self._sharded, self._run_backward = sharded, run_backward
+        self._sharded, self._runs = sharded, runs
+        self._is_aside = False
+        """True for a backward that leaves `.grad` alone."""
         self._word = f"backward of {called}()" if called else "backward"
         self.executable = executable
         self._inputs = inputs
@@ -89,17 +105,21 @@ class Call:
         """Note the tensors that forward returned, in whose gradients a user may take an interest."""
         self._outputs = [weakref.ref(output) for output in outputs]
 
-    def backward(self, arriving: tuple[torch.Tensor | None, ...]) -> list[torch.Tensor | None]:
+    def backward(self, arriving: tuple[torch.Tensor | None, ...], anchor: Any) -> list[torch.Tensor | None]:
         """Run backward.
 
         Args:
             arriving: the gradient of each output of the Function; None where there is none.
+            anchor: the node of the anchor.
 
         Returns:
             The gradients of the inputs that require grad.
         """
         synchronize = self.executable.step.synchronize
-        phases = self._sharded.phases
+        phases, self._is_aside = self._sharded.phases, self._runs.gradients_are_asked_for(anchor)
+        if self._is_aside:
+            with phases.phase(f"{self._word} by torch.autograd.grad"):
+                return self._run(arriving)
         with phases.phase(self._word if synchronize else f"{self._word} under no_sync()"):
             input_grads = self._run(arriving)
         phases.after_backward()
@@ -126,19 +146,21 @@ class Call:
         self._drop()
         tangents = [grad for grad in arriving if grad is not None]
         self.executable.restore_kept(self._generation)
-        input_grads = self._run_backward(running, saved, tangents)
+        run = self._runs.backward_aside if self._is_aside else self._runs.backward
+        input_grads = run(running, saved, tangents)
         return [input_grads[index] for index in self.trained_inputs]
 
     def _check(self) -> None:
         """Raise StaleBackwardError if backward would give wrong gradients."""
         if torch.is_grad_enabled():
             raise StaleBackwardError(
-                "create_graph=True: gradients of gradients are not in the schedule. Call backward without create_graph."
+                "create_graph=True: gradients of gradients are not in the schedule. Take the penalty inside forward: "
+                "torch.autograd.grad(output, input, create_graph=True) there, and return what you make of it."
             )
         if self._saved is None:
             raise StaleBackwardError(
                 "A second backward through one forward: its saved values are freed as they are used (retain_graph has "
-                "no effect). Call the module again before each backward."
+                "no effect). Call the module again before each backward, or add the losses up and call backward once."
             )
         if self._param_version != self._sharded.version():
             self._drop()
@@ -236,9 +258,4 @@ class StepFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *arriving: torch.Tensor | None) -> tuple[Any, ...]:
-        if not torch_internals.runs_in_this_backward(ctx.next_functions[0][0]):
-            raise StaleBackwardError(
-                "torch.autograd.grad, or backward(inputs=...), asks for some gradients only; a compiled backward "
-                "computes those of all parameters. Call loss.backward() and read .grad, also that of the inputs."
-            )
-        return (None, None, *ctx.call.backward(arriving))
+        return (None, None, *ctx.call.backward(arriving, ctx.next_functions[0][0]))

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
+from fxzero import torch_internals
 from fxzero.capture.call import CallSpec, flatten_call
 from fxzero.capture.numbers import PinnedNumberError
 from fxzero.capture.state import Values
 from fxzero.comm import agree
-from fxzero.errors import InputMismatchError
+from fxzero.errors import InputMismatchError, PlanError
 from fxzero.graph.variant import Stash
 from fxzero.host.memory_in_use import MemoryInUse
 from fxzero.module.call import Call, StepFunction
@@ -44,7 +45,10 @@ class Engine:
         self.last: Executable | None = None
         """The executable that ran last, which `zero.schedule` shows."""
         self.memory_in_use = MemoryInUse(sharded.devices.compute)
-        self._anchor = torch.empty(0, requires_grad=True)
+        self.anchor = torch.empty(0, requires_grad=True)
+        """Stands for the parameters in the graph of autograd."""
+        self.asked: dict[str, torch.Tensor] | None = None
+        """Receives the gradients of backwards while torch.autograd.grad asks for some; else None."""
 
     def prepare(
         self, arguments: Arguments, method: Method | None = None
@@ -110,15 +114,46 @@ class Engine:
     ) -> Sequence[Any]:
         if executable.has_backward:
             settle = partial(self._settle, signature, arguments, values)
-            call = Call(
-                self.sharded, self.backward, executable, [*inputs, *values.inputs], settle, replaced, signature.called
-            )
-            returned = StepFunction.apply(call, self._anchor, *[x for x in inputs if x.requires_grad])
+            call = Call(self.sharded, self, executable, [*inputs, *values.inputs], settle, replaced, signature.called)
+            returned = StepFunction.apply(call, self.anchor, *[x for x in inputs if x.requires_grad])
             call.watch(returned)  # type: ignore[arg-type]
             return returned  # type: ignore[return-value]
         with torch.no_grad():
             outputs, _ = executable.forward([*inputs, *values.inputs], self.sharded.buffers(executable))
         return [outputs[index] for index in executable.tensor_outputs]
+
+    def gradients_are_asked_for(self, anchor: Any) -> bool:
+        """True in a backward that leaves `.grad` alone, as torch.autograd.grad asks for some gradients.
+
+        Args:
+            anchor: the node of the anchor.
+        """
+        return self.asked is not None or not torch_internals.runs_in_this_backward(anchor)
+
+    def backward_aside(self, executable: Executable, saved: list[Any], tangents: list[torch.Tensor]) -> tuple[Any, ...]:
+        """Run a backward that leaves `.grad` alone, and hand its gradients to who asks for them.
+
+        Returns:
+            The gradients of the inputs.
+        """
+        gradients = self.sharded.gradients
+        assert gradients is not None
+        if not executable.step.synchronize or gradients.are_held:
+            raise PlanError(
+                "torch.autograd.grad, or backward(inputs=...), while no_sync() holds gradients that ranks have not "
+                "averaged. Call it outside of an accumulation under no_sync()."
+            )
+        with gradients.set_aside():
+            variant = gradients.variant(synchronize=True)
+            input_grads = executable.backward(variant, saved, tangents)
+            arrived = gradients.arrived(executable.reached, variant, executable.unreached)
+            if self.asked is not None:
+                gradients.check_hooks(arrived)
+                for fqn in arrived:
+                    value, before = gradients.view(fqn).clone(), self.asked.get(fqn)
+                    self.asked[fqn] = value if before is None else before + value
+        self.sharded.in_flight.after_step()
+        return input_grads
 
     def backward(self, executable: Executable, saved: list[Any], tangents: list[torch.Tensor]) -> tuple[Any, ...]:
         """Run a backward, and update `.grad` of each parameter that it reaches.

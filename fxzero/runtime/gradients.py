@@ -1,7 +1,8 @@
 """The life of `.grad` between backwards: overwrite or add, unsharded under no_sync(), settled before a norm."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -17,6 +18,12 @@ UNREACHED = -0.0
 nothing, so the sum over ranks is all negative zeros where no rank reached the parameter, and only there."""
 _LOOKED_AT = 16
 """Elements of a slice that are compared with it."""
+
+
+_HOOKED = (
+    "{} has a hook (register_hook), which would get its whole gradient; that is nowhere whole. Use "
+    "register_post_accumulate_grad_hook, which gets the parameter with the gradient of its shard."
+)
 
 
 class Gradients:
@@ -99,26 +106,51 @@ class Gradients:
         Raises:
             FxzeroError: a parameter has a hook on its gradient, which is nowhere whole.
         """
-        views = self._views
-        fqns = reached
-        if variant.stash is Stash.FLUSH:
-            fqns = [*reached, *(fqn for fqn in self._held if fqn not in reached)]
-            self._held = {}
-        if unreached:
-            fqns = [*fqns, *self._reached_elsewhere([fqn for fqn in unreached if fqn not in fqns])]
+        fqns, views = self.arrived(reached, variant, unreached), self._views
         self.are_there = True
         params = [self._params[fqn] for fqn in fqns]
         for fqn, param in zip(fqns, params, strict=True):
             param.grad = views[fqn]
         for index, on_gradient, afterwards in torch_internals.gradient_hooks(params):
             if on_gradient:
-                raise FxzeroError(
-                    f"{fqns[index]} has a hook (register_hook), which would get its whole gradient; that is nowhere "
-                    "whole. Use register_post_accumulate_grad_hook, which gets the parameter with the gradient of its "
-                    "shard."
-                )
+                raise FxzeroError(_HOOKED.format(fqns[index]))
             for hook in afterwards.values():
                 hook(params[index])
+
+    def arrived(self, reached: Sequence[str], variant: Variant, unreached: Sequence[str] = ()) -> Sequence[str]:
+        """The parameters whose gradients a backward has written: see `publish`."""
+        fqns = reached
+        if variant.stash is Stash.FLUSH:
+            fqns = [*reached, *(fqn for fqn in self._held if fqn not in reached)]
+            self._held = {}
+        if unreached:
+            fqns = [*fqns, *self._reached_elsewhere([fqn for fqn in unreached if fqn not in fqns])]
+        return fqns
+
+    def check_hooks(self, fqns: Sequence[str]) -> None:
+        """Refuse parameters that have a hook on their gradient, which is nowhere whole.
+
+        Raises:
+            FxzeroError: one has.
+        """
+        for index, on_gradient, _ in torch_internals.gradient_hooks([self._params[fqn] for fqn in fqns]):
+            if on_gradient:
+                raise FxzeroError(_HOOKED.format(fqns[index]))
+
+    @contextmanager
+    def set_aside(self) -> Generator[None]:
+        """Let there be no gradients inside of the block, and those of now again behind it."""
+        grads = [(param, param.grad) for param, _ in self._pairs]
+        values = [segment.clone() for segment in self._shards.grads.segments] if self._has_grad() else []
+        for param, _ in grads:
+            param.grad = None
+        try:
+            yield
+        finally:
+            for segment, value in zip(self._shards.grads.segments, values, strict=False):
+                segment.copy_(value)
+            for param, grad in grads:
+                param.grad = grad
 
     def _reached_elsewhere(self, fqns: Sequence[str]) -> list[str]:
         """Those trained parameters without a `.grad` for which another rank had a gradient."""

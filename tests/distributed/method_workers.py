@@ -79,3 +79,35 @@ def one_rank_generates(rank: int, world_size: int) -> None:
         else:
             zero(X).sum().backward()
         zero(X).sum().backward()
+
+
+def asked_gradients(rank: int, world_size: int) -> None:
+    """torch.autograd.grad gives this rank's slices of mean gradients, and leaves `.grad` alone."""
+    batches = [torch.randn(4, 4, generator=torch.Generator().manual_seed(each)) for each in range(world_size)]
+    torch.manual_seed(0)
+    plain = Model().eval()
+    torch.manual_seed(0)
+    zero: Any = fxzero.compile(Model().eval())
+    names = [name for name, param in plain.named_parameters() if param.requires_grad]
+    for _ in range(2):
+        found = torch.autograd.grad(zero(batches[rank]).sum(), [param for _, param in trained(zero)])
+        mean = torch.stack([plain(each).sum() for each in batches]).mean()
+        expected = torch.autograd.grad(mean, [param for _, param in trained(plain)])
+        for name, got, wanted in zip(names, found, expected, strict=True):
+            torch.testing.assert_close(got, cut(zero, name, wanted))
+        zero.of_super(batches[rank]).sum().backward()
+        before = {name: param.grad.clone() for name, param in trained(zero) if param.grad is not None}
+        torch.autograd.grad(zero(batches[rank]).sum(), [zero.head.bias])
+        for name, param in trained(zero):
+            assert (param.grad is None) == (name not in before)
+            assert param.grad is None or torch.equal(param.grad, before[name])
+
+
+def cut(zero: Any, name: str, value: torch.Tensor) -> torch.Tensor:
+    shards = engine_of(zero).sharded.shards
+    assert shards is not None
+    return shards.cut(name, value)
+
+
+def trained(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, param) for name, param in model.named_parameters() if param.requires_grad]

@@ -8,6 +8,10 @@ from fxzero.testing import run_ranks
 from tests.distributed import method_workers
 
 
+def test_gradients_that_are_asked_for_are_means_over_the_ranks() -> None:
+    run_ranks(2, method_workers.asked_gradients)
+
+
 def test_methods_on_equal_batches_are_those_of_the_plain_model() -> None:
     run_ranks(2, method_workers.equal_batches)
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import fxzero
-from fxzero.errors import InputMismatchError, StaleBackwardError
+from fxzero.errors import FxzeroError, InputMismatchError, PlanError, StaleBackwardError
 from fxzero.testing import engine_of
-from tests.helpers.pairs import Net, assert_same, both, pair, points, sgd
+from tests.helpers.pairs import Net, as_shard, assert_same, both, pair, points, sgd
 
 # -- refused -----------------------------------------------------------------------------------------------------
 
@@ -53,16 +53,73 @@ def test_a_backward_after_the_shards_changed_is_refused(what: str) -> None:
     zero(points()).loss.backward()
 
 
-def test_gradients_of_some_tensors_only_are_refused() -> None:
-    zero, _ = pair()
+@pytest.mark.parametrize("has_grads", [False, True])
+def test_gradients_that_are_asked_for_leave_those_of_parameters_alone(has_grads: bool) -> None:
+    zero, plain = pair()
+    if has_grads:
+        for output in both(zero, plain, points(), True):
+            output.loss.backward()
     x = points().requires_grad_()
-    with pytest.raises(StaleBackwardError, match=r"Call loss.backward\(\) and read .grad"):
-        torch.autograd.grad(zero(x).loss, x)
-    with pytest.raises(StaleBackwardError, match=r"Call loss.backward\(\) and read .grad"):
-        zero(x).loss.backward(inputs=[x])
+    of_zero, of_plain = [list(model.parameters()) for model in (zero, plain)]
+    asked: list[tuple[list[Any], list[Any]]] = [
+        (of_zero, of_plain),
+        ([of_zero[1]], [of_plain[1]]),
+        ([x], [x]),
+        ([of_zero[0], x, of_zero[2]], [of_plain[0], x, of_plain[2]]),
+    ]
+    for own_inputs, inputs in asked:
+        own, other = both(zero, plain, x, True)
+        found = torch.autograd.grad(own.loss, own_inputs)
+        expected = torch.autograd.grad(other.loss, inputs)
+        for got, wanted, tensor in zip(found, expected, own_inputs, strict=True):
+            assert torch.equal(got, wanted if tensor is x else as_shard(wanted))
+        assert_same(zero, plain)
+    own, other = both(zero, plain, x, True)
+    own.loss.backward(inputs=[x])
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.autograd.grad(other.loss, x)[0])
+    assert_same(zero, plain)
+    for output in both(zero, plain, points(1)):
+        output.loss.backward()
+    assert_same(zero, plain)
+
+
+def test_gradients_of_two_calls_that_are_asked_for_are_added() -> None:
+    zero, plain = pair()
+    found, expected = [
+        torch.autograd.grad(
+            model(points(), True).logits.sum() + model(points(1), True).logits.pow(2).sum(), list(model.parameters())
+        )
+        for model in (zero.eval(), plain.eval())
+    ]
+    for got, wanted in zip(found, expected, strict=True):
+        assert torch.equal(got, as_shard(wanted))
+
+
+def test_gradients_that_cannot_be_asked_for_are_refused() -> None:
+    zero, _ = pair()
+    params = list(zero.parameters())
     with pytest.raises(RuntimeError, match="not have been used in the graph"):
-        torch.autograd.grad(zero(x).loss, list(zero.parameters()))
-    assert all(param.grad is None for param in zero.parameters())
+        torch.autograd.grad(zero(points()).loss, params)
+    found = torch.autograd.grad(zero(points()).loss, params, allow_unused=True)
+    assert [grad is None for grad in found] == ["extra" in name for name, _ in zero.named_parameters()]
+    used = [zero.body.weight, zero.head.bias]
+    with pytest.raises(StaleBackwardError, match=r"backward\(inputs=...\) names parameters.*torch.autograd.grad"):
+        zero(points()).loss.backward(inputs=used)
+    with pytest.raises(StaleBackwardError, match="create_graph=True.*Take the penalty inside forward"):
+        torch.autograd.grad(zero(points()).loss, used, create_graph=True)
+    loss = zero(points()).loss
+    torch.autograd.grad(loss, used, retain_graph=True)
+    with pytest.raises(StaleBackwardError, match="A second backward"):
+        loss.backward()
+    with zero.no_sync(), pytest.raises(PlanError, match=r"while no_sync\(\) holds"):
+        torch.autograd.grad(zero(points()).loss, used)
+    zero.zero_grad()
+    handle = used[0].register_hook(lambda grad: grad)
+    with pytest.raises(FxzeroError, match="has a hook"):
+        torch.autograd.grad(zero(points()).loss, used)
+    handle.remove()
+    assert all(param.grad is None for param in params)
 
 
 @pytest.mark.parametrize("what", ["input", "output"])

@@ -84,7 +84,7 @@ def _transformer(family: str) -> nn.Module:
 @pytest.mark.filterwarnings("ignore")
 def test_graph_is_that_of_a_whole_trace_for_hugging_face(family: str, caplog: Any) -> None:
     model = _transformer(family)
-    if family == "mistral":  # whose first forward ever leaves something behind
+    if family in ("mistral", "gpt2"):  # whose first forward ever leaves something behind, or warns
         _capture(model, {"input_ids": IDS, "labels": IDS}, stamps=False)
     _, log = _check(model, caplog, input_ids=IDS, labels=IDS)
     assert "are stamped from" in log[0]
