@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -39,11 +39,15 @@ from fxzero.options import (
     choose_device,
     choose_group,
     choose_islands,
+    choose_precision,
     choose_recipe,
 )
 from fxzero.planner import as_arguments
 from fxzero.planning.schedule import Schedule
 from fxzero.runtime.executable import Executable
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
 
 _REFUSED_METHODS = ("generate",)
 
@@ -73,6 +77,7 @@ def compile(
     across: Placement = "replicate",
     short_gloo_slices: bool = True,
     islands: Sequence[str] | Literal["auto"] = "auto",
+    mp_policy: MixedPrecisionPolicy | Mapping[str, MixedPrecisionPolicy] | None = None,
 ) -> ZeroModule:
     """Take a model over and train it by ZeRO stage 3 on a schedule that is written before it runs.
 
@@ -129,6 +134,11 @@ def compile(
         islands: parts that run as they are, each call as one node of the schedule: by default those that cannot be
             traced, such as a branch on a tensor's value. Patterns of paths choose others ("layers.*.mlp", where `*`
             stands for one part); an empty list refuses what cannot be traced.
+        mp_policy: a torch.distributed.fsdp.MixedPrecisionPolicy with the meaning that it has for FSDP2, of the whole
+            model or by patterns of paths of modules: `{"*": policy, "*.norm": other}`, where the last pattern that
+            matches a module, or a module around it, counts. Shards, `.grad` and optimizer state keep the dtype of the
+            model; parameters are gathered and read in `param_dtype`; gradients are made in it, summed over ranks in
+            `reduce_dtype`, and cast to the dtype of the shard. See `docs/precision.md`. Default: the model's dtypes.
 
     Returns:
         The module to call and train.
@@ -167,6 +177,7 @@ def compile(
             timeout=timeout,
             short_gloo_slices=short_gloo_slices,
             islands=choose_islands(islands),
+            precision=choose_precision(mp_policy, recipe),
         )
         engine = options.make_engine(model, group, optimizers)
         zero = _class_for(type(model))(model, engine, elementwise_optimizer=elementwise_optimizer)
@@ -184,6 +195,8 @@ def _prepare(zero: ZeroModule, example: Any) -> None:
     except BaseException:
         if engine.sharded.shards is None:  # the parameters are what they were
             ownership.give_back(engine.sharded.model)
+            for cast in engine.sharded.casts:
+                cast.remove()
         raise
 
 
@@ -228,6 +241,7 @@ class ZeroModule(nn.Module):
         ownership.take_over(model)
         refuse_wrappers(self)
         parts.watch_parts(engine.sharded, self)
+        engine.sharded.casts = engine.sharded.precision.install(model)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model; the first call of each kind (shapes, train or eval, ...) traces and plans it.

@@ -22,11 +22,24 @@ from torch._prims_common import make_channels_last_strides_for, make_contiguous_
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.distributed._composable.contract import REGISTRY_KEY
 from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.utils import _apply_to_tensors  # pyright: ignore[reportPrivateUsage]
 from torch.fx._lazy_graph_module import _use_lazy_graph_module  # pyright: ignore[reportPrivateUsage]
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx, set_proxy_slot
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def cast_floating(dtype: torch.dtype, values: Any) -> Any:
+    """The values with floating tensors in another dtype, in whatever containers FSDP2 looks into.
+
+    `torch.distributed.utils._apply_to_tensors`: 2.11 to 2.13.
+    """
+
+    def cast_one(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    return _apply_to_tensors(cast_one, values)
 
 
 def direct_call(op: Any) -> Any:
