@@ -233,6 +233,7 @@ class ZeroModule(nn.Module):
             engine.sharded.held_shards,
             elementwise_optimizer=elementwise_optimizer,
             compare=engine.compare_optimizer_state,
+            agree_on_found=engine.agree_on_found,
             on_begin=engine.before_optimizer,
             on_step=engine.after_optimizer,
             before_own_step=engine.sharded.phases.before_step,
@@ -358,9 +359,8 @@ class ZeroModule(nn.Module):
     ) -> torch.Tensor:
         """Clip the gradients of all ranks by their global norm, without a host synchronisation.
 
-        `torch.nn.utils.clip_grad_norm_` would take this rank's shards for whole gradients. `torch.amp.GradScaler` would
-        look for infinities in this rank's shards only: on several ranks use
-        `torch.distributed.fsdp.sharded_grad_scaler`.
+        `torch.nn.utils.clip_grad_norm_` would take this rank's shards for whole gradients. With a gradient scaler call
+        `scaler.unscale_(optimizer)` first.
 
         Args:
             max_norm: upper bound on the norm.

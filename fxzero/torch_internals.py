@@ -42,6 +42,28 @@ def cast_floating(dtype: torch.dtype, values: Any) -> Any:
     return _apply_to_tensors(cast_one, values)
 
 
+def watch_unscaling(after: Callable[[torch.optim.Optimizer, Sequence[torch.Tensor]], object]) -> None:
+    """Let every gradient scaler call a function when it has looked for infinities in the gradients of an optimizer.
+
+    ShardedGradScaler, which has a method of its own, does not.
+
+    Args:
+        after: a function of the optimizer, and of the tensors that say what was found, which it may change.
+
+    `GradScaler._unscale_grads_`: 2.11 to 2.13.
+    """
+    scaler: Any = torch.amp.GradScaler
+    unscale = scaler._unscale_grads_
+
+    @functools.wraps(unscale)
+    def watched(self: Any, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        found = unscale(self, optimizer, *args, **kwargs)
+        after(optimizer, list(found.values()))
+        return found
+
+    scaler._unscale_grads_ = watched
+
+
 def direct_call(op: Any) -> Any:
     """The builtin behind an operator overload, which saves a Python call. `OpOverload._op`: 2.11 to 2.13."""
     return getattr(op, "_op", op)

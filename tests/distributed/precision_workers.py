@@ -8,8 +8,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 import fxzero
 from fxzero.graph.nodes import Role
@@ -78,13 +80,18 @@ class Mixed:
         output = torch.func.functional_call(self.model, read, (), inputs)
         return replicated._loss(output), {fqn: each for fqn, each in read.items() if each.requires_grad}
 
-    def step(self, batches: Any, seeds: Any, *, synchronize: bool = True) -> list[Tensor]:
-        """One micro-batch of every rank: their losses; averaged gradients are added to `.grad` of the model."""
+    def step(self, batches: Any, seeds: Any, *, synchronize: bool = True, scale: float = 1.0) -> list[Tensor]:
+        """One micro-batch of every rank: their losses; averaged gradients are added to `.grad` of the model.
+
+        Args:
+            scale: by which losses are multiplied in fp32, if it is not 1.
+        """
         losses: list[Tensor] = []
         for unsent, batch, seed in zip(self.unsent, batches, seeds, strict=True):
             loss, read = self.forward(batch, seed)
             losses.append(loss.detach())
-            grads = torch.autograd.grad(loss, list(read.values()), allow_unused=True)
+            scaled = loss if scale == 1 else loss.float() * scale
+            grads = torch.autograd.grad(scaled, list(read.values()), allow_unused=True)
             for fqn, grad in zip(read, cast("tuple[Tensor | None, ...]", grads), strict=True):
                 if grad is not None:
                     own = self.model.get_parameter(fqn).dtype
@@ -211,3 +218,39 @@ def other_policies(rank: int, world_size: int) -> None:
     """Ranks that compile with other policies."""
     zero = fxzero.compile(nn.Linear(4, 4), mp_policy=Policy(BF16, FP32 if rank else BF16))
     zero(torch.ones(2, 4))
+
+
+def scale_losses(rank: int, world_size: int, kind: str, fused: bool) -> list[float]:
+    """Train in float16 with a gradient scaler whose scale is too large at first; the scales by step.
+
+    Bit for bit replicated training with a scaler; rank 1 alone has an infinite gradient in one step.
+    """
+    case, policy = CASES["odd"], Policy(torch.float16, FP32, FP32)
+    torch.manual_seed(0)
+    model = case.build()
+    reference = Mixed(copy.deepcopy(model), world_size, of_policy(policy))
+    zero = fxzero.compile(model, mp_policy=policy)
+    modules = (zero, reference.model)
+    optimizers = [torch.optim.AdamW(module.parameters(), lr=1e-2, foreach=False, fused=fused) for module in modules]
+    scaler = ShardedGradScaler("cpu", init_scale=2.0**20) if kind == "sharded" else GradScaler("cpu", 2.0**20)
+    scalers = [scaler, GradScaler("cpu", init_scale=2.0**20)]
+    scales: list[float] = []
+    for step in range(7):
+        seeds = [replicated.seed_of(step, r) for r in range(world_size)]
+        batches = [case.batch(seed, 16) for seed in seeds]
+        if step == 5:
+            batches[1]["x"][0, 0] = 70000.0  # infinite in float16
+        torch.manual_seed(seeds[rank])
+        loss = replicated._loss(zero(**batches[rank]))
+        scalers[0].scale(loss).backward()
+        reference.step(batches, seeds, scale=scalers[1].scale(torch.ones(())).item())
+        for scaler, optimizer in zip(scalers, optimizers, strict=True):
+            if step % 2:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        replicated.assert_same(zero, reference.model, f"step {step}: parameter", lambda p: p.data)
+        assert scalers[0].get_scale() == scalers[1].get_scale()
+        scales.append(scalers[0].get_scale())
+    return scales

@@ -67,3 +67,14 @@ def test_half_the_bytes_travel() -> None:
 def test_other_policies_on_other_ranks_are_named() -> None:
     with pytest.raises(RankError, match=f"{RankMismatchError.__name__}(.|\n)*mp_policy"):
         run_ranks(2, workers.other_policies)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "kind", "fused"), [(2, "plain", False), (3, "plain", True), (2, "sharded", False)]
+)
+def test_gradient_scalers_skip_the_same_steps_on_all_ranks(world_size: int, kind: str, fused: bool) -> None:
+    scales = run_ranks(world_size, workers.scale_losses, kind, fused)
+    assert scales == scales[:1] * world_size
+    first = scales[0]
+    assert first[0] == 2.0**19  # too large at first
+    assert first[4] == 2 * first[5] == 2 * first[6]  # the infinity of one rank
