@@ -144,7 +144,7 @@ def compile(
         The module to call and train.
 
     Raises:
-        InputMismatchError: a parameter is not contiguous or not floating, the model is compiled already, this rank is
+        InputMismatchError: a parameter is not contiguous or is complex, the model is compiled already, this rank is
             not in the mesh, or the mesh has devices of another type.
         OptimizerError: the optimizer cannot step shards.
         ValueError: options contradict each other, an option has no such value, or the mesh has more than two

@@ -32,7 +32,7 @@ def spec_of(fqn: str, param: nn.Parameter, roles: Dtypes | None = None) -> Param
         roles: dtypes of its roles; None if all are its own.
 
     Raises:
-        InputMismatchError: it is not contiguous, not of a floating dtype, no plain tensor, or not initialised yet.
+        InputMismatchError: it is not contiguous, of a complex dtype, no plain tensor, or not initialised yet.
     """
     if isinstance(param, nn.parameter.UninitializedParameter):
         raise InputMismatchError(f"{fqn} is an uninitialised lazy parameter. Run the model once before compile.")
@@ -41,10 +41,10 @@ def spec_of(fqn: str, param: nn.Parameter, roles: Dtypes | None = None) -> Param
             f"{fqn} is a {type(param.data).__name__}. Only plain tensors can be sharded: compile the model before "
             "other libraries shard or quantize it."
         )
-    if not param.dtype.is_floating_point:
+    if param.dtype.is_complex:
         raise InputMismatchError(
-            f"{fqn} is a parameter of dtype {param.dtype}. Only floating parameters can be sharded; register it as a "
-            "buffer instead."
+            f"{fqn} is a parameter of dtype {param.dtype}. Only floating parameters, and frozen ones of integers, can "
+            "be sharded; register it as a buffer instead."
         )
     if not param.is_contiguous():
         raise InputMismatchError(

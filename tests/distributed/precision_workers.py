@@ -40,7 +40,52 @@ class Net(nn.Module):
         return nn.functional.cross_entropy(nn.functional.dropout(self.last(h), 0.1), target)
 
 
-CASES = replicated.CASES | {"odd": replicated.Case(Net, lambda seed, _: replicated._points(seed, 7, 5))}
+class Packed(nn.Module):
+    """A frozen layer of four-bit weights, two in a byte, with a scale for each row, and a trained adapter."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        packed = torch.randint(0, 256, (out, width // 2), dtype=torch.uint8)
+        self.packed = nn.Parameter(packed, requires_grad=False)
+        self.order = nn.Parameter(torch.randperm(out).int(), requires_grad=False)
+        self.scale = nn.Parameter(torch.rand(out, 1) / 8, requires_grad=False)
+        self.down, self.up = nn.Linear(width, 3, bias=False), nn.Linear(3, out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        halves = torch.stack([self.packed & 15, self.packed >> 4], -1).flatten(1)
+        weight = (halves.to(x.dtype) - 7.5) * self.scale.to(x.dtype)
+        return nn.functional.linear(x, weight)[:, self.order.long()] + self.up(self.down(x))
+
+
+class Adapted(nn.Module):
+    """Two layers of packed integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = Packed(16, 14), Packed(14, 5)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(self.last(torch.relu(self.first(x))), target)
+
+
+class LowRank(nn.Module):
+    """A frozen layer in bfloat16 under fp32 adapters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(16, 5).bfloat16().requires_grad_(False)
+        self.down, self.up = nn.Linear(16, 3, bias=False), nn.Linear(3, 5, bias=False)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        base = self.base(x.to(self.base.weight.dtype)).to(x.dtype)
+        return nn.functional.cross_entropy(base + self.up(self.down(x)), target)
+
+
+CASES = replicated.CASES | {
+    "packed": replicated.Case(Adapted, lambda seed, _: replicated._points(seed, 16, 5)),
+    "low rank": replicated.Case(LowRank, lambda seed, _: replicated._points(seed, 16, 5)),
+}
+CASES |= {"odd": replicated.Case(Net, lambda seed, _: replicated._points(seed, 7, 5))}
 
 
 def of_policy(policy: Policy) -> Dtypes:
@@ -48,7 +93,7 @@ def of_policy(policy: Policy) -> Dtypes:
 
     def dtypes(fqn: str, own: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
         compute = policy.param_dtype or own
-        return compute, policy.reduce_dtype or compute
+        return (compute, policy.reduce_dtype or compute) if own.is_floating_point else (own, own)
 
     return dtypes
 
@@ -75,7 +120,7 @@ class Mixed:
             for fqn, param in self.model.named_parameters()
         }
         torch.manual_seed(seed)
-        cast_to = next(iter(read.values())).dtype
+        cast_to = next(each.dtype for fqn, each in read.items() if each.requires_grad)
         inputs = {name: each.to(cast_to) if each.is_floating_point() else each for name, each in batch.items()}
         output = torch.func.functional_call(self.model, read, (), inputs)
         return replicated._loss(output), {fqn: each for fqn, each in read.items() if each.requires_grad}
@@ -137,7 +182,7 @@ def train(
     """
     case = CASES[name]
     torch.manual_seed(0)
-    model = case.build().to(own)
+    model = case.build().to(own) if own is not FP32 else case.build()
     mesh = None if mesh_shape is None else init_device_mesh("cpu", mesh_shape)
     reference = Mixed(copy.deepcopy(model), world_size, dtypes or of_policy(policy), mesh_shape and mesh_shape[1])
     zero = fxzero.compile(model, mp_policy=policy, mesh=mesh, across=across, **options)
@@ -160,6 +205,7 @@ def train(
             losses = reference.step(batches, seeds, synchronize=synchronize)
             assert torch.equal(loss, losses[rank]), f"step {step}: loss {loss} instead of {losses[rank]}"
         assert all(p.grad is None or p.grad.dtype is p.dtype is own for p in zero.parameters())
+        assert all(p.grad is None for p in zero.parameters() if not p.requires_grad)
         replicated.assert_same(zero, reference.model, f"step {step}: gradient", lambda p: p.grad)
         for optimizer in optimizers:
             optimizer.step()
@@ -172,7 +218,8 @@ def train(
     assert torch.equal(loss, expected.detach())
     state = zero.state_dict()
     for fqn, param in reference.model.named_parameters():
-        assert torch.equal(state[fqn], param) and state[fqn].dtype is own
+        assert torch.equal(state[fqn], param) and state[fqn].dtype is param.dtype
+    zero.load_state_dict(state)
     return str(zero.schedule)
 
 

@@ -30,6 +30,10 @@ def _train(rank: int, world_size: int, name: str, policy: Policy, options: dict[
         (3, "odd", Policy(None, FP32), {"micro_batches": 2, "own": BF16}),
         (2, "gpt", Policy(BF16, FP32), {"memory_budget": 2**26, "micro_batches": 2}),
         (2, "odd", Policy(BF16, FP32), {"gather_dtype": BF16, "reduce_dtype": BF16}),
+        (2, "packed", Policy(), {}),
+        (3, "packed", Policy(BF16, FP32), {"gather_dtype": BF16}),
+        (2, "low rank", Policy(), {}),
+        (3, "low rank", Policy(BF16, FP32), {}),
     ],
 )
 def test_training_equals_that_which_casts(world_size: int, name: str, policy: Policy, options: dict[str, Any]) -> None:
