@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -40,11 +40,15 @@ from fxzero.options import (
     choose_device,
     choose_group,
     choose_islands,
+    choose_precision,
     choose_recipe,
 )
 from fxzero.planner import as_arguments
 from fxzero.planning.schedule import Schedule
 from fxzero.runtime.executable import Executable
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
 
 
 def compile(
@@ -72,6 +76,7 @@ def compile(
     across: Placement = "replicate",
     short_gloo_slices: bool = True,
     islands: Sequence[str] | Literal["auto"] = "auto",
+    mp_policy: MixedPrecisionPolicy | Mapping[str, MixedPrecisionPolicy] | None = None,
 ) -> ZeroModule:
     """Take a model over and train it by ZeRO stage 3 on a schedule that is written before it runs.
 
@@ -129,12 +134,17 @@ def compile(
         islands: parts that run as they are, each call as one node of the schedule: by default those that cannot be
             traced, such as a branch on a tensor's value. Patterns of paths choose others ("layers.*.mlp", where `*`
             stands for one part); an empty list refuses what cannot be traced.
+        mp_policy: a torch.distributed.fsdp.MixedPrecisionPolicy with the meaning that it has for FSDP2, of the whole
+            model or by patterns of paths of modules: `{"*": policy, "*.norm": other}`, where the last pattern that
+            matches a module, or a module around it, counts. Shards, `.grad` and optimizer state keep the dtype of the
+            model; parameters are gathered and read in `param_dtype`; gradients are made in it, summed over ranks in
+            `reduce_dtype`, and cast to the dtype of the shard. See `docs/precision.md`. Default: the model's dtypes.
 
     Returns:
         The module to call and train.
 
     Raises:
-        InputMismatchError: a parameter is not contiguous or not floating, the model is compiled already, this rank is
+        InputMismatchError: a parameter is not contiguous or is complex, the model is compiled already, this rank is
             not in the mesh, or the mesh has devices of another type.
         OptimizerError: the optimizer cannot step shards.
         ValueError: options contradict each other, an option has no such value, or the mesh has more than two
@@ -167,6 +177,7 @@ def compile(
             timeout=timeout,
             short_gloo_slices=short_gloo_slices,
             islands=choose_islands(islands),
+            precision=choose_precision(mp_policy, recipe),
         )
         engine = options.make_engine(model, group, optimizers)
         zero = _class_for(type(model))(model, engine, elementwise_optimizer=elementwise_optimizer)
@@ -184,6 +195,8 @@ def _prepare(zero: ZeroModule, example: Any) -> None:
     except BaseException:
         if engine.sharded.shards is None:  # the parameters are what they were
             ownership.give_back(engine.sharded.model)
+            for cast in engine.sharded.casts:
+                cast.remove()
         raise
 
 
@@ -221,6 +234,7 @@ class ZeroModule(nn.Module):
             elementwise_optimizer=elementwise_optimizer,
             pieces=lambda: engine.sharded.pieces,
             compare=engine.compare_optimizer_state,
+            agree_on_found=engine.agree_on_found,
             on_begin=engine.before_optimizer,
             on_step=engine.after_optimizer,
             before_own_step=engine.sharded.phases.before_step,
@@ -234,6 +248,7 @@ class ZeroModule(nn.Module):
         parts.watch_parts(engine.sharded, self)
         norms.watch_norms(engine.sharded)
         watch_gradients(engine)
+        engine.sharded.casts = engine.sharded.precision.install(model)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model; the first call of each kind (shapes, train or eval, ...) traces and plans it.
@@ -345,9 +360,8 @@ class ZeroModule(nn.Module):
     ) -> torch.Tensor:
         """Clip the gradients of all ranks by their global norm, without a host synchronisation.
 
-        `torch.nn.utils.clip_grad_norm_(zero.parameters(), ...)` does the same, if every rank calls it. But
-        `torch.amp.GradScaler` would look for infinities in this rank's shards only: on several ranks use
-        `torch.distributed.fsdp.sharded_grad_scaler`.
+        `torch.nn.utils.clip_grad_norm_(zero.parameters(), ...)` does the same, if every rank calls it. With a gradient
+        scaler call `scaler.unscale_(optimizer)` first.
 
         Args:
             max_norm: upper bound on the norm.

@@ -1,10 +1,10 @@
 """The options of `compile()`: checked, and made into an engine."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
@@ -25,11 +25,15 @@ from fxzero.graph.step import Pass
 from fxzero.module.budget_round import BudgetRound
 from fxzero.module.engine import Engine
 from fxzero.module.plan_maker import PlanMaker
+from fxzero.module.precision import OF_THE_MODEL, Precision
 from fxzero.module.sharded_model import ShardedModel
 from fxzero.module.tuning_rounds import TuningRounds
 from fxzero.planning.agreed_text import describe_passes
 from fxzero.planning.plan import recipe_of
 from fxzero.reference import ablation
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
 
 Without: TypeAlias = ablation.Without
 """The type of `compile(without=)`."""
@@ -58,6 +62,7 @@ class Options:
     """Gloo's threads ask the scheduler for short slices."""
     islands: tuple[str, ...] | None
     """Patterns of modules that run as they are; None: those that cannot be traced."""
+    precision: Precision = OF_THE_MODEL
 
     @property
     def is_tuned(self) -> bool:
@@ -77,6 +82,7 @@ class Options:
             "cluster": self.cluster,
             "tuned": self.is_tuned,
             "islands": "auto" if self.islands is None else ", ".join(self.islands) or "none",
+            "mp_policy": self.precision,
             "torch": torch.__version__.split("+")[0],
         }
 
@@ -100,6 +106,7 @@ class Options:
             sync_init=self.sync_init and not isinstance(comm, PlanningComm),  # nobody is there to send rank 0's values
             init_fn=self.init_fn,
             timeout=self.timeout,
+            precision=self.precision,
         )
         tuning = TuningRounds(self.is_tuned, self.keeps_free, self.cluster)
         islands = Islands(model, self.islands)
@@ -117,6 +124,23 @@ def check_mesh(mesh: DeviceMesh | None, across: Placement, recipe: Recipe) -> No
         raise ValueError("On a 2-D mesh there are no collectives of lists of tensors; drop without='flat_collectives'.")
     if has_nodes and recipe.reduce_dtype is not None:
         raise ValueError("On a 2-D mesh gradients travel as they are; drop reduce_dtype.")
+
+
+def choose_precision(
+    mp_policy: "MixedPrecisionPolicy | Mapping[str, MixedPrecisionPolicy] | None", recipe: Recipe
+) -> Precision:
+    """The dtypes that were asked for.
+
+    Raises:
+        TypeError: it is no policy, and no mapping from patterns to policies.
+        ValueError: a policy has a dtype that is none to compute or to sum in, or contradicts another option.
+    """
+    precision = Precision.of(mp_policy)
+    if precision.policies and recipe.without:
+        raise ValueError("without= measures optimizations with dtypes as they are; drop mp_policy.")
+    if precision.policies and recipe.layout == "interleaved":
+        raise ValueError("The interleaved layout has one dtype for all roles; pass layout='contiguous' with mp_policy.")
+    return precision
 
 
 def choose_islands(islands: Sequence[str] | str | None) -> tuple[str, ...] | None:

@@ -23,12 +23,47 @@ from torch._prims_common import make_channels_last_strides_for, make_contiguous_
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.distributed._composable.contract import REGISTRY_KEY
 from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.utils import _apply_to_tensors  # pyright: ignore[reportPrivateUsage]
 from torch.fx._lazy_graph_module import _use_lazy_graph_module  # pyright: ignore[reportPrivateUsage]
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx, set_proxy_slot
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def cast_floating(dtype: torch.dtype, values: Any) -> Any:
+    """The values with floating tensors in another dtype, in whatever containers FSDP2 looks into.
+
+    `torch.distributed.utils._apply_to_tensors`: 2.11 to 2.13.
+    """
+
+    def cast_one(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    return _apply_to_tensors(cast_one, values)
+
+
+def watch_unscaling(after: Callable[[torch.optim.Optimizer, Sequence[torch.Tensor]], object]) -> None:
+    """Let every gradient scaler call a function when it has looked for infinities in the gradients of an optimizer.
+
+    ShardedGradScaler, which has a method of its own, does not.
+
+    Args:
+        after: a function of the optimizer, and of the tensors that say what was found, which it may change.
+
+    `GradScaler._unscale_grads_`: 2.11 to 2.13.
+    """
+    scaler: Any = torch.amp.GradScaler
+    unscale = scaler._unscale_grads_
+
+    @functools.wraps(unscale)
+    def watched(self: Any, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        found = unscale(self, optimizer, *args, **kwargs)
+        after(optimizer, list(found.values()))
+        return found
+
+    scaler._unscale_grads_ = watched
 
 
 def direct_call(op: Any) -> Any:

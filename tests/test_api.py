@@ -257,8 +257,8 @@ def _with(param: nn.Parameter) -> nn.Module:
     [
         (nn.Parameter(torch.ones(3, 2).t()), r"extra of shape \(2, 3\) is not contiguous.*p.data.contiguous\(\)"),
         (
-            nn.Parameter(torch.ones(2, dtype=torch.int64), requires_grad=False),
-            "extra is a parameter of dtype torch.int64",
+            nn.Parameter(torch.ones(2, dtype=torch.complex64), requires_grad=False),
+            "extra is a parameter of dtype torch.complex64",
         ),
         (nn.Parameter(torch.ones(2, dtype=torch.complex64)), "extra is a parameter of dtype torch.complex64"),
         (

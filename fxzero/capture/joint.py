@@ -168,7 +168,7 @@ class Tracing:
         """Fake parameters and buffers; to be called under the fake mode."""
         params = {
             name: torch_internals.as_parameter(
-                torch.empty(spec.shape, dtype=spec.dtype, device=self.device, requires_grad=spec.requires_grad)
+                torch.empty(spec.shape, dtype=spec.dtypes.compute, device=self.device, requires_grad=spec.requires_grad)
             )
             for name, spec in self.params.items()
         }

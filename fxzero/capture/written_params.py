@@ -145,12 +145,18 @@ def add_to_outputs(step: StepGraph, values: Mapping[fx.Node, fx.Node]) -> None:
         values: by the placeholder of the parameter.
 
     Raises:
-        CaptureError: the parameter is trained, or is written in backward.
+        CaptureError: the parameter is trained, is read in another dtype than its own, or is written in backward.
     """
     for target, value in values.items():
         name = info(target).fqn
         if step.params[name].requires_grad:
             raise refuse_trained(name)
+        if step.params[name].dtypes.has_copy:
+            raise CaptureError(
+                f"The forward writes into parameter {name}, of which it sees a copy in "
+                f"{step.params[name].dtypes.compute}, by mp_policy: its shard would be rounded to that in each step. "
+                'Leave its module out: mp_policy={"*": policy, "path.of.the.module": MixedPrecisionPolicy()}.'
+            )
         if (boundary := step.end_forward) is not None and boundary < value:
             raise CaptureError(
                 f"The backward writes into parameter {name}, in a checkpoint that runs forward again or in an "

@@ -1,16 +1,19 @@
-"""Conversions between a bucket and what travels of it in a narrower type, bound once to their buffers.
+"""Conversions between a bucket, what travels of it and its shard, in several types, bound once to their buffers.
 
     gather    shard -> pack -> own row of staging -> collective -> staging -> unpack -> bucket
     reduce    gradient bucket -> cast -> staging -> collective -> terms of all ranks -> sum -> gradient shard
+
+A gradient bucket whose own type travels, but is not that in which it is summed or that of the shard, needs no staging.
 
 The rank's own row is unpacked like those of others, so that all ranks compute with the same parameters. No operator
 here mixes dtypes but copies: on the CPU, others would convert in a temporary of the bucket's size.
 
 Source: ZeRO++ (arXiv:2306.10209), qwZ, quantised per block; deviation: quantised from the fp32 shard, not from an fp16
-copy. FSDP2's MixedPrecisionPolicy computes in the type that it gathers in; here the parameters are cast back.
+copy. A wire format is no precision policy: parameters are cast back to the type in which compute reads them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -18,7 +21,7 @@ from torch import Tensor
 
 from fxzero.comm.backend import Backend
 from fxzero.comm.base import Bound, Comm
-from fxzero.graph.layout import Bucket
+from fxzero.graph.layout import Bucket, Payload
 from fxzero.graph.sharding import Sharding
 from fxzero.graph.wire import MAX_VALUE, SCALE_DTYPE, WireFormat, on_wire, split_rows
 
@@ -107,16 +110,32 @@ def _blocks(values: Tensor, scales: Tensor, block_numel: int) -> list[tuple[Tens
     return [pair for pair in (whole, short) if pair[0].numel()]
 
 
+def casts(bucket: Bucket, format: WireFormat | None) -> bool:
+    """True if the gradients of a bucket change their dtype on their way to the shard."""
+    return format is not None or bucket.dtypes.casts_gradients
+
+
 def reduce_scratch_nbytes(
-    backend: Backend, sharding: Sharding, bucket: Bucket, format: WireFormat, *, accumulate: bool
+    backend: Backend, sharding: Sharding, bucket: Bucket, format: WireFormat | None, *, accumulate: bool
 ) -> int:
     """Bytes that `bind_narrow_reduce` needs between its start and its wait."""
     travels = on_wire(bucket.gradients, format)
-    if backend.sums_locally(sharding):
+    if _sums_here(backend, sharding, bucket, format):
         rooms = _num_rooms(bucket, accumulate=accumulate) * bucket.shard_numel * bucket.dtypes.sum.itemsize
         return (bucket.shard_ranks - 1) * travels.slice_nbytes + rooms
     inner = backend.reduce_scratch_numel(travels, sharding, accumulate=False)
-    return travels.slice_nbytes + inner * travels.dtype.itemsize
+    room = accumulate * bucket.shard_nbytes
+    return travels.slice_nbytes + room + inner * travels.dtype.itemsize
+
+
+def _sums_here(backend: Backend, sharding: Sharding, bucket: Bucket, format: WireFormat | None) -> bool:
+    """True if sums are made in another dtype than travels, which no backend does."""
+    return backend.sums_locally(sharding) and (format is not None or bucket.dtypes.grad is not bucket.dtypes.sum)
+
+
+def sums_here(comm: Comm, bucket: Bucket) -> bool:
+    """True if the gradients of a bucket travel in their own dtype and are summed in another one."""
+    return _sums_here(comm.backend, comm.sharding, bucket, None)
 
 
 def _num_rooms(bucket: Bucket, *, accumulate: bool) -> int:
@@ -125,29 +144,38 @@ def _num_rooms(bucket: Bucket, *, accumulate: bool) -> int:
 
 
 def bind_narrow_reduce(
-    comm: Comm, bucket: Bucket, format: WireFormat, sent: Tensor, scratch: Tensor, shard: Tensor, *, accumulate: bool
+    comm: Comm,
+    bucket: Bucket,
+    format: WireFormat | None,
+    sent: Tensor,
+    scratch: Tensor,
+    shard: Tensor,
+    *,
+    accumulate: bool,
 ) -> Bound:
     """Average what all ranks send; this rank's slice goes to `shard` [bucket.shard_numel].
 
     Where sums are local (gloo) they are made in the dtype that the bucket has for sums, in rank order:
     ((g0 + g1) + g2) / shard_ranks, of terms that are all rounded to the wire's dtype, the own one too, so that who owns
-    an element does not matter. Elsewhere (NCCL) the backend sums in the wire's dtype, as FSDP2 does: an exchange would
-    cross the link between two machines once for each rank of a machine, where NCCL's rings cross it once.
+    an element does not matter. Elsewhere (NCCL) the backend sums in the dtype that travels, as FSDP2 does: an exchange
+    would cross the link between two machines once for each rank of a machine, where NCCL's rings cross it once.
 
     Args:
-        sent: `[shard_ranks * row_numel]`, of the format's dtype: the unsharded gradients.
+        format: None if the dtype of the gradient bucket travels.
+        sent: `[shard_ranks * row_numel]`, of the dtype that travels: the unsharded gradients.
         scratch: `reduce_scratch_nbytes` bytes, flat.
         accumulate: add the average to `shard`; else overwrite it.
     """
     travels = on_wire(bucket.gradients, format)
-    sums_locally = comm.backend.sums_locally(comm.sharding)
+    sums_locally = _sums_here(comm.backend, comm.sharding, bucket, format)
     num_terms = bucket.shard_ranks - 1 if sums_locally else 1
     end = num_terms * travels.slice_nbytes
     received = scratch[:end].view(travels.dtype).split(travels.slice_numel)
     if not sums_locally:
-        inner = scratch[end:].view(travels.dtype)
+        begin = end + accumulate * shard.nbytes
+        room, inner = scratch[end:begin].view(shard.dtype), scratch[begin:].view(travels.dtype)
         bound = comm.bind_reduce(travels, sent, inner if len(inner) else None, received[0], accumulate=False)
-        return bound.then(partial(shard.add_ if accumulate else shard.copy_, received[0]))
+        return bound.then(partial(_bring, received[0], shard, room if accumulate else None))
     own = sent.split(travels.slice_numel)[comm.rank]
     terms = [*received[: comm.rank], own, *received[comm.rank :]]
     rooms = scratch[end:].view(bucket.dtypes.sum).split(bucket.shard_numel)
@@ -156,13 +184,57 @@ def bind_narrow_reduce(
     return comm.bind_exchange(travels, sent, terms).then(average)
 
 
+def bind_reduce_of_sums(
+    comm: Comm, bucket: Bucket, sums: Tensor, rooms: Sequence[Tensor], shard: Tensor, *, accumulate: bool
+) -> Bound:
+    """Average over ranks what each of them has summed over micro-steps in the dtype of sums, where sums are local.
+
+    Args:
+        sums: `[bucket.numel]`, of the dtype of sums; undefined after the wait.
+        rooms: memory of `shard_ranks - 1` slices of sums, in pieces: the gradient bucket and its scratch.
+    """
+    payload = replace(bucket.gradients, dtype=bucket.dtypes.sum)
+    slices = payload.slices(sums)
+    received = [part for room in rooms for part in _parts(room, payload)][: payload.num_slices - 1]
+    terms = [*received[: comm.rank], slices[comm.rank], *received[comm.rank :]]
+    average = partial(_average_in_place, terms, shard, accumulate)
+    return comm.bind_exchange(payload, sums, terms).then(average)
+
+
+def _parts(room: Tensor, payload: Payload) -> list[Tensor]:
+    """The slices of a payload that some memory has room for."""
+    count = room.nbytes // payload.slice_nbytes if payload.slice_nbytes else payload.num_slices
+    flat = room.view(torch.uint8)[: count * payload.slice_nbytes].view(payload.dtype)
+    return [flat[index * payload.slice_numel :][: payload.slice_numel] for index in range(count)]
+
+
+def _average_in_place(terms: list[Tensor], shard: Tensor, accumulate: bool) -> None:
+    total = terms[0]
+    for term in terms[1:]:
+        total.add_(term)
+    total.div_(len(terms))
+    _bring(total, shard, terms[-1] if accumulate else None)
+
+
+def _bring(total: Tensor, shard: Tensor, room: Tensor | None) -> None:
+    """Write an average to a shard, cast to its dtype; or add it, so cast.
+
+    Args:
+        room: memory of an element of the average for each that is added; None: the shard is overwritten.
+    """
+    if room is None:
+        shard.copy_(total)
+    elif shard.dtype is total.dtype or shard.nbytes > room.nbytes:
+        shard.add_(total)
+    else:
+        shard.add_(room.view(shard.dtype)[: len(shard)].copy_(total))
+
+
 def _average(terms: list[Tensor], room: Tensor, total: Tensor, shard: Tensor, accumulate: bool) -> None:
     """Sum terms in order, each converted in `room`, divide, and bring the average to the shard if it is not there."""
     total.copy_(terms[0])
     for term in terms[1:]:
         total.add_(room.copy_(term))
     total.div_(len(terms))
-    if accumulate:
-        shard.add_(total)
-    elif total is not shard:
-        shard.copy_(total)
+    if total is not shard:
+        _bring(total, shard, room if accumulate else None)

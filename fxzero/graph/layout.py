@@ -60,12 +60,23 @@ class Dtypes:
     grad: torch.dtype
     """Dtype of a gradient bucket, which backward writes."""
     sum: torch.dtype
-    """Dtype in which gradients of several ranks are added, before the sum is cast to the dtype of the shard."""
+    """Dtype in which gradients of several ranks are added, before the sum is cast to the dtype of the shard. Those that
+    no_sync() keeps are added in it too."""
 
     @classmethod
     def all(cls, dtype: torch.dtype) -> Dtypes:
         """One dtype for every role."""
         return cls(dtype, dtype, dtype, dtype)
+
+    @property
+    def has_copy(self) -> bool:
+        """True if a rank needs a copy of its shard, since compute reads another dtype."""
+        return self.compute is not self.shard
+
+    @property
+    def casts_gradients(self) -> bool:
+        """True if a gradient changes its dtype between its bucket and its shard."""
+        return not (self.grad is self.sum is self.shard)
 
     @property
     def least_itemsize(self) -> int:
@@ -208,6 +219,16 @@ class Bucket:
     def numel(self) -> int:
         """Elements of the whole bucket, padding included: `shard_ranks * shard_numel`."""
         return self.shard_ranks * self.shard_numel
+
+    @property
+    def copy_nbytes(self) -> int:
+        """Bytes of the copy of a rank's shard in the dtype that compute reads; 0 where the shard itself is read."""
+        return self.shard_numel * self.dtypes.compute.itemsize if self.dtypes.has_copy else 0
+
+    @property
+    def unsharded_nbytes(self) -> int:
+        """Bytes of the unsharded gradients that no_sync() keeps, in the dtype in which gradients are added."""
+        return self.numel * self.dtypes.sum.itemsize
 
     @property
     def shard_nbytes(self) -> int:

@@ -72,7 +72,9 @@ def on_wire(payload: Payload, format: WireFormat | None) -> Payload:
 
 
 def narrowed(payload: Payload, format: WireFormat | None) -> Payload:
-    """A payload in a wire format; the payload itself if the format saves no bytes."""
+    """A payload in a wire format; the payload itself if it is of integers, or the format saves no bytes."""
+    if not payload.dtype.is_floating_point:
+        return payload
     travels = on_wire(payload, format)
     return travels if travels.nbytes < payload.nbytes else payload
 

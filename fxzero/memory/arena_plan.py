@@ -7,7 +7,7 @@ from typing import TypeAlias
 from torch import fx
 
 from fxzero.comm.backend import Backend
-from fxzero.comm.wire_copies import reduce_scratch_nbytes
+from fxzero.comm.wire_copies import casts, reduce_scratch_nbytes
 from fxzero.graph.layout import ALIGNMENT_BYTES, align
 from fxzero.graph.liveness import live_until
 from fxzero.graph.names import bucket_label
@@ -153,7 +153,8 @@ def _of_reduction(
     """The buffers of a reduce_scatter."""
     payload, is_staged = step.payload_of(start), step.is_staged(start)
     label, begin, wait = bucket_label(payload.fqns), at[start], at[wait_of(start)]
-    if accumulate or not step.sharding.is_alone:  # else gradients are computed in their shard
+    is_cast = casts(step.bucket_of(start), wire_format(start))
+    if accumulate or is_cast or not step.sharding.is_alone:  # else gradients are computed in their shard
         first = min(at[first_write(slot)] for slot in operands(start))
         yield Buffer(Kind.GRADIENT, label, payload.nbytes, first, begin if is_staged else wait)
     if is_staged:
@@ -166,9 +167,9 @@ def _of_reduction(
 
 def scratch_nbytes(step: StepGraph, backend: Backend, start: fx.Node, *, accumulate: bool) -> int:
     """Bytes of scratch that a reduce-scatter needs."""
-    format = wire_format(start)
-    if format is not None:
-        return reduce_scratch_nbytes(backend, step.sharding, step.bucket_of(start), format, accumulate=accumulate)
+    bucket, format = step.bucket_of(start), wire_format(start)
+    if casts(bucket, format):
+        return reduce_scratch_nbytes(backend, step.sharding, bucket, format, accumulate=accumulate)
     payload = step.payload_of(start)
     numel = backend.reduce_scratch_numel(payload, step.sharding, accumulate=accumulate)
     return numel * payload.dtype.itemsize

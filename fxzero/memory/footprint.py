@@ -30,6 +30,8 @@ class Held:
     """Under no_sync()."""
     secondaries: int = 0
     """Secondary shards of parameters, where nodes share the primary ones."""
+    copies: int = 0
+    """Copies of parameter shards in the dtype that compute reads, where that is another."""
 
     @property
     def total(self) -> int:
@@ -114,6 +116,7 @@ def held_by(
         gradients=gradients,
         optimizer_state=round(gradients * state_per_element),
         buffers=buffers,
-        unsharded_gradients=0 if synchronize else sum(bucket.gradients.nbytes for bucket in trained),
+        unsharded_gradients=0 if synchronize else sum(bucket.unsharded_nbytes for bucket in trained),
         secondaries=sum(payload.slice_nbytes for payload in secondaries),
+        copies=sum(bucket.copy_nbytes for bucket in layout.buckets),
     )

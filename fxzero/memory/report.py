@@ -85,6 +85,8 @@ class MemoryReport:
         ]
         if held.secondaries:
             rows.insert(1, ("parameters (secondary shards)", held.secondaries))
+        if held.copies:
+            rows.insert(1, ("parameters (copies that compute reads)", held.copies))
         if held.unsharded_gradients:
             rows.append(("unsharded gradients, no_sync()", held.unsharded_gradients))
         rows += [
@@ -126,7 +128,7 @@ class MemoryReport:
 
         held, footprint = self.footprint.held, self.footprint
         held_bytes = {
-            "parameters": held.parameters + held.secondaries,
+            "parameters": held.parameters + held.copies + held.secondaries,
             "gradients": held.gradients + held.unsharded_gradients,
             "optimizer state": held.optimizer_state,
             "buffers": held.buffers,

@@ -76,7 +76,8 @@ class BudgetRound:
         shards = sharded.shards
         if shards is None:  # full parameters will be freed
             return free + sum(param.nbytes for param in sharded.param_list if not param.is_meta)
-        return free + sharded.arena.nbytes + shards.params.nbytes + shards.grads.nbytes + shards.secondaries.nbytes
+        buffers = (shards.params, shards.copies, shards.grads, shards.secondaries)
+        return free + sharded.arena.nbytes + sum(buffer.nbytes for buffer in buffers)
 
 
 def held(sharded: ShardedModel, step: StepGraph) -> Held:

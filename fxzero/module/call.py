@@ -69,7 +69,7 @@ class Call:
         """The tensors that were in the place of shards in forward, which backward uses too."""
         self._outputs: list[weakref.ref[torch.Tensor]] = []
         self._saved: list[Any] | None = None
-        self._param_version = self._num_writes = 0
+        self._param_version = self._num_writes = self._num_refreshes = 0
         self._generation = 0
         """`InFlight.generation` after forward: until it changes, the arena has the buckets that forward keeps."""
         self._versions: list[int] = []
@@ -96,6 +96,7 @@ class Call:
         outputs, saved = executable.forward(self._inputs, buffers)
         self._saved, self._generation = saved, sharded.in_flight.generation
         self._num_writes = sharded.in_flight.num_writes
+        self._num_refreshes = sharded.in_flight.num_refreshes
         self._versions = torch_internals.changes_of_each(saved, executable.reachable)
         for index in executable.outputs_to_detach:
             outputs = (*outputs[:index], outputs[index].detach(), *outputs[index + 1 :])
@@ -145,6 +146,7 @@ class Call:
         assert saved is not None
         self._drop()
         tangents = [grad for grad in arriving if grad is not None]
+        self._sharded.in_flight.restore_copies(self._num_refreshes)
         self.executable.restore_kept(self._generation)
         run = self._runs.backward_aside if self._is_aside else self._runs.backward
         input_grads = run(running, saved, tangents)
@@ -222,6 +224,7 @@ class Call:
         ):
             _, self._saved = executable.forward(inputs, buffers)
         self._generation = self._sharded.in_flight.generation
+        self._num_refreshes = self._sharded.in_flight.num_refreshes
 
     @contextmanager
     def _written_params_put_back(self, before: Executable) -> Generator[None]:

@@ -187,6 +187,23 @@ class Engine:
         """
         agree.agree(self.sharded.group, "optimizer state", [state], timeout=self.sharded.timeout)
 
+    def agree_on_found(self, found: Sequence[torch.Tensor]) -> None:
+        """Let what a gradient scaler has found on any rank be what it has found here; a collective, without the host.
+
+        Args:
+            found: tensors of one element, not 0 where a gradient is not finite.
+        """
+        sharded = self.sharded
+        if sharded.comm.is_alone:
+            return
+        largest = torch.zeros((), device=sharded.devices.shards)
+        for each in found:
+            torch.maximum(largest, each.view(()).to(largest), out=largest)
+        with sharded.phases.phase("unscaling of gradients"):
+            sharded.comm.all_reduce(largest, "max")
+        for each in found:
+            each.fill_(0).add_(largest.to(each))
+
     def before_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Refuse the step of an optimizer whose gradients no_sync() holds.
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fxzero import torch_internals
 from fxzero.checkpoint.pieces import Pieces
@@ -22,6 +23,7 @@ from fxzero.graph.recipe import Recipe
 from fxzero.graph.step import Pass
 from fxzero.module.initialize import InitFn, check_meta_model
 from fxzero.module.model_phases import ModelPhases
+from fxzero.module.precision import OF_THE_MODEL, Precision
 from fxzero.module.registered_tensors import join
 from fxzero.module.replaced_data import Replaced, ReplacedData
 from fxzero.optimizers.classes import state_per_element
@@ -70,6 +72,7 @@ class ShardedModel:
     sync_init: bool = True
     """All ranks take the parameters and buffers of rank 0 when the layout is fixed."""
     init_fn: InitFn | None = None
+    precision: Precision = OF_THE_MODEL
     timeout: timedelta = timedelta(minutes=5)
 
     def __post_init__(self) -> None:
@@ -77,8 +80,13 @@ class ShardedModel:
         self.param_list = list(self.params.values())
         self.ids = frozenset(map(id, self.param_list))
         """Ids of the Parameter objects."""
-        self.specs: dict[str, ParamSpec] = {fqn: spec_of(fqn, param) for fqn, param in self.params.items()}
+        roles = self.precision.roles(self.model, self.comm.backend, self.comm.sharding)
+        self.specs: dict[str, ParamSpec] = {
+            fqn: spec_of(fqn, param, roles.get(fqn)) for fqn, param in self.params.items()
+        }
         check_storage(self.params)
+        self.casts: list[RemovableHandle] = []
+        """The hooks that cast inputs and outputs of modules by the policy."""
         self.shards: Shards | None = None
         """None before the layout is fixed."""
         self.gradients: Gradients | None = None
@@ -95,6 +103,7 @@ class ShardedModel:
             self.comm,
             lambda: this.gradients is not None and this.gradients.are_added_to,
             lambda: (this.version(), 0 if this.gradients is None else this.gradients.version),
+            lambda: this.refresh_copies(),
         )
         self.whole: frozenset[str] = frozenset()
         """The parameters whose data has their full shape for now, beside all those before the layout is fixed."""
@@ -222,6 +231,12 @@ class ShardedModel:
                 yield
 
         self.pieces = Pieces(shards.layout, comm, self.group, shards.device, gathering)
+        self.in_flight.has_copies = bool(shards.copies.parts)
+
+    def refresh_copies(self) -> None:
+        """Bring the copies of the shards in the dtype that compute reads in line with these."""
+        assert self.shards is not None
+        self.shards.refresh_copies()
 
     def set_shards(self, values: Mapping[str, Tensor]) -> None:
         """Set this rank's slices of some parameters, also where other tensors are in the place of shards."""

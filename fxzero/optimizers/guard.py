@@ -3,7 +3,7 @@
 import functools
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class OptimizerGuard:
     before_step                there are no shards yet           nothing
                                first step; groups were added;    checks the optimizer, and compares its state with
                                state was loaded                  other ranks; its state will move
+    after_unscaling            it holds shards                   lets ranks agree on infinities that a scaler has found
     after_step                 its state is to move              moves it into one buffer
 
     A step in which torch.distributed.checkpoint lets an optimizer make its state (`made_up.py`) is not one of training.
@@ -43,6 +44,8 @@ class OptimizerGuard:
             owner.
         compare: compares between ranks what state an optimizer has before its first step, and after a load; raises
             where that differs. It must not hold the owner.
+        agree_on_found: lets ranks agree on what a gradient scaler has found: tensors that are not 0 where a gradient is
+            not finite. It must not hold the owner.
         on_begin: called before each step of any optimizer; must not hold the owner.
         on_step: called after each step of any optimizer with its seconds; must not hold the owner.
         before_own_step: called before each step of an optimizer that holds shards; must not hold the owner.
@@ -57,12 +60,14 @@ class OptimizerGuard:
         elementwise_optimizer: bool,
         pieces: Callable[[], Pieces | None] = lambda: None,
         compare: Callable[[str], object] = lambda state: None,
+        agree_on_found: Callable[[Sequence[torch.Tensor]], object] = lambda found: None,
         on_begin: Callable[[torch.optim.Optimizer], object] = lambda optimizer: None,
         on_step: Callable[[float], object] = lambda seconds: None,
         before_own_step: Callable[[torch.optim.Optimizer], object] = lambda optimizer: None,
         after_own_step: Callable[[], object] = lambda: None,
     ) -> None:
         self._compare, self._on_begin, self._on_step = compare, on_begin, on_step
+        self._agree_on_found = agree_on_found
         self._before_own_step, self._after_own_step = before_own_step, after_own_step
         self._began_s = 0.0
         self.shards, self.pieces = shards, pieces
@@ -125,6 +130,12 @@ class OptimizerGuard:
             self._to_rehome.discard(optimizer)
             self._state_nbytes[optimizer] = rehome_state(optimizer, self.shards().keys())
 
+    def after_unscaling(self, optimizer: torch.optim.Optimizer, found: Sequence[torch.Tensor]) -> None:
+        """Let all ranks find what a scaler has found in the shards of one of them, so that they skip the same steps."""
+        if next(parameters_of(optimizer, self.shards()), None) is not None:
+            self._on_begin(optimizer)
+            self._agree_on_found(found)
+
     def check(self, optimizer: torch.optim.Optimizer, shards: Mapping[int, ParamShard]) -> None:
         """Refuse an optimizer that would step the shards wrongly.
 
@@ -161,7 +172,7 @@ class OptimizerGuard:
 _guards: weakref.WeakKeyDictionary[nn.Module, OptimizerGuard] = weakref.WeakKeyDictionary()
 """Maps each compiled model to its guard.
 
-The two hooks serve all guards and are never removed: a hook that was removed with its model, in a garbage collection
+The hooks serve all guards and are never removed: a hook that was removed with its model, in a garbage collection
 during a step, would break torch's loop over the hooks.
 """
 
@@ -170,6 +181,7 @@ during a step, would break torch's loop over the hooks.
 def _install_hook() -> None:
     register_optimizer_step_pre_hook(_before_step)
     register_optimizer_step_post_hook(_after_step)
+    torch_internals.watch_unscaling(_after_unscaling)
 
 
 def hook_state_dicts(optimizer: torch.optim.Optimizer) -> None:
@@ -221,3 +233,8 @@ def _after_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) 
     if not is_training:
         _making_state.discard(optimizer)
         made_up.note(optimizer)
+
+
+def _after_unscaling(optimizer: torch.optim.Optimizer, found: Sequence[torch.Tensor]) -> None:
+    for guard in list(_guards.values()):
+        guard.after_unscaling(optimizer, found)

@@ -56,7 +56,7 @@ def _reading(params: Sequence[ParamSpec], sharding: Sharding) -> StepGraph:
     placeholders: list[fx.Node] = []
     for index, param in enumerate(params):
         node = graph.placeholder(f"param_{index}")
-        value = torch.empty(param.shape, dtype=param.dtype, device="meta")
+        value = torch.empty(param.shape, dtype=param.dtypes.compute, device="meta")
         node.meta = {META_KEY: NodeInfo(Role.PARAM, param.fqn), "val": value}
         placeholders.append(node)
     for node in placeholders:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import networkx as nx
 from torch import fx
 
+from fxzero.comm.wire_copies import casts
 from fxzero.errors import ScheduleError
 from fxzero.graph.aliasing import is_view
 from fxzero.graph.nodes import Role, gathered_params, is_gather, is_inside, operands, role, wait_of, wire_format
@@ -139,7 +140,7 @@ def works_at_wait(step: StepGraph, collective: fx.Node, *, accumulate: bool) -> 
     """True for a collective whose wait puts work on the compute stream behind it."""
     if is_gather(collective):
         return step.is_staged(collective)
-    return accumulate or wire_format(collective) is not None
+    return accumulate or casts(step.bucket_of(collective), wire_format(collective))
 
 
 def readers_of(start: fx.Node) -> list[fx.Node]:

@@ -14,7 +14,7 @@ from torch import fx
 
 from fxzero import torch_internals
 from fxzero.comm.base import Bound, Comm, in_turn
-from fxzero.comm.wire_copies import bind_narrow_reduce, pack, unpack
+from fxzero.comm.wire_copies import bind_narrow_reduce, bind_reduce_of_sums, casts, pack, sums_here, unpack
 from fxzero.errors import PlanError
 from fxzero.graph.layout import Bucket, InterleavedBucket, Payload
 from fxzero.graph.nodes import (
@@ -190,7 +190,7 @@ class Binder:
     def _bind_gather(self, start: fx.Node) -> Bound:
         """Bind one all-gather, and note where its parameters lie."""
         bucket = self._layout_bucket(start)
-        shard = full = self.shards.params.parts[bucket]
+        shard = full = self.shards.sent(bucket)
         if not self.comm.gathers_in_place:
             full = self._whole(Kind.GATHER, start, bucket.gathered)
         self.gathered[start] = unflatten(bucket, full)
@@ -265,7 +265,7 @@ class Binder:
             bound = self._reduce_into(shard, bucket, start, sent, accumulate=variant.accumulate)
         before: list[Callable[[], object]] = [partial(torch_internals.zero_all, clear)] if clear else []
         if variant.stash is Stash.FLUSH:
-            before.append(partial(full.add_, self.gradients.unsharded_bucket(bucket)))
+            before += self._flushing(bucket, full)
         if is_staged:
             is_interleaved = isinstance(bucket, InterleavedBucket)
             bring = copy_in(bucket, full, sent) if is_interleaved else partial(sent.copy_, full)
@@ -304,12 +304,35 @@ class Binder:
         if (Kind.SCRATCH, start) in self.placed:
             nbytes = scratch_nbytes(self.step, self.comm.backend, start, accumulate=accumulate)
             scratch = self._view(Kind.SCRATCH, start, nbytes, torch.uint8)
-        if format is not None:
+        if self._sends_unsharded(bucket, start):
+            assert scratch is not None
+            rooms = [self._whole(Kind.GRADIENT, start, bucket.gradients), scratch]
+            unsharded = self.gradients.unsharded_bucket(bucket)
+            return bind_reduce_of_sums(self.comm, bucket, unsharded, rooms, shard, accumulate=accumulate)
+        if casts(bucket, format):
             assert scratch is not None
             return bind_narrow_reduce(self.comm, bucket, format, sent, scratch, shard, accumulate=accumulate)
         if scratch is not None:
             scratch = scratch.view(bucket.dtypes.grad)
         return self.comm.bind_reduce(bucket.gradients, sent, scratch, shard, accumulate=accumulate)
+
+    def _flushing(self, bucket: Bucket, full: torch.Tensor) -> list[Callable[[], object]]:
+        """The calls that add the unsharded gradients of no_sync() to those of the last backward.
+
+        They are added in the dtype of sums. The result is in the gradient bucket, if that has or holds this dtype.
+        """
+        unsharded = self.gradients.unsharded_bucket(bucket)
+        if full.dtype is unsharded.dtype:
+            return [partial(full.add_, unsharded)]
+        add: list[Callable[[], object]] = [
+            partial(into.add_, term)
+            for into, term in zip(bucket.gradients.slices(unsharded), bucket.gradients.slices(full), strict=True)
+        ]
+        return add if sums_here(self.comm, bucket) else [*add, partial(full.copy_, unsharded)]
+
+    def _sends_unsharded(self, bucket: Bucket, start: fx.Node) -> bool:
+        """True if the sums of several micro-steps travel, which are wider than the gradients of one."""
+        return self.variant.stash is Stash.FLUSH and wire_format(start) is None and sums_here(self.comm, bucket)
 
     def _bind_partial(self, bucket: Bucket, start: fx.Node, sent: torch.Tensor) -> Bound:
         """Reduce a whole bucket aside and keep the slices of some members."""

@@ -41,7 +41,10 @@ class Gradients:
         Each with its `.grad` meanwhile, and how often that had been changed: code that resets it drops what is held.
         """
         self._local: dict[str, torch.Tensor] = {}
-        """This rank's slice of each unsharded gradient of its own batches: `.grad` while nothing is reduced."""
+        """This rank's slice of each unsharded gradient of its own batches: `.grad` while nothing is reduced.
+
+        A copy of it where these gradients are of another dtype than the parameter.
+        """
         self.are_there = False
         """True once a backward has reduced gradients."""
 
@@ -224,13 +227,17 @@ class Gradients:
                 slot.fill_(UNREACHED)
         for fqn in fqns:
             param = self._params[fqn]
-            if param.grad is None:
+            if param.grad is None or param.grad is self._local.get(fqn):
                 param.grad = self._local_view(fqn)
             self._held[fqn] = param.grad, torch_internals.num_changes([param.grad])
 
     def _local_view(self, fqn: str) -> torch.Tensor:
+        part, dtype = self._shards.cut(fqn, self._slot(fqn)), self._params[fqn].dtype
         if fqn not in self._local:
-            self._local[fqn] = self._shards.cut(fqn, self._slot(fqn)).data  # with a count of changes of its own
+            same = part.dtype is dtype
+            self._local[fqn] = part.data if same else part.to(dtype)  # with a count of changes of its own
+        if part.dtype is not dtype:
+            self._local[fqn].copy_(part)
         return self._local[fqn]
 
     def _drop_what_was_reset(self) -> None:
@@ -316,4 +323,4 @@ def _is_blank(slot: torch.Tensor) -> bool:
 
 
 def _whole_sizes(buckets: Iterable[Bucket]) -> dict[Bucket, tuple[int, torch.dtype]]:
-    return {bucket: (bucket.numel, bucket.dtypes.grad) for bucket in buckets}
+    return {bucket: (bucket.numel, bucket.dtypes.sum) for bucket in buckets}

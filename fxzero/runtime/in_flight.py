@@ -3,11 +3,14 @@
 kept       buckets that a forward leaves in the arena for its backward: until any other phase of any plan runs
 resident   buckets (or secondary shards) that stay for the next micro-step: while gradients are added up, and nobody
            but a backward has changed a parameter or a gradient since they were gathered
+copies     of shards in the dtype that compute reads, where that is another: until a shard changes
 
 event            legal             what it does
-begin_forward    outside a phase   drops what is resident, if gradients are not being added up or something has changed
+begin_forward    outside a phase   drops what is resident, and refreshes copies, if gradients are not being added up or
+                                   something has changed
 end_forward      in a forward      waits until all is sent; kept buckets of other forwards are gone, its own are there
 before_backward  outside a phase   drops what is resident if something has changed
+restore_copies   outside a phase   refreshes copies if they may not be those of a forward whose backward is to begin
 begin_backward   outside a phase
 end_backward     in a backward     waits until all is sent; kept buckets are gone
 after_backward   outside a phase   its gradients are published: their changes are known
@@ -38,10 +41,23 @@ class InFlight:
         comm: what the phases exchange.
         is_accumulating: true while there are gradients that the next backward adds to.
         stamp: changes whenever a shard or a gradient is changed in place.
+        refresh: brings copies of the shards in line with these.
     """
 
-    def __init__(self, comm: Comm, is_accumulating: Callable[[], bool], stamp: Callable[[], Stamp]) -> None:
-        self._comm, self._is_accumulating, self._stamp = comm, is_accumulating, stamp
+    def __init__(
+        self,
+        comm: Comm,
+        is_accumulating: Callable[[], bool],
+        stamp: Callable[[], Stamp],
+        refresh: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._comm, self._is_accumulating, self._stamp, self._refresh = comm, is_accumulating, stamp, refresh
+        self.has_copies = False
+        """True if there are copies of shards."""
+        self.num_refreshes = 0
+        """Counts the times that copies were refreshed."""
+        self._are_fresh = False
+        """True if the copies have the values of the shards, as far as is known."""
         self._phase: Literal["forward", "backward"] | None = None
         self._resident: set[Fqns] = set()
         self._stamped: Stamp | None = None
@@ -61,12 +77,13 @@ class InFlight:
         """
         self._enter("forward")
         buckets = list(lasting)
-        if not buckets:
+        if not buckets and not self.has_copies:
             return False
         if not self._is_accumulating():
-            self._resident.clear()
+            self._drop()
         self._drop_if_changed()
-        return self._resident.issuperset(buckets)
+        self._refresh_copies()
+        return bool(buckets) and self._resident.issuperset(buckets)
 
     def end_forward(self, lasting: Iterable[Fqns]) -> None:
         """A forward is over, and has left its lasting buckets."""
@@ -76,6 +93,16 @@ class InFlight:
     def before_backward(self) -> None:
         """A backward is about to look at gradients, and to change them."""
         self._drop_if_changed()
+
+    def restore_copies(self, num_refreshes: int) -> None:
+        """A backward is about to begin, which must gather what its forward has gathered.
+
+        Args:
+            num_refreshes: as it was after that forward.
+        """
+        if num_refreshes != self.num_refreshes:
+            self._are_fresh = False
+        self._refresh_copies()
 
     def begin_backward(self) -> None:
         """A backward begins."""
@@ -91,7 +118,7 @@ class InFlight:
 
     def after_step(self) -> None:
         """An optimizer, any, has taken a step."""
-        self._resident.clear()
+        self._drop()
 
     def after_write(self, fqns: Collection[str]) -> None:
         """A forward that is over has changed some parameters."""
@@ -102,7 +129,7 @@ class InFlight:
         """A phase has ended in an error: tell the other ranks, and leave nothing in flight behind it."""
         self._phase = None
         self.generation += 1
-        self._resident.clear()
+        self._drop()
         report(self._comm.phases, error)
         self._comm.abandon()
 
@@ -121,5 +148,15 @@ class InFlight:
     def _drop_if_changed(self) -> None:
         now = self._stamp()
         if now != self._stamped:
-            self._resident.clear()
+            self._drop()
             self._stamped = now
+
+    def _drop(self) -> None:
+        self._resident.clear()
+        self._are_fresh = False
+
+    def _refresh_copies(self) -> None:
+        if self.has_copies and not self._are_fresh:
+            self._refresh()
+            self._are_fresh = True
+            self.num_refreshes += 1

@@ -2,6 +2,9 @@
 
 The user's Parameter objects live on: `p.data` is this rank's slice of the parameter, a view of the first buffer, and
 `p.grad` is a view of the second. Both are `[numel, 1, ...]`, with as many dimensions as the parameter.
+
+Where compute reads another dtype than the parameter's, a third buffer has copies of the shards in that dtype. They are
+what gathers send; `InFlight` says when they are refreshed.
 """
 
 from __future__ import annotations
@@ -16,17 +19,20 @@ from torch import nn
 
 from fxzero.comm.base import Comm
 from fxzero.errors import InputMismatchError
-from fxzero.graph.layout import Bucket, Layout, ParamSpec, Payload
+from fxzero.graph.layout import Bucket, Dtypes, Layout, ParamSpec, Payload
 from fxzero.runtime.storage import storage_view
 
 Key = TypeVar("Key", bound=Hashable)
 
 
-def spec_of(fqn: str, param: nn.Parameter) -> ParamSpec:
+def spec_of(fqn: str, param: nn.Parameter, roles: Dtypes | None = None) -> ParamSpec:
     """Describe a parameter at full size.
 
+    Args:
+        roles: dtypes of its roles; None if all are its own.
+
     Raises:
-        InputMismatchError: it is not contiguous, not of a floating dtype, no plain tensor, or not initialised yet.
+        InputMismatchError: it is not contiguous, of a complex dtype, no plain tensor, or not initialised yet.
     """
     if isinstance(param, nn.parameter.UninitializedParameter):
         raise InputMismatchError(f"{fqn} is an uninitialised lazy parameter. Run the model once before compile.")
@@ -35,17 +41,17 @@ def spec_of(fqn: str, param: nn.Parameter) -> ParamSpec:
             f"{fqn} is a {type(param.data).__name__}. Only plain tensors can be sharded: compile the model before "
             "other libraries shard or quantize it."
         )
-    if not param.dtype.is_floating_point:
+    if param.dtype.is_complex:
         raise InputMismatchError(
-            f"{fqn} is a parameter of dtype {param.dtype}. Only floating parameters can be sharded; register it as a "
-            "buffer instead."
+            f"{fqn} is a parameter of dtype {param.dtype}. Only floating parameters, and frozen ones of integers, can "
+            "be sharded; register it as a buffer instead."
         )
     if not param.is_contiguous():
         raise InputMismatchError(
             f"{fqn} of shape {tuple(param.shape)} is not contiguous (strides {param.stride()}). Make it contiguous "
             f"before compile: p.data = p.data.contiguous()."
         )
-    return ParamSpec(fqn, tuple(param.shape), param.dtype, param.requires_grad)
+    return ParamSpec(fqn, tuple(param.shape), param.dtype, param.requires_grad, roles)
 
 
 def check_storage(params: Mapping[str, nn.Parameter]) -> None:
@@ -103,6 +109,7 @@ class Shards:
         self.device = device
         self.params = FlatBuffer(_shard_sizes(layout.buckets), device)
         self.grads = FlatBuffer(_shard_sizes(b for b in layout.buckets if b.requires_grad), device)
+        self.copies = FlatBuffer(_copy_sizes(layout.buckets), device)
         self.secondaries: FlatBuffer[Payload] = FlatBuffer({}, device)
         """The slices of buckets that this rank gathered from other nodes, as they travel inside its own."""
 
@@ -111,6 +118,16 @@ class Shards:
         sizes = {each: (each.slice_numel, each.dtype) for each in payloads if each not in self.secondaries.parts}
         if sizes:
             self.secondaries.extend(FlatBuffer(sizes, self.device))
+
+    def sent(self, bucket: Bucket) -> torch.Tensor:
+        """What gathers send of a bucket: its shard, or the copy of it in the dtype that compute reads."""
+        return self.copies.parts.get(bucket, self.params.parts[bucket])
+
+    def refresh_copies(self) -> None:
+        """Bring the copies of the shards in line with these."""
+        with torch.no_grad():
+            for bucket, copy in self.copies.parts.items():
+                copy.copy_(self.params.parts[bucket])
 
     def grad_shard(self, bucket: Bucket) -> torch.Tensor:
         """The gradient shard of a bucket; that of one frozen when the layout was fixed is made on demand."""
@@ -152,6 +169,10 @@ class Shards:
 
 def _shard_sizes(buckets: Iterable[Bucket]) -> dict[Bucket, tuple[int, torch.dtype]]:
     return {bucket: (bucket.shard_numel, bucket.dtypes.shard) for bucket in buckets}
+
+
+def _copy_sizes(buckets: Iterable[Bucket]) -> dict[Bucket, tuple[int, torch.dtype]]:
+    return {bucket: (bucket.shard_numel, bucket.dtypes.compute) for bucket in buckets if bucket.dtypes.has_copy}
 
 
 def unflatten(bucket: Bucket, full: torch.Tensor) -> dict[str, torch.Tensor]:

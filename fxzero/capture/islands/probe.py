@@ -282,7 +282,10 @@ def _made_up(site: Site, example: Example) -> Iterator[_Values]:
                 _copy(example.real[index]) if index in example.real else fill(geometry.empty(), 1.0)
                 for index, geometry in enumerate(example.inputs)
             ]
-            params = [fill(torch.empty(each.shape, dtype=each.dtype, device=site.device), 0.1) for each in site.params]
+            params = [
+                fill(torch.empty(each.shape, dtype=each.dtypes.compute, device=site.device), 0.1)
+                for each in site.params
+            ]
             buffers = [
                 fill(torch.empty_like(each, device=site.device), 1.0) if each.is_meta else _copy(each)
                 for each in example.buffers

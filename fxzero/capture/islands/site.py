@@ -83,7 +83,7 @@ class Site:
             needs_grad = self.requires_grad[self.num_inputs :]
             with torch.inference_mode(False):
                 self._stand_ins = [
-                    nn.Parameter(torch.empty(0, dtype=spec.dtype, device=self.device), requires_grad=needs)
+                    nn.Parameter(torch.empty(0, dtype=spec.dtypes.compute, device=self.device), requires_grad=needs)
                     for spec, needs in zip(self.params, needs_grad, strict=True)
                 ]
         return self._stand_ins
@@ -359,7 +359,7 @@ class Site:
     def casts(self, index: int) -> bool:
         """True if autocast may cast a parameter here, if trained, and keep what it casts to for other readers."""
         spec, is_trained = self.params[index], self.requires_grad[self.num_inputs + index]
-        return self.modes.autocast and self.modes.caches_casts and is_trained and spec.dtype == torch.float32
+        return self.modes.autocast and self.modes.caches_casts and is_trained and spec.dtypes.compute == torch.float32
 
     def declared_grads(self, tensors: Sequence[Tensor]) -> tuple[Geometry, ...]:
         """The geometry of gradients.

@@ -1,0 +1,84 @@
+"""Precision policies on real gloo ranks: bit for bit replicated training that casts in the same places; FSDP2."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from fxzero.errors import RankMismatchError
+from fxzero.testing import RankError, run_ranks
+from tests.distributed import precision_workers as workers
+from tests.distributed.precision_workers import BF16, FP32, Policy
+
+FP16 = torch.float16
+
+
+def _train(rank: int, world_size: int, name: str, policy: Policy, options: dict[str, Any]) -> str:
+    return workers.train(rank, world_size, name, policy, **options)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "name", "policy", "options"),
+    [
+        (1, "odd", Policy(BF16, FP32), {"micro_batches": 2}),
+        (1, "odd", Policy(None, FP32), {"micro_batches": 2, "own": BF16}),
+        (2, "odd", Policy(BF16, FP32), {"micro_batches": 2}),
+        (2, "odd", Policy(FP16), {"micro_batches": 2}),
+        (2, "gpt", Policy(BF16, FP32), {"stage": 2}),
+        (2, "odd", Policy(None, BF16), {}),
+        (3, "gpt", Policy(BF16), {"recompute": "full"}),
+        (3, "odd", Policy(None, FP32), {"micro_batches": 2, "own": BF16}),
+        (2, "gpt", Policy(BF16, FP32), {"memory_budget": 2**26, "micro_batches": 2}),
+        (2, "odd", Policy(BF16, FP32), {"gather_dtype": BF16, "reduce_dtype": BF16}),
+        (2, "packed", Policy(), {}),
+        (3, "packed", Policy(BF16, FP32), {"gather_dtype": BF16}),
+        (2, "low rank", Policy(), {}),
+        (3, "low rank", Policy(BF16, FP32), {}),
+    ],
+)
+def test_training_equals_that_which_casts(world_size: int, name: str, policy: Policy, options: dict[str, Any]) -> None:
+    run_ranks(world_size, _train, name, policy, options)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "policy", "own"),
+    [
+        (1, Policy(BF16, FP32), FP32),
+        (1, Policy(None, FP32), BF16),
+        (2, Policy(BF16, FP32), FP32),
+        (3, Policy(BF16), FP32),
+        (3, Policy(None, FP32), BF16),
+    ],
+)
+def test_no_sync_adds_in_the_dtype_of_sums(world_size: int, policy: Policy, own: torch.dtype) -> None:
+    run_ranks(world_size, _train, "odd", policy, {"micro_batches": 3, "no_sync": True, "own": own})
+
+
+@pytest.mark.parametrize("across", ["replicate", "shard"])
+def test_nodes_sum_in_the_dtype_of_sums(across: str) -> None:
+    options = {"mesh_shape": (2, 2), "across": across, "micro_batches": 2}
+    run_ranks(4, _train, "odd", Policy(BF16, FP32), options)
+
+
+def test_losses_are_those_of_fsdp2() -> None:
+    run_ranks(2, workers.train_as_fsdp2)
+
+
+def test_half_the_bytes_travel() -> None:
+    assert run_ranks(2, workers.bytes_of_a_step) == [2.0, 2.0]
+
+
+def test_other_policies_on_other_ranks_are_named() -> None:
+    with pytest.raises(RankError, match=f"{RankMismatchError.__name__}(.|\n)*mp_policy"):
+        run_ranks(2, workers.other_policies)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "kind", "fused"), [(2, "plain", False), (3, "plain", True), (2, "sharded", False)]
+)
+def test_gradient_scalers_skip_the_same_steps_on_all_ranks(world_size: int, kind: str, fused: bool) -> None:
+    scales = run_ranks(world_size, workers.scale_losses, kind, fused)
+    assert scales == scales[:1] * world_size
+    first = scales[0]
+    assert first[0] == 2.0**19  # too large at first
+    assert first[4] == 2 * first[5] == 2 * first[6]  # the infinity of one rank
