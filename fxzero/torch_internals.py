@@ -364,6 +364,8 @@ tree_flatten_with_path = pytree.tree_flatten_with_path
 """Returns pairs of the keys that lead to a leaf and the leaf, and the TreeSpec. 2.11 to 2.13."""
 register_tree_node = pytree.register_pytree_node
 """Registers functions that take a class apart, and put it together. 2.11 to 2.13."""
+attribute_key = pytree.GetAttrKey
+"""Makes the key of an attribute. 2.11 to 2.13."""
 keystr = pytree.keystr
 """Formats the keys that lead to a leaf: `[1]['x'].y`. 2.11 to 2.13."""
 

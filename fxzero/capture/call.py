@@ -8,6 +8,7 @@ The values of tensors are never part of a spec. Those of other arguments are, be
 
 import enum
 import functools
+from collections import UserDict
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -15,8 +16,18 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from fxzero.capture.outputs import can_be_opened, opened
 from fxzero.errors import InputMismatchError
-from fxzero.torch_internals import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_map_only, tree_unflatten
+from fxzero.torch_internals import (
+    TreeSpec,
+    keystr,
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_leaves,
+    tree_map,
+    tree_map_only,
+    tree_unflatten,
+)
 
 _PLAIN = frozenset(
     {type(None), bool, int, str, bytes, complex, torch.dtype, torch.device, torch.Size, torch.layout}
@@ -24,7 +35,10 @@ _PLAIN = frozenset(
 )
 """Types of values that are hashable, immutable, and equal in meaning in every call. Floats are compared by bits."""
 
-_CURE = "Pass a tensor or a plain value (None, bool, int, float, str), or set it on the model before compile."
+_CURE = (
+    "Pass a tensor or a plain value (None, bool, int, float, str), or an object that has such attributes; or set it on "
+    "the model before compile."
+)
 
 
 class TensorLeaf(NamedTuple):
@@ -84,10 +98,16 @@ class CallSpec:
 
 
 class _Tree:
-    """A hashable TreeSpec."""
+    """A hashable TreeSpec.
 
-    def __init__(self, treespec: TreeSpec) -> None:
+    Args:
+        paths: of the leaves; default: as the TreeSpec gives them.
+    """
+
+    def __init__(self, treespec: TreeSpec, paths: tuple[str, ...] | None = None) -> None:
         self.treespec = treespec
+        if paths is not None:
+            self.__dict__["paths"] = paths
 
     def __hash__(self) -> int:
         return hash((self.treespec.num_leaves, self.treespec.num_nodes))
@@ -148,13 +168,54 @@ def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list
     leaves = [_leaf_of(value) for value in flat]
     if not all(leaves):
         flat, treespec = tree_flatten((args, dict(kwargs)))
-        structure = tree = _Tree(treespec)
+        structure = _Tree(treespec)
         leaves = [_leaf_of(value) for value in flat]
         if not all(leaves):
-            index = leaves.index(None)
-            raise InputMismatchError(f"{tree.paths[index]} is a {type(flat[index]).__qualname__}. {_CURE}")
+            flat, structure, leaves = _flatten_opened(args, kwargs)
     tensors = [value for value in flat if isinstance(value, Tensor)]
     return tensors, CallSpec(structure, tuple(filter(None, leaves)))
+
+
+def _flatten_opened(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[list[Any], _Tree, list[TensorLeaf | PlainLeaf | None]]:
+    """The leaves of arguments among which are objects of own classes, which are taken apart into their attributes.
+
+    Raises:
+        InputMismatchError: an argument, or an attribute of one, is neither a tensor nor a plain value.
+    """
+    with_paths, treespec = tree_flatten_with_path(open_objects(args, kwargs))
+    flat, paths = [leaf for _, leaf in with_paths], tuple(_path(keys) for keys, _ in with_paths)
+    leaves = [_leaf_of(value) for value in flat]
+    if not all(leaves):
+        index = leaves.index(None)
+        raise InputMismatchError(f"{paths[index]} is a {type(flat[index]).__qualname__}. {_CURE}")
+    return flat, _Tree(treespec, paths), leaves
+
+
+def open_objects(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The arguments, with objects of own classes as nodes of a tree."""
+    return tree_map(_open, (args, dict(kwargs)))
+
+
+def _open(leaf: Any) -> Any:
+    if not can_be_opened(leaf):
+        return leaf
+    node = opened(leaf)
+    if isinstance(leaf, UserDict):  # transformers' BatchEncoding also keeps what its tokenizer knows
+        private = {key: value for key, value in node.attributes.items() if key.startswith("_")}
+        node.attributes |= {key: None for key, value in private.items() if not all(map(_leaf_of, tree_leaves(value)))}
+    return node
+
+
+def own_objects(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The objects of own classes among arguments, and those in their attributes."""
+    found: list[Any] = []
+    waiting = [leaf for leaf in tree_leaves((args, dict(kwargs))) if can_be_opened(leaf)]
+    while waiting:
+        found.append(waiting.pop())
+        waiting += [leaf for leaf in tree_leaves(vars(found[-1])) if can_be_opened(leaf)]
+    return found
 
 
 def replace_numbers(
@@ -167,7 +228,7 @@ def replace_numbers(
         numbers: by the index of their leaf.
     """
     if isinstance(spec.structure, _Tree):
-        flat, treespec = tree_flatten((args, dict(kwargs)))
+        flat, treespec = tree_flatten(open_objects(args, kwargs))
         return tree_unflatten([numbers.get(index, leaf) for index, leaf in enumerate(flat)], treespec)
     flat = [numbers.get(index, value) for index, value in enumerate((*args, *kwargs.values()))]
     return tuple(flat[: len(args)]), dict(zip(kwargs, flat[len(args) :], strict=True))
@@ -178,4 +239,4 @@ def replace_tensors(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call with other tensors, which have the order of `flatten_call`."""
     remaining = iter(tensors)
-    return tree_map_only(Tensor, lambda _: next(remaining), (args, dict(kwargs)))
+    return tree_map_only(Tensor, lambda _: next(remaining), open_objects(args, kwargs))

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxzero import torch_internals
 from fxzero.capture.batch_norm import run_declared, with_real_strides, writes_undeclared
-from fxzero.capture.call import CallSpec, replace_numbers, replace_tensors
+from fxzero.capture.call import CallSpec, own_objects, replace_numbers, replace_tensors
 from fxzero.capture.checks import noted_checks
 from fxzero.capture.draws import Draws, generators_of, no_draws_of_python, numbered_draws
 from fxzero.capture.fake_tensors import FakeState, swapped_tensors
@@ -41,6 +41,7 @@ from fxzero.errors import CaptureError, InputMismatchError
 from fxzero.graph import ops
 from fxzero.graph.layout import ParamSpec
 from fxzero.graph.nodes import META_KEY, NodeInfo, Role, add_placeholder
+from fxzero.torch_internals import tree_flatten
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,9 @@ class Tracing:
             arguments = {each.argument: n for each, n in zip(slots, numbers, strict=True) if each.argument is not None}
             if arguments:
                 args, kwargs = replace_numbers(self.spec, args, kwargs, arguments)
+            made = own_objects(args, kwargs)
+            self.reads.add_made(made)
+            was = [tree_flatten(vars(each)) for each in made]
             grad = torch.set_grad_enabled(self.with_backward)
             set_data = SetData(state, inputs)
             watching, mode = self.observers.watching(self.module), _ForwardMode(set_data, self.observers)
@@ -220,6 +224,7 @@ class Tracing:
                 output = forward(*args, **kwargs) if self.is_method else call_module(self.module, forward, args, kwargs)
                 self.observers.end_forward()
             _check_no_gradients(state, inputs)
+            _check_unchanged(made, was)
             set_data.forward_is_over()
             check_frozen(state, self.params)
             tensors, spec = flatten_output(output)
@@ -336,6 +341,21 @@ def _check_no_gradients(state: FakeState, inputs: Sequence[Tensor]) -> None:
             "backward, behind its forward. Return the loss, and call backward on that; for the gradient of something "
             "inside use torch.autograd.grad."
         )
+
+
+def _check_unchanged(objects: Sequence[Any], was: Sequence[tuple[list[Any], Any]]) -> None:
+    """Refuse a forward that has set an attribute of an argument, which a step makes anew.
+
+    Raises:
+        CaptureError: it has.
+    """
+    for each, (leaves, structure) in zip(objects, was, strict=True):
+        now, structure_now = tree_flatten(vars(each))
+        if structure_now != structure or any(a is not b for a, b in zip(now, leaves, strict=True)):
+            raise CaptureError(
+                f"The forward changes attributes of a {type(each).__qualname__} that is an argument, which a compiled "
+                "step would not leave behind. Return what it sets, or let it change a copy."
+            )
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import dataclasses
 import enum
 import types
 import warnings
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from fxzero.torch_internals import (
     TreeSpec,
+    attribute_key,
     register_tree_node,
     tree_flatten,
     tree_leaves,
@@ -48,8 +50,8 @@ def flatten_output(output: Any) -> tuple[list[Tensor], OutputSpec]:
     """
     _register_dataclasses(output)
     flat, treespec = tree_flatten(output, is_leaf=_is_leaf)
-    if any(map(_can_be_opened, flat)):
-        flat, treespec = tree_flatten(tree_unflatten([_opened(leaf) for leaf in flat], treespec), is_leaf=_is_leaf)
+    if any(map(can_be_opened, flat)):
+        flat, treespec = tree_flatten(tree_unflatten([opened(leaf) for leaf in flat], treespec), is_leaf=_is_leaf)
     tensors: list[Tensor] = []
     leaves: list[Any] = []
     dropped: list[str] = []
@@ -73,39 +75,68 @@ def flatten_output(output: Any) -> tuple[list[Tensor], OutputSpec]:
 
 
 class _Opened:
-    """An object by its attributes, as a node of a tree."""
+    """An object by its attributes, as a node of a tree.
 
-    def __init__(self, cls: type, attributes: dict[str, Any]) -> None:
-        self.cls, self.attributes = cls, attributes
+    Args:
+        owner_in: attributes with a weak reference to the object that this one is an attribute of.
+    """
+
+    def __init__(self, cls: type, attributes: dict[str, Any], owner_in: tuple[str, ...]) -> None:
+        self.cls, self.attributes, self.owner_in = cls, attributes, owner_in
+
+    @property
+    def context(self) -> tuple[type, tuple[str, ...], tuple[tuple[str, str], ...]]:
+        """The class, its attributes, and those of attributes that refer to the object."""
+        inner = [(key, value) for key, value in self.attributes.items() if isinstance(value, _Opened)]
+        return self.cls, (*self.attributes,), tuple((key, name) for key, value in inner for name in value.owner_in)
 
 
-def _closed(values: Iterable[Any], context: tuple[type, tuple[str, ...]]) -> Any:
+def _closed(values: Iterable[Any], context: tuple[type, tuple[str, ...], tuple[tuple[str, str], ...]]) -> Any:
     """An object of the class with these attributes."""
-    cls, names = context
+    cls, names, referring = context
     made = object.__new__(cls)
     vars(made).update(zip(names, values, strict=True))
+    for key, name in referring:
+        vars(vars(made)[key])[name] = weakref.ref(made)
     return made
 
 
-register_tree_node(_Opened, lambda node: ([*node.attributes.values()], (node.cls, tuple(node.attributes))), _closed)
+def _attributes(node: _Opened) -> tuple[list[Any], Any]:
+    return [*node.attributes.values()], node.context
 
 
-def _can_be_opened(value: Any, depth: int = 3) -> bool:
+def _attributes_with_keys(node: _Opened) -> tuple[list[tuple[Any, Any]], Any]:
+    return [(attribute_key(name), value) for name, value in node.attributes.items()], node.context
+
+
+register_tree_node(_Opened, _attributes, _closed, flatten_with_keys_fn=_attributes_with_keys)
+
+
+def can_be_opened(value: Any, depth: int = 3) -> bool:
     """True for an object of a plain class whose attributes have tensors."""
-    if isinstance(value, (Tensor, nn.Module, type, types.ModuleType, types.FunctionType, *_PLAIN)) or _is_cache(value):
+    no_objects = (Tensor, nn.Module, torch.optim.Optimizer, type, types.ModuleType, types.FunctionType)
+    if isinstance(value, (*no_objects, *_PLAIN)) or _is_cache(value):
         return False
     attributes = getattr(value, "__dict__", None)
     if not depth or not isinstance(attributes, dict) or type(value).__new__ is not object.__new__:
         return False
     leaves = tree_leaves(attributes, is_leaf=_is_leaf)
-    return any(isinstance(leaf, Tensor) or _can_be_opened(leaf, depth - 1) for leaf in leaves)
+    return any(isinstance(leaf, Tensor) or can_be_opened(leaf, depth - 1) for leaf in leaves)
 
 
-def _opened(value: Any, depth: int = 3) -> Any:
+def opened(value: Any, depth: int = 3, owner: Any = None) -> Any:
     """An object that can be opened as a node of a tree; another value as it is."""
-    if not depth or not _can_be_opened(value):
+    if not depth or not can_be_opened(value):
         return value
-    return _Opened(type(value), tree_map(lambda each: _opened(each, depth - 1), vars(value), is_leaf=_is_leaf))
+    attributes = vars(value)
+    owner_in = tuple(key for key, each in attributes.items() if owner is not None and _refers_to(each, owner))
+    attributes = {key: each for key, each in attributes.items() if key not in owner_in}
+    inner = tree_map(lambda each: opened(each, depth - 1, value), attributes, is_leaf=_is_leaf)
+    return _Opened(type(value), inner, owner_in)
+
+
+def _refers_to(value: Any, owner: Any) -> bool:
+    return isinstance(value, weakref.ReferenceType) and value() is owner
 
 
 def loss_index(output: Any, tensors: Sequence[Tensor]) -> int | None:

@@ -19,7 +19,7 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable, Collection, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -101,6 +101,11 @@ class Reads:
         self._is_on = False
         self._thread = threading.get_ident()
         self._on_event: Callable[[types.FrameType, str, Any], None] | None = None
+
+    def add_made(self, objects: Sequence[Any]) -> None:
+        """Objects that were made for this forward, whose state is nobody's."""
+        self._made_here.update(map(id, objects))
+        self._alive += objects
 
     @contextlib.contextmanager
     def following(self) -> Generator[None]:
