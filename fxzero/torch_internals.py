@@ -594,6 +594,15 @@ def num_changes(tensors: Iterable[torch.Tensor]) -> int:
     return sum([tensor._version for tensor in tensors])  # pyright: ignore[reportPrivateUsage]
 
 
+def has_hooks_on_saved_tensors() -> bool:
+    """True if hooks of `torch.autograd.graph.saved_tensors_hooks` are on; True if torch does not tell.
+
+    `torch._C._autograd._top_saved_tensors_default_hooks`: seen in 2.13.
+    """
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # pyright: ignore
+    return top is None or top(True) is not None
+
+
 def check_functions() -> tuple[Any, Any, Any]:
     """Functions that look at the values of tensors: see `replaced_checks`. 2.11 to 2.13."""
     return torch._check_tensor_all_with, torch._assert, torch._is_all_true  # pyright: ignore

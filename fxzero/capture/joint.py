@@ -27,7 +27,7 @@ from fxzero.capture.hooks.autograd_node import HookedNode
 from fxzero.capture.hooks.observer import Observer
 from fxzero.capture.hooks.observers import Observers, reads_values
 from fxzero.capture.islands.marks import Marks
-from fxzero.capture.numbers import StandIns
+from fxzero.capture.numbers import PinnedNumberError, StandIns
 from fxzero.capture.outputs import OutputSpec, flatten_output, loss_index
 from fxzero.capture.provenance import Recorder, runs_python
 from fxzero.capture.reads import Reads
@@ -99,6 +99,8 @@ class Tracing:
         self.reads = Reads(self.module, self.before.add, self.before.add_place, self.before.alive)
         self.observers = Observers(self.reads, self.before, self.device.type)
         self._recorder: Recorder | None = None
+        self._of_islands: set[Slot] = set()
+        """Slots of numbers that islands read, as they are."""
         if self.marks is not None:
             self.reads.replaced = self.marks.replaced
 
@@ -269,12 +271,26 @@ class Tracing:
             )
 
     def _put_numbers(self, numbers: list[Any]) -> dict[Slot, Any]:
-        """Put symbolic numbers into their slots; `Before.restored` takes them out."""
+        """Put symbolic numbers into their slots, unless islands read them; `Before.restored` takes them out."""
         slots = () if self.stand_ins is None else self.stand_ins.slots
+        of_islands = set[Slot]() if self.marks is None or not slots else self.marks.islands.guarded_slots
+        given: dict[Slot, Any] = {}
         for each, number in zip(slots, numbers, strict=True):
+            if each.slot in of_islands:
+                self._of_islands.add(each.slot)
+                continue
             self.before.add_entry(each.owner, each.key)
-            each.owner[each.key] = number
-        return {each.slot: number for each, number in zip(slots, numbers, strict=True)}
+            each.owner[each.key] = given[each.slot] = number
+        return given
+
+    def check_numbers(self, reads: Sequence[Read]) -> None:
+        """Refuse numbers as inputs that traced code reads too, beside islands.
+
+        Raises:
+            PinnedNumberError: it reads some.
+        """
+        if self._of_islands and not self._of_islands.isdisjoint((id(each.place), each.name) for each in reads):
+            raise PinnedNumberError("an island reads a number that is read outside of it, too")
 
     def _left_behind(
         self, state: FakeState, tensors: list[Tensor], given: Mapping[Slot, Any]

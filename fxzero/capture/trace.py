@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from fxzero.capture.in_place.temporaries import make_temporaries_functional
 from fxzero.capture.islands.find import DrawFinder, module_of
 from fxzero.capture.islands.marks import Islands, Marks, NeedsProbeError
 from fxzero.capture.islands.operators import bind
-from fxzero.capture.islands.probe import NotAnIslandError
-from fxzero.capture.joint import Tracing, no_autocast
+from fxzero.capture.islands.probe import NotAnIslandError, error_of
+from fxzero.capture.joint import Tracing, call_module, no_autocast
 from fxzero.capture.numbers import PinnedNumberError, StandIns
 from fxzero.capture.slots import Read
 from fxzero.errors import CaptureError
@@ -70,6 +71,8 @@ class Tracer:
             Exception: any other error of a trace.
         """
         first: CaptureError | None = None
+        if self._stand_ins is not None:
+            self._islands.check_numbers([each.slot for each in self._stand_ins.slots])
         for _ in range(MOST_TRIES):
             try:
                 traced = self._trace_once()
@@ -106,6 +109,9 @@ class Tracer:
             root, tracing = self._run()
         reads = list(tracing.reads.found.values())
         self._islands.check_reads(reads)
+        tracing.check_numbers(reads)
+        known = {(id(each.owner), each.name) for each in reads} | tracing.reads.set_slots
+        reads += [each for each in self._islands.guarded() if (id(each.owner), each.name) not in known]
         tensors = tracing.read_as_inputs(root, reads)
         root = functional(root, tracing.device)
         bind(root.graph)
@@ -149,13 +155,29 @@ class Tracer:
 
         Raises:
             CaptureError: none can be; it is the first error that there was.
+            Exception: the plain model fails too.
         """
         if self._islands.add(path, error):
             return
         raised = first or error
+        if (own := self._error_of_eager()) is not None:
+            raise own from raised
         if why := self._islands.why_not():
             raised = CaptureError(f"{why} And it cannot be traced: {raised}")
         raise raised from error
+
+    def _error_of_eager(self) -> Exception | None:
+        """What the plain model raises for this call; None if it raises nothing, or if its parameters are not there."""
+        tracing = self._running
+        if tracing is None or any(
+            param.is_meta or param.shape != tracing.params[name].shape
+            for name, param in tracing.module.named_parameters()
+        ):
+            return None
+        args, kwargs = tracing.args, dict(tracing.kwargs)
+        if tracing.is_method:
+            return error_of(tracing.module, partial(tracing.forward, *args, **kwargs))
+        return error_of(tracing.module, partial(call_module, tracing.module, tracing.forward, args, kwargs))
 
 
 def functional(root: fx.GraphModule, device: torch.device) -> fx.GraphModule:

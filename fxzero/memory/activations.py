@@ -20,7 +20,7 @@ from torch import fx
 
 from fxzero import torch_internals
 from fxzero.graph.aliasing import is_view, memory_of
-from fxzero.graph.nodes import Role, info, is_gathered_param, read_until, role, tensor_bytes
+from fxzero.graph.nodes import Role, info, is_gathered_param, is_island, read_until, role, tensor_bytes
 from fxzero.graph.step import Phase, StepGraph
 from fxzero.memory.lifetimes import Buffer, Kind
 
@@ -74,6 +74,9 @@ def _placed(step: StepGraph, buffers: Mapping[fx.Node, Buffer]) -> dict[fx.Node,
     """The temporaries that have places in the arena: large ones on the CPU, of operators with `out=`."""
     returned = {memory_of(value) for value in (*step.model_outputs, *step.input_grads) if isinstance(value, fx.Node)}
     returned |= {memory_of(value) for value in step.observed}  # a hook may keep them
+    if step.sharding.is_alone:  # islands keep their inputs as they are, see `capture/islands/site.py`
+        islands = [node for node in step.nodes(Role.COMPUTE) if is_island(node)]
+        returned |= {memory_of(value) for island in islands for value in island.all_input_nodes}
     placed: dict[fx.Node, PlacedTemporary] = {}
     for node, buffer in buffers.items():
         value, is_operator = node.meta["val"], torch_internals.is_overload(node.target)

@@ -23,6 +23,7 @@ from fxzero.graph.nodes import (
     is_gather,
     is_gathered_param,
     is_inside,
+    is_island,
     may_be_missing,
     members,
     operands,
@@ -95,6 +96,8 @@ class Binder:
         names |= {name: torch_internals.direct_call(target) for name, target in code.operators.items()}
         if self.events is not None:
             names["record_begin"] = self.events.begin
+        for island in [node for node in self.step.graph.nodes if is_island(node)]:
+            island.args[0].keeps_memory = self.comm.gathers_in_place and self.step.sharding.is_alone
         self.shards.keep_secondaries(self.secondaries.values())
         for start in starts:
             bound = self._bind_gather(start) if is_gather(start) else self._bind_reduce(start)

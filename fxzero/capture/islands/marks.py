@@ -1,6 +1,7 @@
 """The islands of one model: which modules they are, what is known of their calls, and their calls in a trace."""
 
 import contextlib
+import enum
 import logging
 import re
 import warnings
@@ -23,13 +24,17 @@ from fxzero.capture.islands.probe import Example, NotAnIslandError, learn
 from fxzero.capture.islands.site import Site, Slots
 from fxzero.capture.numbers import PinnedNumberError
 from fxzero.capture.reads import Reads
-from fxzero.capture.slots import PLAIN, Read
+from fxzero.capture.slots import PLAIN, Read, Slot
 from fxzero.capture.writes import Before
 from fxzero.errors import CaptureError
 from fxzero.graph.layout import ParamSpec
 from fxzero.torch_internals import tree_flatten
 
 logger = logging.getLogger(__name__)
+
+
+_MOST_RESULTS = 16
+"""Results of each call that are remembered, to tell which values they follow."""
 
 
 class NeedsProbeError(Exception):
@@ -77,6 +82,12 @@ class Islands:
         """Slots that calls write, and the ids of containers."""
         self._reads: dict[str, frozenset[Any]] = {}
         """The same that they read, by path."""
+        self._guarded: dict[Slot, Read] = {}
+        """Plain values that islands read."""
+        self._learnt: dict[Any, list[tuple[Any, dict[Slot, Any]]]] = {}
+        """Results that calls had, and the plain values that they read then."""
+        self._decisive: set[Any] = set()
+        """The dicts, by id, and the keys of plain values that results followed when they changed."""
         self._assumed: list[_Call] = []
         if wanted:
             self._check_wanted()
@@ -102,6 +113,7 @@ class Islands:
         """Learn anew what calls give: the state that decides it may have changed."""
         self._look_at_modules()
         self._known, self._similar, self._slots, self._assumed, self._refused = {}, {}, {}, [], {}
+        self._guarded = {}
 
     # -- finding -------------------------------------------------------------------------------------------------
 
@@ -150,7 +162,7 @@ class Islands:
             NotAnIslandError: it cannot be one; its module is none from now on.
         """
         try:
-            facts, slots, reads = learn(self.model, call.site, call.example)
+            facts, slots, found = learn(self.model, call.site, call.example)
         except NotAnIslandError as error:
             error.path = call.site.fqn
             self._refused.update(dict.fromkeys(self._like(error.path), str(error)))
@@ -159,7 +171,44 @@ class Islands:
         self._known[call.key] = facts
         self._similar[call.key[1:]] = facts
         self._slots[call.key] = slots
+        reads = {(id(each.owner), each.name) for each in found} | {id(each.value) for each in found}
         self._reads[call.site.fqn] = self._reads.get(call.site.fqn, frozenset()) | reads
+        plain = {(id(each.owner), each.name): each for each in found if _is_plain(each)}
+        self._note_plain(call, facts, {slot: each for slot, each in plain.items() if slot not in slots})
+
+    def _note_plain(self, call: _Call, facts: Facts, values: Mapping[Slot, Read]) -> None:
+        """Note plain values that a call has read, and does not set, and which of them its results follow."""
+        self._guarded |= values
+        results: Any = facts.output, facts.outs
+        now = {slot: each.value for slot, each in values.items()}
+        earlier = self._learnt.setdefault(call.key, [])
+        for then, were in earlier:
+            changed = [slot for slot in now if slot in were and were[slot] != now[slot]]
+            if then != results and len(changed) == 1:
+                self._decisive.add((id(values[changed[0]].place), values[changed[0]].name))
+        earlier[:] = [*earlier[1 - _MOST_RESULTS :], (results, now)]
+
+    def guarded(self) -> list[Read]:
+        """What islands read that is plain, and that none of them sets: their results may follow it."""
+        written = {slot for slots in self._slots.values() for slot in slots}
+        return [each for slot, each in self._guarded.items() if slot not in written]
+
+    @property
+    def guarded_slots(self) -> set[Slot]:
+        """The dicts, by id, and the keys of what `guarded` gives."""
+        return {(id(each.place), each.name) for each in self.guarded()}
+
+    def check_numbers(self, slots: Sequence[Slot]) -> None:
+        """Refuse that numbers are inputs of a step which results of islands follow.
+
+        Args:
+            slots: of the numbers.
+
+        Raises:
+            PinnedNumberError: some are.
+        """
+        if not self._decisive.isdisjoint(slots):
+            raise PinnedNumberError("results of an island follow a number")
 
     def read_by(self, site: Site) -> frozenset[Any]:
         """Slots, and ids of containers, that an island is known to read."""
@@ -423,6 +472,11 @@ class Marks:
             self._device,
         )
         return site, tensors, params, buffers
+
+
+def _is_plain(read: Read) -> bool:
+    """True for a value that never changes itself, and that has a place."""
+    return isinstance(read.value, (*PLAIN, enum.Enum)) and read.place is not None
 
 
 _FIXED = (*PLAIN, nn.Module, type(lambda: 0), type(len), type)

@@ -24,12 +24,14 @@ from torch.utils.flop_counter import flop_registry
 
 from fxzero import torch_internals
 from fxzero.capture.draws import restoring, same_draws_of_python
+from fxzero.capture.fake_tensors import FakeState, swapped_tensors
 from fxzero.capture.islands.facts import UNKNOWN, Facts
 from fxzero.capture.islands.geometry import Geometry
 from fxzero.capture.islands.run import Run
 from fxzero.capture.islands.saved import NotingSaved
 from fxzero.capture.islands.site import Site
 from fxzero.capture.reads import Reads
+from fxzero.capture.slots import Read
 from fxzero.capture.writes import Before
 from fxzero.errors import CaptureError, IslandError
 from fxzero.torch_internals import tree_leaves
@@ -61,15 +63,15 @@ class _Values:
         return _Values(*([_copy(each) for each in group] for group in (self.inputs, self.params, self.buffers)))
 
 
-def learn(model: nn.Module, site: Site, example: Example) -> tuple[Facts, frozenset[Any], frozenset[Any]]:
-    """What a call gives, and what of the Python state it writes and reads: slots, and ids of containers.
+def learn(model: nn.Module, site: Site, example: Example) -> tuple[Facts, frozenset[Any], list[Read]]:
+    """What a call gives, and what of the Python state it writes (slots, and ids of containers) and reads.
 
     Raises:
         NotAnIslandError: the call cannot be one node of a step.
     """
     error: Exception | None = None
     for values in _made_up(site, example):
-        with _undone(model, site) as (before, reads), torch.inference_mode(False):
+        with _undone(model, site.module) as (before, reads), torch.inference_mode(False):
             try:
                 facts, written = _learn(model, site, values, before, reads)
             except NotAnIslandError:
@@ -80,10 +82,26 @@ def learn(model: nn.Module, site: Site, example: Example) -> tuple[Facts, frozen
             finally:
                 site.facts = UNKNOWN
                 site.forget()
-            read = {(id(each.owner), each.name) for each in reads.found.values()}
-            return facts, written, frozenset(read | {id(each.value) for each in reads.found.values()})
+            return facts, written, list(reads.found.values())
     assert error is not None
     raise NotAnIslandError(f"on made-up values of its shapes it raises {type(error).__name__}: {error}") from error
+
+
+def error_of(model: nn.Module, call: Callable[[], object]) -> Exception | None:
+    """What the plain model raises for a call; None if it raises nothing. What the call does otherwise is taken back.
+
+    Args:
+        call: calls the model, whose parameters are whole.
+    """
+    params = {name: nn.Parameter(each.detach(), each.requires_grad) for name, each in model.named_parameters()}
+    state = FakeState(dict(params), {name: each.clone() for name, each in model.named_buffers()})
+    with _undone(model, model), _seeded(), torch.no_grad():
+        try:
+            with swapped_tensors(model, state):
+                call()
+        except Exception as error:
+            return error
+    return None
 
 
 def _learn(model: nn.Module, site: Site, values: _Values, state: Before, reads: Reads) -> tuple[Facts, frozenset[Any]]:
@@ -348,10 +366,10 @@ def _seeded() -> Generator[None]:
 
 
 @contextlib.contextmanager
-def _undone(model: nn.Module, site: Site) -> Generator[tuple[Before, Reads]]:
-    """Take back what the block does to the Python state of the model, tensors and generators that its modules hold."""
+def _undone(model: nn.Module, part: nn.Module) -> Generator[tuple[Before, Reads]]:
+    """Take back what the block does to the Python state of the model, and to a part's tensors and generators."""
     snapshot, before = _Snapshot(), Before(model)
-    for module in site.module.modules():
+    for module in part.modules():
         snapshot.add(module)
 
     def on_object(value: Any) -> None:

@@ -66,6 +66,9 @@ class Site:
         """A checkpoint runs it again in backward, with the draws of forward."""
         self.uncertain: frozenset[int] = frozenset()
         """Indices of gradients that may be None, because nothing but the gradient of a parameter is made of them."""
+        self.keeps_memory = False
+        """Parameters lie where they are until backward, and inputs are in no memory that is used again: what autograd
+        saves can stay as it is."""
         self._stand_ins: list[nn.Parameter] = []
         self.facts = UNKNOWN
         self._edges: list[Any] = []
@@ -73,8 +76,10 @@ class Site:
         """How often the stand-ins have been written in place."""
         self._lent: Sequence[Tensor] = ()
         """The values of parameters that the stand-ins have."""
-        self._places: dict[int, tuple[Spans, set[int]]] = {}
-        """Where values of parameters lie, and the addresses of their storages, by the address of the first."""
+        self._lent_at: tuple[int, ...] = ()
+        """Their addresses."""
+        self._places: dict[tuple[int, ...], tuple[Spans, set[int]]] = {}
+        """Where values of parameters lie, and the addresses of their storages, by the addresses of all."""
 
     @property
     def stand_ins(self) -> list[nn.Parameter]:
@@ -116,7 +121,8 @@ class Site:
         """Run the call, and keep what its backward needs. Of what it writes it gets copies."""
         facts, wants = self.facts, self.has_backward
         is_probe = facts is UNKNOWN
-        if facts.escapes:
+        saves_itself = self.keeps_memory and not is_probe and not torch_internals.has_hooks_on_saved_tensors()
+        if facts.escapes and not saves_itself:
             inputs, params = [each.clone() for each in inputs], [each.clone() for each in params]
         written = range(len(inputs)) if is_probe else facts.written_inputs
         own = list(buffers)
@@ -138,16 +144,23 @@ class Site:
         ]
         with torch.enable_grad():
             given = [each.clone() if index in written else each for index, each in enumerate(leaves)]
-        now = [*params, *((each.detach() for each in given) if is_probe else inputs)]
-        kept = range(len(now)) if facts.escapes else self._kept
-        saved = (NotingSaved if is_probe else Saved)(now, Spans(now[len(params) :], self._place(params)[0]), kept)
-        hooks = torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack)
+        saved = None if saves_itself else self._saved(params, given if is_probe else inputs)
+        hooks = contextlib.nullcontext()
+        if saved is not None:
+            hooks = torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack)
         with torch.enable_grad(), hooks, self._autocast(), torch_internals.checkpoints_without_backward():
             output = self._call(given, own)
         self._check_params(params)
-        if not facts.escapes:
+        if saved is not None and not facts.escapes:
             saved.now = ()
         return Run(str(self), facts, output, given, own, saved, self._wanted(leaves))
+
+    def _saved(self, params: Sequence[Tensor], inputs: Sequence[Tensor]) -> Saved:
+        """What takes the tensors that autograd saves."""
+        is_probe, escapes = self.facts is UNKNOWN, self.facts.escapes
+        now = [*params, *((each.detach() for each in inputs) if is_probe else inputs)]
+        kept = range(len(now)) if escapes else self._kept
+        return (NotingSaved if is_probe else Saved)(now, Spans(now[len(params) :], self._place(params)[0]), kept)
 
     def _call(self, inputs: Sequence[Tensor], buffers: list[Tensor]) -> Any:
         leaves = list(self.leaves)
@@ -202,22 +215,21 @@ class Site:
 
     def _lend(self, params: Sequence[Tensor]) -> None:
         """Let the stand-ins have these values."""
-        before = self._lent or [None] * len(params)
-        for stand_in, values, own in zip(self.stand_ins, params, before, strict=True):
-            if values is not own and (own is None or values.data_ptr() != own.data_ptr()):
+        addresses = _addresses(params)
+        if addresses != self._lent_at or not self._stand_ins:
+            for stand_in, values in zip(self.stand_ins, params, strict=True):
                 if stand_in.shape != values.shape:
                     self._edges = []
                 stand_in.data = values
-        self._lent = params
+        self._lent, self._lent_at = params, addresses
 
     def _check_params(self, params: Sequence[Tensor]) -> None:
         """Raise IslandError if the call has given a parameter other data."""
-        for stand_in, values in zip(self.stand_ins, params, strict=True):
-            if stand_in.data_ptr() != values.data_ptr():
-                self.forget()
-                raise IslandError(
-                    f"{self} sets the data of a parameter, {list(values.shape)}, which only optimizers may."
-                )
+        if _addresses(self.stand_ins) != self._lent_at:
+            pairs = zip(self.stand_ins, params, strict=True)
+            changed = next(values for stand_in, values in pairs if stand_in.data_ptr() != values.data_ptr())
+            self.forget()
+            raise IslandError(f"{self} sets the data of a parameter, {list(changed.shape)}, which only optimizers may.")
         changes = torch_internals.num_changes(self.stand_ins)
         if changes != self._changes:
             self._changes = changes
@@ -227,7 +239,7 @@ class Site:
         """Where parameters lie, and the addresses of their storages; gathered ones lie at few places."""
         if self.facts is UNKNOWN or self.facts.escapes or not params:
             return Spans(params), _storages(params)
-        at = params[0].data_ptr()
+        at = _addresses(params)
         if at not in self._places:
             self._places[at] = Spans(params), _storages(params)
         return self._places[at]
@@ -256,7 +268,7 @@ class Site:
 
     def forget(self) -> None:
         """Hold no values of parameters."""
-        self._stand_ins, self._edges, self._lent, self._changes = [], [], (), 0
+        self._stand_ins, self._edges, self._lent, self._lent_at, self._changes = [], [], (), (), 0
 
     # -- backward ------------------------------------------------------------------------------------------------
 
@@ -281,8 +293,9 @@ class Site:
         """
         run: Run = handle.run
         handle.run = None
-        if not self.facts.escapes and run.saved is not None:
+        if run.saved is None or not self.facts.escapes:
             self._lend(params)
+        if run.saved is not None and not self.facts.escapes:
             run.saved.now = [*params, *inputs]
         own = list(buffers)
         for index in self.facts.written_in_backward:
@@ -340,7 +353,7 @@ class Site:
                         f"was {geometry}. Shapes that follow values must stay inside of an island: name a module "
                         "around it in compile(islands=[...])."
                     )
-                tensor = tensor.detach()
+                tensor = tensor.detach() if tensor.requires_grad else tensor
                 address = tensor.untyped_storage().data_ptr()
                 if address in owned or tensor.stride() != geometry.stride or tensor.is_conj() or tensor.is_neg():
                     tensor = geometry.empty().copy_(tensor)
@@ -383,6 +396,10 @@ def _refuse_backward(what: str, grad: Tensor) -> None:
 def _put(entries: Sequence[tuple[dict[str, Any], str, Any]]) -> None:
     for table, key, value in entries:
         table[key] = value
+
+
+def _addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple([tensor.data_ptr() for tensor in tensors])
 
 
 def _storages(tensors: Sequence[Tensor | None]) -> set[int]:
