@@ -13,7 +13,6 @@ copy. A wire format is no precision policy: parameters are cast back to the type
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -193,7 +192,7 @@ def bind_reduce_of_sums(
         sums: `[bucket.numel]`, of the dtype of sums; undefined after the wait.
         rooms: memory of `shard_ranks - 1` slices of sums, in pieces: the gradient bucket and its scratch.
     """
-    payload = replace(bucket.gradients, dtype=bucket.dtypes.sum)
+    payload = bucket.sums
     slices = payload.slices(sums)
     received = [part for room in rooms for part in _parts(room, payload)][: payload.num_slices - 1]
     terms = [*received[: comm.rank], slices[comm.rank], *received[comm.rank :]]

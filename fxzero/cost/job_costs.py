@@ -39,7 +39,11 @@ class CostModel:
 def optimizer_bytes(params: Iterable[ParamSpec], shard_ranks: int, state_numel: int) -> int:
     """Bytes that an optimizer reads and writes in a step of one rank: parameters, gradients and state.
 
+    Those of the copies that compute reads, made anew behind it, are among them.
+
     Args:
         state_numel: elements of state for each element of a parameter.
     """
-    return sum(param.nbytes for param in params) // shard_ranks * (3 + 2 * state_numel)
+    params = list(params)
+    copied = sum(param.nbytes + param.gathered_nbytes for param in params if param.dtypes.has_copy)
+    return sum(param.nbytes for param in params) // shard_ranks * (3 + 2 * state_numel) + copied // shard_ranks

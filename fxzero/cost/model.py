@@ -139,8 +139,9 @@ def roofline(step: StepGraph, cluster: Cluster, backend: Backend, *, optimizer_b
     seconds = {node: operator_seconds(node, device) for node in step.nodes(Role.COMPUTE)}
     if step.sharding.shard_ranks > 1:
         for node in step.nodes(Role.WAIT):
-            moved = backend.gather_wait_bytes if is_gather(node) else backend.reduce_wait_bytes
-            seconds[node] = moved(step.payload_of(node)) / device.bytes_per_s
+            bucket, gathers = step.bucket_of(node), is_gather(node)
+            moved = backend.gather_wait_bytes(bucket.gathered) if gathers else backend.reduce_wait_bytes(bucket.sums)
+            seconds[node] = moved / device.bytes_per_s
     inside = cluster.inside if step.sharding.num_nodes > 1 else None
     return Costs(seconds, cluster.link, optimizer_bytes / device.bytes_per_s, inside)
 

@@ -226,11 +226,6 @@ class Bucket:
         return self.shard_numel * self.dtypes.compute.itemsize if self.dtypes.has_copy else 0
 
     @property
-    def unsharded_nbytes(self) -> int:
-        """Bytes of the unsharded gradients that no_sync() keeps, in the dtype in which gradients are added."""
-        return self.numel * self.dtypes.sum.itemsize
-
-    @property
     def shard_nbytes(self) -> int:
         """Bytes of a rank's shard, and of its gradient."""
         return self.shard_numel * self.dtypes.shard.itemsize
@@ -244,6 +239,11 @@ class Bucket:
     def gradients(self) -> Payload:
         """Payload of a reduce-scatter: gradients in the dtype that backward writes."""
         return Payload(self.fqns, self.shard_ranks, self.shard_numel, self.dtypes.grad)
+
+    @cached_property
+    def sums(self) -> Payload:
+        """Gradients in the dtype in which they are added: those that no_sync() keeps, and those at a wait."""
+        return Payload(self.fqns, self.shard_ranks, self.shard_numel, self.dtypes.sum)
 
     def slice_of(self, param: ParamSpec, rank: int) -> Slice:
         """The part of `param` in the shard of `rank`; empty if the shard holds nothing of it."""

@@ -197,7 +197,7 @@ def header(step: StepGraph) -> str:
         del parts[2]
     elif not step.synchronize:
         gathered_buckets = {step.bucket_of(start) for start in step.nodes(Role.ALL_GATHER)}
-        held = sum(bucket.unsharded_nbytes for bucket in gathered_buckets if bucket.requires_grad)
+        held = sum(bucket.sums.nbytes for bucket in gathered_buckets if bucket.requires_grad)
         parts[2] = f"no_sync: unsharded gradients {format_bytes(held)}"
     return "  ".join(parts)
 

@@ -116,7 +116,7 @@ def held_by(
         gradients=gradients,
         optimizer_state=round(gradients * state_per_element),
         buffers=buffers,
-        unsharded_gradients=0 if synchronize else sum(bucket.unsharded_nbytes for bucket in trained),
+        unsharded_gradients=0 if synchronize else sum(bucket.sums.nbytes for bucket in trained),
         secondaries=sum(payload.slice_nbytes for payload in secondaries),
         copies=sum(bucket.copy_nbytes for bucket in layout.buckets),
     )

@@ -12,6 +12,8 @@ done        `choose_again`
 import json
 import logging
 import statistics
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +25,7 @@ from fxzero.cost.choose_sizes import choose_sizes
 from fxzero.cost.job_costs import CostModel, optimizer_bytes
 from fxzero.cost.measured import MEASURED_STEPS, seconds_by_name, seconds_by_run
 from fxzero.cost.model import Cluster, roofline
+from fxzero.graph.layout import ParamSpec
 from fxzero.graph.schedule_text import totals
 from fxzero.graph.step import StepGraph
 from fxzero.module.sharded_model import ShardedModel
@@ -80,10 +83,8 @@ class TuningRounds:
         # A link is measured only once every rank has come to measure it.
         agree.agree(sharded.group, topic, describe_options(sharded.agreed), timeout=sharded.timeout)
         if self.cluster is None:
-            dtype = next(iter(sharded.specs.values())).dtypes.compute
-            self.cluster = calibrate_once(
-                sharded.comm, sharded.group, sharded.devices.compute, dtype, topic, sharded.timeout
-            )
+            dtype, device = _dtype_of_most(sharded.specs.values()), sharded.devices.compute
+            self.cluster = calibrate_once(sharded.comm, sharded.group, device, dtype, topic, sharded.timeout)
             logger.info("calibrated: %s", self.cluster)
         with agree.reporting_failure(sharded.group, topic):
             gathering = with_collectives(captured, sharded.recipe)
@@ -164,3 +165,12 @@ class TuningRounds:
         moved = totals(step)
         sent = moved.gathered_bytes + moved.reduced_bytes
         return others_s / sent if torch.get_num_threads() == 1 and sent else self.cluster.link.cpu_s_per_byte
+
+
+def _dtype_of_most(params: Iterable[ParamSpec]) -> torch.dtype:
+    """The dtype in which most elements of parameters are read; matrix products of integers are made in another one."""
+    numel = Counter[torch.dtype]()
+    for param in params:
+        if param.dtypes.compute.is_floating_point:
+            numel[param.dtypes.compute] += param.numel
+    return max(numel, key=lambda dtype: numel[dtype], default=torch.float32)

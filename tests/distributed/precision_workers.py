@@ -83,9 +83,9 @@ class LowRank(nn.Module):
 
 CASES = replicated.CASES | {
     "packed": replicated.Case(Adapted, lambda seed, _: replicated._points(seed, 16, 5)),
+    "odd": replicated.Case(Net, lambda seed, _: replicated._points(seed, 7, 5)),
     "low rank": replicated.Case(LowRank, lambda seed, _: replicated._points(seed, 16, 5)),
 }
-CASES |= {"odd": replicated.Case(Net, lambda seed, _: replicated._points(seed, 7, 5))}
 
 
 def of_policy(policy: Policy) -> Dtypes:
@@ -120,7 +120,7 @@ class Mixed:
             for fqn, param in self.model.named_parameters()
         }
         torch.manual_seed(seed)
-        cast_to = next(each.dtype for fqn, each in read.items() if each.requires_grad)
+        cast_to = next(each.dtype for each in read.values() if each.requires_grad)
         inputs = {name: each.to(cast_to) if each.is_floating_point() else each for name, each in batch.items()}
         output = torch.func.functional_call(self.model, read, (), inputs)
         return replicated._loss(output), {fqn: each for fqn, each in read.items() if each.requires_grad}
