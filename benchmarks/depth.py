@@ -47,15 +47,20 @@ def model_of(family: str, num_layers: int) -> nn.Module:
     return LlamaForCausalLM(config)
 
 
+def loss_of(output: Any) -> torch.Tensor:
+    """The loss among what a model returns."""
+    if isinstance(output, torch.Tensor):
+        return output
+    return output["loss"] if isinstance(output, dict) else output[0]
+
+
 def first_call(family: str, num_layers: int) -> float:
     """Processor seconds of the first forward and backward."""
     model, ids = model_of(family, num_layers).train(), torch.randint(0, 60, (2, 32))
     zero = fxzero.compile(model)
     began = time.process_time()
     output: Any = zero(input_ids=ids, labels=ids)
-    (
-        output if isinstance(output, torch.Tensor) else output["loss"] if isinstance(output, dict) else output[0]
-    ).backward()
+    loss_of(output).backward()
     return time.process_time() - began
 
 
@@ -98,11 +103,9 @@ def main() -> None:
         return
     kinds = ("call", "capture", *(["whole"] if options.whole else []))
     rows = [[n, *(measured(kind, options.family, n, options.rounds) for kind in kinds)] for n in options.layers]
-    print(heading("First call by depth", "OMP_NUM_THREADS=1 python -m benchmarks.depth " + " ".join(sys.argv[1:])))
-    table = [[*row, row[1] / rows[0][1]] for row in rows]
-    print(
-        tabulate(table, headers=["layers", "first call, s", *(f"{k}, s" for k in kinds[1:]), "ratio"], floatfmt=".3g")
-    )
+    print(heading("python -m benchmarks.depth"))
+    headers = ["layers", "first call, s", *(f"{kind}, s" for kind in kinds[1:]), "ratio"]
+    print(tabulate([[*row, row[1] / rows[0][1]] for row in rows], headers=headers, floatfmt=".3g"))
 
 
 if __name__ == "__main__":
