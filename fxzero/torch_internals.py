@@ -211,6 +211,14 @@ def is_fake(value: object) -> TypeGuard[torch.Tensor]:
     return isinstance(value, FakeTensor)
 
 
+def device_of(tensor: torch.Tensor) -> torch.device:
+    """The device of a tensor, without the operator that a fake one runs for it.
+
+    `FakeTensor.fake_device`: 2.11 to 2.13.
+    """
+    return tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
+
+
 def fake_result(node: fx.Node) -> Any:
     """The value of a new node of a traced graph, from its arguments' values. `FakeTensor.fake_mode`: 2.11 to 2.13."""
     arguments = [argument.meta["val"] for argument in node.all_input_nodes]

@@ -35,6 +35,15 @@ def memory_of(node: fx.Node) -> fx.Node:
     return node
 
 
+def memories(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """`memory_of` of all nodes of a graph."""
+    found: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        source = _given_memory(node) if node.op == "call_function" else None
+        found[node] = node if source is None else found[source]
+    return found
+
+
 def _given_memory(node: fx.Node) -> fx.Node | None:
     """The argument whose memory the node returns; None if the node allocates its result."""
     maker = node

@@ -73,7 +73,8 @@ def info(node: fx.Node) -> NodeInfo:
 
 def role(node: fx.Node) -> Role:
     """Shorthand for `info(node).role`."""
-    return info(node).role
+    stored = node.meta.get(META_KEY)
+    return stored.role if stored else info(node).role
 
 
 def started_by(node: fx.Node) -> fx.Node:
@@ -208,11 +209,12 @@ def is_pointwise(node: fx.Node) -> bool:
 
 def model_collective(node: fx.Node) -> str:
     """The name of a functional collective that the model itself runs, or of a wait for one; empty for all else."""
-    return _collective_name(node.target)
+    return collective_name(node.target)
 
 
 @functools.cache
-def _collective_name(target: Any) -> str:
+def collective_name(target: Any) -> str:
+    """The same of an operator."""
     if not torch_internals.is_overload(target):
         return ""
     namespace, name = target.name().split(".")[0].split("::")
@@ -247,7 +249,12 @@ def add_placeholder(graph: fx.Graph, name: str, replaced: fx.Node, meta: dict[st
 
 def is_in_place(node: fx.Node) -> bool:
     """True for an operator that writes, or may write, into its arguments."""
-    return torch_internals.is_overload(node.target) and torch_internals.is_mutable(node.target)
+    return may_write(node.target)
+
+
+def may_write(target: Any) -> bool:
+    """The same of the operator of a node."""
+    return torch_internals.is_overload(target) and torch_internals.is_mutable(target)
 
 
 def is_pure(node: fx.Node) -> bool:

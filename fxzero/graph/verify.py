@@ -5,6 +5,7 @@ reduction of each gradient and a release of each bucket.
 """
 
 from collections import Counter
+from typing import Any
 
 from torch import fx
 
@@ -28,12 +29,14 @@ from fxzero.graph.names import bucket_label, describe
 from fxzero.graph.nodes import (
     WAIT_OF_MODEL,
     Role,
+    collective_name,
     gathered_params,
     grad_fqn,
     grad_of,
     info,
     is_gather,
     is_inside,
+    may_write,
     members,
     model_collective,
     role,
@@ -75,11 +78,15 @@ class _Walk:
         self.released: set[fx.Node] = set()
         self.owner: dict[fx.Node, tuple[fx.Node, str]] = {}
         """Maps a node in the memory of a gathered bucket to the all-gather and to the name of the parameter."""
+        self._watched: dict[int, bool] = {}
+        """By the ids of operators, whose own hashes take longer."""
 
     def check(self) -> None:
+        seen = self.seen
         for node in self.step.graph.nodes:
-            kind = role(node)
-            self._check_order(node)
+            kind, sources = role(node), node.all_input_nodes
+            if not seen.issuperset(sources):
+                self._check_order(node)
             if kind is Role.END_FORWARD:
                 self._check_nothing_in_flight("the end of forward")
                 self.phase = Phase.BACKWARD
@@ -90,10 +97,20 @@ class _Walk:
             elif kind is Role.RELEASE:
                 self._check_release(node)
             else:
-                self._check_reads(node)
-                self._check_writes(node)
-            self.seen.add(node)
+                if not self.shards.isdisjoint(sources) or not self.owner.keys().isdisjoint(sources):
+                    self._check_reads(node)
+                if self._is_watched(node.target):
+                    self._check_reads(node)
+                    self._check_writes(node)
+            seen.add(node)
         self._check_nothing_in_flight("the end of the step")
+
+    def _is_watched(self, target: Any) -> bool:
+        """True for an operator that writes into an argument, or waits for a collective of the model."""
+        found = self._watched.get(id(target))
+        if found is None:
+            found = self._watched[id(target)] = may_write(target) or collective_name(target) == WAIT_OF_MODEL
+        return found
 
     def _check_order(self, node: fx.Node) -> None:
         for source in node.all_input_nodes:

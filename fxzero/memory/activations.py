@@ -12,14 +12,14 @@ before the backward of the first.
 """
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import fx
 
 from fxzero import torch_internals
-from fxzero.graph.aliasing import is_view, memory_of
+from fxzero.graph.aliasing import is_view, memories, memory_of
 from fxzero.graph.nodes import Role, info, is_gathered_param, is_island, read_until, role, tensor_bytes
 from fxzero.graph.step import Phase, StepGraph
 from fxzero.memory.lifetimes import Buffer, Kind
@@ -96,9 +96,11 @@ def activation_buffers(step: StepGraph) -> dict[fx.Node, Buffer]:
     them ends; how long the caller keeps them is not known. What operators allocate inside is not counted.
     """
     at, phase_of, static = step.positions(), step.phase_of(), set(static_nodes(step))
-    until, boundary = _ends(step, at), step.end_forward
+    memory = memories(step.graph)
+    allocating = [node for node in step.nodes(Role.COMPUTE) if memory[node] is node]
+    until, boundary = _ends(step, at, memory, allocating), step.end_forward
     buffers: dict[fx.Node, Buffer] = {}
-    for node in _allocating(step):
+    for node in allocating:
         nbytes = tensor_bytes(node.meta.get("val"))
         if node in static or not nbytes:
             continue
@@ -109,32 +111,37 @@ def activation_buffers(step: StepGraph) -> dict[fx.Node, Buffer]:
     return buffers
 
 
-def _allocating(step: StepGraph) -> Iterator[fx.Node]:
-    """Compute nodes that stand for memory of their own."""
-    return (node for node in step.nodes(Role.COMPUTE) if memory_of(node) is node)
-
-
 def _operator_of(node: fx.Node) -> fx.Node:
     """The operator that allocates a value: that of the whole tuple for one of several outputs."""
     return cast(fx.Node, node.args[0]) if node.target is operator.getitem else node
 
 
-def _ends(step: StepGraph, at: dict[fx.Node, int]) -> dict[fx.Node, int]:
-    """The last position at which the memory of each node is held by some variable of the generated code."""
+def _ends(
+    step: StepGraph, at: Mapping[fx.Node, int], memory: Mapping[fx.Node, fx.Node], allocating: Sequence[fx.Node]
+) -> dict[fx.Node, int]:
+    """The last position at which the memory of each node is held by some variable of the generated code.
+
+    Args:
+        at: the position of each node.
+        memory: the node that made its memory.
+        allocating: compute nodes that stand for memory of their own.
+    """
     ends: dict[fx.Node, int] = {}
 
     def hold(memory: fx.Node, until: int) -> None:
         ends[memory] = max(ends.get(memory, 0), until)
 
     for node in step.graph.nodes:
-        for source in node.all_input_nodes if node.op != "output" else ():
-            held = source if node.target is operator.getitem and not is_view(source) else memory_of(source)
-            hold(held, max(at[until] for until in read_until(node)))
+        if node.op == "output":
+            continue
+        until = max(at[until] for until in read_until(node))
+        for source in node.all_input_nodes:
+            hold(source if node.target is operator.getitem and not is_view(source) else memory[source], until)
     for values, end in ((step.model_outputs, step.end_forward or step.output), (step.input_grads, step.output)):
         for value in values:
             if isinstance(value, fx.Node):
-                hold(memory_of(value), at[end])
-    for node in _allocating(step):  # the tuple of several outputs holds them all until its last is taken
+                hold(memory[value], at[end])
+    for node in allocating:  # the tuple of several outputs holds them all until its last is taken
         if node.target is operator.getitem:
             hold(node, ends.get(_operator_of(node), 0))
     return ends

@@ -178,7 +178,11 @@ class Record:
         if found is not None:
             return found
         self._alive.append(tensor)
-        if not is_fake(tensor) and tensor.device.type == "cpu" and tensor.numel() <= _LARGEST_CONSTANT:
+        if (
+            not is_fake(tensor)
+            and torch_internals.device_of(tensor).type == "cpu"
+            and tensor.numel() <= _LARGEST_CONSTANT
+        ):
             return CONSTANT, _geometry(tensor), repr(torch_internals.values_of(tensor))
         return UNKNOWN, id(self), id(tensor)
 
@@ -196,4 +200,4 @@ def _plain(value: Any) -> Any:
 
 
 def _geometry(tensor: Tensor) -> Any:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+    return tensor.shape, tensor.stride(), tensor.dtype, torch_internals.device_of(tensor)
