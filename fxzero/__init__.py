@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fxzero.api import Schedule, ZeroModule, compile
+    from fxzero.checkpoints import load, save
     from fxzero.cost.model import Cluster, Device, Link
     from fxzero.errors import (
         CaptureError,
@@ -53,6 +54,8 @@ __all__ = [
     "ZeroModule",
     "compile",
     "keep_freed_memory",
+    "load",
+    "save",
 ]
 
 _MODULE_OF = {
@@ -63,6 +66,8 @@ _MODULE_OF = {
     "ZeroModule": "fxzero.api",
     "compile": "fxzero.api",
     "keep_freed_memory": "fxzero.host.allocator",
+    "load": "fxzero.checkpoints",
+    "save": "fxzero.checkpoints",
 }
 """Maps names in `__all__` to their modules; the others are errors."""
 

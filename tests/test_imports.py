@@ -24,6 +24,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("module",),
     ("options", "planner"),
     ("api",),
+    ("checkpoints",),
     ("commands",),
     ("train",),
     ("__main__",),

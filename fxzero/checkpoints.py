@@ -1,0 +1,76 @@
+"""Checkpoints of a compiled model and its optimizers in files: `fxzero.save` and `fxzero.load`."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from fxzero.api import ZeroModule
+from fxzero.module.saved import load as loading
+from fxzero.module.saved import save as saving
+
+Optimizers: TypeAlias = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
+
+
+def save(
+    folder: str | os.PathLike[str],
+    zero: ZeroModule,
+    optimizer: Optimizers = None,
+    *,
+    extra: Any = None,
+    keep: int | None = None,
+) -> Path:
+    """Save weights, optimizer state, random states and the layout as the newest checkpoint of a folder; a collective.
+
+    Every rank writes its own slices, and no rank holds a full tensor. The checkpoint appears under its number when all
+    of it is on the disk, so that a crash at any point leaves those before. The folder must be one that all ranks see.
+    Gradients are not saved.
+
+    Args:
+        folder: gets a folder for each checkpoint: `000001`, `000002`, ...
+        zero: what `fxzero.compile` returned.
+        optimizer: the optimizer or optimizers of its parameters.
+        extra: what else the training needs to go on (the state dict of a scheduler, the number of the step), of each
+            rank: numbers, texts, None, bytes, tensors, and lists, tuples and dicts of them.
+        keep: remove all but this many of the newest checkpoints afterwards.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        CheckpointError: something is of a type that a checkpoint cannot have.
+        OSError: a file cannot be written, on this rank; a RankMismatchError names it on the others.
+        ValueError: keep is less than 1.
+    """
+    if keep is not None and keep < 1:
+        raise ValueError(f"keep is {keep}; at least one checkpoint must be kept.")
+    return saving.save(zero._fxzero_engine, Path(folder), _as_tuple(optimizer), extra, keep)
+
+
+def load(folder: str | os.PathLike[str], zero: ZeroModule, optimizer: Optimizers = None) -> Any:
+    """Load a checkpoint of `save` at any number of ranks; a collective.
+
+    Nothing changes in the model where a file is missing or damaged. If the layout is not fixed yet (no `example=`, no
+    call before), it becomes that of the checkpoint: at the same number of ranks training then goes on bit for bit as in
+    the run that saved, with its random states. Else slices are cut anew, and training goes on within rounding.
+
+    Args:
+        folder: the checkpoint, or a folder of checkpoints, of which the newest is meant.
+        zero: what `fxzero.compile` returned, of the same model; it may be on the meta device.
+        optimizer: the optimizers of the run that saved, in its order, with the same groups; None leaves state alone.
+
+    Returns:
+        What was saved as `extra` by the rank of the same number; at another number of ranks, by rank 0.
+
+    Raises:
+        CheckpointError: there is none, a file is damaged (it is named), or it does not fit the model or the optimizer.
+    """
+    return loading.load(zero._fxzero_engine, Path(folder), _as_tuple(optimizer))
+
+
+def _as_tuple(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
+    if optimizer is None:
+        return ()
+    return tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)

@@ -1,0 +1,54 @@
+"""fxzero.save and fxzero.load between numbers of ranks; damage, kills and what does not fit."""
+
+from pathlib import Path
+
+from fxzero.testing import run_ranks
+from tests.distributed import checkpoint_workers, save_workers
+
+
+def test_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    run_ranks(2, save_workers.goes_on_bit_for_bit, tmp_path)
+
+
+def test_pieces_are_cut_anew_at_other_numbers_of_ranks(tmp_path: Path) -> None:
+    wanted = run_ranks(2, save_workers.save, "scalar", tmp_path)[0]
+    for world_size, form in ((3, "scalar"), (1, "scalar")):
+        (line,) = run_ranks(world_size, save_workers.load, form, tmp_path, wanted)[0]
+        assert f"was saved by 2 ranks in 2 buckets; its pieces were cut anew for {world_size} ranks" in line
+
+
+def test_a_meta_model_is_filled_and_other_buckets_are(tmp_path: Path) -> None:
+    wanted = run_ranks(3, save_workers.save, "example", tmp_path)[0]
+    assert run_ranks(3, save_workers.load, "meta", tmp_path, wanted)[0] == []
+    assert len(run_ranks(3, save_workers.load, "small buckets", tmp_path, wanted)[0]) == 1
+
+
+def test_damaged_files_are_refused_by_name(tmp_path: Path) -> None:
+    run_ranks(2, save_workers.damage, tmp_path)
+
+
+def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
+    run_ranks(1, save_workers.mismatches, tmp_path)
+
+
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    assert run_ranks(2, save_workers.kept, tmp_path / "a")[0] == ["000003", "000004"]
+
+
+def test_a_rank_that_is_killed_leaves_the_last_good_one(tmp_path: Path) -> None:
+    run_ranks(2, save_workers.killed, tmp_path, dies=[1])
+    assert (
+        checkpoint_workers.differences(
+            run_ranks(1, _weights, tmp_path)[0], run_ranks(1, _weights, tmp_path / "000001")[0]
+        )
+        == []
+    )
+
+
+def _weights(rank: int, world_size: int, folder: Path) -> dict[str, object]:
+    model, optimizer = checkpoint_workers.build("lazy", 3)
+    import fxzero
+
+    assert isinstance(model, fxzero.ZeroModule)
+    fxzero.load(folder, model, optimizer)
+    return checkpoint_workers.full_state(model, optimizer)
