@@ -24,7 +24,7 @@ from fxzero.graph.layout import LayoutName
 from fxzero.graph.sharding import Placement
 from fxzero.graph.step import Pass
 from fxzero.memory.report import MemoryReport
-from fxzero.module import ownership, parts, weights
+from fxzero.module import norms, ownership, parts, weights
 from fxzero.module.budget_round import held
 from fxzero.module.engine import Engine
 from fxzero.module.first_fill import fix_layout_without_trace
@@ -94,7 +94,8 @@ def compile(
             this rank alone.
         init_fn: initialises the modules of a meta model, as `model.apply(init_fn)` would.
         sync_init: send rank 0's parameters and buffers to all ranks; False trusts that all ranks have equal ones.
-        elementwise_optimizer: vouch that an optimizer of a class unknown to fxzero updates each element by itself.
+        elementwise_optimizer: vouch that an optimizer updates each element by itself, where steps of small parameters
+            do not show it. Optimizers of classes unknown to fxzero are tried so before their first step.
         memory_budget: bytes that a rank may use for everything in `zero.schedule.memory`; "auto" takes the free memory.
             Buckets that fit into the budget stay gathered from forward to backward, and under gradient accumulation
             until the shards change. They are chosen at the first call with a backward, for its shapes. Default: only
@@ -243,6 +244,7 @@ class ZeroModule(nn.Module):
         refuse_wrappers(self)
         parts.watch_parts(engine.sharded, self)
         engine.sharded.casts = engine.sharded.precision.install(model)
+        norms.watch_norms(engine.sharded)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model; the first call of each kind (shapes, train or eval, ...) traces and plans it.
@@ -359,8 +361,8 @@ class ZeroModule(nn.Module):
     ) -> torch.Tensor:
         """Clip the gradients of all ranks by their global norm, without a host synchronisation.
 
-        `torch.nn.utils.clip_grad_norm_` would take this rank's shards for whole gradients. With a gradient scaler call
-        `scaler.unscale_(optimizer)` first.
+        `torch.nn.utils.clip_grad_norm_(zero.parameters(), ...)` does the same, if every rank calls it. With a gradient
+        scaler call `scaler.unscale_(optimizer)` first.
 
         Args:
             max_norm: upper bound on the norm.
@@ -378,6 +380,33 @@ class ZeroModule(nn.Module):
         sharded = engine.sharded
         with sharded.phases.phase("clip_grad_norm_"):
             return engine.clip_grad_norm(sharded.gradients, sharded.comm, max_norm, norm_type, error_if_nonfinite)
+
+    def grad_norms(self, norm_type: float = 2.0) -> dict[str, torch.Tensor]:
+        """The norm of each parameter's whole gradient by name, with one all-reduce; a collective.
+
+        Args:
+            norm_type: the order of the norms: 2.0, infinity or another positive number.
+
+        Returns:
+            Tensors `[]` in fp32 or wider, equal on all ranks, of the parameters that have a gradient.
+
+        Raises:
+            ValueError: norm_type is not positive.
+            PlanError: there are no gradients yet, or `no_sync()` holds some.
+        """
+        sharded = self._fxzero_engine.sharded
+        with sharded.phases.phase("grad_norms"):
+            return norms.grad_norms(sharded, norm_type)
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        """Elements of all parameters, over all ranks, as of the model before it was sharded; tied ones count once.
+
+        Args:
+            only_trainable: leave out those that need no gradient.
+        """
+        sharded = self._fxzero_engine.sharded
+        params = sharded.params
+        return sum(spec.numel for fqn, spec in sharded.specs.items() if params[fqn].requires_grad or not only_trainable)
 
     # -- weights -------------------------------------------------------------------------------------------------
 

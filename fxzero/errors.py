@@ -77,7 +77,7 @@ class StepLeftOutError(FxzeroError):
 class OptimizerError(FxzeroError, ValueError):
     """The optimizer cannot step shards: it is not element-wise, or its state does not fit them.
 
-    Cure: use an element-wise optimizer of torch.optim, or pass `elementwise_optimizer=True` for your own.
+    Cure: use an element-wise optimizer of torch.optim, or vouch for yours by `elementwise_optimizer=True`.
     """
 
 

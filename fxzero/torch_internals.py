@@ -17,7 +17,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch._prims_common import make_channels_last_strides_for, make_contiguous_strides_for
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.distributed._composable.contract import REGISTRY_KEY
@@ -666,3 +666,69 @@ def global_hooks() -> tuple[dict[int, Any], ...]:
 def buffer_tables(module: nn.Module) -> tuple[Any, Any]:
     """The table of a module's own buffers, and the names of those that a state dict leaves out: 2.11 to 2.13."""
     return vars(module)[TENSOR_TABLES[1]], vars(module)["_non_persistent_buffers_set"]
+
+
+# -- optimizers/ ---------------------------------------------------------------------------------------------------
+
+
+_COPIES = frozenset(
+    {
+        *("abs_", "alias", "clone", "copy_", "detach", "empty_like", "fill_", "full_like", "new_empty", "set_"),
+        *("new_full", "new_ones", "new_zeros", "ones_like", "_to_copy", "view", "_unsafe_view", "zero_", "zeros_like"),
+        *("expand", "lift_fresh", "masked_fill", "masked_fill_", "new_empty_strided"),
+    }
+)
+"""Names of element-wise operators without the tag: 2.11 to 2.13."""
+_FOREACH_REDUCTIONS = frozenset({"_foreach_norm", "_foreach_max"})
+"""Of the operators on lists, those that are not element-wise: 2.11 to 2.13."""
+
+
+def is_elementwise(func: Any) -> bool:
+    """True if each element of the result of an ATen operator depends on one element of each tensor that it takes.
+
+    Names of operators: 2.11 to 2.13.
+    """
+    name = func.overloadpacket.__name__
+    if name.startswith(("_foreach_", "_fused_")):
+        return name not in _FOREACH_REDUCTIONS
+    return torch.Tag.pointwise in func.tags or name in _COPIES
+
+
+def _unwrapped_cell(function: Callable[..., Any]) -> Any:
+    """The cell in which a function of `torch.nn.utils.clip_grad` keeps what it calls without gradients."""
+    wanted = function.__wrapped__  # type: ignore[attr-defined]
+    return next(cell for cell in function.__closure__ or () if cell.cell_contents is wanted)
+
+
+_in_place_of_norms: dict[str, Any] = {}
+
+
+def wrap_norms(total_norm: Callable[..., Tensor], before_clip: Callable[[Any], object]) -> None:
+    """Let `torch.nn.utils.get_total_norm` and `clip_grad_norm_` call functions of ours, however they were imported.
+
+    `torch.nn.utils.clip_grad._get_total_norm`, and that both are closures of `_no_grad`: 2.11 to 2.13.
+
+    Args:
+        total_norm: called instead of the first, with the original as its first argument.
+        before_clip: called with the list of parameters before the second one's own work.
+    """
+    if _in_place_of_norms:
+        return
+    clip_grad = torch.nn.utils.clip_grad
+    of_norm = _unwrapped_cell(clip_grad._get_total_norm)  # pyright: ignore[reportPrivateUsage]
+    of_clip = _unwrapped_cell(clip_grad.clip_grad_norm_)
+    norm, clip = of_norm.cell_contents, of_clip.cell_contents
+
+    @functools.wraps(norm)
+    def own_norm(*args: Any, **kwargs: Any) -> Tensor:
+        return total_norm(norm, *args, **kwargs)
+
+    @functools.wraps(clip)
+    def own_clip(parameters: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if not isinstance(parameters, Tensor):
+            parameters = list(parameters)
+        before_clip([parameters] if isinstance(parameters, Tensor) else parameters)
+        return clip(parameters, *args, **kwargs)
+
+    _in_place_of_norms.update(norm=own_norm, clip=own_clip)
+    of_norm.cell_contents, of_clip.cell_contents = own_norm, own_clip

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypeAlias, get_args
@@ -36,6 +36,14 @@ ALIGNMENT_BYTES = 256
 def align(value: int, multiple: int) -> int:
     """The least multiple of `multiple` that is at least `value`."""
     return -(-value // multiple) * multiple
+
+
+def shard_shape(shape: Sequence[int], numel: int) -> tuple[int, ...]:
+    """Shape in which a rank sees a slice of `numel` elements: `[numel, 1, ...]`, of as many dimensions.
+
+    A scalar's slice has one dimension, since a rank may hold none of it.
+    """
+    return (numel, *(1 for _ in shape[1:]))
 
 
 @dataclass(frozen=True)
@@ -96,11 +104,8 @@ class ParamSpec:
         return math.prod(self.shape)
 
     def shard_shape(self, numel: int) -> tuple[int, ...]:
-        """Shape in which a rank sees a slice of `numel` elements: `[numel, 1, ...]`, of as many dimensions.
-
-        A scalar's slice has one dimension, since a rank may hold none of it.
-        """
-        return (numel, *(1 for _ in self.shape[1:]))
+        """Shape in which a rank sees a slice of `numel` elements."""
+        return shard_shape(self.shape, numel)
 
     @property
     def nbytes(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fxzero.errors import OptimizerError
+from fxzero.optimizers.probe import why_not_elementwise
 
 _STATE_PER_ELEMENT: Mapping[type[torch.optim.Optimizer], Callable[[dict[str, Any]], int]] = {
     torch.optim.Adadelta: lambda group: 2,
@@ -43,7 +44,8 @@ def check_optimizer(optimizer: object, *, elementwise_optimizer: bool) -> None:
 
     Args:
         optimizer: any variant (for-loop, foreach, fused, capturable, tensor lr) of the classes in `ELEMENTWISE` passes.
-        elementwise_optimizer: the user vouches for any other class, except those in `REFUSED`.
+        elementwise_optimizer: the user vouches for any other class, except those in `REFUSED`; else such a class is
+            tried on small parameters.
 
     Raises:
         OptimizerError: the class is refused; the message has the reason and the cure.
@@ -57,10 +59,10 @@ def check_optimizer(optimizer: object, *, elementwise_optimizer: bool) -> None:
     for cls, reason in REFUSED.items():
         if isinstance(optimizer, cls):
             raise OptimizerError(f"{kind.__qualname__} cannot step shards: {reason}. Use one of {known}.")
-    if not elementwise_optimizer:
+    if not elementwise_optimizer and (reason := why_not_elementwise(optimizer)):
         raise OptimizerError(
-            f"{kind.__module__}.{kind.__qualname__} is not known to be element-wise, and a shard is a slice of its "
-            "parameter. If its update of an element needs only that element's own gradient and state, pass "
+            f"{kind.__module__}.{kind.__qualname__} is not known to be element-wise: {reason}. A shard is a slice of "
+            "its parameter. If its update of an element needs only that element's own gradient and state, pass "
             f"elementwise_optimizer=True to fxzero.compile; else use one of {known}."
         )
 

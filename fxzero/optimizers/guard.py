@@ -14,6 +14,7 @@ from fxzero import torch_internals
 from fxzero.errors import OptimizerError
 from fxzero.optimizers.classes import check_optimizer
 from fxzero.optimizers.marks import foreign_state, mark
+from fxzero.optimizers.probe import is_probe
 from fxzero.optimizers.state import ParamShard, fits, name_of, parameters_of, rehome_state, text_of
 
 
@@ -155,11 +156,15 @@ def _install_hook() -> None:
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+    if is_probe(optimizer):
+        return
     for guard in list(_guards.values()):
         guard.before_step(optimizer)
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+    if is_probe(optimizer):
+        return
     for guard in list(_guards.values()):
         guard.after_step(optimizer)
 

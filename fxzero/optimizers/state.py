@@ -51,7 +51,8 @@ def rehome_state(optimizer: torch.optim.Optimizer, params: Collection[int]) -> i
 
 
 def _is_like(value: object, shard: torch.Tensor) -> bool:
-    return isinstance(value, torch.Tensor) and value.shape == shard.shape and value.is_contiguous()
+    """True for a plain tensor; a subclass (8-bit state, say) would lose its form in a buffer."""
+    return type(value) is Tensor and value.shape == shard.shape and value.is_contiguous()
 
 
 _REBUILD = "Build the optimizer after fxzero.compile, from the parameters of what it returns."

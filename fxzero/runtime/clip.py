@@ -23,22 +23,28 @@ def clip_grad_norm_(
         return torch.zeros(())
     norms = [_norm(segment, norm_type) for segment in segments]
     total = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), norm_type)
-    if norm_type == math.inf:
-        comm.all_reduce(total, "max")
-    elif norm_type == 2.0:
-        total.square_()
-        comm.all_reduce(total, "sum")
-        total.sqrt_()
-    else:
-        total.pow_(norm_type)
-        comm.all_reduce(total, "sum")
-        total.pow_(1 / norm_type)
+    across_ranks(comm, total, norm_type)
     if error_if_nonfinite and not bool(torch.isfinite(total)):
         raise not_finite(norm_type)
     scale = (max_norm / (total + 1e-6)).clamp_(max=1.0)
     for segment in segments:
         segment.mul_(scale)
     return total
+
+
+def across_ranks(comm: Comm, norms: torch.Tensor, norm_type: float) -> torch.Tensor:
+    """Make norms of this rank's slices those of whole gradients, in place; returns them."""
+    if norm_type == math.inf:
+        comm.all_reduce(norms, "max")
+    elif norm_type == 2.0:
+        norms.square_()
+        comm.all_reduce(norms, "sum")
+        norms.sqrt_()
+    else:
+        norms.pow_(norm_type)
+        comm.all_reduce(norms, "sum")
+        norms.pow_(1 / norm_type)
+    return norms
 
 
 def checked(gradients: Gradients | None, norm_type: float) -> tuple[Gradients, float]:

@@ -174,6 +174,7 @@ def clip(rank: int, world_size: int, norm_type: float) -> tuple[float, float, in
     for module in (both.zero, both.plain):
         module.zero_grad()
     both.backward(lambda m, r: m(data(r, 0)).loss)
+    _check_norms_of_torch(both, norm_type)
     norm = both.zero.clip_grad_norm_(0.01, norm_type)
     expected = nn.utils.clip_grad_norm_(both.plain.parameters(), 0.01, norm_type)
     shards = engine_of(both.zero).sharded.shards
@@ -184,6 +185,26 @@ def clip(rank: int, world_size: int, norm_type: float) -> tuple[float, float, in
         if own is not None and param.grad is not None:
             torch.testing.assert_close(own, shards.cut(name, param.grad), rtol=1e-5, atol=1e-9)
     return norm.item(), expected.item(), sum(param.numel() == 0 for param in both.zero.parameters())
+
+
+def _check_norms_of_torch(both: Pair, norm_type: float) -> None:
+    """Norms by name, and torch's functions on parameters and gradients of the compiled net, are those of whole ones."""
+    zero, plain = both.zero, both.plain
+    expected = {name: param.grad.norm(norm_type) for name, param in plain.named_parameters() if param.grad is not None}
+    torch.testing.assert_close(zero.grad_norms(norm_type), expected, rtol=1e-5, atol=1e-9)
+    grads = [[param.grad for param in net.parameters() if param.grad is not None] for net in (zero, plain)]
+    total, whole = (nn.utils.get_total_norm([*each, torch.full((3,), 7.0)], norm_type) for each in grads)
+    torch.testing.assert_close(total, whole, rtol=1e-5, atol=1e-9)
+    before = [None if param.grad is None else param.grad.clone() for param in zero.parameters()]
+    first = next(param for param in zero.parameters() if param.grad is not None)
+    first.grad = first.grad.clone()  # of the user's own
+    norm = nn.utils.clip_grad_norm_(zero.parameters(), 0.5, norm_type)
+    torch.testing.assert_close(norm, nn.utils.get_total_norm(grads[1], norm_type), rtol=1e-5, atol=0)
+    for param, grad in zip(zero.parameters(), before, strict=True):
+        assert (param.grad is None) == (grad is None)
+        if param.grad is not None and grad is not None:
+            torch.testing.assert_close(param.grad, grad * (0.5 / norm).clamp(max=1.0), rtol=1e-4, atol=1e-9)
+            param.grad.copy_(grad)
 
 
 def refuse_late_backward(rank: int, world_size: int) -> str:

@@ -186,7 +186,12 @@ def test_closures_and_gradients_scaled_before_the_step() -> None:
 
 
 class Own(torch.optim.SGD):
-    """Of the user."""
+    """Of the user. That it reads a size makes no difference, but only the user knows."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            assert all(param.numel() >= 0 for param in group["params"])
+        return super().step(closure)
 
 
 @pytest.fixture(autouse=True)

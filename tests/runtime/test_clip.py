@@ -82,3 +82,25 @@ def test_gradients_below_the_norm_stay_as_they_are(without: Without) -> None:
     _backward(zero, plain)
     assert zero.clip_grad_norm_(1e6).dtype == torch.float32
     assert_same(zero, plain)
+
+
+@pytest.mark.parametrize("norm_type", [2, 1, float("inf")])
+def test_norms_by_name_are_those_of_the_plain_model(norm_type: float) -> None:
+    zero, plain = pair()
+    with pytest.raises(PlanError, match="no gradients before the first backward"):
+        zero.grad_norms()
+    _backward(zero, plain)
+    expected = {n: param.grad.norm(norm_type) for n, param in plain.named_parameters() if param.grad is not None}
+    found = zero.grad_norms(norm_type)
+    assert found.keys() == expected.keys() and "extra.weight" not in found
+    for name, norm in found.items():
+        torch.testing.assert_close(norm, expected[name], rtol=1e-6, atol=0)
+
+
+def test_the_number_of_parameters_is_that_of_the_plain_model() -> None:
+    zero, plain = pair()
+    zero.head.requires_grad_(False)
+    assert zero.num_parameters() == sum(param.numel() for param in plain.parameters())
+    assert zero.num_parameters(only_trainable=True) == zero.num_parameters() - sum(
+        p.numel() for p in plain.head.parameters()
+    )
