@@ -23,13 +23,14 @@ from fxzero.graph.layout import LayoutName
 from fxzero.graph.sharding import Placement
 from fxzero.graph.step import Pass
 from fxzero.memory.report import MemoryReport
-from fxzero.module import norms, ownership, parts, weights
-from fxzero.module.asked_gradients import watch_gradients
+from fxzero.module import ownership, parts, weights
 from fxzero.module.budget_round import held
 from fxzero.module.engine import Engine
 from fxzero.module.first_fill import fix_layout_without_trace
+from fxzero.module.gradients import norms
+from fxzero.module.gradients.asked_gradients import watch_gradients
 from fxzero.module.methods.call import Methods
-from fxzero.module.step_together import step_together
+from fxzero.module.ranks.step_together import step_together
 from fxzero.module.wrappers import refuse_wrappers
 from fxzero.optimizers.classes import check_optimizer
 from fxzero.optimizers.guard import OptimizerGuard, hook_state_dicts

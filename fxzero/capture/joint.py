@@ -21,6 +21,7 @@ from fxzero import torch_internals
 from fxzero.capture.batch_norm import run_declared, with_real_strides, writes_undeclared
 from fxzero.capture.call import CallSpec, own_objects, replace_numbers, replace_tensors
 from fxzero.capture.checks import noted_checks
+from fxzero.capture.code.users_code import is_followed_file
 from fxzero.capture.draws import Draws, generators_of, no_draws_of_python, numbered_draws
 from fxzero.capture.fake_tensors import FakeState, swapped_tensors
 from fxzero.capture.hooks.autograd_node import HookedNode
@@ -34,7 +35,6 @@ from fxzero.capture.reads import Reads
 from fxzero.capture.repeats.record import Record
 from fxzero.capture.slots import Read, Slot
 from fxzero.capture.state import tensors_read
-from fxzero.capture.users_code import is_followed_file
 from fxzero.capture.writes import Before, Moment, Output, Write, output_in
 from fxzero.capture.written_params import SetData, check_frozen
 from fxzero.errors import CaptureError, InputMismatchError

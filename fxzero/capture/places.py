@@ -5,7 +5,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from fxzero.capture.users_code import is_of_a_class_statement
+from fxzero.capture.code.users_code import is_of_a_class_statement
 
 PlaceType = TypeVar("PlaceType", bound="Place")
 

@@ -27,10 +27,10 @@ from unittest.mock import patch
 from torch import Tensor, nn
 
 from fxzero import torch_internals
-from fxzero.capture.named_by_code import NamedByCode, function_of, of_global, of_module
+from fxzero.capture.code.named_by_code import NamedByCode, function_of, of_global, of_module
+from fxzero.capture.code.users_code import is_followed_file, is_plain_class, is_users_module
 from fxzero.capture.places import ClassAttributes, variable_in
 from fxzero.capture.slots import ABSENT, PLAIN, Kind, Read, Slot, held, is_container
-from fxzero.capture.users_code import is_followed_file, is_plain_class, is_users_module
 from fxzero.host.gc_pause import gc_paused
 
 _BY_IDENTITY = (

@@ -20,10 +20,10 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from fxzero import torch_internals
+from fxzero.capture.code.users_code import is_users_class
 from fxzero.capture.guards import same
 from fxzero.capture.places import ClassAttributes, attributes_of, names_of_slots, slots_of
 from fxzero.capture.slots import ABSENT, PLAIN, Slot, content_of, is_container
-from fxzero.capture.users_code import is_users_class
 from fxzero.errors import CaptureError
 from fxzero.torch_internals import TreeSpec, tree_flatten, tree_unflatten
 

@@ -16,7 +16,7 @@ from fxzero.graph.variant import Stash
 from fxzero.host.memory_in_use import MemoryInUse
 from fxzero.module.call import Call, StepFunction
 from fxzero.module.call_kind import Arguments, Method, Pattern, Signature, settings
-from fxzero.module.heads import Heads
+from fxzero.module.gradients.heads import Heads
 from fxzero.module.plan_cache import PlanCache
 from fxzero.module.plan_maker import PlanMaker
 from fxzero.module.replaced_data import Replaced, in_shards

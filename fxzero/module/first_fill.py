@@ -15,8 +15,8 @@ from fxzero.comm.groups import Hierarchy
 from fxzero.comm.without_ranks import PlanningComm
 from fxzero.errors import FxzeroError, OptimizerError
 from fxzero.graph.layout import Layout
-from fxzero.module.equal_models import compare_with_equal_models
 from fxzero.module.initialize import check_meta_model, initialize
+from fxzero.module.ranks.equal_models import compare_with_equal_models
 from fxzero.module.registered_tensors import entries
 from fxzero.module.sharded_model import ShardedModel
 from fxzero.optimizers.marks import foreign_state, is_marked

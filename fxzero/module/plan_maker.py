@@ -19,9 +19,9 @@ from fxzero.host.allocator import give_back_freed_memory
 from fxzero.module.budget_round import BudgetRound
 from fxzero.module.call_kind import Arguments, Pattern, Signature, set_to
 from fxzero.module.changing_numbers import ChangingNumbers
-from fxzero.module.collective_orders import Mode, Orders, order_of
 from fxzero.module.first_fill import agree_on_options, fix_layout
 from fxzero.module.ownership import with_own_forward
+from fxzero.module.ranks.collective_orders import Mode, Orders, order_of
 from fxzero.module.sharded_model import ShardedModel
 from fxzero.module.tuning_rounds import TuningRounds
 from fxzero.planning.check_passes import pass_checks

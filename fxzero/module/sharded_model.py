@@ -22,8 +22,8 @@ from fxzero.graph.layout import ParamSpec
 from fxzero.graph.recipe import Recipe
 from fxzero.graph.step import Pass
 from fxzero.module.initialize import InitFn, check_meta_model
-from fxzero.module.model_phases import ModelPhases
 from fxzero.module.precision import OF_THE_MODEL, Precision
+from fxzero.module.ranks.model_phases import ModelPhases
 from fxzero.module.registered_tensors import join
 from fxzero.module.replaced_data import Replaced, ReplacedData
 from fxzero.optimizers.classes import state_per_element

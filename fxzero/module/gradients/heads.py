@@ -18,7 +18,7 @@ from fxzero.comm import agree
 from fxzero.comm.groups import Group
 from fxzero.errors import RankMismatchError
 from fxzero.module.call_kind import Pattern, Signature
-from fxzero.module.collective_orders import HEADS
+from fxzero.module.ranks.collective_orders import HEADS
 from fxzero.runtime.executable import Executable
 
 

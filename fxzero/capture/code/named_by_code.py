@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from fxzero.capture.code.users_code import is_guarded_class, is_users_class, is_users_module
 from fxzero.capture.places import attributes_of
 from fxzero.capture.slots import Kind, Read, class_with, held
-from fxzero.capture.users_code import is_guarded_class, is_users_class, is_users_module
 
 _OF_ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR")
 _BETWEEN = ("PRECALL", "CACHE", "EXTENDED_ARG", "COPY", "DUP_TOP")
