@@ -21,7 +21,7 @@ from fxzero.capture.assemble import assemble
 from fxzero.capture.call import flatten_call
 from fxzero.capture.failures import check_arguments, explain
 from fxzero.capture.islands.marks import Islands
-from fxzero.capture.joint import Tracing
+from fxzero.capture.joint import Tracing, Watch
 from fxzero.capture.numbers import NO_NUMBERS, NumberSlot, PinnedNumberError, StandIns, take_out
 from fxzero.capture.outputs import OutputSpec
 from fxzero.capture.state import PythonState, state_of
@@ -61,6 +61,7 @@ def capture(
     differentiated: tuple[int, ...] | None = None,
     numbers: Sequence[NumberSlot] = (),
     islands: Islands | None = None,
+    watch: Watch | None = None,
 ) -> Captured:
     """Trace one call of a module.
 
@@ -76,6 +77,7 @@ def capture(
             else all.
         numbers: slots of the Python state whose numbers become inputs of the graph.
         islands: what is known of the parts that run as they are. Default: there are none.
+        watch: sees the operators of each forward that is traced.
 
     Raises:
         PinnedNumberError: the trace needs one of these numbers itself.
@@ -88,7 +90,8 @@ def capture(
     stand_ins = StandIns(numbers) if numbers else None
     try:
         parts = Islands(module) if islands is None else islands
-        traced = Tracer(make, stand_ins, parts, with_backward=with_backward).trace()
+        tracer = Tracer(partial(make, watch=watch), stand_ins, parts, with_backward=with_backward)
+        traced = tracer.trace()
         root, joint = traced.root, traced.tracing.joint
         computed = NO_NUMBERS if stand_ins is None else take_out(root, stand_ins, joint.num_numbers)
     except PinnedNumberError:
