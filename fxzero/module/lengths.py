@@ -7,6 +7,7 @@ one that does not fit  traced and planned; with two others like it, it makes a f
 """
 
 import dataclasses
+import gc
 import itertools
 import logging
 import os
@@ -105,6 +106,7 @@ class Lengths:
                 kind.families.insert(0, (family, last))
                 del kind.families[MAX_FAMILIES:]
                 kind.calls = [each for each in kind.calls if each not in others]
+                gc.collect()  # what three traces made is old now: a full collection would come in a step soon
                 logger.info("lengths %s make a family: other lengths need no trace", family.lengths)
                 return
             logger.debug("no family: %s", family)
