@@ -493,7 +493,7 @@ class ZeroModule(nn.Module):
         if last is None:
             return Schedule()
         costs = engine.maker.tuning.costs_of(engine.sharded)
-        timing = None if costs is None else partial(costs.timing, last.step)
+        timing = None if costs is None else partial(costs.timing, last.form.step)
         return Schedule(last.plan, partial(self._memory, last), timing, last.form, last.measure_lines)
 
     def _memory(self, executable: Executable) -> MemoryReport:

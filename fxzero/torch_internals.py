@@ -150,6 +150,25 @@ def fake_tensor_mode() -> Any:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
+class QuickDispatchMode(TorchDispatchMode):
+    """A dispatch mode whose calls torch.compile does not guard, which takes longer than most of them.
+
+    `TorchDispatchMode._should_skip_dynamo`: 2.11 to 2.13.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+def fake_of(mode: Any, shape: Sequence[int], stride: Sequence[int], offset: int, dtype: Any, device: Any) -> Any:
+    """A new fake tensor, in memory of its own. `FakeTensor`: 2.11 to 2.13."""
+    meta = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+    if offset:
+        meta = meta.as_strided(shape, stride, offset)
+    return FakeTensor(mode, meta, device)
+
+
 def symbolic_fake_mode() -> tuple[Any, Any]:
     """An environment of symbolic numbers, and a fake mode for it whose shapes stay numbers. 2.11 to 2.13."""
     from torch.fx.experimental.symbolic_shapes import ShapeEnv  # takes seconds to import
@@ -455,7 +474,17 @@ def same_storage(a: Any, b: Any) -> bool:
     """True for two tensors, real or fake, that share storage. `UntypedStorage._cdata`: 2.11 to 2.13."""
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
         return False
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
+    return storage_id(a) == storage_id(b)
+
+
+def geometry_of(tensor: torch.Tensor) -> list[int]:
+    """Shape, strides and offset of a tensor whose sizes are no symbols."""
+    return cast("list[int]", [*tensor.shape, *tensor.stride(), tensor.storage_offset()])
+
+
+def storage_id(tensor: torch.Tensor) -> int:
+    """A number that tensors of one storage share, real or fake. `UntypedStorage._cdata`: 2.11 to 2.13."""
+    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
 
 
 def out_variant(overload: Any) -> tuple[Any, str] | None:

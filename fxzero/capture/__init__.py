@@ -21,7 +21,7 @@ from fxzero.capture.assemble import assemble
 from fxzero.capture.call import flatten_call
 from fxzero.capture.failures import check_arguments, explain
 from fxzero.capture.islands.marks import Islands
-from fxzero.capture.joint import Tracing
+from fxzero.capture.joint import Tracing, Watch
 from fxzero.capture.numbers import NO_NUMBERS, NumberSlot, PinnedNumberError, StandIns, take_out
 from fxzero.capture.outputs import OutputSpec
 from fxzero.capture.repeats.capture import stamped
@@ -64,6 +64,7 @@ def capture(
     islands: Islands | None = None,
     stamps: bool = True,
     is_method: bool = False,
+    watch: Watch | None = None,
 ) -> Captured:
     """Trace one call of a module.
 
@@ -81,6 +82,7 @@ def capture(
         islands: what is known of the parts that run as they are. Default: there are none.
         stamps: False to trace every block, also those that repeat.
         is_method: `forward` is another method, which runs without the hooks of the module.
+        watch: sees the operators of each forward that is traced.
 
     Raises:
         PinnedNumberError: the trace needs one of these numbers itself.
@@ -97,13 +99,14 @@ def capture(
     parts = Islands(module) if islands is None else islands
     parts.without_grad = not with_backward
     may_stamp = stamps and not numbers and not parts.paths
-    repeated = stamped(partial(make, None), module, params, sharding) if may_stamp else None
+    repeated = stamped(partial(make, None), module, params, sharding, watch) if may_stamp else None
     if repeated is not None:
         joint = repeated.joint
         state = state_of(module, repeated.reads, (), NO_NUMBERS, joint.writes, ())
         return Captured(repeated.step, joint.output, joint.differentiable, joint.differentiated, state)
     try:
-        traced = Tracer(make, stand_ins, parts, with_backward=with_backward).trace()
+        tracer = Tracer(partial(make, watch=watch), stand_ins, parts, with_backward=with_backward)
+        traced = tracer.trace()
         root, joint = traced.root, traced.tracing.joint
         computed = NO_NUMBERS if stand_ins is None else take_out(root, stand_ins, joint.num_numbers)
     except PinnedNumberError:

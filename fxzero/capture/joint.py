@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -66,6 +66,19 @@ class Joint:
     """Numbers that are left behind, as the first outputs of the traced graph."""
 
 
+class Watch(Protocol):
+    """Sees the operators that a traced forward runs."""
+
+    def begin(self, given: Sequence[Tensor], reads: Reads) -> None:
+        """A forward begins, on these parameters, buffers and inputs."""
+
+    def ran(self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """An operator has run."""
+
+    def end(self, output: Sequence[Tensor], spec: OutputSpec) -> None:
+        """The forward is over, and has returned these tensors."""
+
+
 @dataclass
 class Tracing:
     """One trace of a module: the arguments of `fxzero.capture.capture`, and the tensors of the call."""
@@ -90,6 +103,8 @@ class Tracing:
     """True if the forward only runs, for its record and for what it reads and leaves behind; nothing is traced."""
     is_method: bool = False
     """`forward` is another method, which runs without the hooks of the module."""
+    watch: Watch | None = None
+    """Sees the forward, unless it has symbolic numbers."""
     joint: Joint = field(init=False)
     """Outputs of the graph; set by `run`."""
 
@@ -115,14 +130,11 @@ class Tracing:
         numbers = [] if self.stand_ins is None else self.stand_ins.numbers
         with fake:
             state = self._fake_state()
-            inputs = [
-                _fake_like(path, tensor, self.device, tensor.requires_grad)
-                for path, tensor in zip(self.spec.tensor_paths, self.inputs, strict=True)
-            ]
+            inputs = fake_inputs(self.spec, self.inputs, self.device)
         traced = partial(self._traced, state, torch.is_autocast_cache_enabled())
         with (
             torch.inference_mode(False),
-            _own_autocast_cache(),
+            own_autocast_cache(),
             self.before.restored(),
             no_draws_of_python(generators_of(self.module)),
             numbered_draws(),
@@ -205,7 +217,7 @@ class Tracing:
         results: list[Any] = []
         # A checkpoint runs modules in backward, so the stand-ins stay until its end.
         with (
-            _Interceptor(draws, recorder, self.reads, self.marks, self.record),
+            _Interceptor(draws, recorder, self.reads, self.marks, self.record) as interceptor,
             recorder.following(),
             swapped_tensors(self.module, state),
         ):
@@ -220,7 +232,10 @@ class Tracing:
             was = [tree_flatten(vars(each)) for each in made]
             grad = torch.set_grad_enabled(self.with_backward)
             set_data = SetData(state, inputs)
-            watching, mode = self.observers.watching(self.module), _ForwardMode(set_data, self.observers)
+            interceptor.watch = watch = self.watch if self.stand_ins is None else None
+            if watch is not None:
+                watch.begin([*state.params.values(), *state.buffers.values(), *inputs], self.reads)
+            watching, mode = self.observers.watching(self.module), ForwardMode(set_data, self.observers)
             with grad, watching, recording, self.reads.following(), mode, noted_checks(self.observers.add_check):
                 forward = self.forward if self.marks is None else self.marks.forward_of_model(self.forward)
                 output = forward(*args, **kwargs) if self.is_method else call_module(self.module, forward, args, kwargs)
@@ -230,6 +245,9 @@ class Tracing:
             set_data.forward_is_over()
             check_frozen(state, self.params)
             tensors, spec = flatten_output(output)
+            if watch is not None:
+                watch.end(tensors, spec)
+                interceptor.watch = None
             returned = len(tensors)
             writes, observers, left_behind = self._left_behind(state, tensors, given)
             differentiable = tuple(i for i, tensor in enumerate(tensors) if self.with_backward and tensor.requires_grad)
@@ -334,6 +352,12 @@ class Tracing:
             return list(torch.autograd.grad(outputs, leaves, tangents, allow_unused=True))
 
 
+def fake_inputs(spec: CallSpec, inputs: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Fake tensors like those of a call; to be called under the fake mode."""
+    named = zip(spec.tensor_paths, inputs, strict=True)
+    return [_fake_like(path, tensor, device, tensor.requires_grad) for path, tensor in named]
+
+
 def _fake_like(name: str, tensor: Tensor, device: torch.device, requires_grad: bool = False) -> Tensor:
     """A fake leaf of a tensor's geometry; for a tensor on the meta device, it is on `device`."""
     if tensor.layout is not torch.strided:
@@ -375,7 +399,7 @@ def _check_unchanged(objects: Sequence[Any], was: Sequence[tuple[list[Any], Any]
 
 
 @contextlib.contextmanager
-def _own_autocast_cache() -> Generator[None]:
+def own_autocast_cache() -> Generator[None]:
     """Clear autocast's cache before and after: no cast of a real parameter gets in, no fake one gets out."""
     torch.clear_autocast_cache()
     try:
@@ -384,7 +408,7 @@ def _own_autocast_cache() -> Generator[None]:
         torch.clear_autocast_cache()
 
 
-class _ForwardMode(TorchFunctionMode):
+class ForwardMode(TorchFunctionMode):
     """Sees what no tracer does: `param.data = ...`; retain_grad(), which is refused; the hooks of tensors."""
 
     def __init__(self, set_data: SetData, observers: Observers) -> None:
@@ -436,6 +460,7 @@ class _Interceptor(torch_internals.DispatchMode):
     ) -> None:
         super().__init__()
         self._marks, self._record = marks, record
+        self.watch: Watch | None = None
         self._reads = reads
         self._draws = draws
         self._recorder = recorder
@@ -453,6 +478,8 @@ class _Interceptor(torch_internals.DispatchMode):
             result = with_real_strides(func, args, run(func, args, kwargs or {}))
             if self._record is not None:
                 self._record.add(func, args, kwargs or {}, result)
+            if self.watch is not None:
+                self.watch.ran(func, args, kwargs or {}, result)
             self._recorder.label_line()
         finally:
             if is_seen:

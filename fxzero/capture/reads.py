@@ -44,6 +44,8 @@ _OF_LIBRARY = (types.SimpleNamespace, collections.UserDict, collections.UserList
 _DEPTH = 8
 """Levels of containers in containers that are followed."""
 _SIZE = "the number of attributes"
+_made_in_forwards: weakref.WeakSet[types.FunctionType] = weakref.WeakSet()
+"""Functions that a forward made which was followed; others keep their variables from call to call."""
 
 
 class ReadsMoment(NamedTuple):
@@ -98,6 +100,14 @@ class Reads:
         """The variables of its closure that code sets."""
         self._made_here: set[int] = set()
         """Ids of objects made in forward: their state is nobody's."""
+        self._met: list[Any] = []
+        """Values that were followed."""
+        self._stores: list[tuple[dict[Any, Any], str, str]] = []
+        """What `on_store` was called with."""
+        self._known_calls: dict[types.CodeType, int] = {}
+        """How many calls of code another forward had met before."""
+        self._with_functions: set[types.CodeType] = set()
+        """Code that functions have which were there before the forward."""
         self._is_on = False
         self._thread = threading.get_ident()
         self._on_event: Callable[[types.FrameType, str, Any], None] | None = None
@@ -107,6 +117,23 @@ class Reads:
         self._made_here.update(map(id, objects))
         self._alive += objects
 
+    def begin_behind(self, other: "Reads") -> None:
+        """Take over what another forward of the model has met: what is found beyond that, it has not read.
+
+        Called before anything is followed.
+        """
+        for slot, read in other.found.items():
+            self._add(slot, read)
+        for value in other._met:
+            self._follow(value)
+        for store in other._stores:
+            self._on_store(*store)
+        self._codes = {code: [*calls] for code, calls in other._codes.items()}
+        made_anew = [code for code in self._codes if code.co_freevars and code not in other._with_functions]
+        self._known_calls = {code: len(calls) for code, calls in self._codes.items()}
+        self._known_calls |= dict.fromkeys(made_anew, sys.maxsize)
+        self._methods, self._stored = dict(other._methods), dict(other._stored)
+
     @contextlib.contextmanager
     def following(self) -> Generator[None]:
         """Learn what the block reads."""
@@ -114,6 +141,7 @@ class Reads:
             yield
             return
         with gc_paused():  # callbacks of the collector are no part of the model
+            gc.collect(0)  # from here on, the youngest objects are those of the forward
             try:
                 with self._patches(), self._calls():
                     yield
@@ -318,6 +346,7 @@ class Reads:
             return
         self._followed.add(id(value))
         self._alive.append(value)
+        self._met.append(value)
         if isinstance(value, tuple) or is_container(value):
             self._on_object(value)
             for item in list(value.values() if isinstance(value, dict) else value):
@@ -404,8 +433,9 @@ class Reads:
         named = NamedByCode(code, space)
         for read in named.reads:
             self._add((id(read.owner), read.name), read)
-        for place, name, label in named.stores:
-            self._on_store(place, name, label)
+        for store in named.stores:
+            self._on_store(*store)
+            self._stores.append(store)
         self._stored[code] = named.cells
         if not named.is_complete:
             self._incomplete.append((code, space))
@@ -424,10 +454,18 @@ class Reads:
 
     def _add_cells(self) -> None:
         """Add the variables of the closures of those functions that ran, and set none of them."""
-        codes = {code for code in self._codes if code.co_freevars and not self._stored[code]}
-        for function in _functions_with(codes):
-            for name, cell in _cells(function, self._codes[function.__code__]):
+        codes = {code for code in self._codes if code.co_freevars and not self._stored[code] and self._new_calls(code)}
+        functions = _functions_with(codes)
+        made_here = set(map(id, gc.get_objects(generation=0))) if functions else set[int]()
+        _made_in_forwards.update(each for each in functions if id(each) in made_here)
+        self._with_functions |= {each.__code__ for each in functions if each not in _made_in_forwards}
+        for function in functions:
+            for name, cell in _cells(function, self._new_calls(function.__code__)):
                 self._add_cell(function, name, cell)
+
+    def _new_calls(self, code: types.CodeType) -> list[tuple[int, ...]]:
+        """The calls of code that no forward before has met."""
+        return self._codes[code][self._known_calls.get(code, 0) :]
 
     def _add_stored_cells(self, frame: types.FrameType, held: tuple[int, ...]) -> None:
         """Add the variables of the closure of a function that is about to run, and that sets some of them."""

@@ -72,21 +72,27 @@ def activations_of(step: StepGraph) -> Activations:
 
 def _placed(step: StepGraph, buffers: Mapping[fx.Node, Buffer]) -> dict[fx.Node, PlacedTemporary]:
     """The temporaries that have places in the arena: large ones on the CPU, of operators with `out=`."""
+    large = {node: buffer for node, buffer in buffers.items() if buffer.nbytes >= PLACED_FROM_BYTES}
+    return {node: PlacedTemporary(buffers[node], variant) for node, variant in placeable(step, large).items()}
+
+
+def placeable(step: StepGraph, buffers: Mapping[fx.Node, Buffer]) -> dict[fx.Node, tuple[Any, str]]:
+    """The temporaries that can have places, whatever their sizes, and how an operator writes into them."""
     returned = {memory_of(value) for value in (*step.model_outputs, *step.input_grads) if isinstance(value, fx.Node)}
     returned |= {memory_of(value) for value in step.observed}  # a hook may keep them
     if step.sharding.is_alone:  # islands keep their inputs as they are, see `capture/islands/site.py`
         islands = [node for node in step.nodes(Role.COMPUTE) if is_island(node)]
         returned |= {memory_of(value) for island in islands for value in island.all_input_nodes}
-    placed: dict[fx.Node, PlacedTemporary] = {}
+    found: dict[fx.Node, tuple[Any, str]] = {}
     for node, buffer in buffers.items():
         value, is_operator = node.meta["val"], torch_internals.is_overload(node.target)
-        if buffer.kind is not Kind.TEMPORARY or buffer.nbytes < PLACED_FROM_BYTES or node in returned:
+        if buffer.kind is not Kind.TEMPORARY or node in returned:
             continue
         if not is_operator or value.device.type != "cpu" or not value.is_contiguous():
             continue
         if variant := torch_internals.out_variant(node.target):
-            placed[node] = PlacedTemporary(buffer, variant)
-    return placed
+            found[node] = variant
+    return found
 
 
 def activation_buffers(step: StepGraph) -> dict[fx.Node, Buffer]:

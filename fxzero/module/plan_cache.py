@@ -93,7 +93,8 @@ class PlanCache:
                 del self._patterns[oldest]
 
     def _warn_of_many_shapes(self, signature: Signature) -> None:
-        alike = [key for key, _ in self._plans if key.grad == signature.grad]
+        traced = [key for (key, _), plans in self._plans.items() if not all(each.plan.is_predicted for each in plans)]
+        alike = [key for key in traced if key.grad == signature.grad]
         shapes = dict.fromkeys(tuple(tuple(leaf.shape) for leaf in key.tensor_leaves) for key in alike)
         if len(shapes) >= MANY_SHAPES and not self._warned:
             self._warned = True

@@ -1,6 +1,8 @@
 """Make the plan for a new kind of call: trace, choose, plan, fix the layout, agree with the other ranks, bind."""
 
 import dataclasses
+import logging
+import time
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,22 +15,29 @@ from fxzero.capture import Captured, capture
 from fxzero.capture.islands.marks import Islands
 from fxzero.comm import agree
 from fxzero.errors import CaptureError
+from fxzero.graph.layout import ParamSpec
 from fxzero.graph.needs import needs_of
-from fxzero.graph.recipe import Needs
+from fxzero.graph.recipe import Needs, Recipe
 from fxzero.host.allocator import give_back_freed_memory
+from fxzero.host.gc_pause import gc_paused
 from fxzero.module.budget_round import BudgetRound
 from fxzero.module.call_kind import Arguments, Pattern, Signature, set_to
 from fxzero.module.changing_numbers import ChangingNumbers
 from fxzero.module.first_fill import agree_on_options, fix_layout
+from fxzero.module.lengths import Lengths, Predicted
 from fxzero.module.ownership import with_own_forward
 from fxzero.module.ranks.collective_orders import Mode, Orders, order_of
 from fxzero.module.sharded_model import ShardedModel
 from fxzero.module.tuning_rounds import TuningRounds
 from fxzero.planning.check_passes import pass_checks
 from fxzero.planning.fix_layout import layout_of, warn_if_out_of_order
+from fxzero.planning.lengths.family import beside_buckets
+from fxzero.planning.lengths.record import Recording
 from fxzero.planning.plan import make_plan, with_collectives
 from fxzero.runtime.binding import Binder
 from fxzero.runtime.executable import BoundPlan
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -44,6 +53,9 @@ class PlanMaker:
 
     def __post_init__(self) -> None:
         self.numbers = ChangingNumbers()
+        self._lengths = Lengths(self.sharded)
+        self._recording = Recording()
+        """What the forward ran that was traced last."""
         self._orders = Orders(self.sharded.group, self.sharded.comm.rank, self.sharded.timeout)
 
     def tune_again(self) -> bool:
@@ -51,6 +63,7 @@ class PlanMaker:
         is_changed = self.tuning.choose_again(self.sharded)
         if is_changed:
             self._orders.forget_orders()
+            self._lengths.forget()
         return is_changed
 
     def meet(self, signature: Signature, *, anew: bool) -> None:
@@ -60,6 +73,7 @@ class PlanMaker:
             anew: forget what earlier calls needed.
         """
         self._orders.meet(Mode(signature.grad, signature.trained, signature.called), anew=anew)
+        self._lengths.forget()
 
     def make(
         self, signature: Signature, pattern: Pattern | None, arguments: Arguments
@@ -72,6 +86,7 @@ class PlanMaker:
         Returns:
             The plan, its pattern, and whether plans that were made before it must be dropped.
         """
+        began = time.process_time()
         self.sharded.look_at_modules()
         if torch_internals.in_function_transform():
             raise CaptureError("A compiled module cannot be called inside torch.func transforms. Use loss.backward().")
@@ -81,9 +96,33 @@ class PlanMaker:
             torch_internals.fake_results_forgotten(),
             agree.busy(self.sharded.group),
         ):
-            made = self._make(signature, pattern, arguments)
+            with gc_paused():
+                predicted = self._predict(signature, pattern, arguments)
+            if predicted is None:
+                made, how = self._make(signature, pattern, arguments), "traced and planned"
+            else:
+                differentiated = predicted.bound.plan.captured.differentiated
+                made, how = (predicted.bound, differentiated, False), f"predicted from lengths {predicted.lengths}"
         give_back_freed_memory()
+        shapes = [list(leaf.shape) for leaf in signature.tensor_leaves]
+        logger.info("inputs of shapes %s: %s in %.2f s of processor time", shapes, how, time.process_time() - began)
         return made
+
+    def _predict(self, signature: Signature, pattern: Pattern | None, arguments: Arguments) -> Predicted | None:
+        """The plan of a call that differs from traced ones in one length alone; None if it must be traced."""
+        sharded = self.sharded
+        is_example = any(leaf.device.type == "meta" for leaf in signature.tensor_leaves)
+        if sharded.shards is None or is_example or self.budget.budget_bytes is not None or self.binder is not Binder:
+            return None
+        if signature.method is not None:
+            return None
+
+        def accepts(bound: BoundPlan, needs: Needs, order: list[str]) -> bool:
+            mode = Mode(bound.plan.captured.step.has_backward, signature.trained)
+            is_current = beside_buckets(bound.plan.recipe) == beside_buckets(sharded.recipe)
+            return is_current and self._orders.has(mode, needs, order)
+
+        return self._lengths.predict(signature, pattern, arguments, self._specs(signature), accepts)
 
     def _make(
         self, signature: Signature, pattern: Pattern | None, arguments: Arguments
@@ -109,7 +148,7 @@ class PlanMaker:
         with reporting():
             backend, devices = sharded.comm.backend, sharded.devices
             checks = partial(pass_checks, sharded.model, *arguments)
-            recipe = sharded.recipe if together == needs else dataclasses.replace(sharded.recipe, needs=together)
+            recipe = self._recipe(needs, together)
             plan = make_plan(captured, recipe, backend, devices, sharded.passes, checks)
             order = order_of(plan)
         if fixes_layout:
@@ -122,7 +161,20 @@ class PlanMaker:
         self.budget.warn_if_over(sharded, plan)
         example_only = any(leaf.device.type == "meta" for leaf in signature.tensor_leaves)
         bound.reducing.example_only = bound.holding.example_only = example_only
+        if not example_only and together == needs and signature.method is None:
+            self._lengths.note(signature, pattern, self._recording.record, bound, needs, order)
         return bound, captured.differentiated, drops_others or has_grown
+
+    def _recipe(self, needs: Needs, together: Needs) -> Recipe:
+        """The recipe of a plan that needs some collectives, where ranks together need more."""
+        return self.sharded.recipe if together == needs else dataclasses.replace(self.sharded.recipe, needs=together)
+
+    def _specs(self, signature: Signature) -> dict[str, ParamSpec]:
+        """Every parameter, as it is trained in a call."""
+        return {
+            fqn: dataclasses.replace(spec, requires_grad=trained)
+            for (fqn, spec), trained in zip(self.sharded.specs.items(), signature.trained, strict=True)
+        }
 
     def _needs(self, captured: Captured) -> Needs:
         """What a step needs of other ranks; empty where there are none, or where a list of passes leaves no choice."""
@@ -135,22 +187,20 @@ class PlanMaker:
         self, signature: Signature, pattern: Pattern | None, arguments: Arguments, *, with_backward: bool
     ) -> Captured:
         sharded = self.sharded
-        specs = {
-            fqn: dataclasses.replace(spec, requires_grad=trained)
-            for (fqn, spec), trained in zip(sharded.specs.items(), signature.trained, strict=True)
-        }
+        self._recording = Recording()
         self.islands.forget_facts()
         trace = partial(
             capture,
             sharded.model,
             sharded.forward if signature.method is None else with_own_forward(sharded, signature.method.function),
             *arguments,
-            specs,
+            self._specs(signature),
             device=sharded.devices.compute,
             sharding=sharded.comm.sharding,
             with_backward=with_backward,
             islands=self.islands,
             is_method=signature.method is not None,
+            watch=self._recording,
         )
         captured = self.numbers.captured(partial(trace, differentiated=pattern), signature.call)
         if pattern and captured.differentiable and not captured.differentiated:  # other outputs than of calls before

@@ -18,6 +18,7 @@ import operator
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any
 
 import torch
@@ -28,12 +29,15 @@ from fxzero.graph.names import describe
 from fxzero.graph.nodes import Role, role, started_by, written_in_place
 from fxzero.graph.step import Phase, StepGraph
 from fxzero.memory.activations import PlacedTemporary, static_nodes
+from fxzero.planning.lengths.polynomials import Number
 
 _LITERALS = (bool, int, float, str, type(None))
 _TORCH_LITERALS = (torch.dtype, torch.layout, torch.memory_format)
 _RESERVED = ("forward", "backward", "record_begin", "mark", "torch", "device", "inf", "nan", "complex", "slice")
 PLACE_PREFIX = "at_"
 """Before the name of a node: the global of the place in the arena that it writes to."""
+CALL_PREFIX = "run_"
+"""Before the name of a node: the global of its operator, where each length decides whether it writes to a place."""
 NAMES_IN_SOURCE: dict[str, Any] = {"torch": torch, "device": torch.device, "inf": float("inf"), "nan": float("nan")}
 
 
@@ -50,6 +54,15 @@ class Code:
     """What forward hands to backward, in order."""
     placed: tuple[fx.Node, ...] = ()
     """Nodes whose output lies at a fixed place in the arena: the global `at_<node>`."""
+    undecided: tuple[fx.Node, ...] = ()
+    """Nodes whose output has a place at some lengths: the global `run_<node>` is the operator."""
+    _compiled: list[CodeType] = field(default_factory=list[CodeType], repr=False, compare=False)
+
+    def compiled(self) -> CodeType:
+        """The source as bytecode, compiled once."""
+        if not self._compiled:
+            self._compiled.append(compile(self.source, "<fxzero schedule>", "exec"))
+        return self._compiled[0]
 
 
 def generate(
@@ -60,6 +73,7 @@ def generate(
     record_begin: bool = False,
     marked: Collection[fx.Node] = (),
     saved: tuple[fx.Node, ...] | None = None,
+    undecided: Collection[fx.Node] = (),
 ) -> Code:
     """Write the source of a complete StepGraph.
 
@@ -70,8 +84,9 @@ def generate(
         record_begin: call `record_begin` first of all.
         marked: nodes after which `mark` is called, to measure what runs between.
         saved: what forward hands to backward. Default: what backward reads.
+        undecided: nodes of which the binding decides whether they write to a place.
     """
-    writer = _Writer(step, placed, recorded, marked)
+    writer = _Writer(step, placed, recorded, marked, undecided)
     phases = dict(step.phases())
     if saved is None:
         saved = _saved(step, phases, writer.static)
@@ -94,7 +109,9 @@ def generate(
         lines += [f"    {line}" for line in writer.record(step.end_forward)]
         lines += writer.body(phases[Phase.BACKWARD], [*saved, *tangents], set(grads))
         lines += [f"    return {_tuple([writer.literal(grad) for grad in step.input_grads])}"]
-    return Code("\n".join(lines) + "\n", writer.operators, tuple(writer.static), saved, tuple(writer.placed))
+    return Code(
+        "\n".join(lines) + "\n", writer.operators, tuple(writer.static), saved, tuple(writer.placed), tuple(undecided)
+    )
 
 
 def _saved(step: StepGraph, phases: dict[Phase, list[fx.Node]], static: dict[fx.Node, None]) -> tuple[fx.Node, ...]:
@@ -131,6 +148,7 @@ class _Writer:
     placed: Mapping[fx.Node, PlacedTemporary]
     recorded: Collection[fx.Node] = ()
     marked: Collection[fx.Node] = ()
+    undecided: Collection[fx.Node] = ()
     operators: dict[str, Any] = field(default_factory=dict[str, Any])
     static: dict[fx.Node, None] = field(default_factory=dict[fx.Node, None])
 
@@ -190,6 +208,8 @@ class _Writer:
         arguments = [self.literal(arg) for arg in node.args]
         arguments += [f"{name}={self.literal(arg)}" for name, arg in node.kwargs.items()]
         result = f"{node.name} = " if _is_read(node) else ""
+        if node in self.undecided:
+            return [f"{result}{CALL_PREFIX}{node.name}({', '.join(arguments)})"]
         if node in self.placed:
             target, out = self.placed[node].variant
             arguments.append(f"{out}={PLACE_PREFIX}{node.name}")
@@ -216,6 +236,8 @@ class _Writer:
             return f"slice({self.literal(value.start)}, {self.literal(value.stop)}, {self.literal(value.step)})"
         if isinstance(value, torch.device):
             return f"device({str(value)!r})"
+        if type(value) is Number:
+            return value.name
         if type(value) in _LITERALS or isinstance(value, _TORCH_LITERALS):
             return repr(value)
         if isinstance(value, complex):

@@ -10,7 +10,7 @@ A plan serves every call of its kind, whatever its backward meets. Binding it (`
 
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import fx
 
@@ -46,11 +46,20 @@ class VariantPlan:
     events: StreamEvents | None
     """What orders the two streams of a GPU; None where one thread does all."""
     code: Code
+    numbers: tuple[int, ...] = ()
+    """The value of each Number in the graph and in the code: those of a length that was not traced."""
+    shapes: Mapping[fx.Node, tuple[int, ...]] = field(default_factory=dict[fx.Node, "tuple[int, ...]"])
+    """The shape of each undecided node of the code that has a place."""
 
     def timed_code(self) -> Code:
         """The same code with a call of `mark` after each line of the schedule."""
         return code_of(
-            self.step, self.activations, self.arena.placed, self.events, [row.nodes[-1] for row in rows(self.step)]
+            self.step,
+            self.activations,
+            self.arena.placed,
+            self.events,
+            [row.nodes[-1] for row in rows(self.step)],
+            undecided=self.code.undecided,
         )
 
 
@@ -63,6 +72,8 @@ class Plan:
     devices: Devices
     variants: Mapping[Variant, VariantPlan]
     """All that a call of this kind can meet; they share what is equal."""
+    bindings: Mapping[Variant, VariantPlan] | None = None
+    """What is bound in the place of the variants, for a length that was not traced."""
 
     @property
     def step(self) -> StepGraph:
@@ -82,7 +93,12 @@ class Plan:
     @property
     def arena_bytes(self) -> int:
         """Bytes of the arena that all variants need."""
-        return max(variant.arena.nbytes for variant in self.variants.values())
+        return max(variant.arena.nbytes for variant in (self.bindings or self.variants).values())
+
+    @property
+    def is_predicted(self) -> bool:
+        """True for the plan of a length that was not traced."""
+        return self.bindings is not None
 
     def footprint(self, held: Held, arena_bytes: int = 0, *, synchronize: bool = True) -> Footprint:
         """The memory that the plan needs of a rank: that of the variant of one graph that needs the most.
@@ -205,15 +221,24 @@ def code_of(
     events: StreamEvents | None,
     marked: Collection[fx.Node] = (),
     saved: tuple[fx.Node, ...] | None = None,
+    undecided: Collection[fx.Node] = (),
 ) -> Code:
     """The source of a variant, with a call after each node that events or buffers of a moment ask for.
 
     Args:
-        marked, saved: as of `generate`.
+        marked, saved, undecided: as of `generate`.
     """
     recorded = {*(events.recorded if events is not None else ()), *_ends_without_statement(step, placed)}
     at_begin = events is not None and events.at_begin
-    return generate(step, activations.placed, recorded, record_begin=at_begin, marked=marked, saved=saved)
+    return generate(
+        step,
+        {} if undecided else activations.placed,
+        recorded,
+        record_begin=at_begin,
+        marked=marked,
+        saved=saved,
+        undecided=undecided,
+    )
 
 
 def _ends_without_statement(step: StepGraph, placed: Placed) -> Iterable[fx.Node]:

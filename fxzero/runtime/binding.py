@@ -4,6 +4,7 @@ Parameters and views of them at their places in the arena, gradient slots, colle
 """
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,9 +20,9 @@ from fxzero.errors import PlanError
 from fxzero.graph.layout import Bucket, InterleavedBucket, Payload
 from fxzero.graph.nodes import (
     Role,
+    gathered_params,
     grad_fqn,
     is_gather,
-    is_gathered_param,
     is_inside,
     is_island,
     may_be_missing,
@@ -35,7 +36,9 @@ from fxzero.graph.variant import Stash, Variant
 from fxzero.graph.wire import SCALE_DTYPE
 from fxzero.memory.arena_plan import Placed, is_partial, scratch_nbytes
 from fxzero.memory.lifetimes import Kind
-from fxzero.planning.codegen import NAMES_IN_SOURCE, PLACE_PREFIX, Code
+from fxzero.planning.codegen import CALL_PREFIX, NAMES_IN_SOURCE, PLACE_PREFIX, Code
+from fxzero.planning.lengths.frame import with_values
+from fxzero.planning.lengths.polynomials import names_of_numbers
 from fxzero.planning.plan import VariantPlan
 from fxzero.runtime.cuda_streams import Events, bind_events
 from fxzero.runtime.gradients import UNREACHED, Gradients
@@ -109,6 +112,8 @@ class Binder:
             value = node.meta["val"]
             place = self._view(Kind.TEMPORARY, node, value.numel(), value.dtype)
             names[f"{PLACE_PREFIX}{node.name}"] = place.view(value.shape)
+        names |= {f"{CALL_PREFIX}{node.name}": self._operator(node) for node in code.undecided}
+        names |= names_of_numbers(self.planned.numbers)
         self.finish()
         names |= {start.name: self._launch(start, names[start.name]) for start in starts}
         functions = {"gather_kept": in_turn(*self._gather_kept())} | _define(code, names)
@@ -119,6 +124,15 @@ class Binder:
         functions["strided"] = functools.lru_cache(maxsize=1)(self._strided)
         functions["timed"] = functools.lru_cache(maxsize=1)(partial(self._timed, again))
         return functions
+
+    def _operator(self, node: fx.Node) -> Callable[..., Any]:
+        """The operator of a node, which writes to its place if it has one at this length."""
+        shape = self.planned.shapes.get(node)
+        if shape is None:
+            return torch_internals.direct_call(node.target)
+        place = self._view(Kind.TEMPORARY, node, math.prod(shape), node.meta["val"].dtype).view(shape)
+        target, out = self.planned.activations.placed[node].variant
+        return partial(torch_internals.direct_call(target), **{out: place})
 
     def _timed(self, again: dict[str, Any], watch: Stopwatch) -> dict[str, Callable[..., Any]]:
         """The functions with a call of a stopwatch after each line of the schedule; made for a few steps."""
@@ -361,6 +375,8 @@ class Binder:
     def _bind_static(self) -> None:
         """Evaluate parameters, gradient slots, views of them and constants, once."""
         values: dict[fx.Node, Any] = {}
+        params = {wait: gathered_params(wait) for wait in self.step.nodes(Role.WAIT) if is_gather(wait)}
+        by_node = {node: (wait, fqn) for wait, found in params.items() for fqn, node in found.items()}
         with torch.no_grad():
             for node in self.code.static:
                 if role(node) is Role.CONSTANT:
@@ -368,19 +384,20 @@ class Binder:
                 elif role(node) is Role.GRAD_SLOT:
                     fqn, shape = cast(tuple[str, tuple[int, ...]], node.args)
                     values[node] = self.slots[fqn].view(shape)
-                elif is_gathered_param(node):
-                    wait = cast(fx.Node, node.args[0])
-                    fqns = self.step.bucket_of(wait).fqns
-                    values[node] = self.gathered[started_by(wait)][fqns[cast(int, node.args[1])]]
+                elif node in by_node:
+                    wait, fqn = by_node[node]
+                    values[node] = self.gathered[started_by(wait)][fqn]
                 else:
                     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+                    if self.planned.numbers:
+                        args, kwargs = with_values((args, kwargs), self.planned.numbers)
                     values[node] = cast(Any, node.target)(*args, **kwargs)
                 self.names[node.name] = values[node]
 
 
 def _define(code: Code, names: dict[str, Any]) -> dict[str, Callable[..., Any]]:
     """Run the source in its globals: the functions that it defines."""
-    exec(compile(code.source, "<fxzero schedule>", "exec"), names)
+    exec(code.compiled(), names)
     # A function holds its globals; were it one of them, only the garbage collector would free the shards.
     return {name: names.pop(name) for name in ("forward", "backward") if name in names}
 

@@ -3,6 +3,7 @@
 Nothing is decided in a step but which binding runs: overwrite or add to `.grad`, no_sync() or not.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from fxzero.graph.recipe import Fqns
 from fxzero.graph.step import StepGraph, is_read_in_backward
 from fxzero.graph.variant import Variant
 from fxzero.planning.narrow import narrow
-from fxzero.planning.plan import Plan
+from fxzero.planning.plan import Plan, VariantPlan
 from fxzero.runtime.binding import Binder
 from fxzero.runtime.gradients import Gradients
 from fxzero.runtime.in_flight import InFlight
@@ -53,14 +54,14 @@ class Executable:
     """
 
     def __init__(self, plan: Plan, *, synchronize: bool, storage: Storage, binder: type[Binder] = Binder) -> None:
-        self.plan, self.form = plan, plan.form(synchronize=synchronize)
+        self.plan, form = plan, plan.form(synchronize=synchronize)
         self._synchronize, self._storage, self._in_flight = synchronize, storage, storage.in_flight
         self._binder, self._memory = binder, binder.memory_for(storage.arena, plan.arena_bytes)
         self._functions: dict[Variant, dict[str, Callable[..., Any]]] = {}
         self._narrowed: dict[tuple[int, ...], Executable] = {}
         self._is_narrowed = False
-        self._variants = [variant for variant, planned in plan.variants.items() if planned.step is self.form.step]
-        self.step = step = self.form.step
+        self._variants = [variant for variant, planned in plan.variants.items() if planned.step is form.step]
+        self.step = step = form.step
         self.has_backward = step.has_backward
         self.num_inputs = len(step.nodes(Role.INPUT))
         """Tensors of the call that forward takes; values of the Python state follow them."""
@@ -109,7 +110,7 @@ class Executable:
         outputs = {i: {*aliases(base(cast(fx.Node, step.model_outputs[i])))} for i in self.tensor_outputs}
         given = [*step.nodes(Role.INPUT, Role.STATE, Role.BUFFER), *map(base, step.observed)]
         held = {alias for node in given for alias in aliases(node)}.union(*outputs.values())
-        saved = self.form.code.saved
+        saved = form.code.saved
         tensors = [i for i, node in enumerate(saved) if isinstance(node.meta["val"], torch.Tensor)]
         self.reachable = [i for i in tensors if saved[i] in held]
         """Which saved values share memory with what the user holds."""
@@ -120,6 +121,25 @@ class Executable:
         is_saved = [i for i, memory in outputs.items() if not memory.isdisjoint(saved)]
         self.outputs_to_detach = sorted({*is_saved, *is_repeated})
         """Outputs that share memory with saved values, or are another output detached: each needs its own tensor."""
+
+    def at_length(self, plan: Plan, tangents: Sequence[tuple[int, ...]]) -> "Executable":
+        """A graph like this one, of a plan for another length: nodes and collectives are equal, sizes differ.
+
+        Args:
+            plan: a predicted plan.
+            tangents: the strides that gradients of outputs have in it.
+        """
+        other = copy.copy(self)
+        other.plan, other._tangents = plan, list(tangents)
+        other._memory = self._binder.memory_for(self._storage.arena, plan.arena_bytes)
+        other._functions, other._narrowed = {}, {}
+        other.stopwatch = other._lines = None
+        return other
+
+    @property
+    def form(self) -> VariantPlan:
+        """The first variant of the graph; `step` has equal nodes, though maybe sizes of another length."""
+        return self.plan.form(synchronize=self._synchronize)
 
     @property
     def has_run(self) -> bool:
@@ -249,7 +269,8 @@ class Executable:
             with torch.inference_mode(False):  # views made in it could not be written outside
                 storage = self._storage
                 parts = storage.shards, storage.gradients, storage.comm, self._memory
-                self._functions[variant] = self._binder(self.plan.variants[variant], variant, *parts).bind()
+                planned = (self.plan.bindings or self.plan.variants)[variant]
+                self._functions[variant] = self._binder(planned, variant, *parts).bind()
         return self._functions[variant]
 
 
@@ -266,6 +287,15 @@ class BoundPlan:
         self.holding = self.reducing
         if plan.form(synchronize=False).step is not plan.step:
             self.holding = Executable(plan, synchronize=False, storage=storage, binder=binder)
+
+    def at_length(self, plan: Plan, tangents: Sequence[tuple[int, ...]]) -> "BoundPlan":
+        """A plan for another length, bound to the same storage; see `Executable.at_length`."""
+        other = copy.copy(self)
+        other.plan = plan
+        other.reducing = other.holding = self.reducing.at_length(plan, tangents)
+        if self.holding is not self.reducing:
+            other.holding = self.holding.at_length(plan, tangents)
+        return other
 
     def executable(self, *, synchronize: bool) -> Executable:
         """What a call runs.

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from fxzero.capture.assemble import assemble
-from fxzero.capture.joint import Joint, Tracing
+from fxzero.capture.joint import Joint, Tracing, Watch
 from fxzero.capture.repeats.compare import check_autograd, check_traced
 from fxzero.capture.repeats.find import Run, blocks_of, runs_of
 from fxzero.capture.repeats.record import NotRepeatedError, Record
@@ -36,12 +36,17 @@ class Stamped:
 
 
 def stamped(
-    make: Callable[[], Tracing], model: nn.Module, params: Mapping[str, ParamSpec], sharding: Sharding
+    make: Callable[[], Tracing],
+    model: nn.Module,
+    params: Mapping[str, ParamSpec],
+    sharding: Sharding,
+    watch: Watch | None = None,
 ) -> Stamped | None:
     """Rehearse the whole forward, trace it with most of its repeated blocks left out, and stamp these.
 
     Args:
         make: makes a trace that has not run.
+        watch: sees the operators of the rehearsal.
 
     Returns:
         None if there are no such blocks, or if it is not certain that a trace of the whole model gives the same.
@@ -52,7 +57,7 @@ def stamped(
     try:
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
-            found = _stamped(make, model, blocks, params, sharding)
+            found = _stamped(make, model, blocks, params, sharding, watch)
     except NotRepeatedError as why:
         logger.info("the whole model is traced, though it has repeated blocks: %s", why)
         return None
@@ -70,8 +75,10 @@ def _stamped(
     blocks: Mapping[int, str],
     params: Mapping[str, ParamSpec],
     sharding: Sharding,
+    watch: Watch | None,
 ) -> Stamped:
     whole, rehearsal = Record(blocks), make()
+    rehearsal.watch = watch
     _run(rehearsal, whole, rehearses=True)
     _check_rehearsal(rehearsal, whole)
     runs = runs_of(whole.segments)

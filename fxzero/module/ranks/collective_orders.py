@@ -60,6 +60,12 @@ class Orders:
         """False if the other ranks will wait for this one, to agree on the collectives of the mode."""
         return any(known == mode for known, _ in self._orders)
 
+    def has(self, mode: Mode, needs: Needs, order: list[str]) -> bool:
+        """True if ranks have agreed on the collectives of a plan of the mode, and none waits to agree again."""
+        known = self._needs.get(mode, ())
+        is_agreed = mode in self._needs and mode not in self._meeting and cannot_follow(needs, known) is None
+        return is_agreed and self._orders.get((mode, known)) == order
+
     def forget_orders(self) -> None:
         """Start anew, as all ranks do whose plans are made again; what calls need stays."""
         self._orders.clear()
