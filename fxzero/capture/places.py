@@ -1,5 +1,6 @@
-"""Places of Python state that are no dict, seen as one: a variable of a closure, attributes of a class, slots."""
+"""Places of Python state that are no dict, seen as one: of closures and contexts, classes and slots."""
 
+import contextvars
 import types
 import weakref
 from collections.abc import Callable
@@ -89,6 +90,27 @@ class SlotsOf(Place):
         object.__delattr__(self._obj, key)
 
 
+class ContextValue(Place):
+    """The value of a context variable; the only key is its name."""
+
+    def __init__(self, variable: contextvars.ContextVar[Any]) -> None:
+        super().__init__()
+        self._variable = variable
+
+    def __contains__(self, key: object) -> bool:
+        try:
+            self._variable.get()
+        except LookupError:
+            return False
+        return True
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._variable.get()
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._variable.set(value)
+
+
 _known = weakref.WeakValueDictionary[tuple[Any, int], Place]()
 """Places by their class and the id of what they stand for, which they hold: a place is known by its own id."""
 
@@ -103,6 +125,11 @@ def _place_of(kind: Callable[[Any], PlaceType], target: Any) -> PlaceType:
 def variable_in(cell: types.CellType) -> ClosureVariable:
     """The variable that a cell holds."""
     return _place_of(ClosureVariable, cell)
+
+
+def value_of(variable: contextvars.ContextVar[Any]) -> ContextValue:
+    """The value of a context variable."""
+    return _place_of(ContextValue, variable)
 
 
 def attributes_of(kind: type) -> ClassAttributes:

@@ -10,6 +10,7 @@ the code objects that run, at their call; only those of the user's files count, 
 
 import collections
 import contextlib
+import contextvars
 import copyreg
 import enum
 import functools
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from fxzero import torch_internals
 from fxzero.capture.code.named_by_code import NamedByCode, function_of, of_global, of_module
 from fxzero.capture.code.users_code import is_followed_file, is_plain_class, is_users_module
-from fxzero.capture.places import ClassAttributes, variable_in
+from fxzero.capture.places import ClassAttributes, value_of, variable_in
 from fxzero.capture.slots import ABSENT, PLAIN, Kind, Read, Slot, held, is_container
 from fxzero.host.gc_pause import gc_paused
 
@@ -39,7 +40,7 @@ _BY_IDENTITY = (
 )  # fmt: skip
 _COMPREHENSIONS = ("<genexpr>", "<listcomp>", "<setcomp>", "<dictcomp>")
 """Names of code."""
-_OF_LIBRARY = (types.SimpleNamespace, collections.UserDict, collections.UserList)
+_OF_LIBRARY = (types.SimpleNamespace, collections.UserDict, collections.UserList, threading.local)
 """Plain objects whose attributes are all followed."""
 _DEPTH = 8
 """Levels of containers in containers that are followed."""
@@ -364,6 +365,11 @@ class Reads:
             self._follow(value(), depth)
         elif isinstance(value, weakref.ProxyTypes) and is_plain_class(value.__class__):
             self._patch(value.__class__)
+        elif isinstance(value, contextvars.ContextVar):
+            place = value_of(value)
+            if value.name in place:
+                read = Read(place, value.name, Kind.GLOBAL, *held(place[value.name]), "context variable")
+                self._add((id(place), value.name), read)
         elif isinstance(value, _OF_LIBRARY):  # their classes cannot be patched
             self._on_object(value)
             self._add((id(vars(value)), _SIZE), _size_of(vars(value), type(value).__qualname__))

@@ -1,6 +1,8 @@
 """Globals, variables of closures and attributes of classes that a forward sets: each step does, as the plain model."""
 
+import contextvars
 import gc
+import threading
 import types
 from collections.abc import Callable
 from typing import Any
@@ -198,3 +200,31 @@ def test_callbacks_of_the_garbage_collector_are_no_part_of_a_forward() -> None:
         gc.callbacks.remove(note_collection)
     assert num_collections > 0
     assert "num_collections" not in str(zero.schedule.guards)
+
+
+factor: contextvars.ContextVar[float] = contextvars.ContextVar("factor", default=1.0)
+of_thread = threading.local()
+
+
+class ReadsContext(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).sum() * factor.get() + of_thread.shift
+
+
+def test_context_variables_and_state_of_a_thread_are_read_at_each_call() -> None:
+    model = ReadsContext()
+    of_thread.shift = 0.0
+    zero, x = fxzero.compile(model), torch.ones(3, 4)
+    found: list[float] = []
+    for step in range(6):
+        token = factor.set(1.0 + step)
+        of_thread.shift = float(step // 2)
+        found.append(zero(x).item())
+        factor.reset(token)
+    weight = zero.state_dict()
+    plain = torch.nn.functional.linear(x, weight["linear.weight"], weight["linear.bias"]).sum()
+    assert found == [(plain * (1.0 + step) + float(step // 2)).item() for step in range(6)]
