@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -28,6 +30,7 @@ from fxzero.module import ownership, parts, weights
 from fxzero.module.budget_round import held
 from fxzero.module.engine import Engine
 from fxzero.module.first_fill import fix_layout_without_trace
+from fxzero.module.saved.load import load_newest
 from fxzero.module.step_together import step_together
 from fxzero.module.wrappers import refuse_wrappers
 from fxzero.optimizers.classes import check_optimizer
@@ -73,6 +76,7 @@ def compile(
     across: Placement = "replicate",
     short_gloo_slices: bool = True,
     islands: Sequence[str] | Literal["auto"] = "auto",
+    resume: str | os.PathLike[str] | None = None,
 ) -> ZeroModule:
     """Take a model over and train it by ZeRO stage 3 on a schedule that is written before it runs.
 
@@ -129,6 +133,9 @@ def compile(
         islands: parts that run as they are, each call as one node of the schedule: by default those that cannot be
             traced, such as a branch on a tensor's value. Patterns of paths choose others ("layers.*.mlp", where `*`
             stands for one part); an empty list refuses what cannot be traced.
+        resume: a folder of `fxzero.save`. Its newest checkpoint is loaded into the model and the optimizers, as
+            `fxzero.load` does before the layout is fixed, and `resumed` of the module has its extra. Where there is
+            none yet, training begins as without it.
 
     Returns:
         The module to call and train.
@@ -139,6 +146,7 @@ def compile(
         OptimizerError: the optimizer cannot step shards.
         ValueError: options contradict each other, an option has no such value, or the mesh has more than two
             dimensions.
+        CheckpointError: the checkpoint is damaged, or of another model or optimizer.
         CaptureError, RankMismatchError, PlanError: as from a first call; only with `example`.
     """
     wire_dtypes = gather_dtype, reduce_dtype
@@ -170,19 +178,22 @@ def compile(
         )
         engine = options.make_engine(model, group, optimizers)
         zero = _class_for(type(model))(model, engine, elementwise_optimizer=elementwise_optimizer)
-        if example is not None:
-            _prepare(zero, example)
+    if resume is not None:
+        with _giving_back(engine):
+            zero._fxzero_resumed = load_newest(engine, Path(resume), optimizers)
+    if example is not None:
+        with agree.reporting_failure(group, "layout"), _giving_back(engine), engine.sharded.phases.phase("compile"):
+            engine.prepare(as_arguments(example))
     return zero
 
 
-def _prepare(zero: ZeroModule, example: Any) -> None:
-    """Trace, plan and shard now; give the model back to the user if that fails."""
-    engine = zero._fxzero_engine
+@contextmanager
+def _giving_back(engine: Engine) -> Generator[None]:
+    """Give the model back to the user if the block fails before there are shards: the parameters are what they were."""
     try:
-        with engine.sharded.phases.phase("compile"):
-            engine.prepare(as_arguments(example))
+        yield
     except BaseException:
-        if engine.sharded.shards is None:  # the parameters are what they were
+        if engine.sharded.shards is None:
             ownership.give_back(engine.sharded.model)
         raise
 
@@ -211,6 +222,7 @@ class ZeroModule(nn.Module):
     def __init__(self, model: nn.Module, engine: Engine, *, elementwise_optimizer: bool = False) -> None:
         self.__dict__["_fxzero_model"] = model
         self.__dict__["_fxzero_engine"] = engine
+        self.__dict__["_fxzero_resumed"] = None
         mode = model.training
         super().__init__()
         model.training = mode  # nn.Module's constructor has set it
@@ -442,6 +454,11 @@ class ZeroModule(nn.Module):
         with sharded.phases.phase("iter_full_params"):
             fix_layout_without_trace(sharded)
         return weights.full_params(sharded, rank0_only=rank0_only)
+
+    @property
+    def resumed(self) -> Any:
+        """The extra of the checkpoint that `compile(resume=)` has loaded; None if there was none."""
+        return self._fxzero_resumed
 
     # -- the schedule --------------------------------------------------------------------------------------------
 
