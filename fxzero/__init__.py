@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fxzero.api import Schedule, ZeroModule, compile
-    from fxzero.checkpoints import load, save
+    from fxzero.checkpoints import load, load_pretrained, save
     from fxzero.cost.model import Cluster, Device, Link
     from fxzero.errors import (
         CaptureError,
@@ -55,6 +55,7 @@ __all__ = [
     "compile",
     "keep_freed_memory",
     "load",
+    "load_pretrained",
     "save",
 ]
 
@@ -67,6 +68,7 @@ _MODULE_OF = {
     "compile": "fxzero.api",
     "keep_freed_memory": "fxzero.host.allocator",
     "load": "fxzero.checkpoints",
+    "load_pretrained": "fxzero.checkpoints",
     "save": "fxzero.checkpoints",
 }
 """Maps names in `__all__` to their modules; the others are errors."""

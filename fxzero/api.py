@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -31,6 +33,7 @@ from fxzero.module.gradients import norms
 from fxzero.module.gradients.asked_gradients import watch_gradients
 from fxzero.module.methods.call import Methods
 from fxzero.module.ranks.step_together import step_together
+from fxzero.module.saved.load import load_newest
 from fxzero.module.wrappers import refuse_wrappers
 from fxzero.optimizers.classes import check_optimizer
 from fxzero.optimizers.guard import OptimizerGuard, hook_state_dicts
@@ -78,6 +81,7 @@ def compile(
     short_gloo_slices: bool = True,
     islands: Sequence[str] | Literal["auto"] = "auto",
     mp_policy: MixedPrecisionPolicy | Mapping[str, MixedPrecisionPolicy] | None = None,
+    resume: str | os.PathLike[str] | None = None,
 ) -> ZeroModule:
     """Take a model over and train it by ZeRO stage 3 on a schedule that is written before it runs.
 
@@ -140,6 +144,9 @@ def compile(
             matches a module, or a module around it, counts. Shards, `.grad` and optimizer state keep the dtype of the
             model; parameters are gathered and read in `param_dtype`; gradients are made in it, summed over ranks in
             `reduce_dtype`, and cast to the dtype of the shard. See `docs/precision.md`. Default: the model's dtypes.
+        resume: a folder of `fxzero.save`. Its newest checkpoint is loaded into the model and the optimizers, as
+            `fxzero.load` does before the layout is fixed, and `resumed` of the module has its extra. Where there is
+            none yet, training begins as without it.
 
     Returns:
         The module to call and train.
@@ -150,6 +157,7 @@ def compile(
         OptimizerError: the optimizer cannot step shards.
         ValueError: options contradict each other, an option has no such value, or the mesh has more than two
             dimensions.
+        CheckpointError: the checkpoint is damaged, or of another model or optimizer.
         CaptureError, RankMismatchError, PlanError: as from a first call; only with `example`.
     """
     wire_dtypes = gather_dtype, reduce_dtype
@@ -182,19 +190,22 @@ def compile(
         )
         engine = options.make_engine(model, group, optimizers)
         zero = _class_for(type(model))(model, engine, elementwise_optimizer=elementwise_optimizer)
-        if example is not None:
-            _prepare(zero, example)
+    if resume is not None:
+        with _giving_back(engine):
+            zero._fxzero_resumed = load_newest(engine, Path(resume), optimizers)
+    if example is not None:
+        with agree.reporting_failure(group, "layout"), _giving_back(engine), engine.sharded.phases.phase("compile"):
+            engine.prepare(as_arguments(example))
     return zero
 
 
-def _prepare(zero: ZeroModule, example: Any) -> None:
-    """Trace, plan and shard now; give the model back to the user if that fails."""
-    engine = zero._fxzero_engine
+@contextmanager
+def _giving_back(engine: Engine) -> Generator[None]:
+    """Give the model back to the user if the block fails before there are shards: the parameters are what they were."""
     try:
-        with engine.sharded.phases.phase("compile"):
-            engine.prepare(as_arguments(example))
+        yield
     except BaseException:
-        if engine.sharded.shards is None:  # the parameters are what they were
+        if engine.sharded.shards is None:
             ownership.give_back(engine.sharded.model)
             for cast in engine.sharded.casts:
                 cast.remove()
@@ -225,6 +236,7 @@ class ZeroModule(nn.Module):
     def __init__(self, model: nn.Module, engine: Engine, *, elementwise_optimizer: bool = False) -> None:
         self.__dict__["_fxzero_model"] = model
         self.__dict__["_fxzero_engine"] = engine
+        self.__dict__["_fxzero_resumed"] = None
         mode = model.training
         super().__init__()
         model.training = mode  # nn.Module's constructor has set it
@@ -482,6 +494,11 @@ class ZeroModule(nn.Module):
         with sharded.phases.phase("iter_full_params"):
             fix_layout_without_trace(sharded)
         return weights.full_params(sharded, rank0_only=rank0_only)
+
+    @property
+    def resumed(self) -> Any:
+        """The extra of the checkpoint that `compile(resume=)` has loaded; None if there was none."""
+        return self._fxzero_resumed
 
     # -- the schedule --------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a compiled model and its optimizers in files: `fxzero.save` and `fxzero.load`."""
+"""Weights and optimizers of a compiled model in files: `fxzero.save`, `fxzero.load` and `fxzero.load_pretrained`."""
 
 import os
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ import torch
 
 from fxzero.api import ZeroModule
 from fxzero.module.saved import load as loading
+from fxzero.module.saved import pretrained
 from fxzero.module.saved import save as saving
 
 Optimizers: TypeAlias = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
@@ -68,6 +69,28 @@ def load(folder: str | os.PathLike[str], zero: ZeroModule, optimizer: Optimizers
         CheckpointError: there is none, a file is damaged (it is named), or it does not fit the model or the optimizer.
     """
     return loading.load(zero._fxzero_engine, Path(folder), _as_tuple(optimizer))
+
+
+def load_pretrained(zero: ZeroModule, folder: str | os.PathLike[str], *, strict: bool = True) -> Any:
+    """Load safetensors files, as Hugging Face's `save_pretrained` writes them, straight into shards; a collective.
+
+    Every rank reads the bytes of its own slices; no rank holds a full parameter. The model is best made on the meta
+    device: `with torch.device("meta"): model = AutoModel.from_config(config)`.
+
+    Args:
+        zero: what `fxzero.compile` returned.
+        folder: a folder with one file or several, or a single file. Names are those of the model; the prefix of the
+            base model may be there or not.
+        strict: raise if a name is missing or unexpected. False loads those that fit; parameters of a model on meta that
+            are missing are initialised.
+
+    Returns:
+        The missing and the unexpected names, as `nn.Module.load_state_dict` returns them.
+
+    Raises:
+        CheckpointError: names or shapes do not fit, or a file is truncated or no safetensors file.
+    """
+    return pretrained.load_pretrained(zero._fxzero_engine.sharded, Path(folder), strict=strict)
 
 
 def _as_tuple(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:

@@ -13,7 +13,7 @@ from fxzero.capture.draws import rng_state
 from fxzero.comm import agree
 from fxzero.comm.groups import Hierarchy
 from fxzero.comm.without_ranks import PlanningComm
-from fxzero.errors import FxzeroError, OptimizerError
+from fxzero.errors import CheckpointError, FxzeroError, OptimizerError
 from fxzero.graph.layout import Layout
 from fxzero.module.initialize import check_meta_model, initialize
 from fxzero.module.ranks.equal_models import compare_with_equal_models
@@ -65,11 +65,12 @@ def fix_layout(
     agree.agree(sharded.group, "layout", lines, timeout=sharded.timeout)
     if foreign is not None:
         raise OptimizerError(foreign)
+    from_rank0 = _only_on_rank0(sharded)
     sharded.phases.is_fixed()
     compare_with_equal_models(sharded, layout)
     with torch.inference_mode(False):  # shards made in it could not be trained
         shards = Shards(layout, sharded.comm.rank, sharded.devices.shards)
-        _fill(sharded, shards, loaded)
+        _fill(sharded, shards, loaded, from_rank0)
         sharded.hold(shards)
 
 
@@ -82,12 +83,35 @@ def fix_layout_without_trace(sharded: ShardedModel, loaded: AbstractSet[str] = f
         fix_layout(sharded, layout, loaded=loaded)
 
 
-def _fill(sharded: ShardedModel, shards: Shards, loaded: AbstractSet[str]) -> None:
+def _only_on_rank0(sharded: ShardedModel) -> frozenset[str]:
+    """The names of parameters and buffers that are on meta here, and have values on rank 0; a collective.
+
+    Raises:
+        CheckpointError: a parameter or buffer has values here, and is on meta on rank 0.
+    """
+    if sharded.comm.is_alone or not sharded.sync_init:
+        return frozenset()
+    own = [entry.fqn for entry in entries(sharded.model) if entry.tensor.is_meta]
+    posts = agree.exchange(sharded.group, "tensors on meta", own, timeout=sharded.timeout)
+    for rank, names in enumerate(posts):
+        if lacking := sorted({*posts[0]} - {*names}):
+            raise CheckpointError(
+                f"{lacking[0]} is on the meta device on rank 0, and has values on rank {rank}. Rank 0's values win: "
+                "give it values there, build the model on meta on all ranks, or pass sync_init=False."
+            )
+    return frozenset(own) - frozenset(posts[0])
+
+
+def _fill(
+    sharded: ShardedModel, shards: Shards, loaded: AbstractSet[str], from_rank0: AbstractSet[str] = frozenset()
+) -> None:
     """Move the model's parameters into their shards, and initialise those on meta; all ranks take rank 0's values.
 
     Args:
         loaded: names of parameters and buffers that get memory here, and their values from a checkpoint.
+        from_rank0: names of those on meta that rank 0 sends.
     """
+    given = loaded | from_rank0
     with_grad = [fqn for fqn, param in sharded.params.items() if param.grad is not None]
     if with_grad:
         warnings.warn(
@@ -95,21 +119,22 @@ def _fill(sharded: ShardedModel, shards: Shards, loaded: AbstractSet[str]) -> No
             "which are dropped. Step or zero them before the first call.",
             stacklevel=2,
         )
-    if any(tensor.is_meta for tensor in [*sharded.params.values(), *sharded.model.buffers()]):
-        check_meta_model(sharded.model, sharded.init_fn, loaded)
+    on_meta = {entry.fqn for entry in entries(sharded.model) if entry.tensor.is_meta}
+    if on_meta - from_rank0:
+        check_meta_model(sharded.model, sharded.init_fn, given)
         initialize(
             sharded.model,
             device=shards.device,
             init_fn=sharded.init_fn,
             store=shards.store,
-            skip=loaded,
+            skip=given,
             generator_state=_rng_state_of_rank0(sharded),
         )
     parts = param_shards(sharded.params, shards.layout, shards.rank, shards.device)
     for optimizer in sharded.optimizers:
         if not is_marked(optimizer, parts):  # a marked one has the state of shards, loaded before they were made
             cut_state(optimizer, parts)
-    shard_full_params(shards, sharded.params, sharded.comm, sync_init=sharded.sync_init)
+    shard_full_params(shards, sharded.params, sharded.comm, sync_init=sharded.sync_init, from_rank0=from_rank0)
     for module in sharded.model.modules():
         torch_internals.forget_flat_weights(module)
     for fqn, param in sharded.params.items():
@@ -117,7 +142,7 @@ def _fill(sharded: ShardedModel, shards: Shards, loaded: AbstractSet[str]) -> No
             install(fqn, param, shards.param_view(fqn))
     for entry in (entry for entry in entries(sharded.model) if not entry.is_param):
         if entry.tensor.is_meta:
-            assert entry.fqn in loaded, entry.fqn
+            assert entry.fqn in given, entry.fqn
             entry.put(torch.empty_like(entry.tensor, device=shards.device))
         elif entry.tensor.device != shards.device:
             entry.put(entry.tensor.to(shards.device))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Generic, TypeVar
 
 import torch
@@ -183,16 +184,24 @@ def unflatten(bucket: Bucket, full: torch.Tensor) -> dict[str, torch.Tensor]:
     return {param.fqn: full[bucket.offsets[param.fqn] :][: param.numel].view(param.shape) for param in bucket.params}
 
 
-def shard_full_params(shards: Shards, params: Mapping[str, nn.Parameter], comm: Comm, *, sync_init: bool) -> None:
+def shard_full_params(
+    shards: Shards,
+    params: Mapping[str, nn.Parameter],
+    comm: Comm,
+    *,
+    sync_init: bool,
+    from_rank0: AbstractSet[str] = frozenset(),
+) -> None:
     """Cut real parameters of full size into shards, bucket by bucket, freeing the full storages as it goes.
 
-    Parameters on meta are left alone.
+    Parameters on meta are left alone, but for those that rank 0 has values of.
 
     Args:
         sync_init: send rank 0's values to all; else each rank cuts its own.
+        from_rank0: names of parameters on meta that rank 0 has values of.
     """
     for bucket in shards.layout.buckets:
-        real = [param for param in bucket.params if not params[param.fqn].is_meta]
+        real = [param for param in bucket.params if not params[param.fqn].is_meta or param.fqn in from_rank0]
         if real and sync_init and not comm.is_alone:
             received = torch.empty_like(shards.params.parts[bucket])
             comm.scatter_from_rank0(received, _flatten(bucket, params, shards.device) if comm.is_rank0 else None)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from fxzero.checkpoint.safetensors import give_back_room, reserve_room, save_stream
 from fxzero.commands.errors import CommandError
 from fxzero.commands.progress import Progress
 from fxzero.commands.signals import StopRequest
 from fxzero.commands.world import World
-from fxzero.train.export import give_back_room, reserve_room, save_stream
 from fxzero.train.loop import Trainer
 from fxzero.train.models import WEIGHTS_FILE, write_config
 from fxzero.train.options import TrainOptions

@@ -10,11 +10,11 @@ import torch
 from tqdm import tqdm
 
 import fxzero
+from fxzero.checkpoint.safetensors import tied_names
 from fxzero.commands.errors import CommandError
 from fxzero.commands.world import World
 from fxzero.graph.names import format_bytes
 from fxzero.train.batches import IGNORED, Batches, Windows, generator_of
-from fxzero.train.export import tied_names
 from fxzero.train.models import ARCHITECTURES, build, config_of, default_lr, initializer
 from fxzero.train.options import TrainOptions, learning_rate
 from fxzero.train.report import HeldOutMetrics, Metrics, StepMetrics

@@ -50,9 +50,10 @@ def train(zero: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, ran
     return losses
 
 
-def goes_on_bit_for_bit(rank: int, world_size: int, folder: Path) -> None:
+def goes_on_bit_for_bit(rank: int, world_size: int, folder: Path, how: str) -> None:
     """A run that was saved and a new one that loads: equal losses, weights and state, dropout and schedule included."""
-    zero, optimizer = make(0, example=points(rank, 0))
+    zero, optimizer = make(0, example=points(rank, 0), resume=folder)
+    assert zero.resumed is None
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [4, 6])
     torch.manual_seed(rank)
     train(zero, optimizer, scheduler, rank, range(3))
@@ -60,9 +61,9 @@ def goes_on_bit_for_bit(rank: int, world_size: int, folder: Path) -> None:
     assert fxzero.save(folder, zero, optimizer, extra=extra) == folder / "000001"
     wanted = train(zero, optimizer, scheduler, rank, range(3, 7))
 
-    resumed, other = make(5)
+    resumed, other = make(5) if how == "load" else make(5, resume=folder, example=points(rank, 0))
     schedule = torch.optim.lr_scheduler.MultiStepLR(other, [4, 6])
-    found = fxzero.load(folder, resumed, other)
+    found = fxzero.load(folder, resumed, other) if how == "load" else resumed.resumed
     assert (found["step"], found["rank"]) == (3, rank)
     assert torch.equal(found["seen"], torch.arange(rank + 1))
     schedule.load_state_dict(found["scheduler"])

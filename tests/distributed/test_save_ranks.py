@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import pytest
+
 from fxzero.testing import run_ranks
 from tests.distributed import checkpoint_workers, save_workers
 
 
-def test_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    run_ranks(2, save_workers.goes_on_bit_for_bit, tmp_path)
+@pytest.mark.parametrize("how", ["load", "compile"])
+def test_training_goes_on_bit_for_bit(tmp_path: Path, how: str) -> None:
+    run_ranks(2, save_workers.goes_on_bit_for_bit, tmp_path, how)
 
 
 def test_pieces_are_cut_anew_at_other_numbers_of_ranks(tmp_path: Path) -> None:

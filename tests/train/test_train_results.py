@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fxzero import models
+from fxzero.checkpoint.safetensors import save_stream, tied_names
 from fxzero.commands.errors import CommandError
-from fxzero.train.export import save_stream, tied_names
 from fxzero.train.models import config_of
 from fxzero.train.options import TrainOptions, learning_rate
 from fxzero.train.report import HeldOutMetrics, Metrics, StepMetrics, draw_loss, format_summary, shorten, smoothed

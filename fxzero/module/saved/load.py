@@ -46,11 +46,28 @@ def find(engine: Engine, path: Path) -> Path | None:
 
 def load(engine: Engine, path: Path, optimizers: Optimizers) -> Any:
     """Take in a checkpoint; a collective. See `fxzero.load`."""
+    with engine.sharded.phases.phase("load"):
+        found = find(engine, path)
+    if found is None:
+        raise CheckpointError(f"There is no checkpoint in {path}.")
+    return _load(engine, found, optimizers)
+
+
+def load_newest(engine: Engine, path: Path, optimizers: Optimizers) -> Any:
+    """Take in the newest checkpoint if there is one; a collective. Returns its extra, or None."""
+    with engine.sharded.phases.phase("load"):
+        found = find(engine, path)
+    if found is None:
+        logger.info("there is no checkpoint in %s yet: training begins", path)
+        return None
+    extra = _load(engine, found, optimizers)
+    logger.info("training goes on from %s", found)
+    return extra
+
+
+def _load(engine: Engine, found: Path, optimizers: Optimizers) -> Any:
     sharded = engine.sharded
     with sharded.phases.phase("load"):
-        found = find(engine, path)
-        if found is None:
-            raise CheckpointError(f"There is no checkpoint in {path}.")
         with agree.reporting_failure(sharded.group, TOPIC):
             saved = Saved(found)
             _check_tensors(sharded, saved)

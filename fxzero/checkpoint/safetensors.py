@@ -1,4 +1,4 @@
-"""Write a safetensors file tensor by tensor, so that no more than one tensor is in memory.
+"""Write a safetensors file tensor by tensor, so that no more than one tensor is in memory; read ranges of such files.
 
 The library (safetensors 0.8) wants all tensors at once. The format: the length of the header (8 bytes, little endian),
 the header (JSON: name -> dtype, shape, data_offsets; padded with spaces to 8 bytes), then the bytes of the tensors,
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import sys
@@ -19,6 +20,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
+
+from fxzero.errors import CheckpointError
 
 _DTYPES = {
     torch.int64: "I64",
@@ -31,6 +34,7 @@ _DTYPES = {
     torch.bool: "BOOL",
 }
 """Maps each dtype to its name in the format. The library stores tensors in the order of these dtypes, then by name."""
+_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -128,3 +132,76 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     first = {parameter: name for name, parameter in model.named_parameters()}
     every = model.named_parameters(remove_duplicate=False)
     return {name: first[parameter] for name, parameter in every if first[parameter] != name}
+
+
+# -- reading -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    """Where it begins, from the start of the file."""
+
+    def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """The elements `[start, stop)` of the flattened tensor."""
+        stop = math.prod(self.shape) if stop is None else stop
+        data = torch.empty((stop - start) * self.dtype.itemsize, dtype=torch.uint8)
+        view, got = data.numpy().data, 0
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.begin + start * self.dtype.itemsize)
+            while got < len(view) and (count := file.readinto(view[got:])):
+                got += count
+        if got < len(view):
+            raise CheckpointError(f"{self.path} is truncated.")
+        return data.view(self.dtype)
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file, or of all files of a folder, by name; nothing but headers is read.
+
+    In a folder the index of Hugging Face says which files count, where there is one.
+
+    Raises:
+        CheckpointError: there is no such file, or one is truncated or not of this format.
+    """
+    index = path / _INDEX
+    if index.is_file():
+        names = sorted({*json.loads(index.read_text())["weight_map"].values()})
+        files = [path / Path(name).name for name in names]
+    else:
+        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files:
+        raise CheckpointError(f"There is no safetensors file in {path}.")
+    return {name: tensor for file in files for name, tensor in _stored_in(file).items()}
+
+
+def _stored_in(path: Path) -> dict[str, StoredTensor]:
+    dtypes = {name: dtype for dtype, name in _DTYPES.items()}
+    try:
+        nbytes = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if length <= nbytes else None
+        found: dict[str, StoredTensor] = {}
+        for name, entry in (header or {}).items():
+            if name == "__metadata__":
+                continue
+            tensor = StoredTensor(
+                path, dtypes[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
+            )
+            end = 8 + length + entry["data_offsets"][1]
+            if end - tensor.begin != math.prod(tensor.shape) * tensor.dtype.itemsize or end > nbytes:
+                raise ValueError(name)
+            found[name] = tensor
+        if header is None:
+            raise ValueError(length)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is truncated, or no safetensors file of known dtypes ({error!r}).") from error
+    return found
