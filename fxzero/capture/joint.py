@@ -374,8 +374,8 @@ def _check_no_gradients(state: FakeState, inputs: Sequence[Tensor]) -> None:
     Raises:
         CaptureError: it has.
     """
-    found = next((name for name, param in state.params.items() if param.grad is not None), None)
-    if found is not None or any(each.grad is not None for each in inputs):
+    found = next((name for name, param in state.params.items() if param.is_leaf and param.grad is not None), None)
+    if found is not None or any(each.is_leaf and each.grad is not None for each in inputs):
         raise CaptureError(
             f"The forward calls backward(), which would give a gradient to {found or 'an input'}: a step has one "
             "backward, behind its forward. Return the loss, and call backward on that; for the gradient of something "
