@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import nn
 
 from fxzero import torch_internals
 from fxzero.capture import Captured, capture
@@ -165,6 +166,14 @@ class PlanMaker:
             self._lengths.note(signature, pattern, self._recording.record, bound, needs, order)
         return bound, captured.differentiated, drops_others or has_grown
 
+    def _may_record(self) -> bool:
+        """False while a record would keep weak references alive to parameters that are to become real.
+
+        nn.LSTM and its like hold such references, and a record holds what the forward read.
+        """
+        sharded = self.sharded
+        return not (sharded.has_meta_params() and any(isinstance(each, nn.RNNBase) for each in sharded.modules))
+
     def _recipe(self, needs: Needs, together: Needs) -> Recipe:
         """The recipe of a plan that needs some collectives, where ranks together need more."""
         return self.sharded.recipe if together == needs else dataclasses.replace(self.sharded.recipe, needs=together)
@@ -200,7 +209,7 @@ class PlanMaker:
             with_backward=with_backward,
             islands=self.islands,
             is_method=signature.method is not None,
-            watch=self._recording,
+            watch=self._recording if self._may_record() else None,
         )
         captured = self.numbers.captured(partial(trace, differentiated=pattern), signature.call)
         if pattern and captured.differentiable and not captured.differentiated:  # other outputs than of calls before

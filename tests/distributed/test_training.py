@@ -27,7 +27,7 @@ def test_training_equals_replicated_training_for_each_kind_of_optimizer(optimize
     run_ranks(3, replicated.train, "mlp", optimizer)
 
 
-@pytest.mark.parametrize(("world_size", "name", "stride"), [(2, "net", 2), (3, "mlp", 3), (2, "gpt", 5)])
+@pytest.mark.parametrize(("world_size", "name", "stride"), [(2, "net", 2), (3, "mlp", 5)])
 def test_every_prefix_of_the_passes_trains_the_same(world_size: int, name: str, stride: int) -> None:
     prefixes = range(len(default_passes()), FIRST_COMPLETE_PREFIX - 1, -stride)
     run_ranks(world_size, replicated.train_prefixes, name, prefixes, timeout=120)

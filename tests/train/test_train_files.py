@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from fxzero.__main__ import main
+from fxzero.checkpoint.safetensors import give_back_room, reserve_room
 from fxzero.commands.errors import CommandError
 from fxzero.errors import CheckpointError
-from fxzero.train import corpus, export, load
+from fxzero.train import corpus, load
 from fxzero.train.corpus import read_corpus
 from fxzero.train.options import TrainOptions
 from fxzero.train.report import HeldOutMetrics, Metrics
@@ -139,12 +140,12 @@ def test_a_disk_that_fails_at_the_end_is_told(
 
 def test_room_is_taken_and_given_back(tmp_path: Path) -> None:
     path, specs = tmp_path / "file", {"a": torch.empty(2**18, device="meta")}
-    export.reserve_room(path, specs, {})
+    reserve_room(path, specs, {})
     (partial,) = tmp_path.iterdir()
     assert partial.stat().st_size > 2**20
     assert partial.stat().st_blocks * 512 >= 2**20
-    export.give_back_room(path)
-    export.give_back_room(path)
+    give_back_room(path)
+    give_back_room(path)
     assert not list(tmp_path.iterdir())
 
 

@@ -82,9 +82,7 @@ def places(variant: VariantPlan) -> dict[Any, Any]:
 
 
 @pytest.mark.filterwarnings("ignore:The model returns")
-@pytest.mark.parametrize(
-    ("name", "what"), [*((name, "length") for name in MODELS), ("gpt", "rows"), ("roberta", "rows")]
-)
+@pytest.mark.parametrize(("name", "what"), [*((name, "length") for name in MODELS if name != "gpt"), ("gpt", "rows")])
 def test_predicted_plan_is_that_of_a_trace(name: str, what: str) -> None:
     make, batch_of = MODELS[name]
     lengths = [(2, 12), (2, 8), (2, 9), (2, 16), (2, 30)]
