@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         StepLeftOutError,
     )
     from fxzero.host.allocator import keep_freed_memory
+    from fxzero.optimizers.classes import whole_matrices
 
 __version__ = "0.1.0"
 
@@ -57,6 +58,7 @@ __all__ = [
     "load",
     "load_pretrained",
     "save",
+    "whole_matrices",
 ]
 
 _MODULE_OF = {
@@ -70,6 +72,7 @@ _MODULE_OF = {
     "load": "fxzero.checkpoints",
     "load_pretrained": "fxzero.checkpoints",
     "save": "fxzero.checkpoints",
+    "whole_matrices": "fxzero.optimizers.classes",
 }
 """Maps names in `__all__` to their modules; the others are errors."""
 

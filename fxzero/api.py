@@ -252,7 +252,9 @@ class ZeroModule(nn.Module):
             on_step=engine.after_optimizer,
             before_own_step=engine.sharded.phases.before_step,
             after_own_step=engine.sharded.phases.after_step,
+            phase=engine.sharded.phases.phase_of_step,
         )
+        engine.sharded.end_step = self._fxzero_guard.wholes.restore
         for optimizer in engine.sharded.optimizers:
             hook_state_dicts(optimizer)
         self.__dict__["_fxzero_methods"] = Methods(self, model, engine)

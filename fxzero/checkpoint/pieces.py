@@ -1,7 +1,8 @@
 """The pieces of one layout: shows this rank's slices to torch.distributed.checkpoint, and cuts what comes back."""
 
+import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
@@ -17,19 +18,30 @@ if TYPE_CHECKING:
     from fxzero.checkpoint.piece import Whole
 
 
+Exchange: TypeAlias = Callable[[Callable[[], list[str]]], list[list[str]]]
+"""Returns the lines of all ranks, given what makes those of this one; a collective. Others are told if that fails."""
+
+
 class Pieces:
     """Shows tensors of this rank as pieces of whole ones, and cuts whole ones.
 
     Args:
         group: the ranks of the model; None for the default group, or one rank.
         gathering: a phase of all ranks, in which a piece is gathered.
+        exchange: returns the lines of all ranks, given what makes those of this one; a collective.
     """
 
     def __init__(
-        self, layout: Layout, comm: Comm, group: Group | None, device: torch.device, gathering: Callable[[], Any]
+        self,
+        layout: Layout,
+        comm: Comm,
+        group: Group | None,
+        device: torch.device,
+        gathering: Callable[[], Any],
+        exchange: Exchange,
     ) -> None:
-        self._layout, self._comm, self._group, self._device = layout, comm, group, device
-        self._gathering = gathering
+        self.layout, self.comm, self._group, self._device = layout, comm, group, device
+        self._gathering, self.exchange = gathering, exchange
         self._mesh: DeviceMesh | None = None
 
     def show(self, spec: ParamSpec, own: Tensor, name: str = "", *, is_made_up: bool = False) -> Tensor:
@@ -37,19 +49,39 @@ class Pieces:
 
         On one rank the whole tensor; of a scalar a copy, which all ranks get: a collective then.
         """
-        if self._comm.is_alone:
+        if self.comm.is_alone:
             return own.detach().view(spec.shape)
         from fxzero.checkpoint.piece import Piece, Whole  # torch.distributed.tensor takes long to import
 
         whole = Whole(
-            name or spec.fqn, spec.shape, self.ranges(spec), self._comm.rank, self.mesh, self._gather, is_made_up
+            name or spec.fqn, spec.shape, self.ranges(spec), self.comm.rank, self.mesh, self._gather, is_made_up
         )
         flat = own.detach().view(-1)
         return Piece.of(flat, whole) if spec.shape else self._gather(flat, whole)
 
+    @property
+    def rank(self) -> int:
+        """The number of this rank's shard."""
+        return self.comm.rank
+
+    def show_owned(
+        self, name: str, shape: tuple[int, ...], own: Tensor, owner: int, *, is_made_up: bool = False
+    ) -> Tensor:
+        """A tensor that one rank has whole, as pieces of which that of its owner is everything.
+
+        Args:
+            own: the tensor on its owner, which shares memory with the piece; one without elements elsewhere.
+        """
+        from fxzero.checkpoint.piece import Piece, Whole  # torch.distributed.tensor takes long to import
+
+        numel = math.prod(shape)
+        ranges = tuple((0, numel * (rank == owner)) for rank in range(self.comm.shard_ranks))
+        whole = Whole(name, shape, ranges, self.comm.rank, self.mesh, self._gather, is_made_up)
+        return Piece.of(own.detach().view(-1), whole)
+
     def ranges(self, spec: ParamSpec) -> tuple[tuple[int, int], ...]:
         """Start and stop of each rank's slice of a parameter."""
-        bucket = self._layout.bucket_of[spec.fqn]
+        bucket = self.layout.bucket_of[spec.fqn]
         parts = [bucket.slice_of(spec, rank) for rank in range(bucket.shard_ranks)]
         return tuple((part.start, part.stop) for part in parts)
 
@@ -65,7 +97,7 @@ class Pieces:
             raise CheckpointError(
                 f"{name} is {tuple(value.shape)} in the state dict and {spec.shape} in the model. Load a full one."
             )
-        start, stop = self.ranges(spec)[self._comm.rank]
+        start, stop = self.ranges(spec)[self.comm.rank]
         shape = spec.shard_shape(stop - start)
         whole = getattr(value, "whole", None)
         if whole is not None and whole.ranges == self.ranges(spec):
@@ -91,7 +123,7 @@ class Pieces:
         sent[: flat.numel()].copy_(flat)
         received = sent.new_empty(len(whole.ranges) * longest)
         with self._gathering():
-            self._comm.gather_to_all(sent, received)
+            self.comm.gather_to_all(sent, received)
         parts = received.view(len(whole.ranges), longest)
         cut = [part[: stop - start] for part, (start, stop) in zip(parts, whole.ranges, strict=True)]
         return torch.cat(cut).view(whole.shape)

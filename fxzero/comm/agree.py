@@ -84,6 +84,15 @@ def exchange(
     return posts or [list(lines)]
 
 
+def exchange_made(
+    group: Group | None, topic: str, make: Callable[[], list[str]], *, timeout: timedelta
+) -> list[list[str]]:
+    """The lines that each rank of the group makes, in its order; all raise where making them fails on one."""
+    with reporting_failure(group, topic):
+        lines = make()
+    return exchange(group, topic, lines, timeout=timeout) or [lines]
+
+
 @contextlib.contextmanager
 def busy(group: Group | None) -> Generator[None]:
     """Let ranks that wait in an agreement know that this rank may be on its way to it for a long time."""

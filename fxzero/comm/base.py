@@ -161,6 +161,16 @@ class Comm(ABC):
     def gather_to_rank0(self, shard: Tensor, full: Tensor | None) -> None:
         """Gather `shard` [slice_numel] of every rank into the `full` [numel] of rank 0 (None elsewhere)."""
 
+    def all_to_all(self, what: str, sent: Sequence[Tensor], received: Sequence[Tensor]) -> None:
+        """Send `sent[r]` to rank r and receive from it `received[r]`: bytes, uint8, where both agree on the sizes.
+
+        The rank's own entries are left alone.
+
+        Args:
+            what: the name of the exchange in error texts.
+        """
+        raise NotImplementedError(f"{type(self).__name__} exchanges slices of one size alone")
+
     def meet(self) -> None:
         """Return once all ranks have come to this phase, where the backend can tell phases apart.
 

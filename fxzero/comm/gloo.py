@@ -130,17 +130,29 @@ class GlooComm(GroupComm):
             torch.add(total, term, out=total) if op == "sum" else torch.maximum(total, term, out=total)
         tensor.copy_(total)
 
+    def all_to_all(self, what: str, sent: Sequence[Tensor], received: Sequence[Tensor]) -> None:
+        self._send_and_receive(what, "all_to_all", received, sent)
+
     def _exchange_with_all(self, what: str, word: str, tensor: Tensor) -> list[Tensor]:
         """Send a small tensor to all ranks; returns those of all, in rank order."""
         own = tensor.contiguous()
         terms = [own if rank == self.rank else torch.empty_like(own) for rank in range(self.shard_ranks)]
+        self._send_and_receive(what, word, terms, [own] * self.shard_ranks)
+        return terms
+
+    def _send_and_receive(self, what: str, word: str, received: Sequence[Tensor], sent: Sequence[Tensor]) -> None:
+        """Send a tensor to each other rank, and receive one from it.
+
+        Args:
+            what: the name of the exchange in error texts.
+            word: the part of the tag that stands for the exchange.
+        """
         tag = zlib.crc32(word.encode()) & 0x3FFFFFFF | 0x40000000
-        receives, sends = [(terms[peer], peer) for peer in self._peers], [(own, peer) for peer in self._peers]
+        receives, sends = [(received[peer], peer) for peer in self._peers], [(sent[peer], peer) for peer in self._peers]
         start, wait = self.bind_messages(what, tag, receives, sends)
         start()
         wait()
         self._in_flight.pop()
-        return terms
 
     def bind_gather(self, payload: Payload, shard: Tensor, full: Tensor) -> Bound:
         slices = payload.slices(full)

@@ -4,7 +4,7 @@ Whatever stream is current at a start is what the collective's inputs are ready 
 waits for exactly that collective. `streams.py` decides which streams those are.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch.distributed as dist
@@ -36,6 +36,13 @@ class NcclComm(GroupComm):
         reduce = partial(torch_internals.reduce_scatter_base(self.group), average, full, averaging())
         bound = self.bind_work(reduce, self.what("reduce-scatter", payload))
         return bound.then(partial(shard.add_, average) if accumulate else None)
+
+    def all_to_all(self, what: str, sent: Sequence[Tensor], received: Sequence[Tensor]) -> None:
+        none = sent[self.rank][:0]
+        into, out = list(received), list(sent)
+        into[self.rank] = out[self.rank] = none
+        with self._named(what):
+            self.group.alltoall(into, out).wait()
 
     def bind_work(self, begin: Callable[[], dist.Work], what: str, *, orders_at_start: bool = False) -> Bound:
         """A call of the backend, and the wait for what it returned.

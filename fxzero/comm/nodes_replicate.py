@@ -70,6 +70,9 @@ class HierarchicalComm(Comm):
         if self.node == 0:
             self.inside.gather_to_rank0(shard, full)
 
+    def all_to_all(self, what: str, sent: Sequence[Tensor], received: Sequence[Tensor]) -> None:
+        self.inside.all_to_all(what, sent, received)
+
     def meet(self) -> None:
         self.inside.meet()
         self.across.meet()

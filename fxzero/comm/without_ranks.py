@@ -22,4 +22,4 @@ class PlanningComm(Comm):
         )
 
     bind_gather = bind_reduce = all_reduce = _refuse
-    scatter_from_rank0 = broadcast_from_rank0 = gather_to_all = gather_to_rank0 = _refuse
+    scatter_from_rank0 = broadcast_from_rank0 = gather_to_all = gather_to_rank0 = all_to_all = _refuse

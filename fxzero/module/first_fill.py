@@ -20,7 +20,7 @@ from fxzero.module.ranks.equal_models import compare_with_equal_models
 from fxzero.module.registered_tensors import entries
 from fxzero.module.sharded_model import ShardedModel
 from fxzero.optimizers.marks import foreign_state, is_marked
-from fxzero.optimizers.state import cut_state, param_shards
+from fxzero.optimizers.state import cut_state
 from fxzero.planning.agreed_text import describe_buffers, describe_layout, describe_options
 from fxzero.planning.fix_layout import layout_in_registration_order
 from fxzero.runtime.shards import Shards, install, shard_full_params
@@ -59,8 +59,9 @@ def fix_layout(
     lines += describe_buffers(sharded.model)
     for optimizer in sharded.optimizers:
         lines += sharded.phases.describe(optimizer)
-    parts = param_shards(sharded.params, layout, sharded.comm.rank, sharded.devices.shards)
-    foreign = next(filter(None, (foreign_state(optimizer, parts) for optimizer in sharded.optimizers)), None)
+    foreign = next(
+        filter(None, (foreign_state(each, sharded.held_by(each, layout)) for each in sharded.optimizers)), None
+    )
     lines += [foreign or "optimizer state: of this rank"] if sharded.optimizers else []
     agree.agree(sharded.group, "layout", lines, timeout=sharded.timeout)
     if foreign is not None:
@@ -130,8 +131,8 @@ def _fill(
             skip=given,
             generator_state=_rng_state_of_rank0(sharded),
         )
-    parts = param_shards(sharded.params, shards.layout, shards.rank, shards.device)
     for optimizer in sharded.optimizers:
+        parts = sharded.held_by(optimizer, shards.layout)
         if not is_marked(optimizer, parts):  # a marked one has the state of shards, loaded before they were made
             cut_state(optimizer, parts)
     shard_full_params(shards, sharded.params, sharded.comm, sync_init=sharded.sync_init, from_rank0=from_rank0)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +19,7 @@ from fxzero.comm.base import Comm
 from fxzero.comm.groups import Group
 from fxzero.errors import FxzeroError, InputMismatchError
 from fxzero.graph.devices import Devices
-from fxzero.graph.layout import ParamSpec
+from fxzero.graph.layout import Layout, ParamSpec
 from fxzero.graph.recipe import Recipe
 from fxzero.graph.step import Pass
 from fxzero.module.initialize import InitFn, check_meta_model
@@ -26,8 +27,9 @@ from fxzero.module.precision import OF_THE_MODEL, Precision
 from fxzero.module.ranks.model_phases import ModelPhases
 from fxzero.module.registered_tensors import join
 from fxzero.module.replaced_data import Replaced, ReplacedData
-from fxzero.optimizers.classes import state_per_element
+from fxzero.optimizers.classes import state_per_element, steps_wholes
 from fxzero.optimizers.state import ParamShard, param_shards
+from fxzero.optimizers.whole.owners import owned_shards
 from fxzero.runtime.executable import Executable, Storage
 from fxzero.runtime.gradients import Gradients
 from fxzero.runtime.in_flight import InFlight
@@ -108,7 +110,9 @@ class ShardedModel:
         self.whole: frozenset[str] = frozenset()
         """The parameters whose data has their full shape for now, beside all those before the layout is fixed."""
         self.is_stepping = False
-        """True in the step of an optimizer."""
+        """True in the step of an optimizer, and behind one that ended in an error."""
+        self.end_step: Callable[[], object] = lambda: None
+        """Lets parameters be shards again that are whole in the step of an optimizer. It must not hold the model."""
         self.method_run: MethodRun | None = None
         """The method of the model that runs outside of a step."""
         self._replaced_data: ReplacedData | None = None
@@ -217,6 +221,18 @@ class ShardedModel:
         shards = self.shards
         return {} if shards is None else param_shards(self.params, shards.layout, shards.rank, shards.device)
 
+    def held_by(self, optimizer: torch.optim.Optimizer, layout: Layout | None = None) -> dict[int, ParamShard]:
+        """What this rank has of the state of each parameter, by the id of the Parameter object.
+
+        Args:
+            layout: default: the one that is fixed.
+        """
+        if layout is None:
+            assert self.shards is not None
+            layout = self.shards.layout
+        held = param_shards(self.params, layout, self.comm.rank, self.devices.shards)
+        return owned_shards(optimizer, held, layout, self.comm.rank) if steps_wholes(optimizer) else held
+
     def hold(self, shards: Shards) -> None:
         """Take in the shards that the parameters have become."""
         self.recipe = replace(self.recipe, buckets=tuple(bucket.fqns for bucket in shards.layout.buckets))
@@ -230,7 +246,8 @@ class ShardedModel:
                 comm.meet()
                 yield
 
-        self.pieces = Pieces(shards.layout, comm, self.group, shards.device, gathering)
+        exchange = partial(agree.exchange_made, self.group, "optimizer state", timeout=self.timeout)
+        self.pieces = Pieces(shards.layout, comm, self.group, shards.device, gathering, exchange)
         self.in_flight.has_copies = bool(shards.copies.parts)
 
     def refresh_copies(self) -> None:
@@ -255,6 +272,8 @@ class ShardedModel:
         """
         if self._replaced_data is None:
             return []
+        if self.is_stepping:
+            self.end_step()
         found = self._replaced_data.find()
         if found or self._had_replaced:
             self.in_flight.after_step()

@@ -1,9 +1,11 @@
 """Check each optimizer that steps shards before its first step, and move the state that it makes into one buffer."""
 
+import contextlib
 import functools
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,11 +16,15 @@ from fxzero import torch_internals
 from fxzero.checkpoint.pieces import Pieces
 from fxzero.errors import OptimizerError
 from fxzero.optimizers import made_up
-from fxzero.optimizers.classes import check_optimizer
+from fxzero.optimizers.classes import check_optimizer, steps_wholes
 from fxzero.optimizers.marks import foreign_state, unmark
 from fxzero.optimizers.probe import is_probe
-from fxzero.optimizers.state import ParamShard, fits, name_of, parameters_of, rehome_state, text_of
+from fxzero.optimizers.state import ParamShard, drop_unowned, fits, name_of, parameters_of, rehome_state, text_of
 from fxzero.optimizers.state_dicts import Held, StateDict, after_state_dict, before_load
+from fxzero.optimizers.whole import closures
+from fxzero.optimizers.whole.guard import WholeSteps
+from fxzero.optimizers.whole.owners import owned_shards
+from fxzero.optimizers.whole.state import has_state
 
 
 class OptimizerGuard:
@@ -50,6 +56,7 @@ class OptimizerGuard:
         on_step: called after each step of any optimizer with its seconds; must not hold the owner.
         before_own_step: called before each step of an optimizer that holds shards; must not hold the owner.
         after_own_step: called after such a step; must not hold the owner.
+        phase: begins a phase of all ranks inside of an optimizer's step; must not hold the owner.
     """
 
     def __init__(
@@ -65,6 +72,7 @@ class OptimizerGuard:
         on_step: Callable[[float], object] = lambda seconds: None,
         before_own_step: Callable[[torch.optim.Optimizer], object] = lambda optimizer: None,
         after_own_step: Callable[[], object] = lambda: None,
+        phase: Callable[[str], AbstractContextManager[object]] = lambda word: contextlib.nullcontext(),
     ) -> None:
         self._compare, self._on_begin, self._on_step = compare, on_begin, on_step
         self._agree_on_found = agree_on_found
@@ -80,6 +88,7 @@ class OptimizerGuard:
         """Optimizers that are taking their first step, in which they make their state."""
         self._state_nbytes: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         """Bytes of the buffer that the state of each optimizer was moved to."""
+        self.wholes = WholeSteps(pieces, phase)
         _install_hook()
         _guards[owner] = self
 
@@ -114,21 +123,26 @@ class OptimizerGuard:
             if shards:
                 self._checked[optimizer] = groups, len(groups)
                 self._to_rehome.add(optimizer)
+                self.wholes.watch(optimizer, shards)
                 if next(parameters_of(optimizer, shards), None) is not None:
                     self._own.add(optimizer)
                     hook_state_dicts(optimizer)
         if optimizer in self._own and is_training:
             self._before_own_step(optimizer)
+        self.wholes.before_step(optimizer, is_training=is_training)
 
     def after_step(self, optimizer: torch.optim.Optimizer, *, is_training: bool = True) -> None:
         """Move the state that an optimizer made in its first step into one buffer."""
+        self.wholes.after_step(optimizer)
         if is_training:
             self._on_step(time.perf_counter() - self._began_s)
             if optimizer in self._own:
                 self._after_own_step()
         if optimizer in self._to_rehome:
             self._to_rehome.discard(optimizer)
-            self._state_nbytes[optimizer] = rehome_state(optimizer, self.shards().keys())
+            self._state_nbytes[optimizer] = rehome_state(
+                optimizer, self.shards().keys(), of_wholes=steps_wholes(optimizer)
+            )
 
     def after_unscaling(self, optimizer: torch.optim.Optimizer, found: Sequence[torch.Tensor]) -> None:
         """Let all ranks find what a scaler has found in the shards of one of them, so that they skip the same steps."""
@@ -137,13 +151,14 @@ class OptimizerGuard:
             self._agree_on_found(found)
 
     def check(self, optimizer: torch.optim.Optimizer, shards: Mapping[int, ParamShard]) -> None:
-        """Refuse an optimizer that would step the shards wrongly.
+        """Refuse an optimizer that would step the shards wrongly, and drop state of whole parameters of other owners.
 
         Raises:
             OptimizerError: the class is refused, or the optimizer has a parameter twice, state for a full parameter, or
                 state of another rank's shards.
         """
         seen: set[int] = set()
+        is_whole = steps_wholes(optimizer)
         for _, param in parameters_of(optimizer, shards):
             spec = shards[id(param)].spec
             if not seen:
@@ -154,7 +169,7 @@ class OptimizerGuard:
                 )
             seen.add(id(param))
             state: Mapping[str, Any] = optimizer.state.get(param, {})
-            for key, value in state.items():
+            for key, value in () if is_whole else state.items():
                 if not fits(key, value, param, spec):
                     raise OptimizerError(
                         f"State {key!r} of {spec.fqn} in {name_of(optimizer)} is {text_of(value)}, but its shard here "
@@ -162,11 +177,20 @@ class OptimizerGuard:
                         "fxzero.compile(model, optimizer=optimizer)."
                     )
         if seen:
-            foreign = foreign_state(optimizer, shards)
-            self._compare(foreign or f"{name_of(optimizer)} has {'loaded' if optimizer.state else 'no'} state")
+            held = self._held_by(optimizer, shards)
+            foreign = foreign_state(optimizer, held)
+            self._compare(foreign or f"{name_of(optimizer)} has {'loaded' if has_state(optimizer) else 'no'} state")
             if foreign is not None:
                 raise OptimizerError(foreign)
-            unmark(optimizer, shards)
+            unmark(optimizer, held)
+            drop_unowned(optimizer, held)
+
+    def _held_by(self, optimizer: torch.optim.Optimizer, shards: Mapping[int, ParamShard]) -> Mapping[int, ParamShard]:
+        """What this rank has of the state of each parameter."""
+        pieces = self.pieces()
+        if pieces is None or not steps_wholes(optimizer):
+            return shards
+        return owned_shards(optimizer, shards, pieces.layout, pieces.rank)
 
 
 _guards: weakref.WeakKeyDictionary[nn.Module, OptimizerGuard] = weakref.WeakKeyDictionary()
@@ -211,9 +235,12 @@ _making_state: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 """Optimizers that make their state because torch.distributed.checkpoint asks for it."""
 
 
-def _before_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+def _before_step(
+    optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     if is_probe(optimizer):
-        return
+        return None
+    called = closures.called_before(args, kwargs) if steps_wholes(optimizer) and _is_ours(optimizer) else None
     if not optimizer.state and torch_internals.is_making_optimizer_state():
         _making_state.add(optimizer)
     is_training = optimizer not in _making_state
@@ -222,6 +249,13 @@ def _before_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object)
             guard.forget(optimizer)
     for guard in list(_guards.values()):
         guard.before_step(optimizer, is_training=is_training)
+    return called
+
+
+def _is_ours(optimizer: torch.optim.Optimizer) -> bool:
+    """True if an optimizer steps a parameter of a compiled model, sharded yet or not."""
+    params = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    return any(id(param) in params for owner in list(_guards) for param in owner.parameters())
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
@@ -232,7 +266,8 @@ def _after_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) 
         guard.after_step(optimizer, is_training=is_training)
     if not is_training:
         _making_state.discard(optimizer)
-        made_up.note(optimizer)
+        if not has_state(optimizer) or optimizer.state:
+            made_up.note(optimizer)
 
 
 def _after_unscaling(optimizer: torch.optim.Optimizer, found: Sequence[torch.Tensor]) -> None:

@@ -20,9 +20,11 @@ from fxzero import torch_internals
 _BEGIN_WITH_ZEROS = frozenset(
     {
         torch.optim.Adadelta,
+        torch.optim.Adafactor,
         torch.optim.Adam,
         torch.optim.AdamW,
         torch.optim.Adamax,
+        torch.optim.Muon,
         torch.optim.NAdam,
         torch.optim.RAdam,
         torch.optim.RMSprop,
@@ -43,6 +45,11 @@ def note(optimizer: torch.optim.Optimizer) -> None:
                 if isinstance(value, Tensor):
                     value.fill_(1 if key == _BEGIN_WITH_ONE else 0)
     _made_up[optimizer] = optimizer.state, _num_changes(optimizer)
+
+
+def is_noted(optimizer: torch.optim.Optimizer) -> bool:
+    """True if a step to make state was taken, though there may have been none to make on this rank."""
+    return optimizer in _made_up
 
 
 def is_unusable(optimizer: torch.optim.Optimizer) -> bool:

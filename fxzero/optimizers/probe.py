@@ -1,5 +1,6 @@
-"""Find out whether an optimizer is element-wise: step small parameters whole, and in slices as ranks hold them."""
+"""Find out what an optimizer looks at: step small parameters in slices as ranks hold them, or each without others."""
 
+import contextlib
 import copy
 import math
 import warnings
@@ -32,6 +33,8 @@ _SHAPES: Mapping[int, Sequence[tuple[int, ...]]] = {
 """Shapes of probed parameters by number of dimensions. Each has one above 4,096 elements, where 8-bit state begins."""
 _WRITES_AT = (torch.ops.aten.index_put_.default, torch.ops.aten.index_put.default)
 """Element-wise where they write one value at the elements of a mask."""
+_NUM_OWNERS = 2
+"""Copies that share the parameters between them."""
 _SLICES = ((0.0, 0.3), (0.3, 0.3), (0.3, 1.0))
 """From where to where the slice of each rank goes; one of them is empty."""
 _READS_OF_SIZES: Mapping[Any, str] = {
@@ -51,9 +54,7 @@ def why_not_elementwise(optimizer: torch.optim.Optimizer) -> str | None:
     All elements must be the same, bit for bit, and no operator may look at several at once. The optimizer, its
     parameters and the generators stay as they are.
     """
-    device = next((p.device for group in optimizer.param_groups for p in group["params"]), torch.device("cpu"))
-    if device.type == "meta":
-        device = torch.device("cpu")
+    device = _device_of(optimizer)
     watch = _Watch()
     try:
         with same_draws_of_python(), drawing_from(rng_state(device), device):
@@ -65,8 +66,7 @@ def why_not_elementwise(optimizer: torch.optim.Optimizer) -> str | None:
                 if not whole.is_made_of(slices):
                     return "its step of slices of parameters gives other numbers than its step of whole ones"
     except Exception as error:
-        lines = str(error).splitlines() or [""]
-        return f"it could not be tried on small parameters ({type(error).__name__}: {lines[0]})"
+        return _could_not_be_tried(error)
     if watch.sizes:
         return f"it reads sizes of tensors ({', '.join(sorted(watch.sizes))}), so what it does may depend on them"
     if watch.operators:
@@ -74,17 +74,52 @@ def why_not_elementwise(optimizer: torch.optim.Optimizer) -> str | None:
     return None
 
 
+def why_not_one_by_one(optimizer: torch.optim.Optimizer) -> str | None:
+    """Why an optimizer does not, or may not, step each parameter without a look at others; None if it does.
+
+    As `why_not_elementwise`, with copies that have gradients of all small parameters, or of some.
+    """
+    device = _device_of(optimizer)
+    try:
+        with same_draws_of_python(), drawing_from(rng_state(device), device):
+            together = _Probe(optimizer, device, None)
+            some = [_Probe(optimizer, device, None, stepped=(each, _NUM_OWNERS)) for each in range(_NUM_OWNERS)]
+            for step in range(_STEPS):
+                for probe in (together, *some):
+                    probe.step(step, contextlib.nullcontext())
+                if not together.is_spread_over(some):
+                    return "its step of some parameters gives them other numbers than its step of all"
+    except Exception as error:
+        return _could_not_be_tried(error)
+    return None
+
+
+def _device_of(optimizer: torch.optim.Optimizer) -> torch.device:
+    device = next((p.device for group in optimizer.param_groups for p in group["params"]), torch.device("cpu"))
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _could_not_be_tried(error: Exception) -> str:
+    lines = str(error).splitlines() or [""]
+    return f"it could not be tried on small parameters ({type(error).__name__}: {lines[0]})"
+
+
 class _Probe:
     """A copy of an optimizer that steps small parameters.
 
     Args:
         part: the slice of each parameter that it steps, as fractions; None for the whole.
+        stepped: `(i, n)`: only every n-th parameter from the i-th on has gradients.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, device: torch.device, part: tuple[float, float] | None
+        self,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        part: tuple[float, float] | None,
+        stepped: tuple[int, int] = (0, 1),
     ) -> None:
-        self._part = part
+        self._part, self._stepped = part, stepped
         self._optimizer = _copy_without_parameters(optimizer)
         self._params: list[tuple[nn.Parameter, tuple[int, ...]]] = []
         """Each parameter and its whole shape."""
@@ -106,7 +141,7 @@ class _Probe:
         Args:
             watch: what is to be around the optimizer's own code.
         """
-        for index, (param, shape) in enumerate(self._params):
+        for index, (param, shape) in self._with_gradients():
             scale = _SCALES[step % len(_SCALES)]
             param.grad = self._part_of(_values(shape, param, (step + 1) * len(self._params) + index).mul_(scale))
         take = type(self._optimizer).step
@@ -121,6 +156,18 @@ class _Probe:
             if not torch.equal(elements, param.detach().reshape(-1)):
                 return False
         return True
+
+    def is_spread_over(self, others: Sequence["_Probe"]) -> bool:
+        """True if each parameter is what it is in the one of some probes that steps it, bit for bit."""
+        return all(
+            torch.equal(param, self._params[index][0])
+            for other in others
+            for index, (param, _) in other._with_gradients()
+        )
+
+    def _with_gradients(self) -> Iterable[tuple[int, tuple[nn.Parameter, tuple[int, ...]]]]:
+        first, every = self._stepped
+        return list(enumerate(self._params))[first::every]
 
     def _part_of(self, whole: Tensor) -> Tensor:
         if self._part is None:

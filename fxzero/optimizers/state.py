@@ -16,7 +16,7 @@ from fxzero.graph.layout import ALIGNMENT_BYTES, Layout, ParamSpec, Slice, align
 from fxzero.runtime.storage import storage_view
 
 
-def rehome_state(optimizer: torch.optim.Optimizer, params: Collection[int]) -> int:
+def rehome_state(optimizer: torch.optim.Optimizer, params: Collection[int], *, of_wholes: bool = False) -> int:
     """Move every state tensor of a shard's shape into one buffer, one tensor at a time.
 
     On the CPU each tensor is freed before the next one is moved, and the pages of the buffer are mapped as they are
@@ -24,6 +24,7 @@ def rehome_state(optimizer: torch.optim.Optimizer, params: Collection[int]) -> i
 
     Args:
         params: the ids of the Parameter objects whose state is moved.
+        of_wholes: the state is that of whole parameters: tensors of any shape are moved, but for single elements.
 
     Returns:
         The bytes of the buffer; 0 if there was nothing to move, or two devices to move it on.
@@ -31,7 +32,7 @@ def rehome_state(optimizer: torch.optim.Optimizer, params: Collection[int]) -> i
     found: list[tuple[dict[str, Any], str]] = []
     for _, param in parameters_of(optimizer, params):
         state: dict[str, Any] = optimizer.state.get(param, {})
-        found += [(state, key) for key, value in state.items() if _is_like(value, param)]
+        found += [(state, key) for key, value in state.items() if _can_move(value, None if of_wholes else param.shape)]
     devices = {state[key].device for state, key in found}
     if len(devices) != 1:
         return 0
@@ -50,9 +51,15 @@ def rehome_state(optimizer: torch.optim.Optimizer, params: Collection[int]) -> i
     return nbytes
 
 
-def _is_like(value: object, shard: torch.Tensor) -> bool:
-    """True for a plain tensor; a subclass (8-bit state, say) would lose its form in a buffer."""
-    return type(value) is Tensor and value.shape == shard.shape and value.is_contiguous()
+def _can_move(value: object, shape: torch.Size | None) -> bool:
+    """True for a plain tensor of a shape; a subclass (8-bit state, say) would lose its form in a buffer.
+
+    Args:
+        shape: None for any of more than one element.
+    """
+    if type(value) is not Tensor or not value.is_contiguous():
+        return False
+    return value.numel() > 1 if shape is None else value.shape == shape
 
 
 _REBUILD = "Build the optimizer after fxzero.compile, from the parameters of what it returns."
@@ -67,10 +74,19 @@ class ParamShard:
     spec: ParamSpec
     part: Slice
     device: torch.device
+    owner: int | None = None
+    """The rank that steps the whole parameter and has its state, of which other ranks have nothing; None if all step
+    their slices."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.spec.shard_shape(self.part.numel)
+        is_owned = self.owner is not None and self.part.numel == self.spec.numel
+        return self.spec.shape if is_owned else self.spec.shard_shape(self.part.numel)
+
+    @property
+    def is_stepped(self) -> bool:
+        """True if this rank steps it, so that state for it may be here."""
+        return self.owner is None or self.part.numel == self.spec.numel
 
 
 def param_shards(
@@ -88,7 +104,8 @@ def cut_state(optimizer: torch.optim.Optimizer, shards: Mapping[int, ParamShard]
     """Cut the state that an optimizer has for full parameters into state for this rank's shards.
 
     A tensor of the parameter's shape becomes a slice with storage of its own on the shard's device, so that the full
-    tensor is freed. Accumulators that Adagrad made for a meta model are made anew for the shard. Scalars are kept.
+    tensor is freed. Accumulators that Adagrad made for a meta model are made anew for the shard. Scalars are kept. The
+    state of parameters that are stepped whole stays on their owners, and is dropped elsewhere.
 
     Args:
         optimizer: one that passed `check_optimizer`; its parameters may be cut already.
@@ -97,10 +114,11 @@ def cut_state(optimizer: torch.optim.Optimizer, shards: Mapping[int, ParamShard]
     Raises:
         OptimizerError: a state tensor has neither the parameter's shape nor a single element. Nothing was cut then.
     """
+    drop_unowned(optimizer, shards)
     states = [
         (optimizer.state[param], group, shards[id(param)])
         for group, param in parameters_of(optimizer, shards)
-        if param in optimizer.state
+        if param in optimizer.state and shards[id(param)].owner is None
     ]
     for state, _, shard in states:
         for key, value in state.items():
@@ -130,6 +148,13 @@ def _kind(key: str, value: object, spec: ParamSpec) -> Literal["like its paramet
     if tuple(value.shape) == spec.shape and not (value.numel() == 1 and key in _SCALARS):
         return "like its parameter"
     return "scalar" if value.numel() == 1 else "other"
+
+
+def drop_unowned(optimizer: torch.optim.Optimizer, held: Mapping[int, ParamShard]) -> None:
+    """Drop the state of parameters that another rank steps."""
+    for _, param in parameters_of(optimizer, held):
+        if not held[id(param)].is_stepped:
+            optimizer.state.pop(param, None)
 
 
 def is_like(key: str, value: Tensor, spec: ParamSpec) -> bool:

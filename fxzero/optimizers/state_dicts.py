@@ -21,9 +21,11 @@ from fxzero.checkpoint.callers import is_asked_by_checkpoint
 from fxzero.checkpoint.pieces import Pieces
 from fxzero.errors import CheckpointError
 from fxzero.optimizers import made_up
-from fxzero.optimizers.classes import state_per_element
+from fxzero.optimizers.classes import state_per_element, steps_wholes
 from fxzero.optimizers.marks import PREFIX, marks_of
 from fxzero.optimizers.state import ParamShard, is_like, name_of, text_of
+from fxzero.optimizers.whole import state as whole_state
+from fxzero.optimizers.whole.owners import owned_shards
 
 Held: TypeAlias = Mapping[int, tuple[ParamShard, Pieces]]
 """This rank's part of each parameter, by the id of the Parameter object, and what shows it."""
@@ -60,45 +62,65 @@ def after_state_dict(optimizer: torch.optim.Optimizer, state_dict: StateDict, he
     Raises:
         CheckpointError: torch.distributed.checkpoint asks, and there is no state yet, but gradients.
     """
+    held = _held_by(optimizer, held)
     params = [param for group in optimizer.param_groups for param in group["params"]]
     by_key = {key: held[id(param)] for key, param in enumerate(params) if id(param) in held}
     if not by_key:
         return None
-    show = partial(_with_pieces, by_key=by_key, is_made_up=made_up.is_unusable(optimizer))
+    is_made_up, is_whole = made_up.is_unusable(optimizer), steps_wholes(optimizer)
+    show = partial(_with_pieces, by_key=by_key, is_made_up=is_made_up, is_whole=is_whole)
     if not is_asked_by_checkpoint():
         for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
-            for shards in _of_each_model(held):
+            for shards in _by_model(held).values():
                 saved.update(marks_of(group, shards))
         return OptimizerStateDict(state_dict.items(), show)
-    if not optimizer.state and state_per_element([optimizer]) and _is_training(params, held):
+    shown = show(state_dict)
+    lacks_state = not shown["state"] and not made_up.is_noted(optimizer)
+    if lacks_state and state_per_element([optimizer]) and _is_training(params, held):
         if any(param.grad is not None for param in params):
             raise CheckpointError(
                 f"{name_of(optimizer)} has no state yet, but gradients: step, or call optimizer.zero_grad(), before "
                 "its state is saved or loaded."
             )
         torch_internals.make_optimizer_state(optimizer)
-        if optimizer.state:
+        if optimizer.state or is_whole:
             return optimizer.state_dict()
-    return show(state_dict)
+    return shown
 
 
-def _of_each_model(held: Held) -> Iterable[dict[int, ParamShard]]:
+def _held_by(optimizer: torch.optim.Optimizer, held: Held) -> Held:
+    """What this rank has of the state of each parameter: a slice, or all or nothing of a whole one."""
+    if not steps_wholes(optimizer):
+        return held
+    owned: dict[int, tuple[ParamShard, Pieces]] = {}
+    for pieces, shards in _by_model(held).items():
+        of_model = owned_shards(optimizer, shards, pieces.layout, pieces.rank)
+        owned.update({key: (shard, pieces) for key, shard in of_model.items()})
+    return owned
+
+
+def _by_model(held: Held) -> dict[Pieces, dict[int, ParamShard]]:
     found: dict[Pieces, dict[int, ParamShard]] = {}
     for key, (shard, pieces) in held.items():
         found.setdefault(pieces, {})[key] = shard
-    return found.values()
+    return found
 
 
 def _is_training(params: Iterable[Tensor], held: Held) -> bool:
     return any(param.requires_grad for param in params if id(param) in held)
 
 
-def _with_pieces(local: StateDict, *, by_key: Mapping[int, tuple[ParamShard, Pieces]], is_made_up: bool) -> StateDict:
-    """A state dict with pieces in the place of slices, and without marks."""
-    state = {
-        key: _show(values, *by_key[key], is_made_up=is_made_up) if key in by_key else values
-        for key, values in local["state"].items()
-    }
+def _with_pieces(
+    local: StateDict, *, by_key: Mapping[int, tuple[ParamShard, Pieces]], is_made_up: bool, is_whole: bool
+) -> StateDict:
+    """A state dict with pieces in the place of slices, and without marks; of whole parameters a collective."""
+    if is_whole:
+        state = whole_state.show(local["state"], by_key, is_made_up=is_made_up)
+    else:
+        state = {
+            key: _show(values, *by_key[key], is_made_up=is_made_up) if key in by_key else values
+            for key, values in local["state"].items()
+        }
     groups = [
         {key: value for key, value in group.items() if not key.startswith(PREFIX)} for group in local["param_groups"]
     ]
@@ -129,6 +151,7 @@ def before_load(optimizer: torch.optim.Optimizer, state_dict: StateDict, held: H
     Raises:
         CheckpointError: a tensor has another shape than its parameter, or a state is missing.
     """
+    held = _held_by(optimizer, held)
     groups = state_dict["param_groups"]
     keys = [key for group in groups for key in group["params"]]
     params = [param for group in optimizer.param_groups for param in group["params"]]
@@ -136,6 +159,12 @@ def before_load(optimizer: torch.optim.Optimizer, state_dict: StateDict, held: H
         return None  # which torch refuses
     is_of_slices = any(key.startswith(PREFIX) for group in groups for key in group)
     state = dict(state_dict["state"])
+    if steps_wholes(optimizer):
+        if state or is_of_slices:
+            whole_state.note_state(optimizer)
+        of_params = {key: held[id(param)][0] for key, param in zip(keys, params, strict=True) if id(param) in held}
+        cut = {key: whole_state.cut(state.pop(key), shard) for key, shard in of_params.items() if key in state}
+        return {**state_dict, "state": state | {key: values for key, values in cut.items() if values}}
     for key, param in zip(keys, params, strict=True):
         if id(param) in held and key in state:
             state[key] = _cut(state[key], *held[id(param)], is_of_slices=is_of_slices)

@@ -11,7 +11,7 @@ from torch import Tensor, nn, optim
 
 from fxzero.errors import OptimizerError
 from fxzero.graph.layout import ParamSpec, Slice
-from fxzero.optimizers.classes import ELEMENTWISE, REFUSED, check_optimizer
+from fxzero.optimizers.classes import ELEMENTWISE, REFUSED, WHOLE, check_optimizer
 from fxzero.optimizers.guard import OptimizerGuard
 from fxzero.optimizers.state import ParamShard, cut_state
 
@@ -132,7 +132,7 @@ def test_elementwise_class_passes(cls: Any):
 
 def test_every_class_of_torch_optim_is_decided():
     classes = {cls for cls in vars(optim).values() if isinstance(cls, type) and issubclass(cls, optim.Optimizer)}
-    assert classes - {optim.Optimizer} == {*ELEMENTWISE, *REFUSED}
+    assert classes - {optim.Optimizer} == {*ELEMENTWISE, *REFUSED, *WHOLE}
 
 
 @pytest.mark.parametrize("cls", REFUSED)

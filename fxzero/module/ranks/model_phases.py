@@ -128,6 +128,14 @@ class ModelPhases:
         self.begin(word)
         return self._until_the_end
 
+    def phase_of_step(self, word: str) -> AbstractContextManager[None]:
+        """Begin a phase inside of an optimizer's step, which `before_step` has announced; else as `phase`."""
+        depth = self._log.stepping_depth
+        try:
+            return self.phase(word)
+        finally:
+            self._log.stepping_depth = depth
+
     def begin(self, word: str) -> None:
         """A phase begins; `failed` or `end` follows."""
         if not self._log.members:

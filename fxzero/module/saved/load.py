@@ -75,8 +75,7 @@ def _load(engine: Engine, found: Path, optimizers: Optimizers) -> Any:
             _fix_layout_as(engine, saved)
         with agree.reporting_failure(sharded.group, TOPIC):
             tensors = _read(sharded, saved)
-            shards = sharded.held_shards()
-            states = [_read_state(saved, number, each, shards) for number, each in enumerate(optimizers)]
+            states = [_read_state(saved, number, each, sharded.held_by(each)) for number, each in enumerate(optimizers)]
         agree.agree(sharded.group, TOPIC, [f"read {found}"], timeout=sharded.timeout)
         _take_in(sharded, saved, tensors)
         for optimizer, state in zip(optimizers, states, strict=True):
@@ -169,7 +168,7 @@ def _read_state(
     state: dict[int, dict[str, Any]] = {}
     for index, shard in enumerate(shard for group in own.groups for shard in group):
         values: Mapping[str, Any] | None = facts["state"].get(shard.spec.fqn)
-        if values is not None:
+        if values is not None and shard.is_stepped:
             state[index] = {key: _value(saved, own, shard, key, value) for key, value in values.items()}
     options = [{key: decode(value) for key, value in group.items()} for group in facts["options"]]
     counts = iter(range(sum(map(len, own.groups))))
@@ -184,6 +183,8 @@ def _value(saved: Saved, own: OptimizerState, shard: ParamShard, key: str, value
     if value is not None:
         return decode(value[0])
     name = own.tensor(key, shard.spec.fqn)
+    if shard.owner is not None:
+        return saved.read(name).view(saved.shapes[name]).to(shard.device)
     if saved.shapes[name] != shard.spec.shape:
         raise CheckpointError(f"{name} is {saved.shapes[name]} in {saved.folder}; its parameter is {shard.spec.shape}.")
     return saved.read(name, shard.part.start, shard.part.stop).view(shard.shape).to(shard.device)

@@ -15,13 +15,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fxzero import torch_internals
-from fxzero.checkpoint.values import encode
+from fxzero.checkpoint.pieces import Exchange
+from fxzero.checkpoint.values import DTYPES, encode
 from fxzero.comm.groups import Group, Hierarchy, resolve_group
 from fxzero.errors import CheckpointError
 from fxzero.module.registered_tensors import entries
 from fxzero.module.sharded_model import ShardedModel
+from fxzero.optimizers.classes import steps_wholes
 from fxzero.optimizers.marks import PREFIX
 from fxzero.optimizers.state import ParamShard, name_of
+from fxzero.optimizers.whole.state import described_by_all
 
 Optimizers: TypeAlias = Sequence[torch.optim.Optimizer]
 TOPIC = "checkpoint"
@@ -80,8 +83,23 @@ class OptimizerState:
         """The slices of tensors like a parameter, by the tensor's name in a checkpoint."""
         self.values: dict[str, dict[str, Any]] = {}
         """All state by parameter and key: None for a slice, else the value as JSON."""
+        self.tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        """The dtype and shape of each tensor of which there are slices, on any rank, by its name in a checkpoint."""
         for param, state in optimizer.state.items():
             self._add(self._shard(param), state)
+
+    def complete(self, exchange: Exchange) -> None:
+        """Learn from other ranks what state they have of whole parameters; a collective."""
+        if not steps_wholes(self.optimizer):
+            return
+        held = {id(param): param for group in self.optimizer.param_groups for param in group["params"]}
+        own = {self.shards[key].spec.fqn: self.optimizer.state.get(param, {}) for key, param in held.items()}
+        self.values.clear()
+        for fqn, described in described_by_all(exchange, own).items():
+            self.values[fqn] = {key: [fact["value"]] if "value" in fact else None for key, fact in described.items()}
+            for key, fact in described.items():
+                if "value" not in fact:
+                    self.tensors[self.tensor(key, fqn)] = DTYPES[fact["dtype"]], tuple(fact["shape"])
 
     def _shard(self, param: Any) -> ParamShard:
         if id(param) not in self.shards:
@@ -94,11 +112,13 @@ class OptimizerState:
     def _add(self, shard: ParamShard, state: dict[str, Any]) -> None:
         values = self.values.setdefault(shard.spec.fqn, {})
         for key, value in state.items():
-            name = f"state {key!r} of {shard.spec.fqn}"
-            if isinstance(value, Tensor) and tuple(value.shape) == shard.shape:
-                self.slices[self.tensor(key, shard.spec.fqn)] = shard, value
+            name, is_tensor = f"state {key!r} of {shard.spec.fqn}", isinstance(value, Tensor)
+            if is_tensor and (tuple(value.shape) == shard.shape or (shard.owner is not None and value.numel() > 1)):
+                tensor = self.tensor(key, shard.spec.fqn)
+                self.slices[tensor] = shard, value
+                self.tensors[tensor] = value.dtype, shard.spec.shape if shard.owner is None else tuple(value.shape)
                 values[key] = None
-            elif isinstance(value, Tensor) and value.numel() > 1:
+            elif is_tensor and value.numel() > 1:
                 raise CheckpointError(
                     f"{name} of {name_of(self.optimizer)} is {tuple(value.shape)}, and the shard here {shard.shape}: "
                     "it is no part of a whole."
@@ -147,12 +167,11 @@ def set_random_states(states: dict[str, Any], device: torch.device) -> None:
 
 def tensors_of(
     sharded: ShardedModel, states: Sequence[OptimizerState]
-) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
-    """The name and shape of each tensor of a checkpoint, and a tensor of its dtype."""
+) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """The name, dtype and shape of each tensor of a checkpoint."""
     for fqn, param in sharded.params.items():
-        yield f"model/{fqn}", sharded.specs[fqn].shape, param
+        yield f"model/{fqn}", param.dtype, sharded.specs[fqn].shape
     for fqn, buffer in buffers(sharded).items():
-        yield f"buffer/{fqn}", tuple(buffer.shape), buffer
+        yield f"buffer/{fqn}", buffer.dtype, tuple(buffer.shape)
     for state in states:
-        for name, (shard, value) in state.slices.items():
-            yield name, shard.spec.shape, value
+        yield from ((name, *facts) for name, facts in state.tensors.items())

@@ -1,6 +1,7 @@
 """Write a checkpoint: every rank its slices, rank 0 the manifest, and a rename once all of it is on the disk."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,11 @@ def save(engine: Engine, root: Path, optimizers: Optimizers, extra: Any, keep: i
         fix_layout_without_trace(sharded)
         with agree.reporting_failure(group, TOPIC):
             own = {"extra": encode(extra, "extra"), "random": encode(random_states(sharded.devices.compute), "random")}
-            shards = sharded.held_shards()
-            states = [OptimizerState(number, each, shards) for number, each in enumerate(optimizers)]
+            states = [OptimizerState(number, each, sharded.held_by(each)) for number, each in enumerate(optimizers)]
             _refuse_made_up(optimizers)
+        for state in states:
+            state.complete(partial(agree.exchange_made, group, TOPIC, timeout=timeout))
+        with agree.reporting_failure(group, TOPIC):
             described = [state.described() for state in states]
             folder = Path(new_folder(root)) if is_first else root
         folder = Path(agree.exchange(group, TOPIC, [str(folder)], timeout=timeout)[0][0])
@@ -84,7 +87,7 @@ def _manifest(engine: Engine, states: Sequence[OptimizerState]) -> dict[str, Any
     assert sharded.shards is not None
     extra = extra_states(sharded.model)
     return {
-        "tensors": {n: [name_of_dtype(value.dtype), list(shape)] for n, shape, value in tensors_of(sharded, states)},
+        "tensors": {n: [name_of_dtype(dtype), list(shape)] for n, dtype, shape in tensors_of(sharded, states)},
         "further_names": further_names(sharded),
         "extra_states": {
             path: encode(module.get_extra_state(), f"extra state of {path}") for path, module in extra.items()
