@@ -255,7 +255,7 @@ class ShardedModel:
         """
         if self._replaced_data is None:
             return []
-        found = self._replaced_data.find()
+        found = self._replaced_data.find(self.whole)
         if found or self._had_replaced:
             self.in_flight.after_step()
             self._had_replaced = bool(found)
