@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -32,6 +32,7 @@ from fxzero.module.first_fill import fix_layout_without_trace
 from fxzero.module.gradients import norms
 from fxzero.module.gradients.asked_gradients import watch_gradients
 from fxzero.module.methods.call import Methods
+from fxzero.module.methods.summon import summon
 from fxzero.module.ranks.step_together import step_together
 from fxzero.module.saved.load import load_newest
 from fxzero.module.wrappers import refuse_wrappers
@@ -277,6 +278,8 @@ class ZeroModule(nn.Module):
             PlanError: a plan needs more than memory_budget, or other collectives than the calls before.
             RankMismatchError: ranks have compiled different models, options or orders of collectives.
         """
+        if self._fxzero_engine.sharded.phases.block:
+            return self._fxzero_model(*args, **kwargs)
         ownership.check_forward(self._fxzero_model)
         return self._fxzero_engine((args, kwargs))
 
@@ -496,6 +499,35 @@ class ZeroModule(nn.Module):
         with sharded.phases.phase("iter_full_params"):
             fix_layout_without_trace(sharded)
         return weights.full_params(sharded, rank0_only=rank0_only)
+
+    @contextmanager
+    def summon_full_params(
+        self, names: Iterable[str] | None = None, writeback: bool = True, rank0_only: bool = False
+    ) -> Generator[None]:
+        """Whole parameters in the place of shards inside of the context, to read and change them; a collective.
+
+            with zero.summon_full_params(["head"]):
+                zero.head.weight[3] = 0  # under torch.no_grad()
+
+        Inside, each rank holds copies of the whole parameters. Under torch.no_grad() the model that was compiled, and
+        its parts, can be called and saved as plain ones, in the dtypes of the parameters. Steps, collectives of the
+        module and gradients of whole parameters are refused. At the end each rank cuts what is there then into its
+        shards, where all ranks must have equal values. Where the block raises, changes are dropped.
+
+        Args:
+            names: of parameters, or paths of modules. Default: all parameters.
+            writeback: keep changes; False drops them.
+            rank0_only: only rank 0 gets whole parameters, and other ranks keep their shards; with `writeback` all ranks
+                get what rank 0 has at the end.
+
+        Raises:
+            ValueError: there is no parameter or module of a name.
+            FxzeroError: at the end, if a parameter has another shape or dtype, or a gradient; inside, where parameters
+                must be shards.
+            RankMismatchError: ranks name other parameters, do something else, or have left other values.
+        """
+        with summon(self._fxzero_engine, names, writeback=writeback, rank0_only=rank0_only):
+            yield
 
     @property
     def resumed(self) -> Any:

@@ -1,6 +1,6 @@
 """Each call of a compiled module: find or make the plan for its kind, run forward, and run backward when that comes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from fxzero.capture.call import CallSpec, flatten_call
 from fxzero.capture.numbers import PinnedNumberError
 from fxzero.capture.state import Values
 from fxzero.comm import agree
-from fxzero.errors import InputMismatchError, PlanError
+from fxzero.errors import FxzeroError, InputMismatchError, PlanError
 from fxzero.graph.variant import Stash
 from fxzero.host.memory_in_use import MemoryInUse
 from fxzero.module.call import Call, StepFunction
@@ -205,15 +205,27 @@ class Engine:
             each.fill_(0).add_(largest.to(each))
 
     def before_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Refuse the step of an optimizer whose gradients no_sync() holds.
+        """Refuse the step of an optimizer whose gradients no_sync() holds, or whose parameters are no shards.
 
         Raises:
             PlanError: it would take gradients that are not averaged yet.
+            FxzeroError: its parameters are gathered for a block, or a method.
         """
+        if self.sharded.whole:
+            self._check_no_member(optimizer, self.sharded.whole)
         self.sharded.is_stepping = True
         gradients = self.sharded.gradients
         if gradients is not None and gradients.are_held:
             gradients.check_reduced({id(param) for group in optimizer.param_groups for param in group["params"]})
+
+    def _check_no_member(self, optimizer: torch.optim.Optimizer, fqns: Collection[str]) -> None:
+        held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+        fqn = next((fqn for fqn in fqns if id(self.sharded.params[fqn]) in held), None)
+        if fqn is not None and self.sharded.shards is not None:
+            raise FxzeroError(
+                f"{type(optimizer).__name__} steps {fqn}, which is gathered here; its gradient and its state are those "
+                f"of a shard. Step outside of {self.sharded.phases.block or 'the method that gathers it'}."
+            )
 
     def after_optimizer(self, seconds: float) -> None:
         """Note that a step of an optimizer is over, of any in this process."""

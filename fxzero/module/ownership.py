@@ -134,6 +134,20 @@ def forward_set_to(model: nn.Module, forward: Callable[..., Any]) -> Generator[N
         model.__dict__["forward"] = before
 
 
+@contextmanager
+def as_uncompiled(model: nn.Module) -> Generator[None]:
+    """Let a model whose parameters are whole be called, saved and loaded inside of the block as before compile."""
+    names = ("forward", "state_dict", "load_state_dict")
+    attributes, own = model.__dict__, model.__dict__[_TAKEN]
+    for name in names:
+        del attributes[name]
+    attributes.update({name: own[name] for name in names if name in own})
+    try:
+        yield
+    finally:
+        attributes.update({name: _REFUSALS[name] for name in names})
+
+
 def with_own_forward(sharded: ShardedModel, function: Callable[..., Any]) -> Callable[..., Any]:
     """A function during which `model.forward` is the model's own."""
 

@@ -55,8 +55,11 @@ def _find(held: _Held, at: _At) -> tuple[ShardedModel, nn.Module]:
 
 
 def _is_outside(sharded: ShardedModel, module: nn.Module) -> bool:
-    """True if the module holds its own Parameter objects, and no stand-ins for them."""
-    return not sharded.ids.isdisjoint(map(id, torch_internals.tensor_tables(module)[0].values()))
+    """True if the module holds its own Parameter objects as shards, and no stand-ins for them."""
+    own = {id(param) for param in torch_internals.tensor_tables(module)[0].values()}
+    if sharded.whole:
+        own -= {id(sharded.params[fqn]) for fqn in sharded.whole}
+    return not sharded.ids.isdisjoint(own)
 
 
 def _call(held: _Held, at: _At, path: str, *args: Any, **kwargs: Any) -> Any:
@@ -66,7 +69,8 @@ def _call(held: _Held, at: _At, path: str, *args: Any, **kwargs: Any) -> Any:
     if sharded is None:  # the compiled module is gone
         return own(*args, **kwargs)
     run = sharded.method_run
-    if (sharded.whole and not torch.is_grad_enabled()) or id(next(module.parameters(), None)) not in sharded.ids:
+    all_are_whole = len(sharded.whole) == len(sharded.params)
+    if (all_are_whole and not torch.is_grad_enabled()) or id(next(module.parameters(), None)) not in sharded.ids:
         return own(*args, **kwargs)
     needs_graph = torch.is_grad_enabled() and _may_get_grad(module, (args, kwargs))
     fqns = fqns_of(sharded, module)
@@ -76,6 +80,11 @@ def _call(held: _Held, at: _At, path: str, *args: Any, **kwargs: Any) -> Any:
         if needs_graph and not path:
             return run.on_model(args, kwargs)
         run.on_part(path or "the model", needs_graph=needs_graph)
+    if not path and sharded.phases.block:
+        raise FxzeroError(
+            f"The model was called inside of `with zero.{sharded.phases.block}`, with gradients or with shards among "
+            "its parameters. Call it under torch.no_grad(), with all parameters gathered, or leave the block."
+        )
     if not path:
         return own(*args, **kwargs)  # its forward refuses
     if needs_graph:
@@ -158,7 +167,9 @@ def check_scalar(name: str, sharded: ShardedModel) -> None:
         FxzeroError: with the ways to read and to change it.
     """
     spec = sharded.specs.get(name)
-    if spec is not None and spec.shape == () and sharded.shards is not None and not sharded.comm.is_alone:
+    if spec is None or name in sharded.whole:
+        return
+    if spec.shape == () and sharded.shards is not None and not sharded.comm.is_alone:
         raise FxzeroError(
             f"{name} is a scalar parameter, whose only element lies on one rank: it cannot be computed with outside of "
             f"forward. Return what you need from forward; read it by zero.state_dict()[{name!r}], on every rank; to "

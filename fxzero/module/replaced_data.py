@@ -8,7 +8,7 @@ Here the old data is the memory of the shard, from which collectives send. So th
 phase runs, and afterwards the memory gets its own values back: outside of phases `backup` is what it was.
 """
 
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from typing import TypeAlias
 
@@ -39,8 +39,11 @@ class ReplacedData:
     def _places(self) -> tuple[list[int], list[int]]:
         return [param.data_ptr() for param in self._held], [int(param.storage_offset()) for param in self._empty]
 
-    def find(self) -> Replaced:
+    def find(self, whole: Collection[str] = ()) -> Replaced:
         """The parameters of which other data must be used now; empty in a usual step.
+
+        Args:
+            whole: names of parameters that are gathered, and so are not looked at.
 
         Raises:
             FxzeroError: the data has another shape, dtype or device than the shard.
@@ -50,7 +53,8 @@ class ReplacedData:
             return []
         places = dict(zip(map(id, self._held), zip(held, self._addresses, strict=True), strict=True))
         places |= dict(zip(map(id, self._empty), zip(empty, self._offsets, strict=True), strict=True))
-        changed = [fqn for fqn, param in self._params.items() if len({*places[id(param)]}) > 1]
+        shown = ((fqn, param) for fqn, param in self._params.items() if fqn not in whole)
+        changed = [fqn for fqn, param in shown if len({*places[id(param)]}) > 1]
         return [self._pair(fqn) for fqn in changed]
 
     def _pair(self, fqn: str) -> tuple[Tensor, Tensor]:

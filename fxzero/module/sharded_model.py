@@ -274,7 +274,7 @@ class ShardedModel:
             return []
         if self.is_stepping:
             self.end_step()
-        found = self._replaced_data.find()
+        found = self._replaced_data.find(self.whole)
         if found or self._had_replaced:
             self.in_flight.after_step()
             self._had_replaced = bool(found)

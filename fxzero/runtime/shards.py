@@ -204,7 +204,8 @@ def shard_full_params(
         real = [param for param in bucket.params if not params[param.fqn].is_meta or param.fqn in from_rank0]
         if real and sync_init and not comm.is_alone:
             received = torch.empty_like(shards.params.parts[bucket])
-            comm.scatter_from_rank0(received, _flatten(bucket, params, shards.device) if comm.is_rank0 else None)
+            values = {param.fqn: params[param.fqn] for param in bucket.params if not params[param.fqn].is_meta}
+            comm.scatter_from_rank0(received, flatten(bucket, values, shards.device) if comm.is_rank0 else None)
             for param in real:
                 part = bucket.slice_of(param, comm.rank)
                 shards.param_view(param.fqn).view(-1).copy_(received[part.offset : part.offset + part.numel])
@@ -215,12 +216,12 @@ def shard_full_params(
             install(param.fqn, params[param.fqn], shards.param_view(param.fqn))
 
 
-def _flatten(bucket: Bucket, params: Mapping[str, nn.Parameter], device: torch.device) -> torch.Tensor:
-    """The shards of all ranks, one after another, from full parameters; zeros where one is on meta."""
+def flatten(bucket: Bucket, full_params: Mapping[str, torch.Tensor], device: torch.device) -> torch.Tensor:
+    """The shards of all ranks, one after another, from full parameters; zeros where one is not given."""
     full = torch.zeros(bucket.numel, dtype=bucket.dtypes.shard, device=device)
     shards = full.split(bucket.shard_numel) if bucket.numel else []
-    for param in (param for param in bucket.params if not params[param.fqn].is_meta):
-        values = params[param.fqn].detach().view(-1)
+    for param in (param for param in bucket.params if param.fqn in full_params):
+        values = full_params[param.fqn].detach().reshape(-1)
         for rank, shard in enumerate(shards):
             part = bucket.slice_of(param, rank)
             shard[part.offset : part.offset + part.numel].copy_(values[part.start : part.stop])

@@ -66,7 +66,7 @@ def _asked(inputs: Sequence[Any]) -> Iterator[tuple[int, tuple[Engine, str]]]:
     for engine in _engines:
         sharded = engine.sharded
         if not sharded.ids.isdisjoint(map(id, inputs)):
-            names = {id(param): fqn for fqn, param in sharded.params.items()}
+            names = {id(param): fqn for fqn, param in sharded.params.items() if fqn not in sharded.whole}
             yield from ((i, (engine, names[id(each)])) for i, each in enumerate(inputs) if id(each) in names)
 
 

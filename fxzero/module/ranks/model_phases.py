@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import weakref
 import zlib
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 
 from fxzero.comm.heartbeat import heartbeat, report
 from fxzero.comm.phases import PhaseLog
+from fxzero.errors import FxzeroError
 from fxzero.optimizers.marks import PREFIX
 from fxzero.runtime.executable import Writes
 
@@ -85,6 +86,33 @@ class ModelPhases:
         self._digest = 0
         """Of all options that were seen, one after another."""
         self._until_the_end = _UntilTheEnd(self)
+        self.block = ""
+        """The block of the user's code that this rank is in, on whole parameters; empty outside of one."""
+        self._may_gather = True
+
+    @contextmanager
+    def in_block(self, block: str, *, may_gather: bool) -> Generator[None]:
+        """Refuse phases inside of a block of the user's code, in which parameters are no shards.
+
+        Args:
+            may_gather: all ranks are in the block, so that they can gather further parameters in it.
+        """
+        before = self.block, self._may_gather
+        self.block, self._may_gather = block, self._may_gather and may_gather
+        try:
+            yield
+        finally:
+            self.block, self._may_gather = before
+
+    @contextmanager
+    def gathering(self) -> Generator[None]:
+        """Let phases begin that gather further parameters for a block, if all ranks are in it."""
+        before = self.block
+        self.block = "" if self._may_gather else before
+        try:
+            yield
+        finally:
+            self.block = before
 
     @property
     def name(self) -> str:
@@ -137,7 +165,17 @@ class ModelPhases:
             self._log.stepping_depth = depth
 
     def begin(self, word: str) -> None:
-        """A phase begins; `failed` or `end` follows."""
+        """A phase begins; `failed` or `end` follows.
+
+        Raises:
+            FxzeroError: inside of a block in which parameters are no shards.
+        """
+        if self.block:
+            raise FxzeroError(
+                f"{word} of {self._name} inside of `with zero.{self.block}`, where parameters are whole and no shards. "
+                "Leave the block first; inside, read and change parameters, and call the model or its parts under "
+                "torch.no_grad()."
+            )
         if not self._log.members:
             return
         self._log.stepping_depth = 0
