@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fxzero.api import Schedule, ZeroModule, compile
-    from fxzero.checkpoints import load, load_pretrained, save
+    from fxzero.checkpoints import export, load, load_pretrained, save
     from fxzero.cost.model import Cluster, Device, Link
     from fxzero.errors import (
         CaptureError,
@@ -54,6 +54,7 @@ __all__ = [
     "StepLeftOutError",
     "ZeroModule",
     "compile",
+    "export",
     "keep_freed_memory",
     "load",
     "load_pretrained",
@@ -68,6 +69,7 @@ _MODULE_OF = {
     "Schedule": "fxzero.api",
     "ZeroModule": "fxzero.api",
     "compile": "fxzero.api",
+    "export": "fxzero.checkpoints",
     "keep_freed_memory": "fxzero.host.allocator",
     "load": "fxzero.checkpoints",
     "load_pretrained": "fxzero.checkpoints",

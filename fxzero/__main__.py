@@ -29,16 +29,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str], progress: Progress) -> int:
-    from fxzero.commands import calibrate
+    from fxzero.commands import calibrate, export
     from fxzero.train import command as train
 
     parser = argparse.ArgumentParser(prog="fxzero", description="PyTorch ZeRO-3, scheduled at compile time.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train.add_arguments(commands.add_parser("train", help=train.HELP))
     calibrate.add_arguments(commands.add_parser("calibrate", help=calibrate.HELP))
+    export.add_arguments(commands.add_parser("export", help=export.HELP))
     arguments = parser.parse_args(argv)
     if arguments.command == "train":
         return train.run(arguments, argv, progress)
+    if arguments.command == "export":
+        return export.run(arguments)
     return calibrate.run(arguments, argv)
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fxzero import torch_internals
+from fxzero.checkpoint.export import parse_size
 from fxzero.comm import agree
 from fxzero.cost.model import Cluster
 from fxzero.errors import FxzeroError, OptimizerError
@@ -34,6 +35,7 @@ from fxzero.module.gradients.asked_gradients import watch_gradients
 from fxzero.module.methods.call import Methods
 from fxzero.module.methods.summon import summon
 from fxzero.module.ranks.step_together import step_together
+from fxzero.module.saved import export
 from fxzero.module.saved.load import load_newest
 from fxzero.module.wrappers import refuse_wrappers
 from fxzero.optimizers.classes import check_optimizer
@@ -444,6 +446,7 @@ class ZeroModule(nn.Module):
         keep_vars: bool = False,
         *,
         rank0_only: bool = False,
+        trainable_only: bool = False,
     ) -> dict[str, Any]:
         """The full state dict with the model's own names; a collective, to be called on every rank.
 
@@ -455,21 +458,35 @@ class ZeroModule(nn.Module):
             prefix: prepended to each name, as in nn.Module.
             keep_vars: has no effect, since the tensors are copies.
             rank0_only: give the state to rank 0 alone; other ranks get an empty dict.
+            trainable_only: leave out buffers, and parameters that need no gradient: what is left of a model with
+                adapters are the adapters.
 
         Returns:
             Copies of parameters and buffers at their full shapes by name; tied parameters share one tensor.
         """
+        if trainable_only:
+            state = weights.trainable_state_dict(self._fxzero_engine.sharded, rank0_only=rank0_only, prefix=prefix)
+            return state if destination is None else {**destination, **state}
         return weights.state_dict(
             self._fxzero_engine.sharded, rank0_only=rank0_only, prefix=prefix, destination=destination
         )
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        strict: bool = True,
+        assign: bool = False,
+        *,
+        trainable_only: bool = False,
+    ) -> Any:
         """Load a state dict with the model's own names; a collective. Every rank passes it, and keeps its slices.
 
         Args:
             state_dict: tensors at their full shapes by name, or DTensors of such shapes.
             strict: raise if a name is missing or unexpected; False loads the names that fit.
             assign: must be False.
+            trainable_only: the state has the parameters that need a gradient, and nothing else, as that of
+                `state_dict(trainable_only=True)`; all others stay as they are.
 
         Returns:
             The missing and the unexpected names, as `nn.Module.load_state_dict` returns them.
@@ -481,7 +498,35 @@ class ZeroModule(nn.Module):
         """
         if assign:
             raise ValueError("assign=True would replace the shards. Load with assign=False.")
-        return weights.load_state_dict(self._fxzero_engine.sharded, state_dict, strict=strict)
+        sharded = self._fxzero_engine.sharded
+        return weights.load_state_dict(sharded, state_dict, strict=strict, trainable_only=trainable_only)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *, max_shard_size: int | str = "50GB", **options: Any
+    ) -> Any:
+        """Write a folder for Hugging Face's `from_pretrained`; a collective, to be called on every rank.
+
+        Rank 0 writes bucket by bucket as they are gathered, so that no rank holds the model. The configuration of a
+        model of transformers, and what else belongs to it, is written by its own method. Of a model with adapters of
+        peft the files are those of the adapters. Of any other nn.Module there are the weights alone. A method of that
+        name that is the model's own is called instead; so is any where a `state_dict` is passed, on this rank alone.
+
+        Args:
+            save_directory: the folder, made if it is not there.
+            max_shard_size: the size that a file may have, in bytes or as "5GB".
+            options: what else the model's own `save_pretrained` takes.
+
+        Raises:
+            OSError: a file cannot be written, on rank 0; a RankMismatchError names it on the others.
+            ValueError: max_shard_size is no size, or `push_to_hub` is set.
+        """
+        model, max_bytes = self._fxzero_model, parse_size(max_shard_size)
+        is_known = export.is_of_transformers(model) or export.has_adapters(model)
+        if "state_dict" in options or (not is_known and hasattr(model, "save_pretrained")):
+            return self._fxzero_methods.attribute("save_pretrained")(save_directory, **options)
+        if options.get("push_to_hub"):
+            raise ValueError("push_to_hub would upload before the weights are written. Upload the folder afterwards.")
+        return export.save_pretrained(self._fxzero_engine.sharded, Path(save_directory), max_bytes, options)
 
     def iter_full_params(self, *, rank0_only: bool = False) -> Iterator[tuple[str, torch.Tensor | None]]:
         """Gather the parameters bucket by bucket, each once under its canonical name; a collective.

@@ -1,13 +1,17 @@
-"""Weights and optimizers of a compiled model in files: `fxzero.save`, `fxzero.load` and `fxzero.load_pretrained`."""
+"""Weights and optimizers of a compiled model in files: `fxzero.save`, `load`, `load_pretrained` and `export`."""
 
 import os
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 
 from fxzero.api import ZeroModule
+from fxzero.checkpoint import export as exporting
+from fxzero.checkpoint.files import Saved, newest
+from fxzero.errors import CheckpointError
 from fxzero.module.saved import load as loading
 from fxzero.module.saved import pretrained
 from fxzero.module.saved import save as saving
@@ -91,6 +95,47 @@ def load_pretrained(zero: ZeroModule, folder: str | os.PathLike[str], *, strict:
         CheckpointError: names or shapes do not fit, or a file is truncated or no safetensors file.
     """
     return pretrained.load_pretrained(zero._fxzero_engine.sharded, Path(folder), strict=strict)
+
+
+def export(
+    folder: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    max_shard_size: int | str | None = None,
+    config: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write the weights of a checkpoint of `save` as plain safetensors files, in one process without ranks.
+
+    Tensor by tensor, so that no more than one is in memory. Names are those of the model. A tied parameter is stored
+    once; the header of each file names the others, as safetensors' `load_model` expects.
+
+    Args:
+        folder: the checkpoint, or a folder of checkpoints, of which the newest is meant.
+        target: a file that ends in `.safetensors`, or a folder for `model.safetensors`.
+        max_shard_size: the size that a file may have, in bytes or as "5GB"; larger weights become several files and an
+            index. Default: one file.
+        config: a folder of Hugging Face with the configuration of the model, say that from which it was loaded. All
+            files in it but weights are copied beside, so that `from_pretrained` loads what was written.
+        dtype: cast floating-point tensors. Default: the dtypes of the shards.
+
+    Returns:
+        The target.
+
+    Raises:
+        CheckpointError: there is no checkpoint, a file of it is damaged, or the configuration does not fit.
+        OSError: a file cannot be written; those of an earlier export are as they were.
+        ValueError: max_shard_size is no size, or dtype no floating-point one.
+    """
+    source, max_bytes = newest(Path(folder)), exporting.parse_size(max_shard_size)
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}; weights can be cast to floating-point dtypes.")
+    if source is None:
+        raise CheckpointError(f"There is no checkpoint in {folder}.")
+    with closing(Saved(source)) as saved:
+        beside = None if config is None else Path(config)
+        exporting.export(saved, Path(target), max_bytes=max_bytes, config=beside, dtype=dtype)
+    return Path(target)
 
 
 def _as_tuple(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:

@@ -18,6 +18,8 @@ ALLOWED = {
         "'_init_weights'",
     ): "a method of transformers' models, and of models that follow them",
     ("fxzero/module/initialize.py", "'_is_hf_initialized'"): "an attribute that transformers sets",
+    ("fxzero/module/saved/export.py", "'_keys_to_ignore_on_save'"): "an attribute of transformers' models",
+    ("fxzero/module/saved/export.py", "'_hf_peft_config_loaded'"): "an attribute of transformers' models",
     ("fxzero/train/corpus.py", "'_sysconfigdata'"): "the name of a file of Python",
 }
 """By path and symbol: why it stands where it is."""

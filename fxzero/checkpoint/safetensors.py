@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,15 +27,21 @@ from fxzero.errors import CheckpointError
 _DTYPES = {
     torch.int64: "I64",
     torch.float64: "F64",
-    torch.int32: "I32",
+    torch.complex64: "C64",
     torch.float32: "F32",
+    torch.int32: "I32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
+    torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
 """Maps each dtype to its name in the format. The library stores tensors in the order of these dtypes, then by name."""
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
+"""The file in a folder that says which tensor lies in which file, where there are several."""
 
 
 @dataclass(frozen=True)
@@ -86,33 +93,71 @@ def save_stream(
     tensors: Iterable[tuple[str, torch.Tensor]],
     metadata: Mapping[str, str],
 ) -> None:
-    """Write tensors as they come, in any order, to a file that exists only once it is complete.
+    """Write one file, as `save_streams` writes several."""
+    save_streams({path: announced}, tensors, metadata)
+
+
+def save_streams(
+    files: Mapping[Path, Mapping[str, torch.Tensor]],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write tensors as they come, in any order, to files that exist only once all of them are complete.
 
     Args:
-        announced: tensors on the meta device, or others, with the shape and dtype of every tensor of the file by name.
+        files: maps each file to its tensors by name, which are on the meta device, or others with the shape and dtype
+            of those that will come.
         tensors: the name and value of each tensor, once; a value is read before the next one is asked for.
-        metadata: free text that is stored in the header.
+        metadata: free text that is stored in the headers.
 
     Raises:
         ValueError: a tensor that came is not the one announced, or one did not come.
     """
-    layout = _Layout.of(announced, metadata)
-    begins = dict(layout.begins)
-    partial = _partial(path)
-    with partial.open("r+b" if partial.exists() else "w+b") as file:
-        file.write(layout.header)
-        file.truncate(layout.nbytes)
+    with ExitStack() as stack:
+        written = [stack.enter_context(_Writing(path, announced, metadata)) for path, announced in files.items()]
+        file_of = {name: file for file in written for name in file.begins}
         for name, tensor in tensors:
-            found = tensor.dtype, tuple(tensor.shape)
-            if name not in begins or found != (announced[name].dtype, tuple(announced[name].shape)):
-                raise ValueError(f"{name} {found} is not among the tensors announced, or was written before")
-            file.seek(begins.pop(name))
-            file.write(_bytes_of(tensor))
-        if begins:
-            raise ValueError(f"{len(begins)} tensors were announced and did not come: {', '.join(list(begins)[:5])}")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+            if name not in file_of:
+                raise ValueError(f"{name} {tuple(tensor.shape)} is not among the tensors announced")
+            file_of[name].write(name, tensor)
+        for file in written:
+            file.finish()
+    for path in files:
+        os.replace(_partial(path), path)
+
+
+class _Writing:
+    """A file that is being written, under a name that says so."""
+
+    def __init__(self, path: Path, announced: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+        self._announced, self._layout = announced, _Layout.of(announced, metadata)
+        self.begins = dict(self._layout.begins)
+        """Where the tensors begin that have not come yet."""
+        partial = _partial(path)
+        self._file = partial.open("r+b" if partial.exists() else "w+b")
+
+    def __enter__(self) -> _Writing:
+        self._file.write(self._layout.header)
+        self._file.truncate(self._layout.nbytes)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        announced = self._announced[name]
+        found = tensor.dtype, tuple(tensor.shape)
+        if name not in self.begins or found != (announced.dtype, tuple(announced.shape)):
+            raise ValueError(f"{name} {found} is not among the tensors announced, or was written before")
+        self._file.seek(self.begins.pop(name))
+        self._file.write(_bytes_of(tensor))
+
+    def finish(self) -> None:
+        """Let all of it be on the disk."""
+        if left := list(self.begins):
+            raise ValueError(f"{len(left)} tensors were announced and did not come: {', '.join(left[:5])}")
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
 
 def _partial(path: Path) -> Path:
@@ -169,7 +214,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: there is no such file, or one is truncated or not of this format.
     """
-    index = path / _INDEX
+    index = path / INDEX
     if index.is_file():
         names = sorted({*json.loads(index.read_text())["weight_map"].values()})
         files = [path / Path(name).name for name in names]

@@ -78,6 +78,19 @@ def state_dict(
     return result
 
 
+def trainable_state_dict(sharded: ShardedModel, *, rank0_only: bool, prefix: str = "") -> dict[str, torch.Tensor]:
+    """The full parameters that need a gradient; tied ones under each of their names. See `ZeroModule.state_dict`."""
+    names = _trainable(sharded)
+    copies = full_copies(sharded, rank0_only=rank0_only, of={*names.values()})
+    return {f"{prefix}{name}": copies[fqn] for name, fqn in names.items() if fqn in copies}
+
+
+def _trainable(sharded: ShardedModel) -> dict[str, str]:
+    """`_names` of the parameters that need a gradient."""
+    trained = {fqn for fqn, param in sharded.params.items() if param.requires_grad}
+    return {name: fqn for name, fqn in _names(sharded).items() if fqn in trained}
+
+
 def _the_copy(value: Any, copies: Mapping[int, torch.Tensor]) -> Any:
     """The copy that a value is a view of, so that tied parameters share one tensor; the value itself if it is not."""
     copy = copies.get(value.untyped_storage().data_ptr()) if copies and isinstance(value, torch.Tensor) else None
@@ -137,6 +150,7 @@ def full_copies(
                 lines += describe_buffers(sharded.model)
                 agree.agree(sharded.group, "state dict", lines, timeout=sharded.timeout)
             given = {} if rank0_only and not sharded.comm.is_rank0 else sharded.params
+            given = {fqn: param for fqn, param in given.items() if of is None or fqn in of}
             copies = {fqn: param.detach().clone() for fqn, param in given.items()}
             if not rank0_only and _has_rank0(sharded):
                 for copy in copies.values():
@@ -147,11 +161,14 @@ def full_copies(
     return {fqn: value.clone() for fqn, value in gathered if value is not None and (of is None or fqn in of)}
 
 
-def load_state_dict(sharded: ShardedModel, state: Mapping[str, Any], *, strict: bool) -> Any:
+def load_state_dict(
+    sharded: ShardedModel, state: Mapping[str, Any], *, strict: bool, trainable_only: bool = False
+) -> Any:
     """Load a state dict that every rank passes; each keeps its slices. See `ZeroModule.load_state_dict`."""
     with sharded.phases.phase("load_state_dict"):
         with agree.reporting_failure(sharded.group, _TOPIC):
-            state, names, extra = dict(state), _names(sharded), _extra_states(sharded)
+            names, extra = (_trainable(sharded), {}) if trainable_only else (_names(sharded), _extra_states(sharded))
+            state = dict(state)
             missing, unexpected = _run_load_hooks(sharded, state)
             given = {names[name] for name in state if name in names}
             missing += [name for name, fqn in names.items() if name not in state and fqn not in given]
