@@ -3,6 +3,7 @@
 who asks                                         state          groups
 a user: optimizer.state_dict()                   slices         marks say whose slices they are
 torch.distributed.checkpoint                     pieces         as in plain PyTorch
+accelerator.save_state; whole_state_dict()       whole tensors  as in plain PyTorch
 
 What is loaded may be slices with the mark of this rank, or pieces, other DTensors and full tensors, which are cut.
 """
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fxzero import torch_internals
-from fxzero.checkpoint.callers import is_asked_by_checkpoint
+from fxzero.checkpoint.callers import is_asked_by_checkpoint, is_asked_for_whole
 from fxzero.checkpoint.pieces import Pieces
 from fxzero.errors import CheckpointError
 from fxzero.optimizers import made_up
@@ -36,13 +37,19 @@ class OptimizerStateDict(dict[str, Any]):
     It is copied as such, and pickled as a plain dict in order.
     """
 
-    def __init__(self, items: Iterable[tuple[str, Any]], show: Callable[[StateDict], StateDict]) -> None:
+    def __init__(
+        self, items: Mapping[str, Any] | Iterable[tuple[str, Any]], show: Callable[[StateDict], StateDict] = dict
+    ) -> None:
         super().__init__(items)
         self._show = show
 
     def items(self) -> Any:  # type: ignore[override]
         """The items of this rank; with pieces if torch.distributed.checkpoint asks."""
         return self._show(self).items() if is_asked_by_checkpoint() else super().items()
+
+    def shown(self) -> StateDict:
+        """The state dict with pieces in the place of slices."""
+        return self._show(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OptimizerStateDict":
         return OptimizerStateDict(copy.deepcopy(dict(dict.items(self)), memo).items(), self._show)
@@ -65,6 +72,8 @@ def after_state_dict(optimizer: torch.optim.Optimizer, state_dict: StateDict, he
     if not by_key:
         return None
     show = partial(_with_pieces, by_key=by_key, is_made_up=made_up.is_unusable(optimizer))
+    if is_asked_for_whole():
+        return _whole(show(state_dict))
     if not is_asked_by_checkpoint():
         for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
             for shards in _of_each_model(held):
@@ -80,6 +89,26 @@ def after_state_dict(optimizer: torch.optim.Optimizer, state_dict: StateDict, he
         if optimizer.state:
             return optimizer.state_dict()
     return show(state_dict)
+
+
+def whole_state_dict(optimizer: torch.optim.Optimizer) -> StateDict:
+    """The state dict of an optimizer as plain PyTorch has it, with whole tensors; a collective.
+
+    Every optimizer loads it, of a compiled model at any number of ranks or of the plain one.
+    """
+    local = optimizer.state_dict()
+    return _whole(local.shown()) if isinstance(local, OptimizerStateDict) else local
+
+
+def _whole(shown: StateDict) -> StateDict:
+    state = {
+        key: {
+            name: value.full_tensor() if hasattr(value, "full_tensor") else value
+            for name, value in shown["state"][key].items()
+        }
+        for key in sorted(shown["state"])  # the same order on all ranks
+    }
+    return {**shown, "state": state}
 
 
 def _of_each_model(held: Held) -> Iterable[dict[int, ParamShard]]:
@@ -121,6 +150,15 @@ def _show(values: Mapping[str, Any], shard: ParamShard, pieces: Pieces, *, is_ma
         else:
             shown[key] = value
     return shown
+
+
+def is_whole(state_dict: StateDict) -> bool:
+    """True if a state dict has the state of whole parameters."""
+    if any(key.startswith(PREFIX) for group in state_dict["param_groups"] for key in group):
+        return False
+    return any(
+        isinstance(value, Tensor) and value.dim() for state in state_dict["state"].values() for value in state.values()
+    )
 
 
 def before_load(optimizer: torch.optim.Optimizer, state_dict: StateDict, held: Held) -> StateDict | None:
