@@ -1,12 +1,12 @@
 """What a launcher such as torchrun tells a process, for libraries that ask for it."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 
 @contextmanager
-def launched(rank: int, world_size: int) -> Iterator[None]:
+def launched(rank: int, world_size: int) -> Generator[None]:
     """Set the environment of a rank of torchrun inside of the block."""
     before = dict(os.environ)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
