@@ -37,7 +37,7 @@ from fxzero.module.methods.summon import summon
 from fxzero.module.ranks.step_together import step_together
 from fxzero.module.saved import export
 from fxzero.module.saved.load import load_newest
-from fxzero.module.wrappers import refuse_wrappers
+from fxzero.module.wrappers import is_kept_by_accelerate, refuse_wrappers
 from fxzero.optimizers.classes import check_optimizer
 from fxzero.optimizers.guard import OptimizerGuard, hook_state_dicts
 from fxzero.options import (
@@ -253,6 +253,7 @@ class ZeroModule(nn.Module):
             agree_on_found=engine.agree_on_found,
             on_begin=engine.before_optimizer,
             on_step=engine.after_optimizer,
+            fix_layout=partial(weights.before_checkpoint, engine.sharded),
             before_own_step=engine.sharded.phases.before_step,
             after_own_step=engine.sharded.phases.after_step,
             phase=engine.sharded.phases.phase_of_step,
@@ -318,6 +319,15 @@ class ZeroModule(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ZeroModule:  # type: ignore[override]
         ownership.refuse_conversion(self, fn)
         return self
+
+    @property
+    def _is_accelerate_prepared(self) -> bool:
+        """Tells `accelerator.prepare` to keep the module; it sets the attribute on all that it returns."""
+        return is_kept_by_accelerate()
+
+    @_is_accelerate_prepared.setter
+    def _is_accelerate_prepared(self, value: bool) -> None:
+        pass
 
     def __repr__(self) -> str:
         return f"ZeroModule({self._fxzero_model!r})"

@@ -25,6 +25,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("options", "planner"),
     ("api",),
     ("checkpoints",),
+    ("stacks",),
     ("commands",),
     ("train",),
     ("__main__",),

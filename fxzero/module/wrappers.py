@@ -5,13 +5,15 @@ nn.Module sees that. `fully_shard` looks into a registry of the module first, an
 """
 
 import functools
+import sys
 from typing import Any, NoReturn
 
+import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from fxzero import torch_internals
-from fxzero.errors import FxzeroError
+from fxzero.errors import FxzeroError, InputMismatchError
 
 _WRAPPERS = frozenset({"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"})
 """Names of the modules that train a copy, or a shard of their own, of the module in them."""
@@ -29,8 +31,8 @@ class _Composed(dict[str, object]):
 def _refuse(wrapper: str) -> NoReturn:
     raise FxzeroError(
         f"{wrapper} around a module of fxzero.compile would take this rank's shards for whole weights. The compiled "
-        "module averages gradients and shards by itself: train it without a wrapper (accelerate, Lightning and others "
-        "add one on their own: leave the module out of their prepare())."
+        "module averages gradients and shards by itself: train it without a wrapper. Where Accelerate with "
+        "mixed_precision=, the Trainer or Lightning adds one, take their form in fxzero.stacks (docs/migrating.md)."
     )
 
 
@@ -62,6 +64,25 @@ def _on_registration(module: nn.Module, name: str, submodule: Any) -> None:
     found = _WRAPPERS.intersection(cls.__name__ for cls in type(module).__mro__)
     if found and isinstance(submodule, nn.Module) and any(map(_is_refusing, submodule.modules())):
         _refuse(*found)
+
+
+def is_kept_by_accelerate() -> bool:
+    """True if `accelerator.prepare` may keep a compiled module as it is; it would not run it under autocast then.
+
+    Raises:
+        InputMismatchError: Accelerate does not know of all ranks.
+    """
+    state: Any = sys.modules.get("accelerate.state")
+    if state is None or not state.is_initialized():
+        return True
+    shared = state.AcceleratorState()  # one for all accelerators of a process
+    num_ranks = dist.get_world_size() if dist.is_initialized() else 1
+    if num_ranks != shared.num_processes:
+        raise InputMismatchError(
+            f"torch.distributed has {num_ranks} ranks, and the Accelerator {shared.num_processes}: all ranks would "
+            "train with the same data. Start the script by `accelerate launch` or torchrun."
+        )
+    return shared.mixed_precision == "no"
 
 
 def _is_refusing(module: nn.Module) -> bool:

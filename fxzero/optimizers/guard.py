@@ -20,7 +20,7 @@ from fxzero.optimizers.classes import check_optimizer, steps_wholes
 from fxzero.optimizers.marks import foreign_state, unmark
 from fxzero.optimizers.probe import is_probe
 from fxzero.optimizers.state import ParamShard, drop_unowned, fits, name_of, parameters_of, rehome_state, text_of
-from fxzero.optimizers.state_dicts import Held, StateDict, after_state_dict, before_load
+from fxzero.optimizers.state_dicts import Held, StateDict, after_state_dict, before_load, is_whole
 from fxzero.optimizers.whole import closures
 from fxzero.optimizers.whole.guard import WholeSteps
 from fxzero.optimizers.whole.owners import owned_shards
@@ -52,6 +52,7 @@ class OptimizerGuard:
             where that differs. It must not hold the owner.
         agree_on_found: lets ranks agree on what a gradient scaler has found: tensors that are not 0 where a gradient is
             not finite. It must not hold the owner.
+        fix_layout: makes the shards where there are none, on all ranks; must not hold the owner.
         on_begin: called before each step of any optimizer; must not hold the owner.
         on_step: called after each step of any optimizer with its seconds; must not hold the owner.
         before_own_step: called before each step of an optimizer that holds shards; must not hold the owner.
@@ -73,12 +74,13 @@ class OptimizerGuard:
         before_own_step: Callable[[torch.optim.Optimizer], object] = lambda optimizer: None,
         after_own_step: Callable[[], object] = lambda: None,
         phase: Callable[[str], AbstractContextManager[object]] = lambda word: contextlib.nullcontext(),
+        fix_layout: Callable[[], object] = lambda: None,
     ) -> None:
         self._compare, self._on_begin, self._on_step = compare, on_begin, on_step
         self._agree_on_found = agree_on_found
         self._before_own_step, self._after_own_step = before_own_step, after_own_step
         self._began_s = 0.0
-        self.shards, self.pieces = shards, pieces
+        self.shards, self.pieces, self.fix_layout = shards, pieces, fix_layout
         self.elementwise_optimizer = elementwise_optimizer
         self._checked: weakref.WeakKeyDictionary[Any, tuple[list[Any], int]] = weakref.WeakKeyDictionary()
         """The list of groups that was checked, which a load replaces, and its length."""
@@ -228,6 +230,11 @@ def _after_state_dict(optimizer: torch.optim.Optimizer, state_dict: StateDict) -
 
 
 def _before_load(optimizer: torch.optim.Optimizer, state_dict: StateDict) -> StateDict | None:
+    if is_whole(state_dict):
+        params = {id(param) for group in optimizer.param_groups for param in group["params"]}
+        for owner, guard in list(_guards.items()):
+            if not guard.shards() and not params.isdisjoint(map(id, owner.parameters())):
+                guard.fix_layout()
     return before_load(optimizer, state_dict, _held())
 
 

@@ -3,6 +3,7 @@
 who asks                                         state          groups
 a user: optimizer.state_dict()                   slices         marks say whose slices they are
 torch.distributed.checkpoint                     pieces         as in plain PyTorch
+accelerator.save_state; whole_state_dict()       whole tensors  as in plain PyTorch
 
 What is loaded may be slices with the mark of this rank, or pieces, other DTensors and full tensors, which are cut.
 """
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fxzero import torch_internals
-from fxzero.checkpoint.callers import is_asked_by_checkpoint
+from fxzero.checkpoint.callers import is_asked_by_checkpoint, is_asked_for_whole
 from fxzero.checkpoint.pieces import Pieces
 from fxzero.errors import CheckpointError
 from fxzero.optimizers import made_up
@@ -38,13 +39,19 @@ class OptimizerStateDict(dict[str, Any]):
     It is copied as such, and pickled as a plain dict in order.
     """
 
-    def __init__(self, items: Iterable[tuple[str, Any]], show: Callable[[StateDict], StateDict]) -> None:
+    def __init__(
+        self, items: Mapping[str, Any] | Iterable[tuple[str, Any]], show: Callable[[StateDict], StateDict] = dict
+    ) -> None:
         super().__init__(items)
         self._show = show
 
     def items(self) -> Any:  # type: ignore[override]
         """The items of this rank; with pieces if torch.distributed.checkpoint asks."""
         return self._show(self).items() if is_asked_by_checkpoint() else super().items()
+
+    def shown(self) -> StateDict:
+        """The state dict with pieces in the place of slices."""
+        return self._show(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OptimizerStateDict":
         return OptimizerStateDict(copy.deepcopy(dict(dict.items(self)), memo).items(), self._show)
@@ -69,6 +76,8 @@ def after_state_dict(optimizer: torch.optim.Optimizer, state_dict: StateDict, he
         return None
     is_made_up, is_whole = made_up.is_unusable(optimizer), steps_wholes(optimizer)
     show = partial(_with_pieces, by_key=by_key, is_made_up=is_made_up, is_whole=is_whole)
+    if is_asked_for_whole():
+        return _whole(show(state_dict))
     if not is_asked_by_checkpoint():
         for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
             for shards in _by_model(held).values():
@@ -86,6 +95,26 @@ def after_state_dict(optimizer: torch.optim.Optimizer, state_dict: StateDict, he
         if optimizer.state or is_whole:
             return optimizer.state_dict()
     return shown
+
+
+def whole_state_dict(optimizer: torch.optim.Optimizer) -> StateDict:
+    """The state dict of an optimizer as plain PyTorch has it, with whole tensors; a collective.
+
+    Every optimizer loads it, of a compiled model at any number of ranks or of the plain one.
+    """
+    local = optimizer.state_dict()
+    return _whole(local.shown()) if isinstance(local, OptimizerStateDict) else local
+
+
+def _whole(shown: StateDict) -> StateDict:
+    state = {
+        key: {
+            name: value.full_tensor() if hasattr(value, "full_tensor") else value
+            for name, value in shown["state"][key].items()
+        }
+        for key in sorted(shown["state"])  # the same order on all ranks
+    }
+    return {**shown, "state": state}
 
 
 def _held_by(optimizer: torch.optim.Optimizer, held: Held) -> Held:
@@ -143,6 +172,15 @@ def _show(values: Mapping[str, Any], shard: ParamShard, pieces: Pieces, *, is_ma
         else:
             shown[key] = value
     return shown
+
+
+def is_whole(state_dict: StateDict) -> bool:
+    """True if a state dict has the state of whole parameters."""
+    if any(key.startswith(PREFIX) for group in state_dict["param_groups"] for key in group):
+        return False
+    return any(
+        isinstance(value, Tensor) and value.dim() for state in state_dict["state"].values() for value in state.values()
+    )
 
 
 def before_load(optimizer: torch.optim.Optimizer, state_dict: StateDict, held: Held) -> StateDict | None:
