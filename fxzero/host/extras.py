@@ -4,7 +4,11 @@ from importlib.util import find_spec
 
 from fxzero.errors import MissingExtraError
 
-LIBRARIES = {"train": ("matplotlib", "safetensors", "tokenizers", "tqdm")}
+LIBRARIES = {
+    "train": ("matplotlib", "safetensors", "tokenizers", "tqdm"),
+    "finetune": ("peft", "transformers"),
+    "tensorboard": ("tensorboard",),
+}
 """The libraries of each extra by the name of their import, which is also their name in pyproject.toml."""
 
 
