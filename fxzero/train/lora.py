@@ -5,6 +5,7 @@ layers.0.q_proj.weight  ->  layers.0.q_proj.base_layer.weight          frozen
                             layers.0.q_proj.lora_B.default.weight      trained
 """
 
+import importlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -26,9 +27,9 @@ class Adapters:
     """The adapters of all linear layers of a model but the head, which are all that is trained from now on."""
 
     def __init__(self, model: nn.Module, rank: int, base: Path) -> None:
-        from peft import LoraConfig, inject_adapter_in_model
+        peft: Any = importlib.import_module("peft")
 
-        self.config = LoraConfig(
+        self.config: Any = peft.LoraConfig(
             r=rank,
             lora_alpha=2 * rank,
             target_modules="all-linear",
@@ -36,7 +37,7 @@ class Adapters:
             base_model_name_or_path=str(base.absolute()),
         )
         with torch.device("meta"):
-            inject_adapter_in_model(self.config, cast(Any, model), adapter_name=_NAME)
+            peft.inject_adapter_in_model(self.config, model, adapter_name=_NAME)
         self.model = model
         named = model.named_modules()
         self._last = {id(module): f".lora_B.{_NAME}" in name for name, module in named if ".lora_" in name}

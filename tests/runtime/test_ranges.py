@@ -39,7 +39,7 @@ def _train(profiled_steps: set[int]) -> tuple[list[torch.Tensor], list[set[str]]
         optimizer.step()
         optimizer.zero_grad()
         if profiler is not None:
-            found.append({event.name for event in profiler.events()})
+            found.append({event.name for event in profiler.events() or ()})
     assert "compute" in zero.schedule.text(measured=True)
     return [parameter.detach().clone() for parameter in zero.parameters()], found
 

@@ -71,16 +71,8 @@ def test_alone_it_goes_on_bit_for_bit(data: Path, tmp_path: Path, monkeypatch: A
 
 def test_two_ranks_one_and_three_go_on_with_the_same_samples(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    given = {
-        **SMALL,
-        "model": "llama",
-        "data": data,
-        "batch": 3,
-        "accumulate": 3,
-        "save_every": 2,
-        "keep": 9,
-        "steps": 4,
-    }
+    given = {**SMALL, "model": "llama", "data": data, "batch": 3, "accumulate": 3, "eval_batches": 3}
+    given |= {"save_every": 2, "keep": 9, "steps": 4}
     assert run_ranks(2, train, {**given, "out": out}) == [0, 0]
     losses = _losses(out)
     _forget(out, 1)
