@@ -66,6 +66,11 @@ def watch_unscaling(after: Callable[[torch.optim.Optimizer, Sequence[torch.Tenso
     scaler._unscale_grads_ = watched
 
 
+def is_profiling() -> bool:
+    """True while a profiler of torch records. `torch.autograd.profiler._is_profiler_enabled`: 2.11 to 2.13."""
+    return torch.autograd.profiler._is_profiler_enabled  # pyright: ignore[reportPrivateUsage]
+
+
 def direct_call(op: Any) -> Any:
     """The builtin behind an operator overload, which saves a Python call. `OpOverload._op`: 2.11 to 2.13."""
     return getattr(op, "_op", op)

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from fxzero.errors import MissingExtraError
+from fxzero.errors import FxzeroError
 
 ERROR_STATUS = 2
 """The exit status after `report`."""
@@ -17,7 +17,7 @@ class OwnError(CommandError):
     """A CommandError that the other ranks on this machine need not have."""
 
 
-def report(command: str, error: CommandError | MissingExtraError) -> int:
+def report(command: str, error: CommandError | FxzeroError) -> int:
     """Print an error: on the first rank of each machine, or on any that has it for itself.
 
     Returns:

@@ -8,6 +8,7 @@ LIBRARIES = {
     "train": ("matplotlib", "safetensors", "tokenizers", "tqdm"),
     "hf": ("transformers", "peft"),
     "stacks": ("accelerate", "lightning"),
+    "tensorboard": ("tensorboard",),
 }
 """The libraries of each extra by the name of their import, which is also their name in pyproject.toml."""
 

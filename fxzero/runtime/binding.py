@@ -43,6 +43,7 @@ from fxzero.planning.plan import VariantPlan
 from fxzero.runtime.cuda_streams import Events, bind_events
 from fxzero.runtime.gradients import UNREACHED, Gradients
 from fxzero.runtime.interleave import copy_in, copy_out
+from fxzero.runtime.ranges import Ranges
 from fxzero.runtime.shards import Shards, unflatten
 from fxzero.runtime.stopwatch import Stopwatch
 from fxzero.runtime.storage import Arena
@@ -134,8 +135,8 @@ class Binder:
         target, out = self.planned.activations.placed[node].variant
         return partial(torch_internals.direct_call(target), **{out: place})
 
-    def _timed(self, again: dict[str, Any], watch: Stopwatch) -> dict[str, Callable[..., Any]]:
-        """The functions with a call of a stopwatch after each line of the schedule; made for a few steps."""
+    def _timed(self, again: dict[str, Any], watch: Stopwatch | Ranges) -> dict[str, Callable[..., Any]]:
+        """The functions with a call of what looks on after each line of the schedule; made for a few steps."""
         code, mark = self.planned.timed_code(), {"mark": watch.mark} | self._reshapes()
         return _define(code, self.names | mark) | {"forward_again": _define(code, again | mark)["forward"]}
 

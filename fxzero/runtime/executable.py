@@ -12,19 +12,21 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import fx, nn
 
+from fxzero import torch_internals
 from fxzero.comm.base import Comm
 from fxzero.cost.measured import MEASURED_STEPS, MeasuredLines
 from fxzero.graph.aliasing import aliases, base
 from fxzero.graph.new_values import Computation
 from fxzero.graph.nodes import Role, grad_fqn, info, is_island, is_random, may_be_missing, members
 from fxzero.graph.recipe import Fqns
-from fxzero.graph.step import StepGraph, is_read_in_backward
+from fxzero.graph.step import Phase, StepGraph, is_read_in_backward
 from fxzero.graph.variant import Variant
 from fxzero.planning.narrow import narrow
 from fxzero.planning.plan import Plan, VariantPlan
 from fxzero.runtime.binding import Binder
 from fxzero.runtime.gradients import Gradients
 from fxzero.runtime.in_flight import InFlight
+from fxzero.runtime.ranges import Ranges
 from fxzero.runtime.shards import Shards
 from fxzero.runtime.stopwatch import Stopwatch
 from fxzero.runtime.storage import Arena
@@ -85,6 +87,8 @@ class Executable:
         self.device = plan.devices.compute
         self.stopwatch: Stopwatch | None = None
         """Measures the next forward, and its backward."""
+        self._ranges: Ranges | None = None
+        """Shows the lines of the schedule to a profiler."""
         self._lines: Stopwatch | None = None
         """Measures the lines of the schedule for somebody who asked for that."""
         self.example_only = False
@@ -133,7 +137,7 @@ class Executable:
         other.plan, other._tangents = plan, list(tangents)
         other._memory = self._binder.memory_for(self._storage.arena, plan.arena_bytes)
         other._functions, other._narrowed = {}, {}
-        other.stopwatch = other._lines = None
+        other.stopwatch = other._lines = other._ranges = None
         return other
 
     @property
@@ -155,12 +159,10 @@ class Executable:
         """Run the forward phase: the flat outputs and what backward needs."""
         functions = self._bound(next(iter(self._functions), self._variants[0]))
         are_there = self._in_flight.begin_forward(self._lasting)
-        watch = self.stopwatch
+        watch, name = self.stopwatch, "forward_again" if are_there else "forward"
         try:
-            functions = functions if watch is None else functions["timed"](watch)
-            run = functions["forward_again" if are_there else "forward"]
-            if watch is not None:
-                run = partial(watch.time_phase, run, is_first=True, is_last=not self.has_backward)
+            is_plain = watch is None and not torch_internals.is_profiling()
+            run = functions[name] if is_plain else self._observed(functions, name, Phase.FORWARD, watch)
             outputs = run(inputs, buffers)
             self._in_flight.end_forward(self._lasting)
             if self.written:
@@ -205,15 +207,31 @@ class Executable:
         watch, self.stopwatch = self.stopwatch, None
         self._in_flight.begin_backward()
         try:
-            run = functions["backward"] if are_dense else functions["strided"]()
-            if watch is not None:
-                run = partial(watch.time_phase, functions["timed"](watch)["backward"], is_first=False, is_last=True)
+            if watch is None and not torch_internals.is_profiling():
+                run = functions["backward"] if are_dense else functions["strided"]()
+            else:
+                run = self._observed(functions, "backward", Phase.BACKWARD, watch)
             input_grads = run(saved, tangents)
             self._in_flight.end_backward()
         except Exception as error:
             self._in_flight.failed(error)
             raise
         return input_grads
+
+    def _observed(
+        self, functions: Mapping[str, Callable[..., Any]], name: str, phase: Phase, watch: Stopwatch | None
+    ) -> Callable[..., Any]:
+        """A phase that a stopwatch measures, or in which a profiler finds the lines of the schedule, or both."""
+        if torch_internals.is_profiling():
+            ranges = self._ranges = self._ranges or Ranges(self.step)
+            ranges.also = watch
+            run = partial(ranges.run, phase, functions["timed"](ranges)[name])
+        else:
+            run = functions["timed"](watch)[name]
+        if watch is None:
+            return run
+        is_last = phase is Phase.BACKWARD or not self.has_backward
+        return partial(watch.time_phase, run, is_first=phase is Phase.FORWARD, is_last=is_last)
 
     def measure_lines(self) -> MeasuredLines:
         """The seconds of each line of the schedule over up to 8 steps; the first call begins to measure them."""

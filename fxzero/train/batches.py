@@ -6,6 +6,7 @@ A step has one set of samples for every number of ranks, and a run can be resume
 """
 
 import hashlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -21,7 +22,7 @@ IGNORED = -100
 
 @dataclass
 class Windows:
-    """Sequences of one length cut from a stream of tokens: `<s>` and `seq - 1` tokens each.
+    """Sequences of one length cut from a stream of tokens, each with a token of its own at its begin, if there is one.
 
     The places of the cuts and the order of the sequences are drawn anew in each epoch.
     """
@@ -30,13 +31,20 @@ class Windows:
     """`[num_tokens]`"""
     seq: int
     seed: int
+    bos_id: int | None = BOS_ID
+    """The token at the begin of each sequence; None for none."""
     _orders: dict[int, tuple[int, torch.Tensor]] = field(
         default_factory=dict[int, tuple[int, torch.Tensor]], repr=False
     )
 
     def __len__(self) -> int:
         """Sequences per epoch."""
-        return max(0, (len(self.tokens) - self.seq) // (self.seq - 1))
+        return max(0, (len(self.tokens) - self.seq) // self._stride)
+
+    @property
+    def _stride(self) -> int:
+        """Tokens of the text in a sequence."""
+        return self.seq if self.bos_id is None else self.seq - 1
 
     def require(self, num_sequences: int, what: str) -> None:
         """Refuse a text that is too short.
@@ -55,11 +63,12 @@ class Windows:
         epoch, position = divmod(index, len(self))
         if epoch not in self._orders:
             generator = generator_of("order", self.seed, epoch)
-            offset = int(torch.randint(self.seq - 1, (), generator=generator))
+            offset = int(torch.randint(self._stride, (), generator=generator))
             self._orders = {epoch: (offset, torch.randperm(len(self), generator=generator))}
         offset, order = self._orders[epoch]
-        start = offset + int(order[position]) * (self.seq - 1)
-        return pad(self.tokens[start : start + self.seq - 1].long(), (1, 0), value=BOS_ID)
+        start = offset + int(order[position]) * self._stride
+        tokens = self.tokens[start : start + self._stride].long()
+        return tokens if self.bos_id is None else pad(tokens, (1, 0), value=self.bos_id)
 
 
 def generator_of(*key: object) -> torch.Generator:
@@ -108,8 +117,12 @@ class Batches:
 
     def batch_at(self, index: int) -> dict[str, torch.Tensor]:
         """The arguments of the model for the `index`-th micro-step of this rank: ids and labels, `[batch, seq]`."""
-        first = index * self.world_size * self.batch + self.rank * self.batch
-        samples = [self._sample(sample) for sample in range(first, first + self.batch)]
+        return self.batch_from(index * self.world_size * self.batch)
+
+    def batch_from(self, sample: int) -> dict[str, torch.Tensor]:
+        """As `batch_at`, where the first sample of all ranks is given."""
+        first = sample + self.rank * self.batch
+        samples = [self._sample(index) for index in range(first, first + self.batch)]
         inputs, labels = map(torch.stack, zip(*samples, strict=True))
         return {"input_ids": inputs, "labels": labels}
 
@@ -118,3 +131,50 @@ class Batches:
         if not self.masked:
             return ids, ids
         return mask_tokens(ids, self.vocab_size, generator_of("mask", self.windows.seed, index))
+
+
+class BatchStream:
+    """The batches of this rank one after another, without an end; it resumes as torchdata's StatefulDataLoader does.
+
+    Epochs follow each other inside of a batch, so that no sequence is left out at their ends. The state is a number of
+    samples over all ranks: at another number of ranks, or another size of the batch, the samples that follow are equal.
+    """
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+        self.samples = 0
+        """Samples that all ranks have had."""
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return self
+
+    def __next__(self) -> dict[str, torch.Tensor]:
+        batch = self.batches.batch_from(self.samples)
+        self.samples += self.batches.world_size * self.batches.batch
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The position, and what it is a position in."""
+        return {"samples": self.samples, **self._source()}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on from a position.
+
+        Raises:
+            CommandError: it is one in other data.
+        """
+        for name, value in self._source().items():
+            if state[name] != value:
+                raise CommandError(
+                    f"The checkpoint has a position in other data: its {_SOURCE[name]} was {state[name]}, and is "
+                    f"{value}. Resume with the text, --seq and --seed of that run."
+                )
+        self.samples = state["samples"]
+
+    def _source(self) -> dict[str, int]:
+        windows = self.batches.windows
+        digest = hashlib.blake2b(windows.tokens.numpy().data, digest_size=6).digest()
+        return {"seq": windows.seq, "seed": windows.seed, "text": int.from_bytes(digest, "little")}
+
+
+_SOURCE = {"seq": "--seq", "seed": "--seed", "text": "digest of the text"}

@@ -3,24 +3,60 @@
 import math
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from fxzero.commands.errors import CommandError
 from fxzero.commands.world import DEVICES
 from fxzero.errors import PlanError
+from fxzero.host.extras import require
 from fxzero.planning.run_passes import check_dump_folder
+from fxzero.train.hf_folder import check_folder
+from fxzero.train.resume import check_out
 
 _MOST = 2**31 - 1
 """Bound on every number of things."""
 MODELS = ("roberta", "gpt", "llama")
 """The models that can be trained, by their modules' names in `fxzero.models`."""
+PRECISIONS = ("fp32", "bf16", "fp16")
+_OF_ONE_START = ("out", "device", "nproc", "resume", "config")
+_OF_REFERENCE_MODELS = ("model", "preset", "vocab_size")
+_UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes: "1000", "512M", "1.5 GiB"; units are powers of 1024.
+
+    Raises:
+        ValueError: it is none.
+    """
+    number = text.strip().lower().removesuffix("b").removesuffix("i")
+    unit = number[-1:] if number[-1:] in _UNITS else ""
+    nbytes = int(float(number.removesuffix(unit)) * 2 ** _UNITS[unit])
+    if nbytes <= 0:
+        raise ValueError(text)
+    return nbytes
+
+
+def parse_budget(text: str) -> int | Literal["auto"]:
+    """The value of --memory-budget."""
+    return "auto" if text == "auto" else parse_bytes(text)
+
+
+def parse_recompute(text: str) -> int | Literal["none", "full"]:
+    """The value of --recompute."""
+    return text if text == "none" or text == "full" else parse_bytes(text)
 
 
 @dataclass(frozen=True)
 class TrainOptions:
     """The options of one run, the same on every rank."""
 
+    hf: Path | None = None
+    """A local Hugging Face folder, whose model is trained in the place of a reference model."""
+    lora: int | None = None
+    """The rank of adapters that are trained in the place of the model of `hf`."""
     model: str = "roberta"
     preset: str = "micro"
     data: Path | None = None
@@ -30,6 +66,11 @@ class TrainOptions:
     batch: int = 16
     """Sequences per rank and micro-step."""
     accumulate: int = 1
+    """Micro-steps of an optimizer step."""
+    precision: str = "fp32"
+    """The dtype of compute; shards and the optimizer stay in fp32."""
+    memory_budget: int | Literal["auto"] | None = None
+    recompute: int | Literal["none", "full"] = "none"
     seq: int = 64
     lr: float | None = None
     """The largest learning rate; None takes one that suits the size of the model."""
@@ -39,6 +80,15 @@ class TrainOptions:
     clip: float = 1.0
     seed: int = 0
     out: Path | None = None
+    save_every: int = 0
+    """Steps between checkpoints; 0: none are written."""
+    keep: int = 2
+    """Checkpoints that are kept."""
+    resume: str | None = None
+    """A folder of a run or of a checkpoint, or "auto": the newest checkpoint in `out` if there is one."""
+    config: Path | None = None
+    """The file that options were read from."""
+    tensorboard: bool = False
     eval_batches: int = 8
     """Held-out batches per rank at each evaluation."""
     eval_every: int = 200
@@ -48,13 +98,18 @@ class TrainOptions:
     nproc: int | None = None
     """Ranks to start on this machine; None joins the ranks that there are."""
 
+    def to_keep(self) -> dict[str, Any]:
+        """The options that a run takes over which goes on with this one."""
+        return {name: value for name, value in asdict(self).items() if name not in _OF_ONE_START}
+
     def validate(self) -> None:
         """Raise CommandError for an option outside of its legal range."""
         _one_of("--model", self.model, MODELS)
         _one_of("--device", self.device, DEVICES)
-        for name in ("steps", "batch", "accumulate", "eval_batches", "log_every"):
+        _one_of("--precision", self.precision, PRECISIONS)
+        for name in ("steps", "batch", "accumulate", "eval_batches", "log_every", "keep"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("weight_decay", "eval_every"):
+        for name in ("weight_decay", "eval_every", "save_every"):
             _at_least(name, getattr(self, name), 0)
         _at_least("seq", self.seq, 8)
         _at_least("vocab_size", self.vocab_size, 261)
@@ -67,6 +122,24 @@ class TrainOptions:
         for name, value in (("lr", self.lr), ("clip", self.clip)):
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise CommandError(f"{flag_of(name)} {value} must be a finite number above 0.")
+        self._validate_hugging_face()
+        if self.resume == "auto" and self.out is None:
+            raise CommandError("--resume auto goes on with the run in the folder of --out; give one, or --resume DIR.")
+        if self.tensorboard:
+            require("--tensorboard", "tensorboard")
+
+    def _validate_hugging_face(self) -> None:
+        if self.hf is None:
+            if self.lora is not None:
+                raise CommandError(f"--lora {self.lora} adapts the model of a Hugging Face folder; give it with --hf.")
+            return
+        require("--hf", "hf", "transformers")
+        others = [name for name in _OF_REFERENCE_MODELS if getattr(self, name) != getattr(TrainOptions, name)]
+        if others:
+            raise CommandError(f"--hf brings its own model and tokenizer; leave out {', '.join(map(flag_of, others))}.")
+        if self.lora is not None:
+            _at_least("lora", self.lora, 1)
+            require("--lora", "hf", "peft")
 
     def check_files(self) -> None:
         """Raise CommandError if the text is missing or the folder for the results is not empty; for rank 0."""
@@ -78,12 +151,12 @@ class TrainOptions:
                     raise CommandError(
                         f"--data {self.data} is a pipe or a device. Give a text file, or a folder of them."
                     )
+        if self.hf is not None:
+            with _told("--hf", self.hf):
+                check_folder(self.hf)
         if self.out is not None:
             with _told("--out", self.out):
-                if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-                    raise CommandError(
-                        f"--out {self.out} exists already and is not empty. Choose another, or remove it."
-                    )
+                check_out(self.out, self.resume)
         try:
             check_dump_folder()
         except PlanError as error:

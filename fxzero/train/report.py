@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 
@@ -55,6 +55,8 @@ class Metrics:
     """Why no further line is written: a full disk must not end a training."""
     steps: list[StepMetrics] = field(default_factory=list[StepMetrics])
     held_out: list[HeldOutMetrics] = field(default_factory=list[HeldOutMetrics])
+    board: Any = None
+    """A SummaryWriter of TensorBoard that gets all numbers too, on the rank that has one."""
 
     def add(self, entry: StepMetrics | HeldOutMetrics) -> None:
         """Keep an entry, and write it."""
@@ -62,19 +64,37 @@ class Metrics:
             self.steps.append(entry)
         else:
             self.held_out.append(entry)
+        numbers = asdict(entry)
+        if self.board is not None:
+            for name, value in numbers.items():
+                if name != "step":
+                    self.board.add_scalar(name, value, entry.step)
         if self.file is None or self.failure is not None:
             return
         try:
-            self.file.write(json.dumps(asdict(entry)) + "\n")
+            self.file.write(json.dumps(numbers) + "\n")
             self.file.flush()
         except OSError as error:
             self.failure = error
 
     def close(self) -> None:
         """Close the file; what it could not take stays unwritten."""
+        if self.board is not None:
+            self.board.close()
         if self.file is not None:
             with contextlib.suppress(OSError):
                 self.file.close()
+
+
+def read_metrics(path: Path, last_step: int) -> list[StepMetrics | HeldOutMetrics]:
+    """The entries in the file of a run up to a step; none where there is no file."""
+    entries: list[StepMetrics | HeldOutMetrics] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that a crash left unfinished
+            numbers = json.loads(line)
+            if numbers["step"] <= last_step:
+                entries.append(HeldOutMetrics(**numbers) if "held_out_loss" in numbers else StepMetrics(**numbers))
+    return entries
 
 
 def smoothed(values: list[float], weight: float = 0.8) -> list[float]:

@@ -53,10 +53,12 @@ def _by_canonical_name(
 ) -> tuple[dict[str, StoredTensor], list[str]]:
     """The tensors that the model has, and the names of others.
 
-    Names may lack the prefix of a library's base model, or have it, as in files of a model with another head.
+    Names may lack the prefix of a library's base model, or have it, as in files of a model with another head. Layers
+    that peft has wrapped are found under their names before.
     """
     saved = {*sharded.params, *buffers(sharded)}
     names = {slot.fqn: entry.fqn for entry in entries(sharded.model) if entry.fqn in saved for slot in entry.slots}
+    names = {_before_peft(name): fqn for name, fqn in names.items()} | names
     prefix = f"{getattr(sharded.model, 'base_model_prefix', '')}."
     given: dict[str, StoredTensor] = {}
     unexpected: list[str] = []
@@ -68,6 +70,10 @@ def _by_canonical_name(
         else:
             given[found] = tensor
     return given, unexpected
+
+
+def _before_peft(name: str) -> str:
+    return name.replace(".base_layer.", ".").removeprefix("base_model.model.")
 
 
 def _check_shapes(sharded: ShardedModel, given: Mapping[str, StoredTensor]) -> None:
