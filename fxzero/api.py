@@ -34,6 +34,7 @@ from fxzero.module.gradients import norms
 from fxzero.module.gradients.asked_gradients import watch_gradients
 from fxzero.module.methods.call import Methods
 from fxzero.module.methods.summon import summon
+from fxzero.module.ranks import copied_models
 from fxzero.module.ranks.step_together import step_together
 from fxzero.module.saved import export
 from fxzero.module.saved.load import load_newest
@@ -192,7 +193,7 @@ def compile(
             precision=choose_precision(mp_policy, recipe),
         )
         engine = options.make_engine(model, group, optimizers)
-        zero = _class_for(type(model))(model, engine, elementwise_optimizer=elementwise_optimizer)
+        zero = _class_for(type(model))(model, engine, options, elementwise_optimizer=elementwise_optimizer)
     if resume is not None:
         with _giving_back(engine):
             zero._fxzero_resumed = load_newest(engine, Path(resume), optimizers)
@@ -236,9 +237,12 @@ class ZeroModule(nn.Module):
     Names and Parameter objects are those of the model; other attributes and methods are looked up in the model.
     """
 
-    def __init__(self, model: nn.Module, engine: Engine, *, elementwise_optimizer: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, engine: Engine, options: Options, *, elementwise_optimizer: bool = False
+    ) -> None:
         self.__dict__["_fxzero_model"] = model
         self.__dict__["_fxzero_engine"] = engine
+        self.__dict__["_fxzero_options"] = options
         self.__dict__["_fxzero_resumed"] = None
         mode = model.training
         super().__init__()
@@ -333,6 +337,22 @@ class ZeroModule(nn.Module):
         return f"ZeroModule({self._fxzero_model!r})"
 
     __reduce_ex__ = ownership.refuse_copy
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ZeroModule:
+        """A compiled module of its own, with the same options and this rank's slices of each parameter; a collective.
+
+        Averages of both can be taken shard by shard. Gradients are not copied, as in nn.Parameter.
+        """
+        engine, options = self._fxzero_engine, self._fxzero_options
+        copied_models.begin_copy(engine.sharded)
+        model, shards = copied_models.copy_model(engine.sharded, memo)
+        specs = None if shards is None else engine.sharded.specs
+        own = options.make_engine(model, engine.sharded.group, (), specs)
+        zero = type(self)(model, own, options, elementwise_optimizer=self._fxzero_guard.elementwise_optimizer)
+        copied_models.lay_out_alike(engine.sharded, own.sharded, shards)
+        memo[id(self)] = zero
+        torch_internals.copy_hooks(self, zero, memo)
+        return zero
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -436,6 +456,10 @@ class ZeroModule(nn.Module):
         sharded = self._fxzero_engine.sharded
         params = sharded.params
         return sum(spec.numel for fqn, spec in sharded.specs.items() if params[fqn].requires_grad or not only_trainable)
+
+    def parameter_shapes(self) -> dict[str, torch.Size]:
+        """The whole shape of each parameter by name, as of the model before it was sharded; tied ones once."""
+        return {fqn: torch.Size(spec.shape) for fqn, spec in self._fxzero_engine.sharded.specs.items()}
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -613,9 +637,14 @@ class ZeroModule(nn.Module):
 
 @functools.cache
 def _class_for(kind: type[nn.Module]) -> type[ZeroModule]:
-    """ZeroModule, with the special methods of a container if models of this class are one."""
+    """ZeroModule for models of a class: with the signature of their forward, and the special methods of a container."""
+
+    @functools.wraps(kind.forward)
+    def forward(self: ZeroModule, *args: Any, **kwargs: Any) -> Any:
+        return ZeroModule.forward(self, *args, **kwargs)
+
     names = [name for name in ("__len__", "__getitem__", "__iter__", "__contains__") if hasattr(kind, name)]
-    return type("ZeroModule", (ZeroModule,), {name: _of_model(name) for name in names}) if names else ZeroModule
+    return type("ZeroModule", (ZeroModule,), {"forward": forward, **{name: _of_model(name) for name in names}})
 
 
 def _of_model(name: str) -> Callable[..., Any]:

@@ -18,7 +18,7 @@ from fxzero.comm.without_ranks import PlanningComm
 from fxzero.cost.model import Cluster
 from fxzero.errors import InputMismatchError
 from fxzero.graph.devices import Devices
-from fxzero.graph.layout import LayoutName
+from fxzero.graph.layout import LayoutName, ParamSpec
 from fxzero.graph.recipe import Recipe
 from fxzero.graph.sharding import Placement, check_placement
 from fxzero.graph.step import Pass
@@ -87,9 +87,17 @@ class Options:
         }
 
     def make_engine(
-        self, model: nn.Module, group: Group | None, optimizers: tuple[torch.optim.Optimizer, ...]
+        self,
+        model: nn.Module,
+        group: Group | None,
+        optimizers: tuple[torch.optim.Optimizer, ...],
+        specs: Mapping[str, ParamSpec] | None = None,
     ) -> Engine:
-        """The engine of a model, with slower forms of its parts where optimizations are turned off."""
+        """The engine of a model, with slower forms of its parts where optimizations are turned off.
+
+        Args:
+            specs: the parameters at full size, of a model that holds shards already.
+        """
         without = self.recipe.without
         comm = make_comm(group, self.device, short_gloo_slices=self.short_gloo_slices)
         comm = ablation.comm_without(without, comm)
@@ -107,6 +115,7 @@ class Options:
             init_fn=self.init_fn,
             timeout=self.timeout,
             precision=self.precision,
+            specs=dict(specs or {}),
         )
         tuning = TuningRounds(self.is_tuned, self.keeps_free, self.cluster)
         islands = Islands(model, self.islands)

@@ -6,6 +6,7 @@ finds private symbols in other modules.
 """
 
 import contextlib
+import copy
 import functools
 import inspect
 import re
@@ -752,6 +753,14 @@ def children_of(module: nn.Module) -> dict[str, Any]:
 def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
     """The tables of a module's forward and backward hooks: 2.11 to 2.13."""
     return tuple(vars(module)[table] for table in _HOOKS)
+
+
+def copy_hooks(module: nn.Module, copied: nn.Module, memo: dict[int, Any]) -> None:
+    """Give a copy of a module the hooks of the module: 2.11 to 2.13."""
+    shared = {*TENSOR_TABLES, MODULE_TABLE, "_non_persistent_buffers_set", "_compiled_call_impl"}
+    for name in MODULE_ATTRIBUTES - shared:
+        if name in vars(module):
+            vars(copied)[name] = copy.deepcopy(vars(module)[name], memo)
 
 
 def forward_hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:

@@ -73,6 +73,10 @@ def fix_layout(
         shards = Shards(layout, sharded.comm.rank, sharded.devices.shards)
         _fill(sharded, shards, loaded, from_rank0)
         sharded.hold(shards)
+    others, sharded.family = [other for other in sharded.family if other is not sharded], []
+    for other in others:
+        other.family, other.recipe = [], sharded.recipe
+        fix_layout(other, layout)
 
 
 def fix_layout_without_trace(sharded: ShardedModel, loaded: AbstractSet[str] = frozenset()) -> None:

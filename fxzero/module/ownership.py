@@ -33,8 +33,8 @@ _STATE = (
     "library, pass it on: model.save_pretrained(path, state_dict=zero.state_dict())."
 )
 _COPY = (
-    "A compiled model can be neither copied nor pickled: its parameters are views of one buffer of this rank. Copy the "
-    "model before compile, or load zero.state_dict() into a new one."
+    "A compiled model cannot be pickled, and the model in it not be copied: its parameters are views of one buffer of "
+    "this rank. Copy what compile returned, copy.deepcopy(zero), on all ranks; or load zero.state_dict() elsewhere."
 )
 
 

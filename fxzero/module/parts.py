@@ -5,9 +5,11 @@ outside. A part that is called there gathers its parameters, where no gradient i
 refused by its name, as its state dict is. Loading is done from whole tensors.
 """
 
+import copy
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from fxzero import torch_internals
 from fxzero.errors import FxzeroError
 from fxzero.module.methods.gathered import fqns_of, gathered
 from fxzero.module.sharded_model import ShardedModel
+from fxzero.module.wrappers import allow_wrappers
 from fxzero.torch_internals import tree_leaves
 
 
@@ -32,6 +35,7 @@ def watch_parts(sharded: ShardedModel, compiled: nn.Module) -> None:
         at = weakref.ref(module)
         if next(module.parameters(), None) is not None:
             module.__dict__[torch_internals.CALL] = functools.partial(_call, held, at, path)
+            module.__dict__[_COPY] = functools.partial(_copy, held, at, path)
         if any(param is not None for param in torch_internals.tensor_tables(module)[0].values()):
             module.__dict__[torch_internals.SAVE] = functools.partial(_save, held, at, path)
             module.__dict__[torch_internals.LOAD] = functools.partial(_load, held, at, path)
@@ -40,8 +44,22 @@ def watch_parts(sharded: ShardedModel, compiled: nn.Module) -> None:
 def forget_parts(model: nn.Module) -> None:
     """Undo `watch_parts`."""
     for module in model.modules():
-        for name in (torch_internals.SAVE, torch_internals.LOAD, torch_internals.CALL):
+        for name in (torch_internals.SAVE, torch_internals.LOAD, torch_internals.CALL, _COPY):
             module.__dict__.pop(name, None)
+
+
+@contextmanager
+def copying_parts(sharded: ShardedModel) -> Generator[None]:
+    """Let parts of the model be copied inside of the block."""
+    sharded.is_copied = True
+    try:
+        yield
+    finally:
+        sharded.is_copied = False
+
+
+_COPY = "__deepcopy__"
+"""Where `copy.deepcopy` looks for what copies an object."""
 
 
 _Held = Callable[[], ShardedModel | None]
@@ -95,6 +113,30 @@ def _call(held: _Held, at: _At, path: str, *args: Any, **kwargs: Any) -> Any:
         )
     with gathered(sharded, fqns, path):
         return own(*args, **kwargs)
+
+
+def _copy(held: _Held, at: _At, path: str, memo: dict[int, Any]) -> nn.Module:
+    """A copy of a part, which belongs to no compiled model; its parameters must be whole."""
+    sharded, module = held(), at()
+    assert module is not None
+    if sharded is not None and not sharded.is_copied:
+        shards = {id(param) for fqn, param in sharded.params.items() if fqn not in sharded.whole}
+        if not shards.isdisjoint(map(id, module.parameters())):
+            raise FxzeroError(
+                f"A copy of {path or 'the model'} would have this rank's shards as parameters. Copy it as "
+                "`with zero.summon_full_params(): copy.deepcopy(...)`, or the compiled module by copy.deepcopy(zero)."
+            )
+    own = module.__dict__.pop(_COPY)
+    try:
+        copied = copy.deepcopy(module, memo)
+    finally:
+        module.__dict__[_COPY] = own
+    if sharded is None or not sharded.is_copied:
+        forget_parts(copied)
+        allow_wrappers(copied)
+        for each in copied.modules():
+            each.__dict__.pop(torch_internals.CONVERSION, None)
+    return copied
 
 
 def _may_get_grad(module: nn.Module, arguments: Any) -> bool:

@@ -75,6 +75,8 @@ class ShardedModel:
     """All ranks take the parameters and buffers of rank 0 when the layout is fixed."""
     init_fn: InitFn | None = None
     precision: Precision = OF_THE_MODEL
+    specs: dict[str, ParamSpec] = field(default_factory=dict[str, ParamSpec])
+    """The parameters at full size; empty if the model holds them so, and not as shards."""
     timeout: timedelta = timedelta(minutes=5)
 
     def __post_init__(self) -> None:
@@ -82,10 +84,9 @@ class ShardedModel:
         self.param_list = list(self.params.values())
         self.ids = frozenset(map(id, self.param_list))
         """Ids of the Parameter objects."""
-        roles = self.precision.roles(self.model, self.comm.backend, self.comm.sharding)
-        self.specs: dict[str, ParamSpec] = {
-            fqn: spec_of(fqn, param, roles.get(fqn)) for fqn, param in self.params.items()
-        }
+        if not self.specs:
+            roles = self.precision.roles(self.model, self.comm.backend, self.comm.sharding)
+            self.specs = {fqn: spec_of(fqn, param, roles.get(fqn)) for fqn, param in self.params.items()}
         check_storage(self.params)
         self.casts: list[RemovableHandle] = []
         """The hooks that cast inputs and outputs of modules by the policy."""
@@ -109,6 +110,10 @@ class ShardedModel:
         )
         self.whole: frozenset[str] = frozenset()
         """The parameters whose data has their full shape for now, beside all those before the layout is fixed."""
+        self.family = [self]
+        """This model and its copies, which all get the layout that the first of them gets; emptied then."""
+        self.is_copied = False
+        """True while the model is copied as a whole."""
         self.is_stepping = False
         """True in the step of an optimizer, and behind one that ended in an error."""
         self.end_step: Callable[[], object] = lambda: None
