@@ -5,6 +5,7 @@ index = (step * accumulate + micro_step) * world_size * batch + rank * batch + r
 A step has one set of samples for every number of ranks, and a run can be resumed at any step.
 """
 
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -155,7 +156,7 @@ class BatchStream:
 
     def state_dict(self) -> dict[str, int]:
         """The position, and what it is a position in."""
-        return {"samples": self.samples, **self._source()}
+        return {"samples": self.samples, **self._source}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go on from a position.
@@ -163,7 +164,7 @@ class BatchStream:
         Raises:
             CommandError: it is one in other data.
         """
-        for name, value in self._source().items():
+        for name, value in self._source.items():
             if state[name] != value:
                 raise CommandError(
                     f"The checkpoint has a position in other data: its {_SOURCE[name]} was {state[name]}, and is "
@@ -171,7 +172,9 @@ class BatchStream:
                 )
         self.samples = state["samples"]
 
+    @functools.cached_property
     def _source(self) -> dict[str, int]:
+        """What a position is a position in."""
         windows = self.batches.windows
         digest = hashlib.blake2b(windows.tokens.numpy().data, digest_size=6).digest()
         return {"seq": windows.seq, "seed": windows.seed, "text": int.from_bytes(digest, "little")}

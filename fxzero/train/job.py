@@ -81,6 +81,7 @@ def run(options: TrainOptions, world: World, progress: Progress) -> int:
         progress.at("tracing and planning the first steps")
         trainer.checkpoints = out / CHECKPOINTS if options.save_every else None
         trainer.train(started, stops)
+        progress.stop()  # also where no step was left
         if trainer.step < options.steps:
             say(f"stopped after {trainer.step} of {options.steps} steps; writing what there is")
         results.write_weights()

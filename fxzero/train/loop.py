@@ -220,6 +220,8 @@ class Trainer:
                 if stopped:
                     return
                 if evaluates and self.step < options.steps and not self.evaluate(stops):
+                    if not saves:
+                        self._save()
                     return
                 losses, begin = [], time.perf_counter()
         self.evaluate(stops)

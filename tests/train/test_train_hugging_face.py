@@ -70,8 +70,8 @@ def test_adapters_of_two_ranks_go_on_alone_and_are_loaded_by_peft_and_merged(
     peft: Any = pytest.importorskip("peft")
     out, again = tmp_path / "out", tmp_path / "again"
     given = {**SMALL, "hf": gpt2, "lora": 2, "data": data, "steps": 3, "save_every": 1, "keep": 9, "out": out}
-    assert run_ranks(2, train, given) == [0, 0]
-    assert run_ranks(1, train, {"resume": str(out / "checkpoints" / "000001"), "out": again}) == [0]
+    assert run_ranks(2, train, given, timeout=120) == [0, 0]
+    assert run_ranks(1, train, {"resume": str(out / "checkpoints" / "000001"), "out": again}, timeout=120) == [0]
     assert _losses(again) == pytest.approx(_losses(out), rel=1e-5)
 
     base = transformers.AutoModelForCausalLM.from_pretrained(gpt2)
@@ -87,7 +87,7 @@ def test_adapters_of_two_ranks_go_on_alone_and_are_loaded_by_peft_and_merged(
 
 def test_a_whole_model_takes_the_steps_of_plain_pytorch(data: Path, llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert run_ranks(1, train, {**SMALL, "hf": llama, "data": data, "steps": 2, "out": out}) == [0]
+    assert run_ranks(1, train, {**SMALL, "hf": llama, "data": data, "steps": 2, "out": out}, timeout=120) == [0]
 
     found = read_tokenizer(llama)
     assert (found.bos_id, found.eos_id) == (None, 1)

@@ -73,13 +73,13 @@ def test_two_ranks_one_and_three_go_on_with_the_same_samples(data: Path, tmp_pat
     out = tmp_path / "out"
     given = {**SMALL, "model": "llama", "data": data, "batch": 3, "accumulate": 3, "eval_batches": 3}
     given |= {"save_every": 2, "keep": 9, "steps": 4}
-    assert run_ranks(2, train, {**given, "out": out}) == [0, 0]
+    assert run_ranks(2, train, {**given, "out": out}, timeout=120) == [0, 0]
     losses = _losses(out)
     _forget(out, 1)
     for ranks in (1, 2, 3):
         again = tmp_path / f"at_{ranks}"
         resumed = {"resume": str(out), "out": again}
-        assert run_ranks(ranks, train, resumed) == [0] * ranks
+        assert run_ranks(ranks, train, resumed, timeout=120) == [0] * ranks
         for now, before in zip(_losses(again), losses, strict=True):
             assert now == before if ranks == 2 else math.isclose(now, before, rel_tol=1e-5)
 
