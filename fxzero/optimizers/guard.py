@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -129,6 +130,7 @@ class OptimizerGuard:
                 if next(parameters_of(optimizer, shards), None) is not None:
                     self._own.add(optimizer)
                     hook_state_dicts(optimizer)
+                    _warn_of_others(optimizer, shards)
         if optimizer in self._own and is_training:
             self._before_own_step(optimizer)
         self.wholes.before_step(optimizer, is_training=is_training)
@@ -201,6 +203,23 @@ _guards: weakref.WeakKeyDictionary[nn.Module, OptimizerGuard] = weakref.WeakKeyD
 The hooks serve all guards and are never removed: a hook that was removed with its model, in a garbage collection
 during a step, would break torch's loop over the hooks.
 """
+
+
+def _warn_of_others(optimizer: torch.optim.Optimizer, shards: Mapping[int, ParamShard]) -> None:
+    """Warn if an optimizer of shards steps parameters beside, of which nobody may have averaged the gradients."""
+    if all(shard.part.numel == shard.spec.numel for shard in shards.values()):  # this rank is alone
+        return
+    own = {key for guard in list(_guards.values()) for key in guard.shards()}
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    others = [param for param in params if id(param) not in own and param.requires_grad]
+    if others:
+        warnings.warn(
+            f"{name_of(optimizer)} steps {len(others)} parameters beside those of a compiled module (the first is "
+            f"{text_of(others[0])}). Their gradients are those of this rank: compile the module that holds both, or "
+            "average them before each step (torch.distributed.all_reduce(param.grad, torch.distributed.ReduceOp.AVG), "
+            "or divide the sum on gloo).",
+            stacklevel=4,
+        )
 
 
 @functools.cache

@@ -160,3 +160,25 @@ def one_does_not_copy(rank: int, world_size: int) -> None:
         if rank:
             AveragedModel(zero)
         zero(BATCHES[0])
+
+
+def inside_another(rank: int, world_size: int) -> None:
+    """A parent with a head of its own trains, saves, loads and copies as the plain one, and warns of the head."""
+
+    class Parent(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.inner, self.last = inner, nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.inner(x))
+
+    plain, parent = Parent(Net()), Parent(fxzero.compile(Net()))
+    train(plain, torch.optim.AdamW(plain.parameters(), lr=0.1))
+    with pytest.warns(UserWarning, match="AdamW steps 2 parameters beside those of a compiled module"):
+        train(parent, torch.optim.AdamW(parent.parameters(), lr=0.1))
+    assert_alike(parent, plain)
+    loaded = Parent(fxzero.compile(Net()))
+    loaded.load_state_dict(plain.state_dict())
+    assert_alike(copy.deepcopy(loaded), plain)

@@ -16,6 +16,7 @@ from tests.distributed import copy_workers
         copy_workers.teacher_and_student,
         copy_workers.refused,
         copy_workers.one_does_not_copy,
+        copy_workers.inside_another,
     ],
 )
 def test_copies(work: Callable[..., None]) -> None:
