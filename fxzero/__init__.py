@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fxzero.api import Schedule, ZeroModule, compile
-    from fxzero.checkpoints import export, load, load_pretrained, save
+    from fxzero.checkpoints import async_save, export, load, load_pretrained, save
     from fxzero.cost.model import Cluster, Device, Link
     from fxzero.errors import (
         CaptureError,
         CheckpointError,
         CommunicationError,
+        DifferentNumbersError,
         FxzeroError,
         InputMismatchError,
         IslandError,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         StepLeftOutError,
     )
     from fxzero.host.allocator import keep_freed_memory
+    from fxzero.verification import verify
 
 __version__ = "0.1.0"
 
@@ -39,6 +41,7 @@ __all__ = [
     "Cluster",
     "CommunicationError",
     "Device",
+    "DifferentNumbersError",
     "FxzeroError",
     "InputMismatchError",
     "IslandError",
@@ -52,12 +55,14 @@ __all__ = [
     "StaleBackwardError",
     "StepLeftOutError",
     "ZeroModule",
+    "async_save",
     "compile",
     "export",
     "keep_freed_memory",
     "load",
     "load_pretrained",
     "save",
+    "verify",
 ]
 
 _MODULE_OF = {
@@ -66,12 +71,14 @@ _MODULE_OF = {
     "Link": "fxzero.cost.model",
     "Schedule": "fxzero.api",
     "ZeroModule": "fxzero.api",
+    "async_save": "fxzero.checkpoints",
     "compile": "fxzero.api",
     "export": "fxzero.checkpoints",
     "keep_freed_memory": "fxzero.host.allocator",
     "load": "fxzero.checkpoints",
     "load_pretrained": "fxzero.checkpoints",
     "save": "fxzero.checkpoints",
+    "verify": "fxzero.verification",
 }
 """Maps names in `__all__` to their modules; the others are errors."""
 
