@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fxzero.api import Schedule, ZeroModule, compile
-    from fxzero.checkpoints import export, load, load_pretrained, save
+    from fxzero.checkpoints import async_save, export, load, load_pretrained, save
     from fxzero.cost.model import Cluster, Device, Link
     from fxzero.errors import (
         CaptureError,
         CheckpointError,
         CommunicationError,
+        DifferentNumbersError,
         FxzeroError,
         InputMismatchError,
         IslandError,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     )
     from fxzero.host.allocator import keep_freed_memory
     from fxzero.optimizers.classes import whole_matrices
+    from fxzero.verification import verify
 
 __version__ = "0.1.0"
 
@@ -40,6 +42,7 @@ __all__ = [
     "Cluster",
     "CommunicationError",
     "Device",
+    "DifferentNumbersError",
     "FxzeroError",
     "InputMismatchError",
     "IslandError",
@@ -53,12 +56,14 @@ __all__ = [
     "StaleBackwardError",
     "StepLeftOutError",
     "ZeroModule",
+    "async_save",
     "compile",
     "export",
     "keep_freed_memory",
     "load",
     "load_pretrained",
     "save",
+    "verify",
     "whole_matrices",
 ]
 
@@ -68,12 +73,14 @@ _MODULE_OF = {
     "Link": "fxzero.cost.model",
     "Schedule": "fxzero.api",
     "ZeroModule": "fxzero.api",
+    "async_save": "fxzero.checkpoints",
     "compile": "fxzero.api",
     "export": "fxzero.checkpoints",
     "keep_freed_memory": "fxzero.host.allocator",
     "load": "fxzero.checkpoints",
     "load_pretrained": "fxzero.checkpoints",
     "save": "fxzero.checkpoints",
+    "verify": "fxzero.verification",
     "whole_matrices": "fxzero.optimizers.classes",
 }
 """Maps names in `__all__` to their modules; the others are errors."""

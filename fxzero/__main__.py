@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str], progress: Progress) -> int:
-    from fxzero.commands import calibrate, export
+    from fxzero.commands import calibrate, export, verify
     from fxzero.train import command as train
 
     parser = argparse.ArgumentParser(prog="fxzero", description="PyTorch ZeRO-3, scheduled at compile time.")
@@ -37,11 +37,14 @@ def _run(argv: list[str], progress: Progress) -> int:
     train.add_arguments(commands.add_parser("train", help=train.HELP))
     calibrate.add_arguments(commands.add_parser("calibrate", help=calibrate.HELP))
     export.add_arguments(commands.add_parser("export", help=export.HELP))
+    verify.add_arguments(commands.add_parser("verify", help=verify.HELP))
     arguments = parser.parse_args(argv)
     if arguments.command == "train":
         return train.run(arguments, argv, progress)
     if arguments.command == "export":
         return export.run(arguments)
+    if arguments.command == "verify":
+        return verify.run(arguments, argv)
     return calibrate.run(arguments, argv)
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import Future
 from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -54,6 +55,33 @@ def save(
     return saving.save(zero._fxzero_engine, Path(folder), _as_tuple(optimizer), extra, keep)
 
 
+def async_save(
+    folder: str | os.PathLike[str],
+    zero: ZeroModule,
+    optimizer: Optimizers = None,
+    *,
+    extra: Any = None,
+    keep: int | None = None,
+) -> Future[Path]:
+    """Save as `save` does, but in a thread: training goes on as soon as everything is copied; a collective.
+
+    The copy takes as much memory of the host as this rank's slices, until it is written. A checkpoint that is still
+    being written is waited for by the next save or load of the model, and by the end of the process. A failure, such as
+    a full disk, is raised by the result; where nobody asks for it, the next save logs a warning and goes on.
+
+    Args: as of `save`.
+
+    Returns:
+        The result, `.result()`, is the folder of the checkpoint, on all ranks once it is complete.
+
+    Raises:
+        CheckpointError, ValueError: as from `save`.
+    """
+    if keep is not None and keep < 1:
+        raise ValueError(f"keep is {keep}; at least one checkpoint must be kept.")
+    return saving.async_save(zero._fxzero_engine, Path(folder), _as_tuple(optimizer), extra, keep)
+
+
 def load(folder: str | os.PathLike[str], zero: ZeroModule, optimizer: Optimizers = None) -> Any:
     """Load a checkpoint of `save` at any number of ranks; a collective.
 
@@ -72,6 +100,7 @@ def load(folder: str | os.PathLike[str], zero: ZeroModule, optimizer: Optimizers
     Raises:
         CheckpointError: there is none, a file is damaged (it is named), or it does not fit the model or the optimizer.
     """
+    saving.wait_for_pending(zero._fxzero_engine)
     return loading.load(zero._fxzero_engine, Path(folder), _as_tuple(optimizer))
 
 

@@ -59,6 +59,14 @@ class RankMismatchError(FxzeroError):
     """
 
 
+class DifferentNumbersError(FxzeroError):
+    """`fxzero.verify` found numbers that are not those of plain PyTorch.
+
+    Cause: the message names the first value that differs, and what may change numbers.
+    Cure: what it names; or compare within a tolerance.
+    """
+
+
 class CommunicationError(FxzeroError):
     """A collective was not completed: a peer died, or did not come within the process group's timeout.
 

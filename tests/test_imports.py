@@ -24,7 +24,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("module",),
     ("options", "planner"),
     ("api",),
-    ("checkpoints",),
+    ("checkpoints", "verification"),
     ("stacks",),
     ("commands",),
     ("train",),

@@ -18,7 +18,9 @@ import uuid
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,6 +35,8 @@ _FORMAT, _VERSION = "fxzero checkpoint", 1
 _BLOCK_BYTES = 4 << 20
 """Bytes that have a checksum of their own, so that a part of a tensor is checked without reading all of it."""
 _ALIGNMENT = 64
+_BUFFER_BYTES = 1 << 20
+"""Small tensors go to the disk together; larger ones are written as they lie."""
 _NAME = re.compile(r"\d{6,}")
 
 
@@ -61,28 +65,28 @@ def new_folder(root: Path) -> Path:
 
 def write_rank(folder: Path, rank: int, parts: Iterable[tuple[str, int, Tensor]], values: Any) -> int:
     """Write the ranges of one rank, `(name, start, flat elements)`, and values of its own; the crc32 of its index."""
-    file, end = f"rank_{rank:05}.bin", 0
+    path, end = data_file(folder, rank), 0
     index: dict[str, list[list[int]]] = {}
-    with (folder / file).open("xb", buffering=0) as out:
+    with path.open("xb", buffering=_BUFFER_BYTES) as out, ThreadPoolExecutor(1) as pool:
         for name, start, flat in parts:
             data, per_block = bytes_of(flat), _BLOCK_BYTES // flat.element_size()
-            padding = -end % _ALIGNMENT
-            end += _write(out, memoryview(bytes(padding))) if padding else 0
+            end += out.write(bytes(-end % _ALIGNMENT))
             blocks = index.setdefault(name, [])
-            for first in range(0, flat.numel(), per_block):
-                last = min(first + per_block, flat.numel())
-                block = data[first * flat.element_size() : last * flat.element_size()]
-                blocks.append([start + first, start + last, end, zlib.crc32(block)])
-                end += _write(out, block)
+            cuts = [*range(0, flat.numel(), per_block), flat.numel()]
+            places = [data[first * flat.element_size() : last * flat.element_size()] for first, last in pairwise(cuts)]
+            checksums = (pool.map if len(places) > 1 else map)(zlib.crc32, places)  # while bytes are written
+            begin = end
+            end += out.write(data)
+            for first, last, crc32 in zip(cuts, cuts[1:], checksums, strict=False):
+                blocks.append([start + first, start + last, begin + first * flat.element_size(), crc32])
+        out.flush()
         os.fsync(out.fileno())
-    return write_json(folder / f"rank_{rank:05}.json", {"file": file, "blocks": index, "values": values})
+    return write_json(folder / f"rank_{rank:05}.json", {"file": path.name, "blocks": index, "values": values})
 
 
-def _write(out: BinaryIO, data: memoryview) -> int:
-    sent = 0
-    while sent < len(data):
-        sent += out.write(data[sent:])
-    return sent
+def data_file(folder: Path, rank: int) -> Path:
+    """The file of the bytes of one rank."""
+    return folder / f"rank_{rank:05}.bin"
 
 
 def write_json(path: Path, content: Any) -> int:
@@ -189,6 +193,7 @@ class Saved:
         for blocks in self.blocks.values():
             blocks.sort(key=lambda block: block.start)
         self._files: dict[str, BinaryIO] = {}
+        self._checksums = ThreadPoolExecutor(1)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -204,40 +209,46 @@ class Saved:
         stop = math.prod(self.shapes[name]) if stop is None else stop
         dtype, at = self.dtype_of(name), start
         flat = torch.empty(stop - start, dtype=dtype)
+        checks: list[tuple[Block, Future[int]]] = []
         blocks = self.blocks.get(name, [])
         for block in blocks[max(0, bisect_right(blocks, start, key=lambda block: block.start) - 1) :]:
             if block.start > at or at >= stop:
                 break
             end = min(block.stop, stop)
             if end > at:
-                elements = self._elements(name, block, dtype)
-                flat[at - start : end - start].copy_(elements[at - block.start : end - block.start])
+                is_whole = at == block.start and end == block.stop
+                elements = flat[at - start : end - start] if is_whole else flat.new_empty(block.stop - block.start)
+                data = bytes_of(elements)
+                self._read_into(data, name, block)
+                checks.append((block, self._checksums.submit(zlib.crc32, data)))  # while the next one is read
+                if not is_whole:
+                    flat[at - start : end - start].copy_(elements[at - block.start : end - block.start])
                 at = end
         if at < stop:
             raise CheckpointError(f"{self.folder} has no elements of {name} from {at} on.")
+        for block, crc32 in checks:
+            if crc32.result() != block.crc32:
+                path = self.folder / block.file
+                raise CheckpointError(f"{path} is damaged: bytes of {name} have changed since they were saved.")
         return flat
 
-    def _elements(self, name: str, block: Block, dtype: torch.dtype) -> Tensor:
-        path = self.folder / block.file
-        data = torch.empty((block.stop - block.start) * dtype.itemsize, dtype=torch.uint8)
-        view, got = data.numpy().data, 0
+    def _read_into(self, data: memoryview, name: str, block: Block) -> None:
+        path, got = self.folder / block.file, 0
         try:
             if block.file not in self._files:
                 self._files[block.file] = path.open("rb", buffering=0)
             file = self._files[block.file]
             file.seek(block.begin)
-            while got < len(view) and (count := file.readinto(view[got:])):  # type: ignore[attr-defined]
+            while got < len(data) and (count := file.readinto(data[got:])):  # type: ignore[attr-defined]
                 got += count
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-        if got < len(view):
+        if got < len(data):
             raise CheckpointError(f"{path} is truncated: it ends inside of {name}.")
-        if zlib.crc32(view) != block.crc32:
-            raise CheckpointError(f"{path} is damaged: bytes of {name} have changed since they were saved.")
-        return data.view(dtype)
 
     def close(self) -> None:
         """Close the files."""
+        self._checksums.shutdown()
         for file in self._files.values():
             file.close()
         self._files.clear()

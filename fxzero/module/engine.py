@@ -1,7 +1,9 @@
 """Each call of a compiled module: find or make the plan for its kind, run forward, and run backward when that comes."""
 
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,6 +49,8 @@ class Engine:
         self.memory_in_use = MemoryInUse(sharded.devices.compute)
         self.anchor = torch.empty(0, requires_grad=True)
         """Stands for the parameters in the graph of autograd."""
+        self.pending_save: Future[Path] | None = None
+        """The checkpoint that a thread writes, or has written last; None if there was none."""
         self.asked: dict[str, torch.Tensor] | None = None
         """Receives the gradients of backwards while torch.autograd.grad asks for some; else None."""
 

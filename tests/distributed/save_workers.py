@@ -2,6 +2,7 @@
 
 import json
 import logging
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -181,16 +182,45 @@ def kept(rank: int, world_size: int, folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def killed(rank: int, world_size: int, folder: Path) -> None:
-    """Rank 1 dies while its slices are written."""
+def full_disk(rank: int, world_size: int, folder: Path) -> None:
+    """A rank that cannot write fails the save on all, and nothing else; saving in a thread is as good as waiting."""
+    model, optimizer = _saved(folder, times=2)
+    before = full_state(model, optimizer)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    with pytest.raises(FxzeroError if rank == 0 else OSError, match="File too large"):
+        fxzero.save(folder, model, optimizer)
+    failed = fxzero.async_save(folder, model, optimizer)
+    with pytest.raises(FxzeroError if rank == 0 else OSError, match="File too large"):
+        failed.result(20)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    pending = fxzero.async_save(folder, model, optimizer, extra=rank, keep=2)
+    model(ids_of(3)).backward()
+    optimizer.step()
+    assert pending.result(20) == folder / "000003"
+    torch.distributed.barrier()
+    names = [path.name for path in folder.iterdir()]
+    assert sorted(names) == ["000002", "000003"]
+    fxzero.async_save(folder, model, optimizer)
+    assert fxzero.load(folder, model, optimizer) is None  # waits for the one that is being written
+    assert fxzero.load(folder / "000003", model, optimizer) == rank
+    assert differences(before, full_state(model, optimizer)) == []
+
+
+def killed(rank: int, world_size: int, folder: Path, dies: int) -> None:
+    """A rank dies: rank 1 while its slices are written, or rank 0 before the checkpoint has its name."""
     import os
     import signal
 
-    model, optimizer = _saved(folder)
-    if rank == 1:
-        import fxzero.module.saved.save as saving
+    import fxzero.checkpoint.files as files
+    import fxzero.module.saved.save as saving
 
-        saving.sync_folder = lambda path: os.kill(os.getpid(), signal.SIGKILL)
+    model, optimizer = _saved(folder)
+    if rank == dies:
+        module, name = (saving, "sync_folder") if dies else (files, "sync_folder")
+        setattr(module, name, lambda path: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(FxzeroError):
         fxzero.save(folder, model, optimizer)
     assert json.loads((folder / "000001" / "manifest.json").read_text().splitlines()[1])["shard_ranks"] == world_size

@@ -38,8 +38,13 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert run_ranks(2, save_workers.kept, tmp_path / "a")[0] == ["000003", "000004"]
 
 
-def test_a_rank_that_is_killed_leaves_the_last_good_one(tmp_path: Path) -> None:
-    run_ranks(2, save_workers.killed, tmp_path, dies=[1])
+def test_a_full_disk_fails_the_save_alone(tmp_path: Path) -> None:
+    run_ranks(2, save_workers.full_disk, tmp_path)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_leaves_the_last_good_one(tmp_path: Path, rank: int) -> None:
+    run_ranks(2, save_workers.killed, tmp_path, rank, dies=[rank])
     assert (
         checkpoint_workers.differences(
             run_ranks(1, _weights, tmp_path)[0], run_ranks(1, _weights, tmp_path / "000001")[0]

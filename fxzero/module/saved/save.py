@@ -1,13 +1,19 @@
 """Write a checkpoint: every rank its slices, rank 0 the manifest, and a rename once all of it is on the disk."""
 
-from collections.abc import Iterator, Sequence
+import logging
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from fxzero.checkpoint.files import complete, new_folder, remove_old, sync_folder, write_rank
+from fxzero.checkpoint.files import MANIFEST, complete, data_file, new_folder, remove_old, sync_folder, write_rank
 from fxzero.checkpoint.values import encode, name_of_dtype
 from fxzero.comm import agree
 from fxzero.comm.groups import Hierarchy
@@ -21,6 +27,7 @@ from fxzero.module.saved.parts import (
     buffers,
     extra_states,
     further_names,
+    num_positions,
     position,
     random_states,
     tensors_of,
@@ -29,34 +36,160 @@ from fxzero.module.sharded_model import ShardedModel
 from fxzero.optimizers import made_up
 from fxzero.optimizers.state import name_of
 
+logger = logging.getLogger(__name__)
+
+_LOOK_S = 0.05
+"""How often a thread looks for what other ranks have posted."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checkpoint that is about to be written, as one rank has it."""
+
+    root: Path
+    folder: Path
+    """Where it is written until it is complete."""
+    position: int
+    """The number of this rank among those that write."""
+    num_positions: int
+    parts: Iterable[tuple[str, int, Tensor]]
+    own: dict[str, Any]
+    """The plain values of this rank."""
+    manifest: dict[str, Any]
+
+    @property
+    def is_first(self) -> bool:
+        """True on the rank that completes it."""
+        return self.position == 0
+
+    def write(self) -> int:
+        """Write what this rank has; the checksum of its index."""
+        crc32 = write_rank(self.folder, self.position, self.parts, self.own)
+        sync_folder(self.folder)
+        return crc32
+
+    def complete(self, indices: Sequence[int], keep: int | None) -> Path:
+        """Give it its name, once all ranks have written, and remove old ones."""
+        folder = complete(self.folder, self.manifest | {"indices": list(indices)})
+        if keep is not None:
+            remove_old(self.root, keep)
+        return folder
+
 
 def save(engine: Engine, root: Path, optimizers: Optimizers, extra: Any, keep: int | None) -> Path:
     """Write a checkpoint into a new folder of `root`; a collective. See `fxzero.save`."""
+    wait_for_pending(engine)
     sharded = engine.sharded
-    group, timeout, is_first = sharded.group, sharded.timeout, position(sharded.group) == 0
+    group, timeout = sharded.group, sharded.timeout
     with sharded.phases.phase("save"):
-        fix_layout_without_trace(sharded)
+        prepared = _prepare(engine, root, optimizers, extra)
         with agree.reporting_failure(group, TOPIC):
-            own = {"extra": encode(extra, "extra"), "random": encode(random_states(sharded.devices.compute), "random")}
-            states = [OptimizerState(number, each, sharded.held_by(each)) for number, each in enumerate(optimizers)]
-            _refuse_made_up(optimizers)
-        for state in states:
-            state.complete(partial(agree.exchange_made, group, TOPIC, timeout=timeout))
-        with agree.reporting_failure(group, TOPIC):
-            described = [state.described() for state in states]
-            folder = Path(new_folder(root)) if is_first else root
-        folder = Path(agree.exchange(group, TOPIC, [str(folder)], timeout=timeout)[0][0])
-        with agree.reporting_failure(group, TOPIC):
-            crc32 = write_rank(folder, position(group), _parts(sharded, states), own)
-            sync_folder(folder)
+            crc32 = prepared.write()
         written = agree.exchange(group, TOPIC, [str(crc32)], timeout=timeout)
+        folder = prepared.folder
         with agree.reporting_failure(group, TOPIC):
-            if is_first:
-                facts = {"optimizers": described, "indices": [int(line) for (line,) in written]}
-                folder = complete(folder, _manifest(engine, states) | facts)
-                if keep is not None:
-                    remove_old(root, keep)
+            if prepared.is_first:
+                folder = prepared.complete([int(line) for (line,) in written], keep)
         return Path(agree.exchange(group, TOPIC, [str(folder)], timeout=timeout)[0][0])
+
+
+def async_save(engine: Engine, root: Path, optimizers: Optimizers, extra: Any, keep: int | None) -> Future[Path]:
+    """Copy what a checkpoint has, and let a thread write it. See `fxzero.async_save`."""
+    wait_for_pending(engine)
+    with engine.sharded.phases.phase("save"):
+        prepared = _prepare(engine, root, optimizers, extra)
+        parts = [(name, start, flat.detach().to("cpu", copy=True)) for name, start, flat in prepared.parts]
+    engine.pending_save = in_background(replace(prepared, parts=parts), keep, engine.sharded.timeout)
+    return engine.pending_save
+
+
+def wait_for_pending(engine: Engine) -> None:
+    """Wait for the checkpoint that a thread still writes; what failed there is only logged here."""
+    pending, engine.pending_save = engine.pending_save, None
+    if pending is not None and (error := pending.exception()) is not None:
+        logger.warning("the checkpoint before was not written: %s", error)
+
+
+def _prepare(engine: Engine, root: Path, optimizers: Optimizers, extra: Any) -> Prepared:
+    """All that is written, and a new folder, on which ranks agree."""
+    sharded = engine.sharded
+    group, own_position = sharded.group, position(sharded.group)
+    fix_layout_without_trace(sharded)
+    with agree.reporting_failure(group, TOPIC):
+        own = {"extra": encode(extra, "extra"), "random": encode(random_states(sharded.devices.compute), "random")}
+        states = [OptimizerState(number, each, sharded.held_by(each)) for number, each in enumerate(optimizers)]
+        _refuse_made_up(optimizers)
+    for state in states:
+        state.complete(partial(agree.exchange_made, group, TOPIC, timeout=sharded.timeout))
+    with agree.reporting_failure(group, TOPIC):
+        manifest = _manifest(engine, states) | {"optimizers": [state.described() for state in states]}
+        folder = new_folder(root) if own_position == 0 else root
+    folder = Path(agree.exchange(group, TOPIC, [str(folder)], timeout=sharded.timeout)[0][0])
+    parts = _parts(sharded, states)
+    return Prepared(root, folder, own_position, num_positions(group), parts, own, manifest)
+
+
+# -- in a thread ---------------------------------------------------------------------------------------------------
+
+
+def in_background(prepared: Prepared, keep: int | None, timeout: timedelta) -> Future[Path]:
+    """Write a checkpoint in a thread, which the end of the process waits for."""
+    future: Future[Path] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(_write_apart(prepared, keep, timeout.total_seconds()))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="fxzero save").start()
+    return future
+
+
+def _write_apart(prepared: Prepared, keep: int | None, timeout_s: float) -> Path:
+    """Write a checkpoint while ranks do other things: they meet in the folder, and send no messages.
+
+    Each rank posts the checksum of its index, or its error; rank 0 waits for all, and gives the folder its name.
+    """
+    try:
+        _post(prepared, f"{prepared.write()}")
+    except Exception as error:
+        data_file(prepared.folder, prepared.position).unlink(missing_ok=True)  # on a full disk it takes the room
+        _post(prepared, f"{type(error).__name__}: {error}")
+        raise
+    named = prepared.folder.with_name(prepared.folder.name.split(".")[1])
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        posts = [_posted(prepared, number) for number in range(prepared.num_positions)]
+        for number, post in enumerate(posts):
+            if post is not None and not post.isdecimal():
+                raise CheckpointError(f"Rank {number} could not write {prepared.folder}: {post}")
+        if prepared.is_first and None not in posts:
+            for number in range(prepared.num_positions):
+                _post_of(prepared, number).unlink()
+            return prepared.complete([int(post) for post in posts if post is not None], keep)
+        if (named / MANIFEST).exists():
+            return named
+        time.sleep(_LOOK_S)
+    raise CheckpointError(f"{prepared.folder} did not become complete within {timeout_s:.0f} s.")
+
+
+def _post(prepared: Prepared, text: str) -> None:
+    path = _post_of(prepared, prepared.position)
+    aside = path.with_suffix(".aside")
+    aside.write_text(text)
+    aside.replace(path)
+
+
+def _posted(prepared: Prepared, number: int) -> str | None:
+    try:
+        return _post_of(prepared, number).read_text()
+    except FileNotFoundError:
+        return None
+
+
+def _post_of(prepared: Prepared, number: int) -> Path:
+    return prepared.folder / f"rank_{number:05}.written"
 
 
 def _refuse_made_up(optimizers: Optimizers) -> None:
