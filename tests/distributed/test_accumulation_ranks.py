@@ -11,7 +11,7 @@ from tests.distributed import accumulation_workers
 INTO_SHARDS: dict[str, Any] = {"passes": default_passes(unsharded=False, bucket_bytes=1), "sums_first": False}
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.exhaustive), 3])
 def test_every_nth_backward_reduces_and_so_does_who_uses_gradients_before(world_size: int) -> None:
     headers = run_ranks(world_size, accumulation_workers.train, {})[0]
     if world_size == 1:
@@ -36,7 +36,7 @@ def test_what_cannot_be_right_in_the_middle_of_a_cycle_is_refused() -> None:
         assert all(error.startswith("PlanError: ") for error in errors.values()), errors
 
 
-@pytest.mark.parametrize("how", ["step", "zero_grad"])
+@pytest.mark.parametrize("how", ["step", pytest.param("zero_grad", marks=pytest.mark.exhaustive)])
 def test_ranks_at_different_micro_batches_are_named(how: str) -> None:
     for error in run_ranks(2, accumulation_workers.part, how):
         assert error.startswith("RankMismatchError: "), error
@@ -47,7 +47,14 @@ def test_scalers_find_infinities_in_reduced_gradients() -> None:
     run_ranks(2, accumulation_workers.scale)
 
 
-@pytest.mark.parametrize("options", [{"divisor": 1.0}, {"divisor": 2.5, "nodes": 3}, {"divisor": 1, **INTO_SHARDS}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"divisor": 1.0}, marks=pytest.mark.exhaustive),
+        {"divisor": 2.5, "nodes": 3},
+        pytest.param({"divisor": 1, **INTO_SHARDS}, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_sums_are_divided_by_the_factor(options: dict[str, Any]) -> None:
     run_ranks(3, accumulation_workers.train, {"gradient_divide_factor": options["divisor"], **options})
 
