@@ -44,6 +44,7 @@ from fxzero.optimizers.guard import OptimizerGuard, hook_state_dicts
 from fxzero.options import (
     Options,
     Without,
+    check_divide_factor,
     check_mesh,
     choose_device,
     choose_group,
@@ -79,6 +80,8 @@ def compile(
     gather_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
     cluster: Cluster | str | None = None,
+    accumulate: int = 1,
+    gradient_divide_factor: float | None = None,
     without: Without = (),
     mesh: DeviceMesh | None = None,
     across: Placement = "replicate",
@@ -127,6 +130,14 @@ def compile(
         cluster: speeds of the devices and links that the schedule is made for: numbers, or a name of
             `fxzero.cost.model.CLUSTERS`. Default: all ranks measure them together before the first plan, in less than a
             second, unless the model has less than 1 MiB of parameters, or each rank is a replica.
+        accumulate: the number of micro-batches, each with a backward, of one step of the optimizer. Only every
+            `accumulate`-th backward must reduce gradients: the others add theirs to unsharded ones, which takes the
+            memory of one full copy of the gradients, or reduce them into the shards where costs say that this takes no
+            longer, or where a `memory_budget` leaves no room. An optimizer's step, clipping or norms after fewer
+            backwards reduce what is there. See `docs/accumulation.md`. Default: every backward reduces.
+        gradient_divide_factor: a positive number by which sums of gradients over all ranks are divided, as of FSDP2's
+            `set_gradient_divide_factor`: 1 leaves sums, for losses that are divided by the tokens of all ranks.
+            Default: the number of all ranks, so that gradients are means.
         without: names of optimizations to turn off, or "all", to measure their worth; `fxzero.reference.ablation` lists
             them. Training stays the same, except for the roundings that it lists.
         mesh: in place of process_group, as in FSDP2. A 1-D mesh has the ranks to shard over. A 2-D mesh of (across,
@@ -166,9 +177,10 @@ def compile(
     """
     wire_dtypes = gather_dtype, reduce_dtype
     recipe, own_list = choose_recipe(
-        passes, layout, memory_budget, reshard_after_forward, stage, recompute, wire_dtypes, without
+        passes, layout, memory_budget, reshard_after_forward, stage, recompute, wire_dtypes, without, accumulate
     )
     check_mesh(mesh, across, recipe)
+    check_divide_factor(gradient_divide_factor)
     group = choose_group(process_group, mesh, across)
     with agree.reporting_failure(group, "layout"):  # the other ranks will wait for this one to compare options
         ownership.check_model(model)
@@ -191,6 +203,7 @@ def compile(
             short_gloo_slices=short_gloo_slices,
             islands=choose_islands(islands),
             precision=choose_precision(mp_policy, recipe),
+            gradient_divide_factor=gradient_divide_factor,
         )
         engine = options.make_engine(model, group, optimizers)
         zero = _class_for(type(model))(model, engine, options, elementwise_optimizer=elementwise_optimizer)
@@ -399,8 +412,16 @@ class ZeroModule(nn.Module):
         with step_together(sharded.comm.phases, sharded.group, sharded.timeout):
             yield
 
+    def reduce_gradients(self) -> None:
+        """Reduce the gradients that `no_sync()` or `compile(accumulate=)` holds unsharded; a collective.
+
+        `.grad` is then the mean over the ranks of the sum over all micro-batches, as after a backward that reduces.
+        Where nothing is held, this does nothing.
+        """
+        self._fxzero_engine.sharded.reduce_held()
+
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset all gradients, also those that `no_sync()` holds, as an optimizer's `zero_grad()` does for its own."""
+        """Reset all gradients, also those that are held unsharded, as an optimizer's `zero_grad()` does for its own."""
         super().zero_grad(set_to_none)
         if (gradients := self._fxzero_engine.sharded.gradients) is not None:
             gradients.drop_held()
@@ -427,6 +448,7 @@ class ZeroModule(nn.Module):
         """
         engine = self._fxzero_engine
         sharded = engine.sharded
+        sharded.bring_in()
         with sharded.phases.phase("clip_grad_norm_"):
             return engine.clip_grad_norm(sharded.gradients, sharded.comm, max_norm, norm_type, error_if_nonfinite)
 
@@ -444,6 +466,7 @@ class ZeroModule(nn.Module):
             PlanError: there are no gradients yet, or `no_sync()` holds some.
         """
         sharded = self._fxzero_engine.sharded
+        sharded.bring_in()
         with sharded.phases.phase("grad_norms"):
             return norms.grad_norms(sharded, norm_type)
 

@@ -1,5 +1,6 @@
 """The options of `compile()`: checked, and made into an engine."""
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from fxzero.cost.model import Cluster
 from fxzero.errors import InputMismatchError
 from fxzero.graph.devices import Devices
 from fxzero.graph.layout import LayoutName, ParamSpec
-from fxzero.graph.recipe import Recipe
+from fxzero.graph.recipe import Recipe, check_accumulate
 from fxzero.graph.sharding import Placement, check_placement
 from fxzero.graph.step import Pass
 from fxzero.module.budget_round import BudgetRound
@@ -63,6 +64,8 @@ class Options:
     islands: tuple[str, ...] | None
     """Patterns of modules that run as they are; None: those that cannot be traced."""
     precision: Precision = OF_THE_MODEL
+    gradient_divide_factor: float | None = None
+    """By which sums of gradients over ranks are divided; None: their number."""
 
     @property
     def is_tuned(self) -> bool:
@@ -77,6 +80,8 @@ class Options:
             "without": ", ".join(self.recipe.without) or "nothing",
             "device": self.device.type,
             "across": self.across,
+            "accumulate": self.recipe.accumulate,
+            "gradient_divide_factor": self.gradient_divide_factor,
             "sync_init": self.sync_init,
             "memory_budget": self.memory_budget,
             "cluster": self.cluster,
@@ -99,15 +104,18 @@ class Options:
             specs: the parameters at full size, of a model that holds shards already.
         """
         without = self.recipe.without
-        comm = make_comm(group, self.device, short_gloo_slices=self.short_gloo_slices)
+        comm = make_comm(
+            group, self.device, short_gloo_slices=self.short_gloo_slices, divisor=self.gradient_divide_factor
+        )
         comm = ablation.comm_without(without, comm)
+        recipe = replace(self.recipe, unsharded=False) if comm.is_alone else self.recipe
         sharded = ShardedModel(
             model,
             model.forward,
             group,
             comm,
             Devices.all(self.device),
-            self.recipe,
+            recipe,
             passes=self.passes,
             agreed=self.agreed(),
             optimizers=optimizers,
@@ -152,6 +160,15 @@ def choose_precision(
     return precision
 
 
+def check_divide_factor(factor: object) -> None:
+    """Raise ValueError if gradients cannot be divided by it."""
+    if factor is None:
+        return
+    is_number = isinstance(factor, (int, float)) and not isinstance(factor, bool) and 0 < factor < math.inf
+    if not is_number:
+        raise ValueError(f"gradient_divide_factor is {factor!r}; it must be a positive number, or None for the ranks'.")
+
+
 def choose_islands(islands: Sequence[str] | str | None) -> tuple[str, ...] | None:
     """The patterns of the islands that were asked for; None for those that are found.
 
@@ -174,12 +191,14 @@ def choose_recipe(
     recompute: Literal["none", "full"] | int,
     wire_dtypes: tuple[torch.dtype | None, torch.dtype | None],
     without: Without,
+    accumulate: int = 1,
 ) -> tuple[Recipe, tuple[Pass, ...] | None]:
     """The recipe that the options ask for, and the user's list of passes unless `default_passes()` made it.
 
     Raises:
         ValueError: two options contradict each other, or an option has no such value.
     """
+    check_accumulate(accumulate)
     left_out = ablation.names(without)
     if wire_dtypes[0] is torch.int8 and layout == "interleaved":
         raise ValueError("gather_dtype=torch.int8 quantises whole shards; pass layout='contiguous', or torch.bfloat16.")
@@ -216,6 +235,8 @@ def choose_recipe(
         start = Recipe(
             max_kept_bytes=max_kept_bytes, recompute=recompute, gather_dtype=gather_dtype, reduce_dtype=reduce_dtype
         )
+    if accumulate > 1:
+        start = replace(start, accumulate=accumulate)
     return ablation.recipe_without(left_out, replace(start, layout=layout)), own_list
 
 

@@ -47,6 +47,7 @@ def plan(
     cluster: Cluster | str | None = None,
     num_nodes: int = 1,
     across: Placement = "replicate",
+    accumulate: int = 1,
 ) -> Schedule:
     """The schedule of a model on ranks that are not there: no process group, no device, no memory for any tensor.
 
@@ -64,6 +65,8 @@ def plan(
             and order are chosen from costs, unless passes are given, and `schedule.timing` predicts the step.
         num_nodes: over which the ranks are spread evenly, as on a 2-D mesh of (num_nodes, world_size // num_nodes).
         across: what nodes are to each other, as of `fxzero.compile`.
+        accumulate: the number of micro-batches of one step of the optimizer, as of `fxzero.compile`. The schedule is
+            that of a micro-batch which reduces gradients.
 
     Raises:
         CaptureError: the model cannot be traced.
@@ -76,6 +79,10 @@ def plan(
     sharding, devices = Sharding.over(world_size, num_nodes, across), Devices.all(torch.device("cpu"))
     backend = backend_for(devices.compute)
     chosen = replace(start, layout=layout)
+    if accumulate != 1:
+        chosen = replace(chosen, accumulate=accumulate)
+    if sharding.is_alone:
+        chosen = replace(chosen, unsharded=False)
     args, kwargs = as_arguments(example)
     params = {fqn: spec_of(fqn, param) for fqn, param in model.named_parameters()}
     captured = capture(
@@ -94,7 +101,13 @@ def plan(
 
     def held(step: StepGraph) -> Held:
         layout, secondaries = layout_of(step, chosen, own_list), step.secondaries().values()
-        return held_by(layout, state_per_element=state, buffers=buffers, secondaries=secondaries)
+        return held_by(
+            layout,
+            state_per_element=state,
+            buffers=buffers,
+            secondaries=secondaries,
+            unsharded=step.needs_unsharded,
+        )
 
     costs = None
     is_trained = captured.step.has_backward and own_list is None

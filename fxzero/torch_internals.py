@@ -45,12 +45,16 @@ def cast_floating(dtype: torch.dtype, values: Any) -> Any:
     return _apply_to_tensors(cast_one, values)
 
 
-def watch_unscaling(after: Callable[[torch.optim.Optimizer, Sequence[torch.Tensor]], object]) -> None:
-    """Let every gradient scaler call a function when it has looked for infinities in the gradients of an optimizer.
+def watch_unscaling(
+    before: Callable[[torch.optim.Optimizer], object],
+    after: Callable[[torch.optim.Optimizer, Sequence[torch.Tensor]], object],
+) -> None:
+    """Let every gradient scaler call functions when it looks for infinities in the gradients of an optimizer.
 
     ShardedGradScaler, which has a method of its own, does not.
 
     Args:
+        before: a function of the optimizer.
         after: a function of the optimizer, and of the tensors that say what was found, which it may change.
 
     `GradScaler._unscale_grads_`: 2.11 to 2.13.
@@ -60,6 +64,7 @@ def watch_unscaling(after: Callable[[torch.optim.Optimizer, Sequence[torch.Tenso
 
     @functools.wraps(unscale)
     def watched(self: Any, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        before(optimizer)
         found = unscale(self, optimizer, *args, **kwargs)
         after(optimizer, list(found.values()))
         return found
@@ -70,6 +75,11 @@ def watch_unscaling(after: Callable[[torch.optim.Optimizer, Sequence[torch.Tenso
 def is_profiling() -> bool:
     """True while a profiler of torch records. `torch.autograd.profiler._is_profiler_enabled`: 2.11 to 2.13."""
     return torch.autograd.profiler._is_profiler_enabled  # pyright: ignore[reportPrivateUsage]
+
+
+def backward_id() -> int:
+    """A number for the call of the autograd engine that is under way. `_current_graph_task_id`: 2.11 to 2.13."""
+    return torch._C._current_graph_task_id()  # pyright: ignore
 
 
 def direct_call(op: Any) -> Any:

@@ -69,6 +69,8 @@ class Comm(ABC):
         """The number of this rank's shard."""
         self.sharding = sharding
         self.shard_ranks = sharding.shard_ranks
+        self.divisor: float = sharding.world_size
+        """By which sums of gradients over all ranks are divided."""
 
     @property
     def is_alone(self) -> bool:
@@ -126,12 +128,12 @@ class Comm(ABC):
     def bind_reduce(
         self, payload: Payload, full: Tensor, scratch: Tensor | None, shard: Tensor, *, accumulate: bool
     ) -> Bound:
-        """Average `full` [numel] over the ranks; this rank's slice goes to `shard` [slice_numel].
+        """Sum `full` [numel] over the ranks and divide by `divisor`; this rank's slice goes to `shard` [slice_numel].
 
         Args:
             full: the unsharded gradients; their contents are undefined after the wait.
             scratch: at least `reduce_scratch_numel(payload, accumulate=accumulate)` elements; None if that is 0.
-            accumulate: add the average to `shard` at the wait; else overwrite it, from the start on.
+            accumulate: add the quotient to `shard` at the wait; else overwrite it, from the start on.
         """
 
     def bind_exchange(self, payload: Payload, sent: Tensor, received: Sequence[Tensor]) -> Bound:
@@ -191,12 +193,17 @@ class Comm(ABC):
 
 
 class LocalComm(Comm):
-    """One rank: the shard is the whole bucket."""
+    """One rank: the shard is the whole bucket.
+
+    Args:
+        divisor: by which gradients are divided. Default: 1.
+    """
 
     backend = NativeBackend()
 
-    def __init__(self) -> None:
+    def __init__(self, divisor: float | None = None) -> None:
         super().__init__(0, Sharding())
+        self.divisor = 1 if divisor is None else divisor
 
     def bind_gather(self, payload: Payload, shard: Tensor, full: Tensor) -> Bound:
         return Bound(None, _copy(full, shard))
@@ -204,7 +211,8 @@ class LocalComm(Comm):
     def bind_reduce(
         self, payload: Payload, full: Tensor, scratch: Tensor | None, shard: Tensor, *, accumulate: bool
     ) -> Bound:
-        return Bound(None, partial(shard.add_, full) if accumulate else _copy(shard, full))
+        divide = partial(full.div_, self.divisor) if self.divisor != 1 else None
+        return Bound(None, divide).then(partial(shard.add_, full) if accumulate else _copy(shard, full))
 
     def all_reduce(self, tensor: Tensor, op: Literal["sum", "max"] = "sum") -> None:
         pass

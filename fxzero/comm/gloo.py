@@ -8,8 +8,9 @@ reduce-scatter is an all-reduce inside: twice the bytes, in no fixed order.
 - A message's tag is made from the members of its bucket and from the phase (`phases.py`): model, step, forward or
   backward. So a rank that runs something else than its peers waits for a message that never comes, and is told why; it
   never takes other bytes for parameters, nor the gradients of another step.
-- Sums are made in the dtype of the gradients: ((g0 + g1) + g2) / world_size, bit for bit, on every rank. Elements of
-  float16 whose sum overflows are divided first, as DDP does: (g0 / world_size + g1 / world_size) + g2 / world_size.
+- Sums are made in the dtype of the gradients: ((g0 + g1) + g2) / divisor, bit for bit, on every rank. The divisor is
+  the number of ranks, if it is not chosen. Elements of float16 whose sum overflows are divided first, as DDP does:
+  (g0 / divisor + g1 / divisor) + g2 / divisor.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ from torch import Tensor
 from fxzero import torch_internals
 from fxzero.comm.backend import Backend
 from fxzero.comm.base import Bound, Stage, in_turn
-from fxzero.comm.group import GroupComm
+from fxzero.comm.group import GroupComm, is_half
 from fxzero.graph.layout import Payload
 from fxzero.graph.sharding import Sharding
 
@@ -43,20 +44,15 @@ def message_tag(word: str, payload: Payload) -> int:
 _LARGEST_HALF = torch.finfo(torch.float16).max
 
 
-def is_half(payload: Payload) -> bool:
-    """True for gradients whose sum over ranks may overflow where their mean does not."""
-    return payload.dtype is torch.float16
-
-
 def _largest(term: Tensor) -> float:
     return float(torch.linalg.vector_norm(term, math.inf)) if term.numel() else 0.0
 
 
-def average_of_quotients(terms: Sequence[Tensor]) -> Tensor:
-    """The sum, in order, of terms that are divided by their number first."""
-    total = terms[0] / len(terms)
+def sum_of_quotients(terms: Sequence[Tensor], divisor: float) -> Tensor:
+    """The sum, in order, of terms that are divided first."""
+    total = terms[0] / divisor
     for term in terms[1:]:
-        total.add_(term / len(terms))
+        total.add_(term / divisor)
     return total
 
 
@@ -97,10 +93,11 @@ class GlooComm(GroupComm):
     backend = GLOO
 
     def __init__(
-        self, group: dist.ProcessGroup, *, divisor: int | None = None, divisor_before: int | None = None
+        self, group: dist.ProcessGroup, *, divisor: float | None = None, divisor_before: float | None = None
     ) -> None:
         super().__init__(group)
-        self._divisor = self.shard_ranks if divisor is None else divisor
+        if divisor is not None:
+            self.divisor = divisor
         self._divisor_before = divisor_before
         self._peers = [(self.rank + step) % self.shard_ranks for step in range(1, self.shard_ranks)]
         """Who is sent to, in order; every rank starts with another one."""
@@ -238,7 +235,7 @@ class GlooComm(GroupComm):
         own = payload.slices(full)[self.rank]
         terms = self._terms(payload, own, scratch, shard, accumulate)
         start, all_came = self.bind_exchange(payload, full, terms).stage
-        divisor, may_overflow = self._divisor, is_half(payload)
+        divisor, may_overflow = self.divisor, is_half(payload)
         if self._divisor_before is not None and may_overflow:
             start, divisor, may_overflow = in_turn(partial(full.div_, self._divisor_before), start), 1, False
         total = terms[1 if self.rank == 0 else 0]  # of two terms the order does not matter: g1 + g0 is g0 + g1
@@ -247,7 +244,7 @@ class GlooComm(GroupComm):
         def wait() -> None:
             all_came()
             overflowing = may_overflow and sum(_largest(term) for term in terms) > _LARGEST_HALF
-            divided = average_of_quotients(terms) if overflowing else None
+            divided = sum_of_quotients(terms, divisor) if overflowing else None
             for term in addends:
                 total.add_(term)
             if divisor != 1:

@@ -145,6 +145,11 @@ class GroupComm(Comm):
             self.phases.waits += 1
 
 
+def is_half(payload: Payload) -> bool:
+    """True for gradients whose sum over ranks may overflow where their mean does not."""
+    return payload.dtype is torch.float16
+
+
 def as_bytes(tensor: Tensor) -> Tensor:
     """The same memory as uint8 [nbytes], which every backend can move; `tensor` is contiguous."""
     return tensor.detach().view(-1).view(torch.uint8)

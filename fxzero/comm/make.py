@@ -23,44 +23,64 @@ from fxzero.graph.sharding import Axis, Sharding
 
 @dataclass(frozen=True)
 class Family:
-    """A backend and the forms that its collectives have: on one group, and on the two groups of a mesh of nodes."""
+    """A backend and the forms that its collectives have: on one group, and on the two groups of a mesh of nodes.
+
+    Each form takes the number by which sums of gradients are divided; None is the number of ranks.
+    """
 
     backend: Backend
-    group: Callable[[dist.ProcessGroup], Comm]
-    replicate: Callable[[Hierarchy], HierarchicalComm]
+    group: Callable[[dist.ProcessGroup, float | None], Comm]
+    replicate: Callable[[Hierarchy, float | None], HierarchicalComm]
     """Nodes that are replicas of each other."""
-    share: Callable[[Hierarchy], HierarchicalComm]
+    share: Callable[[Hierarchy, float | None], HierarchicalComm]
     """Nodes of two ranks or more that share the shards."""
 
 
-def _gloo_replicate(nodes: Hierarchy) -> HierarchicalComm:
-    num_ranks = nodes.inside.size() * nodes.across.size()
+def _gloo(group: dist.ProcessGroup, divisor: float | None) -> Comm:
+    return GlooComm(group, divisor=divisor)
+
+
+def _nccl(group: dist.ProcessGroup, divisor: float | None) -> Comm:
+    return NcclComm(group, divisor=divisor)
+
+
+def _gloo_replicate(nodes: Hierarchy, divisor: float | None) -> HierarchicalComm:
     inside = LocalComm()
     if nodes.inside.size() > 1:
-        inside = GlooComm(nodes.inside, divisor=1, divisor_before=num_ranks)
-    return GlooHierarchy(inside, GlooAcross(nodes.across))
+        inside = GlooComm(nodes.inside, divisor=1, divisor_before=_divisor_of(nodes, divisor))
+    return GlooHierarchy(inside, GlooAcross(nodes.across), divisor=divisor)
 
 
-def _gloo_share(nodes: Hierarchy) -> HierarchicalComm:
-    num_ranks = nodes.inside.size() * nodes.across.size()
+def _gloo_share(nodes: Hierarchy, divisor: float | None) -> HierarchicalComm:
+    number = _divisor_of(nodes, divisor)
     return GlooShardedHierarchy(
-        GlooComm(nodes.inside, divisor=1, divisor_before=num_ranks),
-        GlooComm(nodes.across, divisor=num_ranks, divisor_before=1),
+        GlooComm(nodes.inside, divisor=1, divisor_before=number),
+        GlooComm(nodes.across, divisor=number, divisor_before=1),
+        divisor=divisor,
     )
 
 
-def _nccl_replicate(nodes: Hierarchy) -> HierarchicalComm:
-    inside = LocalComm() if nodes.inside.size() == 1 else NcclComm(nodes.inside)
-    return NcclHierarchy(inside, NcclComm(nodes.across))
+def _divisor_of(nodes: Hierarchy, divisor: float | None) -> float:
+    return nodes.inside.size() * nodes.across.size() if divisor is None else divisor
 
 
-def _nccl_share(nodes: Hierarchy) -> HierarchicalComm:
-    return NcclShardedHierarchy(NcclComm(nodes.inside), NcclComm(nodes.across))
+def _nccl_replicate(nodes: Hierarchy, divisor: float | None) -> HierarchicalComm:
+    inside = LocalComm() if nodes.inside.size() == 1 else _nccl_inside(nodes, divisor)
+    return NcclHierarchy(inside, NcclComm(nodes.across), divisor=divisor)
+
+
+def _nccl_share(nodes: Hierarchy, divisor: float | None) -> HierarchicalComm:
+    return NcclShardedHierarchy(_nccl_inside(nodes, divisor), NcclComm(nodes.across), divisor=divisor)
+
+
+def _nccl_inside(nodes: Hierarchy, divisor: float | None) -> NcclComm:
+    """Averages over the ranks of a node; sums undivided where a divisor is chosen."""
+    return NcclComm(nodes.inside, divisor=None if divisor is None else 1)
 
 
 BACKENDS: Mapping[tuple[str, str], Family] = {
-    ("gloo", "cpu"): Family(GLOO, GlooComm, _gloo_replicate, _gloo_share),
-    ("nccl", "cuda"): Family(NCCL, NcclComm, _nccl_replicate, _nccl_share),
+    ("gloo", "cpu"): Family(GLOO, _gloo, _gloo_replicate, _gloo_share),
+    ("nccl", "cuda"): Family(NCCL, _nccl, _nccl_replicate, _nccl_share),
 }
 """By the name that torch.distributed has for a backend, and the type of device whose memory it moves."""
 
@@ -77,18 +97,21 @@ def backend_for(device: torch.device) -> Backend:
     raise _unknown_backend("nothing", device)
 
 
-def make_comm(group: Group | None, device: torch.device, *, short_gloo_slices: bool = True) -> Comm:
+def make_comm(
+    group: Group | None, device: torch.device, *, short_gloo_slices: bool = True, divisor: float | None = None
+) -> Comm:
     """The Comm for process groups and the device of its buffers.
 
     Args:
         group: None is the default group, if there is one.
         device: where the buffers lie.
         short_gloo_slices: where it is gloo, let its threads ask the scheduler for short slices.
+        divisor: by which sums of gradients over the ranks are divided. Default: their number.
 
     Raises:
         ValueError: the group has no backend for this device that fxzero knows.
     """
-    comm = _choose_comm(group, device)
+    comm = _choose_comm(group, device, divisor)
     parts = [comm.inside, comm.across] if isinstance(comm, HierarchicalComm) else [comm]
     members = group.ranks if isinstance(group, Hierarchy) else ()
     for part in (part for part in parts if isinstance(part, GroupComm)):
@@ -102,19 +125,19 @@ def make_comm(group: Group | None, device: torch.device, *, short_gloo_slices: b
     return comm
 
 
-def _choose_comm(group: Group | None, device: torch.device) -> Comm:
+def _choose_comm(group: Group | None, device: torch.device, divisor: float | None) -> Comm:
     if isinstance(group, Hierarchy):
-        return _make_for_nodes(group, device)
+        return _make_for_nodes(group, device, divisor)
     group = resolve_group(group)
     if group is None:
-        return LocalComm()
+        return LocalComm(divisor)
     name = torch_internals.backend_name(group, device)
     if name == "fake":
         return PlanningComm(group.rank(), Sharding.over(group.size()), backend_for(device))
-    return LocalComm() if group.size() == 1 else _family(name, device).group(group)
+    return LocalComm(divisor) if group.size() == 1 else _family(name, device).group(group, divisor)
 
 
-def _make_for_nodes(nodes: Hierarchy, device: torch.device) -> Comm:
+def _make_for_nodes(nodes: Hierarchy, device: torch.device, divisor: float | None) -> Comm:
     """The Comm of the two process groups of a rank."""
     name = torch_internals.backend_name(nodes.across, device)
     if name == "fake":
@@ -124,7 +147,7 @@ def _make_for_nodes(nodes: Hierarchy, device: torch.device) -> Comm:
         rank = inside * nodes.across.size() + across if nodes.shards_across else inside
         return PlanningComm(rank, sharding, backend_for(device))
     family = _family(name, device)
-    comm = (family.share if nodes.shards_across else family.replicate)(nodes)
+    comm = (family.share if nodes.shards_across else family.replicate)(nodes, divisor)
     inside_text = f"rank {nodes.inside.rank()} of {nodes.inside.size()}"
     for part in (comm.inside, comm.across):
         if isinstance(part, GroupComm):

@@ -1,8 +1,8 @@
 """Collectives of a 2-D mesh: gathers and reduce-scatters inside a node, then one all-reduce of the shard across nodes.
 
 A gradient is the sum over the ranks of a node, in rank order, then over the nodes, in their order, divided once by the
-number of all ranks: ((g00 + g01) + (g10 + g11)) / 4. Ranks with the same shard get the same bits, so that replicas
-never part.
+number of all ranks, or by what was chosen in its place: ((g00 + g01) + (g10 + g11)) / 4. Ranks with the same shard get
+the same bits, so that replicas never part.
 
 The second stage needs the result of the first, and gloo tells that a message is there only to those who wait for it.
 So a reduction is carried on where it most likely need not wait: at the start of each later reduction by one stage, and
@@ -24,9 +24,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fxzero.comm.base import Bound, Comm, LocalComm, Stage, in_turn
-from fxzero.comm.gloo import GLOO, GlooComm, is_half, message_tag
-from fxzero.comm.group import GroupComm
-from fxzero.comm.nccl import NCCL, NcclComm
+from fxzero.comm.gloo import GLOO, GlooComm, message_tag
+from fxzero.comm.group import GroupComm, is_half
+from fxzero.comm.nccl import NCCL, NcclComm, quotient, reduce_op
 from fxzero.graph.layout import Payload
 from fxzero.graph.sharding import Axis, Placement, Sharding
 
@@ -35,10 +35,17 @@ class HierarchicalComm(Comm):
     """The ranks of all nodes, which hold replicas: `rank` is the one inside the node.
 
     Values of rank 0 are those of rank 0 of node 0, on all nodes.
+
+    Args:
+        divisor: by which sums of gradients are divided. Default: the number of all ranks.
     """
 
-    def __init__(self, inside: Comm, across: GroupComm, placement: Placement = "replicate") -> None:
+    def __init__(
+        self, inside: Comm, across: GroupComm, placement: Placement = "replicate", *, divisor: float | None = None
+    ) -> None:
         super().__init__(inside.rank, Sharding(Axis(inside.shard_ranks), Axis(across.shard_ranks, placement)))
+        if divisor is not None:
+            self.divisor = divisor
         self.inside, self.across = inside, across
         self.node, self.num_nodes = across.rank, across.shard_ranks
 
@@ -121,8 +128,8 @@ class GlooHierarchy(HierarchicalComm):
 
     backend = GLOO
 
-    def __init__(self, inside: GlooComm | LocalComm, across: GlooAcross) -> None:
-        super().__init__(inside, across)
+    def __init__(self, inside: GlooComm | LocalComm, across: GlooAcross, *, divisor: float | None = None) -> None:
+        super().__init__(inside, across, divisor=divisor)
         self._across = across
         self._under_way: list[Chain] = []
         """Reductions from start to wait, in the order of their starts."""
@@ -132,13 +139,12 @@ class GlooHierarchy(HierarchicalComm):
     ) -> Bound:
         room = self.scratch_for(payload, scratch, accumulate=accumulate)
         aside = room[-payload.slice_numel :] if room is not None and accumulate else shard
-        num_ranks = self.sharding.world_size
-        divisor = 1 if is_half(payload) else num_ranks  # halves are divided first, lest a node's sum overflow
+        divisor: float = 1 if is_half(payload) else self.divisor  # halves are divided first, lest a node's sum overflow
         if self.shard_ranks == 1:
             result = full if accumulate else shard
             (begin, end), *others = self._across.bind_all_reduce(payload, full, aside, result, divisor)
             if is_half(payload):
-                begin = in_turn(partial(full.div_, num_ranks), begin)
+                begin = in_turn(partial(full.div_, self.divisor), begin)
             stages = [(begin, end), *others]
         else:
             result = aside
@@ -177,7 +183,7 @@ class GlooAcross(GlooComm):
     """The ranks with the same shard, one of each node."""
 
     def bind_all_reduce(
-        self, payload: Payload, source: Tensor, landing: Tensor, result: Tensor, divisor: int
+        self, payload: Payload, source: Tensor, landing: Tensor, result: Tensor, divisor: float
     ) -> list[Stage]:
         """The stages that sum `source` over the nodes, in their order, and divide the sum.
 
@@ -200,7 +206,7 @@ class GlooAcross(GlooComm):
         return [self._exchange("reduction across nodes", payload, [(landing, peer)], [(source, peer)], finish)]
 
     def _bind_in_parts(
-        self, payload: Payload, source: Tensor, landing: Tensor, result: Tensor | None, divisor: int
+        self, payload: Payload, source: Tensor, landing: Tensor, result: Tensor | None, divisor: float
     ) -> list[Stage]:
         """Each node sums a part and sends it to the others: fewer bytes than whole shards (`sent_across_numel`)."""
         size = -(-source.numel() // self.shard_ranks)
@@ -265,9 +271,9 @@ class NcclHierarchy(HierarchicalComm):
 
     backend = NCCL
 
-    def __init__(self, inside: NcclComm | LocalComm, across: NcclComm) -> None:
-        super().__init__(inside, across)
-        self._across = across
+    def __init__(self, inside: NcclComm | LocalComm, across: NcclComm, *, divisor: float | None = None) -> None:
+        super().__init__(inside, across, divisor=divisor)
+        self._across, self.chosen_divisor = across, divisor
 
     def bind_reduce(
         self, payload: Payload, full: Tensor, scratch: Tensor | None, shard: Tensor, *, accumulate: bool
@@ -278,10 +284,11 @@ class NcclHierarchy(HierarchicalComm):
         else:
             average = shard if room is None else room
             within = self.inside.bind_reduce(payload, full, None, average, accumulate=False)
+        before, behind = quotient(payload, self.chosen_divisor, full, average)
         options = dist.AllreduceOptions()
-        options.reduceOp = dist.ReduceOp(dist.ReduceOp.AVG)
+        options.reduceOp = reduce_op(self.chosen_divisor)
         call, what = self._across.group.allreduce, self._across.what("reduction across nodes", payload)
         across = self._across.bind_work(partial(call, [average], options), what, orders_at_start=True)
         bring = shard.add_ if accumulate else shard.copy_
         done = partial(bring, average) if accumulate or average is not shard else None
-        return Bound(in_turn(*within, across.start), across.wait).then(done)
+        return Bound(in_turn(before, *within, across.start), across.wait).then(behind, done)

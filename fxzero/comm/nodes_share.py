@@ -33,7 +33,7 @@ from fxzero import torch_internals
 from fxzero.comm.base import Bound, Stage, in_turn
 from fxzero.comm.gloo import GLOO, GlooComm
 from fxzero.comm.group import GroupComm
-from fxzero.comm.nccl import NCCL, NcclComm, averaging
+from fxzero.comm.nccl import NCCL, NcclComm, quotient, reduce_options
 from fxzero.comm.nodes_replicate import Chain, HierarchicalComm
 from fxzero.graph.layout import Payload
 from fxzero.graph.stages import stage_across, stage_inside
@@ -42,8 +42,8 @@ from fxzero.graph.stages import stage_across, stage_inside
 class ShardedHierarchy(HierarchicalComm):
     """The ranks of all nodes as one group: rank r of node n is number r * num_nodes + n."""
 
-    def __init__(self, inside: GroupComm, across: GroupComm) -> None:
-        super().__init__(inside, across, "shard")
+    def __init__(self, inside: GroupComm, across: GroupComm, *, divisor: float | None = None) -> None:
+        super().__init__(inside, across, "shard", divisor=divisor)
         self.rank = inside.rank * self.num_nodes + self.node
 
     def _slice_of(self, full: Tensor) -> Tensor:
@@ -91,13 +91,13 @@ class GlooShardedHierarchy(ShardedHierarchy):
 
     Args:
         inside: sums gradients undivided.
-        across: divides by the number of all ranks.
+        across: divides by the number of all ranks, or by the chosen divisor.
     """
 
     backend = GLOO
 
-    def __init__(self, inside: GlooComm, across: GlooComm) -> None:
-        super().__init__(inside, across)
+    def __init__(self, inside: GlooComm, across: GlooComm, *, divisor: float | None = None) -> None:
+        super().__init__(inside, across, divisor=divisor)
         self._under_way = _UnderWay()
 
     def bind_gather_keeping(self, payload: Payload, shard: Tensor, full: Tensor, secondary: Tensor) -> Bound:
@@ -189,9 +189,9 @@ class NcclShardedHierarchy(ShardedHierarchy):
 
     backend = NCCL
 
-    def __init__(self, inside: NcclComm, across: NcclComm) -> None:
-        super().__init__(inside, across)
-        self._across = across
+    def __init__(self, inside: NcclComm, across: NcclComm, *, divisor: float | None = None) -> None:
+        super().__init__(inside, across, divisor=divisor)
+        self._across, self.chosen_divisor = across, divisor
 
     def bind_gather_keeping(self, payload: Payload, shard: Tensor, full: Tensor, secondary: Tensor) -> Bound:
         (start_across, wait_across), (start_inside, wait_inside) = self._gather_stages(payload, shard, full, secondary)
@@ -212,9 +212,11 @@ class NcclShardedHierarchy(ShardedHierarchy):
         own_slice = room[: within.slice_numel]
         average = room[within.slice_numel :] if accumulate else shard
         inside = self.inside.bind_reduce(within, full, None, own_slice, accumulate=False)
-        call = partial(torch_internals.reduce_scatter_base(self._across.group), average, own_slice, averaging())
+        before, behind = quotient(payload, self.chosen_divisor, full, average)
+        options = reduce_options(self.chosen_divisor)
+        call = partial(torch_internals.reduce_scatter_base(self._across.group), average, own_slice, options)
         what = self._across.what("reduce-scatter across nodes", payload)
         across = self._across.bind_work(call, what, orders_at_start=True)
-        return Bound(in_turn(*inside, across.start), across.wait).then(
-            partial(shard.add_, average) if accumulate else None
+        return Bound(in_turn(before, *inside, across.start), across.wait).then(
+            behind, partial(shard.add_, average) if accumulate else None
         )

@@ -127,6 +127,39 @@ def reduce_scratch_nbytes(
     return travels.slice_nbytes + room + inner * travels.dtype.itemsize
 
 
+def bucket_scratch_nbytes(
+    backend: Backend, sharding: Sharding, bucket: Bucket, format: WireFormat | None, *, accumulate: bool
+) -> int:
+    """Bytes that the reduction of a bucket needs between its start and its wait."""
+    if casts(bucket, format):
+        return reduce_scratch_nbytes(backend, sharding, bucket, format, accumulate=accumulate)
+    payload = bucket.gradients
+    return backend.reduce_scratch_numel(payload, sharding, accumulate=accumulate) * payload.dtype.itemsize
+
+
+def bind_bucket_reduce(
+    comm: Comm,
+    bucket: Bucket,
+    format: WireFormat | None,
+    sent: Tensor,
+    scratch: Tensor | None,
+    shard: Tensor,
+    *,
+    accumulate: bool,
+) -> Bound:
+    """Average what all ranks send of a bucket's gradients; this rank's slice goes to `shard`.
+
+    Args:
+        scratch: `bucket_scratch_nbytes` bytes, flat; None if that is 0.
+        format, sent, accumulate: as of `bind_narrow_reduce`.
+    """
+    if casts(bucket, format):
+        assert scratch is not None
+        return bind_narrow_reduce(comm, bucket, format, sent, scratch, shard, accumulate=accumulate)
+    room = None if scratch is None else scratch.view(bucket.dtypes.grad)
+    return comm.bind_reduce(bucket.gradients, sent, room, shard, accumulate=accumulate)
+
+
 def _sums_here(backend: Backend, sharding: Sharding, bucket: Bucket, format: WireFormat | None) -> bool:
     """True if sums are made in another dtype than travels, which no backend does."""
     return backend.sums_locally(sharding) and (format is not None or bucket.dtypes.grad is not bucket.dtypes.sum)
@@ -155,7 +188,7 @@ def bind_narrow_reduce(
     """Average what all ranks send; this rank's slice goes to `shard` [bucket.shard_numel].
 
     Where sums are local (gloo) they are made in the dtype that the bucket has for sums, in rank order:
-    ((g0 + g1) + g2) / shard_ranks, of terms that are all rounded to the wire's dtype, the own one too, so that who owns
+    ((g0 + g1) + g2) / divisor, of terms that are all rounded to the wire's dtype, the own one too, so that who owns
     an element does not matter. Elsewhere (NCCL) the backend sums in the dtype that travels, as FSDP2 does: an exchange
     would cross the link between two machines once for each rank of a machine, where NCCL's rings cross it once.
 
@@ -179,7 +212,7 @@ def bind_narrow_reduce(
     terms = [*received[: comm.rank], own, *received[comm.rank :]]
     rooms = scratch[end:].view(bucket.dtypes.sum).split(bucket.shard_numel)
     total = rooms[1] if _num_rooms(bucket, accumulate=accumulate) > 1 else shard
-    average = partial(_average, terms, rooms[0], total, shard, accumulate)
+    average = partial(_average, terms, comm.divisor, rooms[0], total, shard, accumulate)
     return comm.bind_exchange(travels, sent, terms).then(average)
 
 
@@ -196,7 +229,7 @@ def bind_reduce_of_sums(
     slices = payload.slices(sums)
     received = [part for room in rooms for part in _parts(room, payload)][: payload.num_slices - 1]
     terms = [*received[: comm.rank], slices[comm.rank], *received[comm.rank :]]
-    average = partial(_average_in_place, terms, shard, accumulate)
+    average = partial(_average_in_place, terms, comm.divisor, shard, accumulate)
     return comm.bind_exchange(payload, sums, terms).then(average)
 
 
@@ -207,11 +240,11 @@ def _parts(room: Tensor, payload: Payload) -> list[Tensor]:
     return [flat[index * payload.slice_numel :][: payload.slice_numel] for index in range(count)]
 
 
-def _average_in_place(terms: list[Tensor], shard: Tensor, accumulate: bool) -> None:
+def _average_in_place(terms: list[Tensor], divisor: float, shard: Tensor, accumulate: bool) -> None:
     total = terms[0]
     for term in terms[1:]:
         total.add_(term)
-    total.div_(len(terms))
+    total.div_(divisor)
     _bring(total, shard, terms[-1] if accumulate else None)
 
 
@@ -229,11 +262,11 @@ def _bring(total: Tensor, shard: Tensor, room: Tensor | None) -> None:
         shard.add_(room.view(shard.dtype)[: len(shard)].copy_(total))
 
 
-def _average(terms: list[Tensor], room: Tensor, total: Tensor, shard: Tensor, accumulate: bool) -> None:
+def _average(terms: list[Tensor], divisor: float, room: Tensor, total: Tensor, shard: Tensor, accumulate: bool) -> None:
     """Sum terms in order, each converted in `room`, divide, and bring the average to the shard if it is not there."""
     total.copy_(terms[0])
     for term in terms[1:]:
         total.add_(room.copy_(term))
-    total.div_(len(terms))
+    total.div_(divisor)
     if total is not shard:
         _bring(total, shard, room if accumulate else None)

@@ -123,7 +123,22 @@ def choose_sizes(gathering: StepGraph, recipe: Recipe, model: CostModel, *, keep
             if best is None or step_s * CLOSE < best[0]:
                 best = step_s, candidate, happening
         assert best is not None, "a step without parameters has nothing to tune"
-        return replace(best[1], later=best_order(best[2], needs.costs)[0])
+        chosen = replace(best[1], later=best_order(best[2], needs.costs)[0])
+        if recipe.accumulate > 1 and recipe.unsharded is None:
+            chosen = replace(chosen, unsharded=_is_faster_unsharded(needs, chosen))
+        return chosen
+
+
+def _is_faster_unsharded(needs: Needs, recipe: Recipe) -> bool:
+    """True if a micro-batch takes longer where it reduces its gradients than where it adds them to unsharded ones."""
+    costs, device = replace(needs.costs, optimizer_s=0.0), needs.device
+    nbytes = sum(needs.step.params[fqn].grad_nbytes for fqn in needs.ready_s)
+    seconds: list[float] = []
+    for ready_s in (needs.ready_s, {}):
+        trial = replace(needs, ready_s=ready_s, costs=costs)
+        seconds.append(play(_events(trial, _groups(trial, recipe), recipe), costs.link, costs.inside).step_s)
+    adding_s = 2 * nbytes / device.bytes_per_s  # read what is there, and write the sum
+    return (seconds[1] + adding_s) * CLOSE < seconds[0]
 
 
 def _candidates(needs: Needs, recipe: Recipe, *, keeps_free: bool) -> Iterator[tuple[Recipe, Sequence[Bucket]]]:
@@ -132,10 +147,8 @@ def _candidates(needs: Needs, recipe: Recipe, *, keeps_free: bool) -> Iterator[t
     most = max(MOST_BYTES, sum(param.gathered_nbytes for param in order) // 16)
     tried: set[tuple[tuple[Fqns, ...], int]] = set()
     for body, head, ahead in _sizes(recipe):
-        if recipe.buckets is None:
-            groups = group_into_buckets(order, needs.step.sharding.shard_ranks, body, head_bytes=head)
-        else:
-            groups = [needs.step.bucket(fqns) for fqns in recipe.buckets]
+        sized = recipe if recipe.buckets is not None else replace(recipe, bucket_bytes=body, head_bytes=head)
+        groups = _groups(needs, sized)
         inflight = ahead * max(min(body, bucket.gathered.nbytes) for bucket in groups)
         key = tuple(bucket.fqns for bucket in groups), inflight
         if key in tried or (tried and inflight > most):
@@ -147,6 +160,14 @@ def _candidates(needs: Needs, recipe: Recipe, *, keeps_free: bool) -> Iterator[t
         if keeps_free and recipe.max_kept_bytes is not None:
             sizes["max_kept_bytes"] = min(inflight, MOST_BYTES)
         yield replace(recipe, **sizes), groups
+
+
+def _groups(needs: Needs, recipe: Recipe) -> Sequence[Bucket]:
+    """The buckets that a recipe makes."""
+    if recipe.buckets is not None:
+        return [needs.step.bucket(fqns) for fqns in recipe.buckets]
+    ranks, head = needs.step.sharding.shard_ranks, recipe.head_bytes
+    return group_into_buckets(needs.params, ranks, recipe.bucket_bytes, head_bytes=head)
 
 
 def _sizes(recipe: Recipe) -> Iterator[tuple[int, int | None, int]]:

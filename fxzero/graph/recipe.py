@@ -74,12 +74,18 @@ class Recipe:
     """Dtype in which parameters travel; None for their own."""
     reduce_dtype: torch.dtype | None = None
     """Dtype in which gradients travel; None for their own."""
+    accumulate: int = 1
+    """Micro-batches of one step of the optimizer, if all but the last need not reduce their gradients."""
+    unsharded: bool | None = None
+    """True if gradients of micro-batches are added up unsharded and reduced once, False if each micro-batch reduces
+    them into the shards. None leaves the choice to costs or a memory budget, and means True without them."""
     without: tuple[str, ...] = ()
     """Optimizations that are left out, to measure their effect (`reference/ablation.py`)."""
 
     def __post_init__(self) -> None:
         check_layout(self.layout)
         check_recompute(self.recompute)
+        check_accumulate(self.accumulate)
         if self.gather_dtype is not None:
             check_gather_dtype(self.gather_dtype)
         if self.reduce_dtype is not None:
@@ -89,6 +95,11 @@ class Recipe:
     def is_persistent(self) -> bool:
         """False if buffers are allocated at each use instead of in one arena."""
         return "persistent_buffers" not in self.without
+
+    @property
+    def keeps_unsharded(self) -> bool:
+        """True if only every `accumulate`-th backward reduces gradients."""
+        return self.accumulate > 1 and self.unsharded is not False
 
     def to_json(self) -> str:
         """The recipe as one line of JSON; equal recipes give equal lines."""
@@ -112,6 +123,12 @@ def check_recompute(recompute: object) -> None:
     is_bytes = isinstance(recompute, int) and not isinstance(recompute, bool) and recompute >= 0
     if not is_bytes and recompute not in ("none", "full"):
         raise ValueError(f'recompute is {recompute!r}; it must be "none", "full" or a number of bytes')
+
+
+def check_accumulate(accumulate: object) -> None:
+    """Raise ValueError if `accumulate` is not a number of micro-batches."""
+    if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
+        raise ValueError(f"accumulate is {accumulate!r}; it must be a number of micro-batches, 1 or more")
 
 
 def _tuples(value: Any) -> Any:

@@ -193,13 +193,26 @@ def header(step: StepGraph) -> str:
         parts.append(f"interleaved: {format_bytes(t.interleaved_copy_bytes)} copied")
     if step.without:
         parts.append(f"without {', '.join(step.without)}")
-    if not step.has_backward:
+    if not step.has_backward or (not step.synchronize and step.keeps_unsharded):
         del parts[2]
     elif not step.synchronize:
-        gathered_buckets = {step.bucket_of(start) for start in step.nodes(Role.ALL_GATHER)}
-        held = sum(bucket.sums.nbytes for bucket in gathered_buckets if bucket.requires_grad)
-        parts[2] = f"no_sync: unsharded gradients {format_bytes(held)}"
+        parts[2] = f"no_sync: {_unsharded(step)}"
+    if step.accumulate > 1 and step.has_backward:
+        parts.append(_accumulation(step))
     return "  ".join(parts)
+
+
+def _unsharded(step: StepGraph) -> str:
+    gathered_buckets = {step.bucket_of(start) for start in step.nodes(Role.ALL_GATHER)}
+    held = sum(bucket.sums.nbytes for bucket in gathered_buckets if bucket.requires_grad)
+    return f"unsharded gradients {format_bytes(held)}"
+
+
+def _accumulation(step: StepGraph) -> str:
+    """Which backwards of a gradient accumulation reduce gradients."""
+    if not step.keeps_unsharded:
+        return f"accumulate={step.accumulate}: each backward reduces into the shards"
+    return f"accumulate={step.accumulate}: {_unsharded(step)}, 1 of {step.accumulate} backwards reduces"
 
 
 def _as_types(step: StepGraph, which: Role) -> str:

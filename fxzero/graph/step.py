@@ -50,7 +50,7 @@ class StepGraph:
     written: tuple[str, ...] = ()
     """Names of the parameters whose new values are the last of the model's outputs, in this order."""
     synchronize: bool = True
-    """False under no_sync(): gradients are written to unsharded buckets and not reduced."""
+    """False if gradients are written to unsharded buckets and not reduced: under no_sync(), or with `accumulate=`."""
     kept: set[tuple[str, ...]] = field(default_factory=set[tuple[str, ...]])
     """Members of each bucket that stays gathered from forward to backward."""
     resident: tuple[tuple[str, ...], ...] = ()
@@ -60,6 +60,10 @@ class StepGraph:
     """Name of the layout by which parameters are cut; no pass depends on it."""
     fixed_buckets: tuple[tuple[str, ...], ...] | None = None
     """Members of each bucket, once the layout is fixed."""
+    accumulate: int = 1
+    """Micro-batches of one step of the optimizer, if all but the last need not reduce their gradients."""
+    keeps_unsharded: bool = False
+    """True if all but the last of them keep their gradients unsharded."""
     without: tuple[str, ...] = ()
     """Optimizations that are turned off; see `reference/ablation.py`."""
     _buckets: dict[tuple[str, ...], Bucket] = field(default_factory=dict[tuple[str, ...], Bucket], repr=False)
@@ -74,7 +78,13 @@ class StepGraph:
         step = copy_of(self)
         step.synchronize, step.layout, step.without = synchronize, recipe.layout, recipe.without
         step.fixed_buckets = recipe.buckets
+        step.accumulate, step.keeps_unsharded = recipe.accumulate, recipe.keeps_unsharded
         return step
+
+    @property
+    def needs_unsharded(self) -> bool:
+        """True if a rank holds unsharded gradients: in this step, or from the micro-batches before it."""
+        return not self.synchronize or self.keeps_unsharded
 
     @property
     def arguments(self) -> list[fx.Node]:

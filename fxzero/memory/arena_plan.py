@@ -7,7 +7,7 @@ from typing import TypeAlias
 from torch import fx
 
 from fxzero.comm.backend import Backend
-from fxzero.comm.wire_copies import casts, reduce_scratch_nbytes
+from fxzero.comm.wire_copies import bucket_scratch_nbytes, casts
 from fxzero.graph.layout import ALIGNMENT_BYTES, align
 from fxzero.graph.liveness import live_until
 from fxzero.graph.names import bucket_label
@@ -167,12 +167,8 @@ def _of_reduction(
 
 def scratch_nbytes(step: StepGraph, backend: Backend, start: fx.Node, *, accumulate: bool) -> int:
     """Bytes of scratch that a reduce-scatter needs."""
-    bucket, format = step.bucket_of(start), wire_format(start)
-    if casts(bucket, format):
-        return reduce_scratch_nbytes(backend, step.sharding, bucket, format, accumulate=accumulate)
-    payload = step.payload_of(start)
-    numel = backend.reduce_scratch_numel(payload, step.sharding, accumulate=accumulate)
-    return numel * payload.dtype.itemsize
+    format = wire_format(start)
+    return bucket_scratch_nbytes(backend, step.sharding, step.bucket_of(start), format, accumulate=accumulate)
 
 
 def is_partial(step: StepGraph, start: fx.Node) -> bool:

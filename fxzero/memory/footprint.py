@@ -27,7 +27,7 @@ class Held:
     optimizer_state: int = 0
     buffers: int = 0
     unsharded_gradients: int = 0
-    """Under no_sync()."""
+    """Under no_sync(), or with `accumulate=`."""
     secondaries: int = 0
     """Secondary shards of parameters, where nodes share the primary ones."""
     copies: int = 0
@@ -98,7 +98,7 @@ def held_by(
     *,
     state_per_element: float,
     buffers: int,
-    synchronize: bool = True,
+    unsharded: bool = False,
     secondaries: Iterable[Payload] = (),
 ) -> Held:
     """What a rank holds of a model.
@@ -106,7 +106,7 @@ def held_by(
     Args:
         state_per_element: elements of optimizer state for each element of a trained parameter (AdamW: 2).
         buffers: bytes of the module's buffers.
-        synchronize: False under no_sync(), which keeps whole gradients.
+        unsharded: True if it holds whole gradients, as `StepGraph.needs_unsharded` says.
         secondaries: what it has secondary shards of, as `StepGraph.secondaries` has them.
     """
     trained = [bucket for bucket in layout.buckets if bucket.requires_grad]
@@ -116,7 +116,7 @@ def held_by(
         gradients=gradients,
         optimizer_state=round(gradients * state_per_element),
         buffers=buffers,
-        unsharded_gradients=0 if synchronize else sum(bucket.sums.nbytes for bucket in trained),
+        unsharded_gradients=sum(bucket.sums.nbytes for bucket in trained) if unsharded else 0,
         secondaries=sum(payload.slice_nbytes for payload in secondaries),
         copies=sum(bucket.copy_nbytes for bucket in layout.buckets),
     )

@@ -88,7 +88,8 @@ class MemoryReport:
         if held.copies:
             rows.insert(1, ("parameters (copies that compute reads)", held.copies))
         if held.unsharded_gradients:
-            rows.append(("unsharded gradients, no_sync()", held.unsharded_gradients))
+            why = f"accumulate={self.step.accumulate}" if self.step.keeps_unsharded else "no_sync()"
+            rows.append((f"unsharded gradients, {why}", held.unsharded_gradients))
         rows += [
             ("arena" if self.step.is_persistent else "allocated at each use", self.footprint.arena_bytes),
             ("  this plan", arena.peak_bytes),

@@ -88,6 +88,6 @@ def held(sharded: ShardedModel, step: StepGraph) -> Held:
         layout,
         state_per_element=sharded.state_per_element,
         buffers=sum(buffer.nbytes for buffer in sharded.model.buffers()),
-        synchronize=step.synchronize,
+        unsharded=step.needs_unsharded,
         secondaries={*step.secondaries().values(), *(shards.secondaries.parts if shards else ())},
     )

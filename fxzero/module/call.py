@@ -32,6 +32,10 @@ class RunsBackward(Protocol):
         """With the gradients of parameters for who asks for them."""
         ...
 
+    def after_backward(self, executable: Executable) -> None:
+        """The phase of a backward that updated `.grad` is over."""
+        ...
+
     def gradients_are_asked_for(self, anchor: Any) -> bool:
         """True in a backward that leaves `.grad` alone."""
         ...
@@ -121,9 +125,10 @@ class Call:
         if self._is_aside:
             with phases.phase(f"{self._word} by torch.autograd.grad"):
                 return self._run(arriving)
-        with phases.phase(self._word if synchronize else f"{self._word} under no_sync()"):
+        with phases.phase(self._word if synchronize else f"{self._word} {self._sharded.how_held}"):
             input_grads = self._run(arriving)
         phases.after_backward()
+        self._runs.after_backward(self.executable)
         return input_grads
 
     def _run(self, arriving: tuple[torch.Tensor | None, ...]) -> list[torch.Tensor | None]:

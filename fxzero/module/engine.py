@@ -68,9 +68,19 @@ class Engine:
                 bound = self._make(signature, pattern, arguments)
             except PinnedNumberError:
                 return self.prepare(arguments, method)
-        executable = bound.executable(synchronize=self.synchronize or not signature.grad)
+        executable = bound.executable(synchronize=not signature.grad or self._reduces_next)
         self.last = executable
         return inputs, signature, executable
+
+    @property
+    def _reduces_next(self) -> bool:
+        """True if the backward of a call that begins now must reduce gradients."""
+        if not self.synchronize:
+            return False
+        recipe, gradients = self.sharded.recipe, self.sharded.gradients
+        if not recipe.keeps_unsharded:
+            return True
+        return gradients is not None and gradients.num_held + 1 >= recipe.accumulate
 
     def __call__(self, arguments: Arguments, method: Method | None = None) -> Any:
         """Call the model.
@@ -142,15 +152,22 @@ class Engine:
         """
         gradients = self.sharded.gradients
         assert gradients is not None
-        if not executable.step.synchronize or gradients.are_held:
+        synchronize = executable.step.synchronize
+        if gradients.num_held or not (synchronize or self.sharded.recipe.keeps_unsharded):
             raise PlanError(
-                "torch.autograd.grad, or backward(inputs=...), while no_sync() holds gradients that ranks have not "
-                "averaged. Call it outside of an accumulation under no_sync()."
+                "torch.autograd.grad, or backward(inputs=...), while no_sync() or accumulate= holds gradients that "
+                "ranks have not averaged. Call it before such an accumulation begins, or behind its last backward."
             )
         with gradients.set_aside():
-            variant = gradients.variant(synchronize=True)
+            variant = gradients.variant(synchronize=synchronize)
             input_grads = executable.backward(variant, saved, tangents)
-            arrived = gradients.arrived(executable.reached, variant, executable.unreached)
+            reached, unreached = executable.reached, executable.unreached
+            if not synchronize:
+                gradients.hold(reached, variant, executable.uncertain, executable.reduced_outside)
+                variant, unreached = self.sharded.reduce_held_unpublished()
+                reached = ()
+            arrived = gradients.arrived(reached, variant, unreached)
+            gradients.drop_held()
             if self.asked is not None:
                 gradients.check_hooks(arrived)
                 for fqn in arrived:
@@ -176,12 +193,23 @@ class Engine:
         input_grads = executable.backward(variant, saved, tangents)
         if synchronize:
             self.maker.tuning.after_backward(executable)
-            gradients.publish(executable.reached, variant, executable.unreached)
+            gradients.publish(executable.reached, variant, executable.unreached, executable.reduced)
         else:
-            gradients.hold(executable.reached, variant, executable.uncertain)
+            gradients.hold(executable.reached, variant, executable.uncertain, executable.reduced_outside)
         if executable.leaves_buckets:
             in_flight.after_backward()
         return input_grads
+
+    def after_backward(self, executable: Executable) -> None:
+        """Reduce what `accumulate` backwards have held, where the last of them has not reduced all of it.
+
+        Its forward may have begun before others had their backward, or it uses other parameters than they.
+        """
+        accumulate, gradients = self.sharded.recipe.accumulate, self.sharded.gradients
+        if accumulate == 1 or not self.synchronize or gradients is None or not gradients.num_held:
+            return
+        if executable.step.synchronize or gradients.num_held >= accumulate:
+            self.sharded.reduce_held()
 
     def compare_optimizer_state(self, state: str) -> None:
         """Refuse to step where ranks have other kinds of optimizer state, before any of them does; a collective.
@@ -209,17 +237,17 @@ class Engine:
             each.fill_(0).add_(largest.to(each))
 
     def before_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Refuse the step of an optimizer whose gradients no_sync() holds, or whose parameters are no shards.
+        """Reduce the gradients of an optimizer that are held, before it takes them.
 
         Raises:
-            PlanError: it would take gradients that are not averaged yet.
+            PlanError: no_sync() holds them.
             FxzeroError: its parameters are gathered for a block, or a method.
         """
         if self.sharded.whole:
             self._check_no_member(optimizer, self.sharded.whole)
         self.sharded.is_stepping = True
         gradients = self.sharded.gradients
-        if gradients is not None and gradients.are_held:
+        if gradients is not None and gradients.num_held:
             gradients.check_reduced({id(param) for group in optimizer.param_groups for param in group["params"]})
 
     def _check_no_member(self, optimizer: torch.optim.Optimizer, fqns: Collection[str]) -> None:

@@ -1,7 +1,7 @@
 """A compiled model on this rank: parameters, buffers and optimizers, and the shards once the layout is fixed."""
 
 import weakref
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -22,6 +22,7 @@ from fxzero.graph.devices import Devices
 from fxzero.graph.layout import Layout, ParamSpec
 from fxzero.graph.recipe import Recipe
 from fxzero.graph.step import Pass
+from fxzero.graph.variant import Variant
 from fxzero.module.initialize import InitFn, check_meta_model
 from fxzero.module.precision import OF_THE_MODEL, Precision
 from fxzero.module.ranks.model_phases import ModelPhases
@@ -30,8 +31,10 @@ from fxzero.module.replaced_data import Replaced, ReplacedData
 from fxzero.optimizers.classes import state_per_element, steps_wholes
 from fxzero.optimizers.state import ParamShard, param_shards
 from fxzero.optimizers.whole.owners import owned_shards
+from fxzero.planning.plan import reduced_as
 from fxzero.runtime.executable import Executable, Storage
 from fxzero.runtime.gradients import Gradients
+from fxzero.runtime.held_gradients import reduce_held
 from fxzero.runtime.in_flight import InFlight
 from fxzero.runtime.shards import Shards, check_storage, spec_of
 from fxzero.runtime.storage import Arena
@@ -241,7 +244,10 @@ class ShardedModel:
     def hold(self, shards: Shards) -> None:
         """Take in the shards that the parameters have become."""
         self.recipe = replace(self.recipe, buckets=tuple(bucket.fqns for bucket in shards.layout.buckets))
-        self.shards, self.gradients = shards, Gradients(shards, self.params)
+        self.shards = shards
+        this = weakref.proxy(self)
+        accumulates = self.recipe.accumulate > 1
+        self.gradients = Gradients(shards, self.params, (lambda: this.reduce_held()) if accumulates else None)
         self._replaced_data = ReplacedData(self.params, shards)
         phases, comm = self.phases, self.comm
 
@@ -254,6 +260,38 @@ class ShardedModel:
         exchange = partial(agree.exchange_made, self.group, "optimizer state", timeout=self.timeout)
         self.pieces = Pieces(shards.layout, comm, self.group, shards.device, gathering, exchange)
         self.in_flight.has_copies = bool(shards.copies.parts)
+
+    def reduce_held(self) -> None:
+        """Reduce the gradients that backwards have held unsharded, and publish them; a collective."""
+        gradients, in_flight = self.gradients, self.in_flight
+        if gradients is None or not gradients.num_held:
+            return
+        with self.phases.phase("reduction of gradients"):
+            in_flight.before_backward()
+            gradients.publish((), *self.reduce_held_unpublished())
+            in_flight.after_backward()
+
+    def reduce_held_unpublished(self) -> tuple[Variant, Sequence[str]]:
+        """Reduce held gradients inside of a phase; what `Gradients.publish` must know."""
+        assert self.gradients is not None and self.shards is not None
+        self.in_flight.begin_backward()
+        try:
+            reduced = reduce_held(self.gradients, self.shards, self.comm, reduced_as(self.recipe, self.passes))
+        except Exception as error:
+            self.in_flight.failed(error)
+            raise
+        self.in_flight.end_backward()
+        return reduced
+
+    def bring_in(self) -> None:
+        """Reduce what is held with `accumulate=`: somebody is about to use gradients."""
+        if self.gradients is not None:
+            self.gradients.bring_in()
+
+    @property
+    def how_held(self) -> str:
+        """Says of a backward why it holds its gradients unsharded."""
+        return "under no_sync()" if self.recipe.accumulate == 1 else "that holds gradients unsharded"
 
     def refresh_copies(self) -> None:
         """Bring the copies of the shards in the dtype that compute reads in line with these."""

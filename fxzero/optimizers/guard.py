@@ -37,6 +37,7 @@ class OptimizerGuard:
     before_step                there are no shards yet           nothing
                                first step; groups were added;    checks the optimizer, and compares its state with
                                state was loaded                  other ranks; its state will move
+    before_unscaling           it holds shards                   lets its gradients be reduced, if they are held
     after_unscaling            it holds shards                   lets ranks agree on infinities that a scaler has found
     after_step                 its state is to move              moves it into one buffer
 
@@ -148,10 +149,14 @@ class OptimizerGuard:
                 optimizer, self.shards().keys(), of_wholes=steps_wholes(optimizer)
             )
 
+    def before_unscaling(self, optimizer: torch.optim.Optimizer) -> None:
+        """A scaler is about to look at the gradients of an optimizer, and to change them."""
+        if next(parameters_of(optimizer, self.shards()), None) is not None:
+            self._on_begin(optimizer)
+
     def after_unscaling(self, optimizer: torch.optim.Optimizer, found: Sequence[torch.Tensor]) -> None:
         """Let all ranks find what a scaler has found in the shards of one of them, so that they skip the same steps."""
         if next(parameters_of(optimizer, self.shards()), None) is not None:
-            self._on_begin(optimizer)
             self._agree_on_found(found)
 
     def check(self, optimizer: torch.optim.Optimizer, shards: Mapping[int, ParamShard]) -> None:
@@ -226,7 +231,7 @@ def _warn_of_others(optimizer: torch.optim.Optimizer, shards: Mapping[int, Param
 def _install_hook() -> None:
     register_optimizer_step_pre_hook(_before_step)
     register_optimizer_step_post_hook(_after_step)
-    torch_internals.watch_unscaling(_after_unscaling)
+    torch_internals.watch_unscaling(_before_unscaling, _after_unscaling)
 
 
 def hook_state_dicts(optimizer: torch.optim.Optimizer) -> None:
@@ -294,6 +299,11 @@ def _after_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) 
         _making_state.discard(optimizer)
         if not has_state(optimizer) or optimizer.state:
             made_up.note(optimizer)
+
+
+def _before_unscaling(optimizer: torch.optim.Optimizer) -> None:
+    for guard in list(_guards.values()):
+        guard.before_unscaling(optimizer)
 
 
 def _after_unscaling(optimizer: torch.optim.Optimizer, found: Sequence[torch.Tensor]) -> None:

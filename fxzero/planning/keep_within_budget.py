@@ -19,7 +19,9 @@ from fxzero.graph.liveness import live_until
 from fxzero.graph.names import format_bytes
 from fxzero.graph.nodes import Role, members
 from fxzero.graph.recipe import Fqns, Recipe
+from fxzero.graph.schedule_text import totals
 from fxzero.graph.step import Phase, StepGraph
+from fxzero.graph.traffic import sent_in
 from fxzero.memory.footprint import Footprint, Held, footprint_of
 from fxzero.memory.lifetimes import live_at
 from fxzero.passes import RecomputeActivations, RematerializeViews, default_passes
@@ -40,7 +42,8 @@ def fit_recipe(
 ) -> Recipe:
     """The recipe with what depends on the inputs: how far to recompute, and what stays gathered under a budget.
 
-    Kept are the buckets with the most bytes that fit.
+    Kept are the buckets with the most bytes that fit. Where gradients may be kept unsharded over micro-batches, and
+    that fits, buckets are chosen with and without it, and that choice is taken which sends fewer bytes.
 
     Args:
         captured: a traced step before any pass; it stays as it is.
@@ -53,6 +56,31 @@ def fit_recipe(
     recipe = replace(recipe, recompute_level=_recompute_level(captured, recipe))
     if budget_bytes is None:
         return recipe
+    into_shards = replace(recipe, unsharded=False) if recipe.accumulate > 1 else recipe
+    chosen = _fit_buckets(captured, into_shards, backend, held_by, budget_bytes)
+    if not recipe.keeps_unsharded:
+        return chosen
+    try:
+        unsharded = _fit_buckets(captured, replace(recipe, unsharded=True), backend, held_by, budget_bytes)
+    except PlanError:
+        return chosen
+    return min((unsharded, chosen), key=lambda each: _sent_bytes(captured, each))
+
+
+def _sent_bytes(captured: StepGraph, recipe: Recipe) -> int:
+    """Bytes that a rank sends and receives in all micro-batches of one step of the optimizer."""
+    step = captured.under(recipe)
+    run_passes(step, default_passes(recipe), dump=False)
+    moved, again = totals(step), recipe.accumulate - 1
+    resident = [start for start in step.nodes(Role.ALL_GATHER) if members(start) in recipe.resident]
+    gathered = moved.gathered_bytes * recipe.accumulate - again * sum(sent_in(step, each).total for each in resident)
+    return gathered + moved.reduced_bytes * (1 if recipe.keeps_unsharded else recipe.accumulate)
+
+
+def _fit_buckets(
+    captured: StepGraph, recipe: Recipe, backend: Backend, held_by: Callable[[StepGraph], Held], budget_bytes: int
+) -> Recipe:
+    """The recipe with the buckets that stay gathered; see `fit_recipe`."""
 
     def plan(recipe: Recipe) -> tuple[StepGraph, Footprint]:
         step = captured.under(recipe)
@@ -122,7 +150,9 @@ def least(recipes: Sequence[Recipe], nbytes: Mapping[Fqns, int]) -> Recipe:
 
     chosen = min(recipes, key=kept_bytes)
     level = max(recipe.recompute_level or 0 for recipe in recipes)
-    return replace(chosen, is_tight=any(recipe.is_tight for recipe in recipes), recompute_level=level)
+    is_tight = any(recipe.is_tight for recipe in recipes)
+    unsharded = False if any(recipe.unsharded is False for recipe in recipes) else chosen.unsharded
+    return replace(chosen, is_tight=is_tight, recompute_level=level, unsharded=unsharded)
 
 
 def _longest_that_fits(order: Sequence[Fqns], fits: Callable[[tuple[Fqns, ...]], bool]) -> tuple[Fqns, ...]:

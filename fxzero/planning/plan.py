@@ -23,12 +23,13 @@ from fxzero.graph.schedule_text import rows
 from fxzero.graph.step import Pass, StepGraph
 from fxzero.graph.variant import HOLDING, ONLY_FORWARD, SYNCHRONIZING, Variant
 from fxzero.graph.verify import verify_plan
+from fxzero.graph.wire import WireFormat
 from fxzero.host.gc_pause import gc_paused
 from fxzero.memory.activations import Activations, activations_of
 from fxzero.memory.arena_plan import ArenaPlan, Placed, plan_arenas
 from fxzero.memory.footprint import Footprint, Held, footprint
 from fxzero.memory.report import MemoryReport
-from fxzero.passes import DefaultPasses, default_passes, inserting_passes
+from fxzero.passes import DefaultPasses, NarrowReduceScatters, default_passes, inserting_passes
 from fxzero.planning.codegen import Code, generate
 from fxzero.planning.run_passes import Observer, run_passes
 from fxzero.planning.stream_events import StreamEvents, plan_stream_events
@@ -189,6 +190,16 @@ def recipe_of(passes: Sequence[Pass] | None, memory_budget: object = None) -> tu
     if passes is not None and memory_budget is not None:
         raise ValueError("memory_budget chooses for a list that default_passes() made; passes= has another.")
     return Recipe(), None if passes is None else tuple(passes)
+
+
+def reduced_as(recipe: Recipe, passes: Sequence[Pass] | None) -> WireFormat | None:
+    """The wire format of gradients, in buckets that it makes smaller.
+
+    Args:
+        passes: those that run instead of what the recipe stands for.
+    """
+    listed = default_passes(recipe) if passes is None else passes
+    return next((each.format for each in listed if isinstance(each, NarrowReduceScatters)), None)
 
 
 def with_collectives(captured: StepGraph, recipe: Recipe) -> StepGraph:

@@ -7,15 +7,16 @@ Sums are the backend's. On two gloo ranks they are those of `GlooComm`, bit for 
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch.distributed as dist
 from torch import Tensor
 
 from fxzero.comm.backend import NativeBackend
-from fxzero.comm.base import Bound, Comm, LocalComm
+from fxzero.comm.base import Bound, Comm, LocalComm, in_turn
 from fxzero.comm.gloo import GlooComm
 from fxzero.comm.group import GroupComm
-from fxzero.comm.nccl import NcclComm
+from fxzero.comm.nccl import NcclComm, Quotient, quotient, reduce_op
 from fxzero.comm.without_ranks import PlanningComm
 from fxzero.graph.layout import Payload
 
@@ -35,20 +36,26 @@ class _TensorLists(GroupComm):
         room = self.scratch_for(payload, scratch, accumulate=accumulate)
         average = shard if room is None else room
         inputs, options = [list(full.split(payload.slice_numel))], dist.ReduceScatterOptions()
-        options.reduceOp = dist.ReduceOp(self._reduce_op)
+        before, behind = self._quotient(payload, full, average)
+        options.reduceOp = self._reduce_op()
 
         def finish() -> None:
-            self._finish(average)
+            if behind is not None:
+                behind()
             if accumulate:
                 shard.add_(average)
 
         launch = lambda: self.group.reduce_scatter([average], inputs, options)  # noqa: E731
-        return self._bind(self.what("reduce-scatter", payload), launch, finish)
+        start, wait = self._bind(self.what("reduce-scatter", payload), launch, finish).stage
+        return Bound(in_turn(before, start), wait)
 
-    _reduce_op = dist.ReduceOp.AVG
+    def _reduce_op(self) -> dist.ReduceOp:
+        """What the backend does."""
+        return dist.ReduceOp(dist.ReduceOp.SUM)
 
-    def _finish(self, reduced: Tensor) -> None:
-        """Make the average of what the backend reduced."""
+    def _quotient(self, payload: Payload, full: Tensor, reduced: Tensor) -> Quotient:
+        """What divides gradients before and behind that: as in GlooComm one division of a sum."""
+        return None, partial(reduced.div_, self.divisor)
 
     def _bind(self, what: str, launch: Callable[[], dist.Work], finish: Callable[[], object] | None) -> Bound:
         works: list[dist.Work] = []
@@ -77,14 +84,15 @@ class _TensorLists(GroupComm):
 class ListGlooComm(_TensorLists, GlooComm):
     """CPU tensors over gloo, two ranks or more."""
 
-    _reduce_op = dist.ReduceOp.SUM  # as GlooComm: a sum, then one division
-
-    def _finish(self, reduced: Tensor) -> None:
-        reduced.div_(self.shard_ranks)
-
 
 class ListNcclComm(_TensorLists, NcclComm):
     """CUDA tensors over NCCL, two ranks or more."""
+
+    def _reduce_op(self) -> dist.ReduceOp:
+        return reduce_op(self.chosen_divisor)
+
+    def _quotient(self, payload: Payload, full: Tensor, reduced: Tensor) -> Quotient:
+        return quotient(payload, self.chosen_divisor, full, reduced)
 
 
 def with_tensor_lists(comm: Comm) -> Comm:
@@ -98,7 +106,7 @@ def with_tensor_lists(comm: Comm) -> Comm:
     if type(comm) is PlanningComm:
         return PlanningComm(comm.rank, comm.sharding, NativeBackend())
     if type(comm) is GlooComm:
-        return ListGlooComm(comm.group)
+        return ListGlooComm(comm.group, divisor=comm.divisor)
     if type(comm) is NcclComm:
-        return ListNcclComm(comm.group)
+        return ListNcclComm(comm.group, divisor=comm.chosen_divisor)
     raise ValueError(f"There are no collectives of lists of tensors for a {type(comm).__name__}.")

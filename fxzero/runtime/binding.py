@@ -15,7 +15,7 @@ from torch import fx
 
 from fxzero import torch_internals
 from fxzero.comm.base import Bound, Comm, in_turn
-from fxzero.comm.wire_copies import bind_narrow_reduce, bind_reduce_of_sums, casts, pack, sums_here, unpack
+from fxzero.comm.wire_copies import bind_bucket_reduce, bind_reduce_of_sums, pack, sums_here, unpack
 from fxzero.errors import PlanError
 from fxzero.graph.layout import Bucket, InterleavedBucket, Payload
 from fxzero.graph.nodes import (
@@ -279,6 +279,10 @@ class Binder:
         if in_arena and is_partial(self.step, start):
             bound = self._bind_partial(bucket, start, sent)
             clear += [view for fqn, view in unflatten(bucket, full).items() if fqn not in members(start)]
+        elif not in_arena and is_partial(self.step, start):  # of one rank; each reduction is of other members
+            own = [view for fqn, view in unflatten(bucket, full).items() if fqn in members(start)]
+            divide = [partial(view.div_, self.comm.divisor) for view in own] if self.comm.divisor != 1 else []
+            bound = Bound(None, None).then(*divide)
         else:
             bound = self._reduce_into(shard, bucket, start, sent, accumulate=variant.accumulate)
         before: list[Callable[[], object]] = [partial(torch_internals.zero_all, clear)] if clear else []
@@ -327,12 +331,7 @@ class Binder:
             rooms = [self._whole(Kind.GRADIENT, start, bucket.gradients), scratch]
             unsharded = self.gradients.unsharded_bucket(bucket)
             return bind_reduce_of_sums(self.comm, bucket, unsharded, rooms, shard, accumulate=accumulate)
-        if casts(bucket, format):
-            assert scratch is not None
-            return bind_narrow_reduce(self.comm, bucket, format, sent, scratch, shard, accumulate=accumulate)
-        if scratch is not None:
-            scratch = scratch.view(bucket.dtypes.grad)
-        return self.comm.bind_reduce(bucket.gradients, sent, scratch, shard, accumulate=accumulate)
+        return bind_bucket_reduce(self.comm, bucket, format, sent, scratch, shard, accumulate=accumulate)
 
     def _flushing(self, bucket: Bucket, full: torch.Tensor) -> list[Callable[[], object]]:
         """The calls that add the unsharded gradients of no_sync() to those of the last backward.

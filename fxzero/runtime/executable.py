@@ -76,6 +76,10 @@ class Executable:
             storage.gradients.view(fqn)
         self.reduced = {fqn for start in step.nodes(Role.REDUCE_SCATTER) for fqn in members(start)}
         """The parameters in the buckets that backward reduces."""
+        self.reduced_outside = self.reduced
+        """Those that the plan reduces where gradients are reduced."""
+        if not step.synchronize:
+            self.reduced_outside = {fqn for each in plan.step.nodes(Role.REDUCE_SCATTER) for fqn in members(each)}
         others = self.uncertain if storage.comm.is_alone else self.reduced.difference(self.reached)
         self.unreached = sorted(others)
         """Those of them that this rank, or another one, may not reach: who did is told from their gradients."""

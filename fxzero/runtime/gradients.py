@@ -1,6 +1,6 @@
 """The life of `.grad` between backwards: overwrite or add, unsharded under no_sync(), settled before a norm."""
 
-from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 
@@ -27,9 +27,23 @@ _HOOKED = (
 
 
 class Gradients:
-    """Decides what happens to `.grad`, once per backward, in a few reads of attributes."""
+    """Decides what happens to `.grad`, once per backward, in a few reads of attributes.
 
-    def __init__(self, shards: Shards, params: Mapping[str, nn.Parameter]) -> None:
+    Args:
+        reduce_held: reduces what backwards have held, for whoever uses gradients before the next backward that reduces;
+            a collective. None: such uses are refused.
+    """
+
+    def __init__(
+        self, shards: Shards, params: Mapping[str, nn.Parameter], reduce_held: Callable[[], object] | None = None
+    ) -> None:
+        self._reduce_held = reduce_held
+        self.num_held = 0
+        """Calls of the autograd engine that held gradients since gradients were reduced last; equal on all ranks."""
+        self._last_held = -1
+        """The number of the last of them."""
+        self._held_in: set[str] = set()
+        """The parameters in buckets in which they may have held some; the same on all ranks."""
         self._shards = shards
         self._params = params
         self._views: dict[str, torch.Tensor] = {}
@@ -99,18 +113,28 @@ class Gradients:
             self.settle()
         return Variant(accumulate, Stash.FLUSH if self._held else Stash.NONE)
 
-    def publish(self, reached: Sequence[str], variant: Variant, unreached: Sequence[str] = ()) -> None:
+    def publish(
+        self,
+        reached: Sequence[str],
+        variant: Variant,
+        unreached: Sequence[str] = (),
+        reduced: AbstractSet[str] | None = None,
+    ) -> None:
         """Point `.grad` of every parameter that a backward reached at its slice, and run hooks that wait for it.
 
         Args:
             reached: the parameters that this rank's backward has reached.
             unreached: others that it has reduced, which other ranks may have reached.
+            reduced: the parameters in the buckets that it has reduced; None for all that are held.
 
         Raises:
             FxzeroError: a parameter has a hook on its gradient, which is nowhere whole.
         """
-        fqns, views = self.arrived(reached, variant, unreached), self._views
+        fqns, views = self.arrived(reached, variant, unreached, reduced), self._views
         self.are_there = True
+        if self.num_held:
+            self._held_in -= self._held_in if reduced is None else reduced
+            self.num_held = self.num_held if self._held_in else 0
         params = [self._params[fqn] for fqn in fqns]
         for fqn, param in zip(fqns, params, strict=True):
             param.grad = views[fqn]
@@ -120,12 +144,19 @@ class Gradients:
             for hook in afterwards.values():
                 hook(params[index])
 
-    def arrived(self, reached: Sequence[str], variant: Variant, unreached: Sequence[str] = ()) -> Sequence[str]:
+    def arrived(
+        self,
+        reached: Sequence[str],
+        variant: Variant,
+        unreached: Sequence[str] = (),
+        reduced: AbstractSet[str] | None = None,
+    ) -> Sequence[str]:
         """The parameters whose gradients a backward has written: see `publish`."""
         fqns = reached
         if variant.stash is Stash.FLUSH:
-            fqns = [*reached, *(fqn for fqn in self._held if fqn not in reached)]
-            self._held = {}
+            left = {} if reduced is None else {fqn: held for fqn, held in self._held.items() if fqn not in reduced}
+            fqns = [*reached, *(fqn for fqn in self._held if fqn not in reached and fqn not in left)]
+            self._held = left
         if unreached:
             fqns = [*fqns, *self._reached_elsewhere([fqn for fqn in unreached if fqn not in fqns])]
         return fqns
@@ -189,6 +220,15 @@ class Gradients:
 
     # -- no_sync() -----------------------------------------------------------------------------------------------
 
+    @property
+    def held_buckets(self) -> list[Bucket]:
+        """The buckets in which gradients may be held; the same on all ranks."""
+        return [bucket for bucket in self._shards.layout.buckets if not self._held_in.isdisjoint(bucket.fqns)]
+
+    def clear_unsharded(self, bucket: Bucket) -> None:
+        """Let there be no unsharded gradients in a bucket."""
+        self.unsharded_bucket(bucket).fill_(UNREACHED)
+
     def unsharded_bucket(self, bucket: Bucket) -> torch.Tensor:
         """The unsharded gradients of a bucket under no_sync(): flat, `[bucket.numel]`; made at the first use."""
         if self._unsharded is None:
@@ -206,15 +246,25 @@ class Gradients:
         """Bytes held for no_sync(); 0 before its first use."""
         return self._unsharded.nbytes if self._unsharded is not None else 0
 
-    def hold(self, reached: Sequence[str], variant: Variant, uncertain: Sequence[str] = ()) -> None:
+    def hold(
+        self,
+        reached: Sequence[str],
+        variant: Variant,
+        uncertain: Sequence[str] = (),
+        reduced: Iterable[str] = (),
+    ) -> None:
         """Note that a backward under no_sync() wrote these gradients; the first one clears all others.
 
         Args:
             reached: the parameters that it reached for sure.
             uncertain: others that it may have reached.
+            reduced: the parameters in the buckets that it would reduce outside.
 
         `.grad` of a parameter that had none becomes this rank's slice of what is held, as DDP has it whole.
         """
+        if (last := torch_internals.backward_id()) != self._last_held or last < 0:
+            self.num_held, self._last_held = self.num_held + 1, last
+        self._held_in.update(reduced)
         fqns = [*reached, *(fqn for fqn in uncertain if fqn not in self._held and not _is_blank(self._slot(fqn)))]
         if variant.stash is Stash.FIRST and self._unsharded is not None:
             others = [
@@ -263,8 +313,9 @@ class Gradients:
             return False
         if grad.any():
             raise PlanError(
-                f"The gradient of {fqn} was changed while no_sync() holds a part of it, which is not reduced yet. "
-                "Change gradients after the backward outside of no_sync(); optimizer.zero_grad() drops what is held."
+                f"The gradient of {fqn} was changed while no_sync() holds a part of it, or accumulate=, which is not "
+                "reduced yet. Change gradients after the backward that reduces, or after zero.reduce_gradients(); "
+                "optimizer.zero_grad() drops what is held."
             )
         return True
 
@@ -272,8 +323,13 @@ class Gradients:
         bucket = self._shards.layout.bucket_of[fqn]
         return unflatten(bucket, self.unsharded_bucket(bucket))[fqn]
 
+    def bring_in(self) -> None:
+        """Reduce what is held, if that is not refused: somebody is about to use gradients. A collective then."""
+        if self.num_held and self._reduce_held is not None:
+            self._reduce_held()
+
     def check_reduced(self, params: Collection[int] | None = None) -> None:
-        """Refuse to use gradients while no_sync() holds some.
+        """Reduce gradients that are held, with `accumulate=`; refuse to use them while no_sync() holds some.
 
         Args:
             params: ids of the parameters whose gradients are used; default: all.
@@ -281,17 +337,36 @@ class Gradients:
         Raises:
             PlanError: some are held.
         """
+        if not self.num_held:
+            return
+        if params is None or any(id(param) in params for param in self._params.values()):
+            self.bring_in()
         self._drop_what_was_reset()
         held = [fqn for fqn in self._held if params is None or id(self._params[fqn]) in params]
         if held:
             raise PlanError(
                 f"no_sync() holds the gradient of {held[0]} (and {len(held) - 1} more), which ranks have not averaged "
-                "yet. Run the last backward of an accumulation outside of no_sync() before you clip or step; "
-                "optimizer.zero_grad() drops what is held."
+                "yet. Run the last backward of an accumulation outside of no_sync() before you clip or step, or call "
+                "zero.reduce_gradients(); optimizer.zero_grad() drops what is held."
             )
 
+    def check_own(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Refuse tensors that are a rank's own part of gradients that are held.
+
+        Raises:
+            PlanError: one is.
+        """
+        own = {id(grad): fqn for fqn, grad in self._local.items() if fqn in self._held}
+        for tensor in tensors if own else ():
+            if id(tensor) in own:
+                raise PlanError(
+                    f"The gradient of {own[id(tensor)]} is held unsharded, by no_sync() or accumulate=: .grad is "
+                    "a part of this rank's own gradient, which ranks have not averaged yet. Call "
+                    "zero.reduce_gradients() before you read .grad."
+                )
+
     def check_flush(self, reduced: AbstractSet[str]) -> None:
-        """Refuse to leave unsharded gradients behind.
+        """Keep gradients held that the coming backward does not reduce; refuse that where nothing else reduces them.
 
         Args:
             reduced: the parameters in the buckets that the coming backward reduces.
@@ -300,9 +375,12 @@ class Gradients:
             PlanError: some that are held are not among them.
         """
         left = [fqn for fqn in self._held if fqn not in reduced]
-        if left:
-            for fqn, (grad, _) in self._held.items():
-                self._params[fqn].grad = grad
+        if not left:
+            return
+        is_refused = self._reduce_held is None
+        for fqn in self._held if is_refused else left:
+            self._params[fqn].grad = self._held[fqn][0]
+        if is_refused:
             raise PlanError(
                 f"no_sync() holds the gradient of {left[0]} (and {len(left) - 1} more), but this call, outside it, "
                 "does not reduce the bucket. Let the last call of an accumulation, outside no_sync(), use every "
@@ -310,8 +388,9 @@ class Gradients:
             )
 
     def drop_held(self) -> None:
-        """Forget what no_sync() holds."""
-        self._held = {}
+        """Forget what is held unsharded."""
+        self._held, self.num_held = {}, 0
+        self._held_in.clear()
 
 
 def _are_blank(values: torch.Tensor) -> torch.Tensor:

@@ -46,6 +46,9 @@ def _get_total_norm(
 ) -> Any:
     """What `torch.nn.utils.get_total_norm` does."""
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    for sharded in _models():
+        assert sharded.gradients is not None
+        sharded.gradients.check_own(tensors)
     own = [(sharded, each) for sharded in _models() if (each := _slices(sharded, tensors))]
     if not own:
         return original(tensors, norm_type, *args, **kw)
