@@ -10,9 +10,11 @@ import copy
 import functools
 import inspect
 import re
+import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeGuard, cast
 from unittest.mock import patch
 
@@ -263,10 +265,34 @@ def fake_result(node: fx.Node) -> Any:
         return cast(Any, node.target)(*args, **kwargs)
 
 
+def without_dispatch() -> AbstractContextManager[None]:
+    """Run operators on real tensors inside the block, also under a fake mode. `no_dispatch`: 2.11 to 2.13."""
+    return no_dispatch()
+
+
 def values_of(tensor: torch.Tensor) -> Any:
-    """The numbers of a tensor that is not fake, also under a fake mode. `no_dispatch`: 2.11 to 2.13."""
-    with no_dispatch():
+    """The numbers of a tensor that is not fake, also under a fake mode."""
+    with without_dispatch():
         return tensor.tolist()
+
+
+@contextlib.contextmanager
+def known_to_libraries(is_known: Callable[[Any], bool]) -> Generator[None]:
+    """Let code of transformers take it for no trace where it asks about tensors whose values are known.
+
+    It asks whether a tensor is a FakeTensor (`is_tracing`), and reads no values of one, as of a mask of ones.
+    `torch._subclasses.FakeTensor`: 2.11 to 2.13.
+    """
+
+    class Kind(type(FakeTensor)):
+        def __instancecheck__(cls, instance: Any) -> bool:
+            if not isinstance(instance, FakeTensor):
+                return False
+            name: str = sys._getframe(1).f_globals.get("__name__", "")
+            return not (name.startswith("transformers.") and is_known(instance))
+
+    with patch.object(torch._subclasses, "FakeTensor", Kind("FakeTensor", (FakeTensor,), {})):
+        yield
 
 
 def current_function_mode() -> Any:

@@ -5,7 +5,8 @@
 
 joint.py traces; trace.py lets it try until all that cannot be traced is left as it is (islands/); draws.py makes random
 draws equal to eager's; provenance.py labels nodes with their modules; fake_tensors.py swaps the module's tensors;
-in_place/ removes in-place operators; repeats/ traces repeated blocks once; assemble.py makes the StepGraph; failures.py
+in_place/ removes in-place operators; kernels/ knows operators whose fake versions are wrong; values/ answers code that
+looks at values; repeats/ traces repeated blocks once; assemble.py makes the StepGraph; failures.py
 explains why a model cannot be traced.
 """
 
@@ -27,6 +28,7 @@ from fxzero.capture.outputs import OutputSpec
 from fxzero.capture.repeats.capture import stamped
 from fxzero.capture.state import PythonState, state_of
 from fxzero.capture.trace import Tracer
+from fxzero.capture.values.branches import Branch
 from fxzero.graph.layout import ParamSpec
 from fxzero.graph.sharding import Sharding
 from fxzero.graph.step import StepGraph
@@ -47,6 +49,12 @@ class Captured:
     """Indices of differentiable outputs that have a tangent, in the order of the TANGENT placeholders."""
     state: PythonState
     """The Python state that the step was traced for."""
+    branches: tuple[Branch, ...]
+    """Branches of the forward on values that follow from its inputs."""
+
+    def fits(self, inputs: Sequence[torch.Tensor]) -> bool:
+        """True if a call of this kind, with these inputs, does now what was traced."""
+        return self.state.holds() and all(branch.holds(inputs) for branch in self.branches)
 
 
 def capture(
@@ -103,7 +111,7 @@ def capture(
     if repeated is not None:
         joint = repeated.joint
         state = state_of(module, repeated.reads, (), NO_NUMBERS, joint.writes, ())
-        return Captured(repeated.step, joint.output, joint.differentiable, joint.differentiated, state)
+        return Captured(repeated.step, joint.output, joint.differentiable, joint.differentiated, state, joint.branches)
     try:
         tracer = Tracer(partial(make, watch=watch), stand_ins, parts, with_backward=with_backward)
         traced = tracer.trace()
@@ -120,4 +128,4 @@ def capture(
         raise explained from error
     state = state_of(module, traced.reads, traced.tensors, computed, joint.writes, joint.observers)
     step = assemble(root, joint, module, params, sharding)
-    return Captured(step, joint.output, joint.differentiable, joint.differentiated, state)
+    return Captured(step, joint.output, joint.differentiable, joint.differentiated, state, joint.branches)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxzero import torch_internals
-from fxzero.capture.batch_norm import writes_undeclared
 from fxzero.capture.joint import Joint
+from fxzero.capture.kernels.batch_norm import writes_undeclared
 from fxzero.capture.written_params import add_to_outputs, check_written
 from fxzero.errors import CaptureError
 from fxzero.graph import ops

@@ -18,9 +18,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from fxzero import torch_internals
-from fxzero.capture.batch_norm import run_declared, with_real_strides, writes_undeclared
 from fxzero.capture.call import CallSpec, own_objects, replace_numbers, replace_tensors
-from fxzero.capture.checks import noted_checks
 from fxzero.capture.code.users_code import is_followed_file
 from fxzero.capture.draws import Draws, generators_of, no_draws_of_python, numbered_draws
 from fxzero.capture.fake_tensors import FakeState, swapped_tensors
@@ -28,6 +26,8 @@ from fxzero.capture.hooks.autograd_node import HookedNode
 from fxzero.capture.hooks.observer import Observer
 from fxzero.capture.hooks.observers import Observers, reads_values
 from fxzero.capture.islands.marks import Marks
+from fxzero.capture.kernels.batch_norm import run_declared, with_real_strides, writes_undeclared
+from fxzero.capture.kernels.strides import with_equal_strides
 from fxzero.capture.numbers import PinnedNumberError, StandIns
 from fxzero.capture.outputs import OutputSpec, flatten_output, loss_index
 from fxzero.capture.provenance import Recorder, runs_python
@@ -35,6 +35,8 @@ from fxzero.capture.reads import Reads
 from fxzero.capture.repeats.record import Record
 from fxzero.capture.slots import Read, Slot
 from fxzero.capture.state import tensors_read
+from fxzero.capture.values.branches import Branch, KnownValues
+from fxzero.capture.values.checks import noted_checks
 from fxzero.capture.writes import Before, Moment, Output, Write, output_in
 from fxzero.capture.written_params import SetData, check_frozen
 from fxzero.errors import CaptureError, InputMismatchError
@@ -64,6 +66,8 @@ class Joint:
     """To call after forward."""
     num_numbers: int
     """Numbers that are left behind, as the first outputs of the traced graph."""
+    branches: tuple[Branch, ...]
+    """Branches of forward on values that follow from inputs."""
 
 
 class Watch(Protocol):
@@ -215,9 +219,11 @@ class Tracing:
         recording = contextlib.nullcontext() if self.record is None else self.record.following()
         leaves: dict[str | int, Tensor] = {}
         results: list[Any] = []
+        values = KnownValues(inputs, self.inputs)
         # A checkpoint runs modules in backward, so the stand-ins stay until its end.
         with (
             _Interceptor(draws, recorder, self.reads, self.marks, self.record) as interceptor,
+            torch_internals.known_to_libraries(values.is_known),
             recorder.following(),
             swapped_tensors(self.module, state),
         ):
@@ -232,6 +238,7 @@ class Tracing:
             was = [tree_flatten(vars(each)) for each in made]
             grad = torch.set_grad_enabled(self.with_backward)
             set_data = SetData(state, inputs)
+            interceptor.values = values
             interceptor.watch = watch = self.watch if self.stand_ins is None else None
             if watch is not None:
                 watch.begin([*state.params.values(), *state.buffers.values(), *inputs], self.reads)
@@ -240,6 +247,7 @@ class Tracing:
                 forward = self.forward if self.marks is None else self.marks.forward_of_model(self.forward)
                 output = forward(*args, **kwargs) if self.is_method else call_module(self.module, forward, args, kwargs)
                 self.observers.end_forward()
+            interceptor.values = None
             _check_no_gradients(state, inputs)
             _check_unchanged(made, was)
             set_data.forward_is_over()
@@ -275,7 +283,7 @@ class Tracing:
         input_grads = tuple(key for key in leaves if isinstance(key, int))
         self.joint = Joint(
             spec, len(tensors), differentiable, chosen, tuple(state.rebound), grads, input_grads, writes, observers,
-            len(left_behind),
+            len(left_behind), tuple(values.branches),
         )  # fmt: skip
         return [*left_behind, *tensors, *state.rebound.values(), *results]
 
@@ -461,6 +469,7 @@ class _Interceptor(torch_internals.DispatchMode):
         super().__init__()
         self._marks, self._record = marks, record
         self.watch: Watch | None = None
+        self.values: KnownValues | None = None
         self._reads = reads
         self._draws = draws
         self._recorder = recorder
@@ -470,16 +479,21 @@ class _Interceptor(torch_internals.DispatchMode):
         try:
             if device := torch_internals.answer_device(func, args):
                 return device
+            if self.values is not None and (outcome := self.values.decide(func, args)) is not None:
+                return outcome
             if self._marks is not None:
                 self._marks.check_write(func, args, kwargs or {})
             if self._reads.is_in_trial and reads_values(func):
                 raise CaptureError(f"A hook reads the values of a tensor ({func}).")
+            args = with_equal_strides(func, args)
             run = run_declared if writes_undeclared(func) else self._draws.run
             result = with_real_strides(func, args, run(func, args, kwargs or {}))
             if self._record is not None:
                 self._record.add(func, args, kwargs or {}, result)
             if self.watch is not None:
                 self.watch.ran(func, args, kwargs or {}, result)
+            if self.values is not None:
+                self.values.ran(func, args, kwargs or {}, result)
             self._recorder.label_line()
         finally:
             if is_seen:

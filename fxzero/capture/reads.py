@@ -417,7 +417,8 @@ class Reads:
                     self._codes[code].append(held)
                     self._alive += [values.get(name) for name in code.co_freevars]
                     for name in code.co_freevars:
-                        self._follow(values.get(name))
+                        if id(values.get(name)) not in self._made_here:
+                            self._follow(values.get(name))
                     if self._stored[code]:
                         self._add_stored_cells(frame, held)
             if self._methods.get(code) or (code.co_argcount and code.co_varnames[0] == "self"):

@@ -61,7 +61,7 @@ class Engine:
         inputs, own = flatten_call(*arguments)
         signature = self._signature(self.maker.numbers.arguments.generalized(own), method)
         pattern = self.plans.pattern_of(signature)
-        bound = self.plans.find(signature, pattern)
+        bound = self.plans.find(signature, pattern, inputs)
         if bound is None:
             self.plans.note_changes(signature, pattern, self.maker.numbers)
             try:
@@ -311,7 +311,7 @@ class Engine:
             if not self.sharded.comm.is_alone:
                 self.plans.clear()
             with executable.plan.captured.state.as_before(values):
-                bound = self.plans.find(signature, wanted)
+                bound = self.plans.find(signature, wanted, flatten_call(*arguments)[0])
                 if bound is None:
                     with self.maker.as_in(signature):
                         bound = self._make(signature, wanted, arguments)

@@ -147,6 +147,8 @@ class Lengths:
                 kind.families.remove((family, last))
                 kind.families.insert(0, (family, last))
                 made = family.plan_at(values, self.sharded.comm.backend, self.sharded.arena.nbytes)
+                captured = dataclasses.replace(plan.captured, branches=tuple(rehearsal.branches))
+                made = dataclasses.replace(made, captured=captured)
                 return Predicted(last.bound.at_length(made, family.tangents(values)), family.lengths)
         return None
 

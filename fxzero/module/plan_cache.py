@@ -3,6 +3,9 @@
 import logging
 import warnings
 from collections import Counter, OrderedDict
+from collections.abc import Sequence
+
+from torch import Tensor
 
 from fxzero.module.call_kind import Pattern, Signature
 from fxzero.module.changing_numbers import ChangingNumbers
@@ -43,11 +46,11 @@ class PlanCache:
         """Let the next forward of a kind of call assume a pattern."""
         self._patterns[signature] = self._preferred[signature.called, signature.trained] = pattern
 
-    def find(self, signature: Signature, pattern: Pattern | None) -> BoundPlan | None:
-        """The plan for a kind of call, a pattern and the Python state, which becomes the last used one; or None."""
+    def find(self, signature: Signature, pattern: Pattern | None, inputs: Sequence[Tensor]) -> BoundPlan | None:
+        """The plan that fits a call and the Python state, which becomes the last used one; or None."""
         alike = self._plans.get((signature, pattern), ())
         for index, bound in enumerate(alike):
-            if bound.plan.captured.state.holds():
+            if bound.plan.captured.fits(inputs):
                 self._plans.move_to_end((signature, pattern))
                 if index:
                     alike.insert(0, alike.pop(index))  # type: ignore[union-attr]
@@ -61,7 +64,8 @@ class PlanCache:
             state = alike[0].plan.captured.state
             numbers.note(state)
             changed = state.changed()
-            logger.info("traced anew, since it changed: %s", ", ".join(changed[:5]))
+            changed_names = ", ".join(changed[:5]) or "the values of an input, of which forward branches"
+            logger.info("traced anew, since it changed: %s", changed_names)
             self._warn_of_changes({*changed}.difference(each.label for each in state.candidates))
 
     def _warn_of_changes(self, labels: set[str]) -> None:

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from fxzero import torch_internals
 from fxzero.capture.call import replace_tensors
-from fxzero.capture.checks import noted_checks
 from fxzero.capture.draws import generators_of, no_draws_of_python, numbered_draws
 from fxzero.capture.fake_tensors import swapped_tensors
 from fxzero.capture.joint import ForwardMode, Tracing, call_module, fake_inputs, own_autocast_cache
 from fxzero.capture.outputs import flatten_output
 from fxzero.capture.reads import Reads
 from fxzero.capture.slots import Read
+from fxzero.capture.values.branches import Branch, KnownValues
+from fxzero.capture.values.checks import noted_checks
 from fxzero.capture.written_params import SetData
 from fxzero.host.gc_pause import gc_paused
 from fxzero.planning.lengths.record import ForwardRecord, KnownTensors, NotRecordedError
@@ -53,6 +54,11 @@ class Expected:
 class Rehearsal(Tracing):
     """One forward that is held against its record."""
 
+    @property
+    def branches(self) -> Sequence[Branch]:
+        """Branches of the forward on values that follow from its inputs."""
+        return self._values.branches
+
     def matches(self, expected: Expected) -> bool:
         """True if the forward runs what is expected, reads no state that the record did not read, and leaves none."""
         try:
@@ -66,7 +72,8 @@ class Rehearsal(Tracing):
         fake, known = self._fake_mode, expected.record.reads
         with fake:
             state, inputs = self._fake_state(), fake_inputs(self.spec, self.inputs, self.device)
-        actor = _Actor(expected, fake, self.reads)
+        self._values = KnownValues(inputs, self.inputs)
+        actor = _Actor(expected, fake, self.reads, self._values)
         actor.know([*state.params.values(), *state.buffers.values(), *inputs])
         set_data = SetData(state, inputs)
         with (
@@ -80,7 +87,8 @@ class Rehearsal(Tracing):
             torch_internals.checkpoints_without_backward(),
         ):
             seed = torch.default_generator.get_state()
-            with actor, swapped_tensors(self.module, state):
+            known_values = torch_internals.known_to_libraries(self._values.is_known)
+            with actor, known_values, swapped_tensors(self.module, state):
                 args, kwargs = replace_tensors(self.args, self.kwargs, inputs)
                 with (
                     torch.set_grad_enabled(self.with_backward),
@@ -123,8 +131,9 @@ def _refuse_check(check: Callable[[Tensor], None], conditions: tuple[Tensor]) ->
 class _Actor(torch_internals.QuickDispatchMode):
     """Answers the operators of a forward."""
 
-    def __init__(self, expected: Expected, fake_mode: Any, reads: Reads) -> None:
+    def __init__(self, expected: Expected, fake_mode: Any, reads: Reads, values: KnownValues) -> None:
         super().__init__()
+        self._values = values
         self._expected, self._fake_mode, self._reads = expected, fake_mode, reads
         self._known, self._position = KnownTensors(), 0
         self._proved: set[int] = set()
@@ -150,7 +159,11 @@ class _Actor(torch_internals.QuickDispatchMode):
         try:
             if device := torch_internals.answer_device(func, args):
                 return device
-            return self._answer(func, args, kwargs or {})
+            if (outcome := self._values.decide(func, args)) is not None:
+                return outcome
+            result = self._answer(func, args, kwargs or {})
+            self._values.ran(func, args, kwargs or {}, result)
+            return result
         except OtherForwardError as error:
             self._failed = error
             raise

@@ -1,0 +1,160 @@
+"""Branches of a forward on values that follow from its inputs alone: they are decided as in eager, and guarded.
+
+    if attention_mask.all(): attention_mask = None        a plan for masks of ones, another for all others
+
+A value counts if integers and booleans that the call is given, and constants, make it: masks, positions, ids. How it
+follows from them is kept, so that each later call of this kind is asked the same question before its plan is chosen.
+"""
+
+import functools
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeGuard
+
+import torch
+from torch import Tensor
+
+from fxzero import torch_internals
+
+MOST_BRANCHES = 6
+"""Branches on inputs that one forward may have: each may double the number of plans."""
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """How a value follows from inputs."""
+
+    operator: Any = None
+    """None for an input."""
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict[str, Any])
+    index: int = -1
+    """Index of the input."""
+    has_inputs: bool = True
+    """False for a constant."""
+
+
+class Branch(NamedTuple):
+    """A condition on inputs, and what it was in the trace."""
+
+    condition: Known
+    outcome: bool
+
+    def holds(self, inputs: Sequence[Tensor]) -> bool:
+        """True if the forward takes the same branch with these inputs."""
+        return _decided(self.condition, inputs) == self.outcome
+
+
+class KnownValues:
+    """Follows the values of one forward.
+
+    Args:
+        stand_ins: the traced tensors of the inputs.
+        inputs: their real tensors.
+    """
+
+    def __init__(self, stand_ins: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+        self.branches: list[Branch] = []
+        self._inputs = inputs
+        self._known: dict[int, tuple[weakref.ref[Tensor], Known]] = {}
+        for index, (stand_in, tensor) in enumerate(zip(stand_ins, inputs, strict=True)):
+            if _counts(tensor) and tensor.device.type != "meta":
+                self._add(stand_in, Known(index=index))
+
+    def is_known(self, tensor: Any) -> bool:
+        """True if the values of a traced tensor follow from inputs, and may decide a branch."""
+        known = self._known_of(tensor)
+        return known is not None and self._may_decide(known)
+
+    def decide(self, operator: Any, args: tuple[Any, ...]) -> bool | None:
+        """What a branch reads; None for an operator that is no branch, or whose value is not known."""
+        if operator is not torch.ops.aten._local_scalar_dense.default or args[0].dtype != torch.bool:
+            return None
+        known = self._known_of(args[0])
+        if known is None or not self._may_decide(known):
+            return None
+        try:
+            outcome = _decided(known, self._inputs)
+        except RuntimeError:  # on two devices, say
+            return None
+        if known.has_inputs:
+            self.branches.append(Branch(known, outcome))
+        return outcome
+
+    def ran(self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """An operator has run."""
+        if torch_internals.is_mutable(operator):
+            given = torch_internals.named_arguments(operator, args, kwargs)
+            written = [given[name] for name in torch_internals.written_names(operator)]
+            if any(map(_counts, torch_internals.tree_leaves(written))):
+                self._known.clear()  # views of it are not told apart
+        elif _counts(result) and not _is_random(operator):
+            found = list[Known]()
+            try:
+                of_args, of_kwargs = self._followed(args, found), self._followed(kwargs, found)
+            except LookupError:
+                return
+            self._add(result, Known(operator, of_args, of_kwargs, has_inputs=any(each.has_inputs for each in found)))
+
+    def _followed(self, value: Any, found: list[Known]) -> Any:
+        """An argument with `Known` in the place of its tensors, which `found` receives.
+
+        Raises:
+            LookupError: one is not known.
+        """
+        if isinstance(value, Tensor):
+            known = self._known_of(value)
+            if known is None:
+                raise LookupError
+            found.append(known)
+            return known
+        if isinstance(value, list | tuple):
+            items: Any = value
+            return [self._followed(each, found) for each in items]
+        if isinstance(value, dict):
+            entries: Any = value
+            return {key: self._followed(each, found) for key, each in entries.items()}
+        return value
+
+    def _add(self, tensor: Tensor, known: Known) -> None:
+        self._known[id(tensor)] = weakref.ref(tensor), known
+
+    def _known_of(self, tensor: Any) -> Known | None:
+        entry = self._known.get(id(tensor))
+        return None if entry is None or entry[0]() is not tensor else entry[1]
+
+    def _may_decide(self, known: Known) -> bool:
+        return not known.has_inputs or len(self.branches) < MOST_BRANCHES
+
+
+def _decided(condition: Known, inputs: Sequence[Tensor]) -> bool:
+    with torch_internals.without_dispatch():
+        return bool(_computed(condition, inputs, {}).item())
+
+
+def _computed(value: Any, inputs: Sequence[Tensor], results: dict[int, Any]) -> Any:
+    if isinstance(value, Known):
+        if value.operator is None:
+            return inputs[value.index]
+        if id(value) not in results:
+            args: Any = _computed(value.args, inputs, results)
+            results[id(value)] = value.operator(*args, **_computed(value.kwargs, inputs, results))
+        return results[id(value)]
+    if isinstance(value, list | tuple):
+        items: Any = value
+        return [_computed(each, inputs, results) for each in items]
+    if isinstance(value, dict):
+        entries: Any = value
+        return {key: _computed(each, inputs, results) for key, each in entries.items()}
+    return value
+
+
+def _counts(value: Any) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and not value.is_floating_point() and not value.is_complex()
+
+
+@functools.cache
+def _is_random(operator: Any) -> bool:
+    """True also for memory that holds anything."""
+    return torch.Tag.nondeterministic_seeded in operator.tags or "empty" in operator.name()
