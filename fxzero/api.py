@@ -23,6 +23,7 @@ from fxzero.comm import agree
 from fxzero.cost.model import Cluster
 from fxzero.errors import FxzeroError, OptimizerError
 from fxzero.graph.layout import LayoutName
+from fxzero.graph.recipe import Compute
 from fxzero.graph.sharding import Placement
 from fxzero.graph.step import Pass
 from fxzero.memory.report import MemoryReport
@@ -74,6 +75,7 @@ def compile(
     reshard_after_forward: bool | None = None,
     stage: Literal[2, 3] | None = None,
     recompute: Literal["none", "full"] | int = "none",
+    compute: Compute = "eager",
     passes: Sequence[Pass] | None = None,
     timeout: timedelta = timedelta(minutes=5),
     layout: LayoutName = "contiguous",
@@ -115,6 +117,10 @@ def compile(
         stage: `reshard_after_forward` in the terms of ZeRO: 3 stands for True, 2 for False.
         recompute: "none"; "full", which runs whole repeated blocks again in backward; or an upper bound on the bytes of
             activations saved for backward, for which cheap operators are recomputed first. Numerics do not change.
+        compute: "eager" runs each operator by itself, bit for bit as the model does. "fused" lets what runs between
+            matrix products, attention and random draws be compiled by TorchInductor, region by region, and saves less
+            for backward: faster, and equal within rounding; draws are the same. It needs a C++ compiler on a CPU. See
+            `docs/compute.md`.
         passes: the compiler passes, in order, in place of those that these options make. Default:
             `fxzero.passes.default_passes()`.
         timeout: the longest time that ranks wait for each other when they compare what they compiled.
@@ -177,7 +183,16 @@ def compile(
     """
     wire_dtypes = gather_dtype, reduce_dtype
     recipe, own_list = choose_recipe(
-        passes, layout, memory_budget, reshard_after_forward, stage, recompute, wire_dtypes, without, accumulate
+        passes,
+        layout,
+        memory_budget,
+        reshard_after_forward,
+        stage,
+        recompute,
+        compute,
+        wire_dtypes,
+        without,
+        accumulate,
     )
     check_mesh(mesh, across, recipe)
     check_divide_factor(gradient_divide_factor)

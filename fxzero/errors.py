@@ -165,6 +165,14 @@ class BucketError(ScheduleError):
     """A bucket mixes dtypes or frozen with trained parameters, or two buckets share a parameter."""
 
 
+class RegionInputError(ScheduleError):
+    """A region of fused compute reads a tensor of another shape, stride, dtype or device than it is compiled for.
+
+    Cause: a pass behind FuseCompute put another value in the place of an input.
+    Cure: run FuseCompute behind that pass, or let the value have the same geometry.
+    """
+
+
 class PassChangedNumbersError(ScheduleError):
     """With FXZERO_CHECK=1: the graph after a pass gives other numbers than before it, or cannot be run any more.
 

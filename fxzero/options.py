@@ -20,7 +20,7 @@ from fxzero.cost.model import Cluster
 from fxzero.errors import InputMismatchError
 from fxzero.graph.devices import Devices
 from fxzero.graph.layout import LayoutName, ParamSpec
-from fxzero.graph.recipe import Recipe, check_accumulate
+from fxzero.graph.recipe import Compute, Recipe, check_accumulate
 from fxzero.graph.sharding import Placement, check_placement
 from fxzero.graph.step import Pass
 from fxzero.module.budget_round import BudgetRound
@@ -189,6 +189,7 @@ def choose_recipe(
     reshard_after_forward: bool | None,
     stage: int | None,
     recompute: Literal["none", "full"] | int,
+    compute: Compute,
     wire_dtypes: tuple[torch.dtype | None, torch.dtype | None],
     without: Without,
     accumulate: int = 1,
@@ -220,6 +221,8 @@ def choose_recipe(
     if passes is not None:
         if reshard is not None or recompute != "none":
             raise ValueError("passes= is the whole list: drop stage, reshard_after_forward and recompute, or passes.")
+        if compute != "eager":
+            raise ValueError("passes= is the whole list: give default_passes() compute=, or drop passes.")
         if wire_dtypes != (None, None):
             raise ValueError(
                 "passes= is the whole list: give default_passes() gather_dtype and reduce_dtype, or drop passes."
@@ -233,7 +236,11 @@ def choose_recipe(
         gather_dtype, reduce_dtype = wire_dtypes
         max_kept_bytes = None if reshard is False else 0
         start = Recipe(
-            max_kept_bytes=max_kept_bytes, recompute=recompute, gather_dtype=gather_dtype, reduce_dtype=reduce_dtype
+            max_kept_bytes=max_kept_bytes,
+            recompute=recompute,
+            compute=compute,
+            gather_dtype=gather_dtype,
+            reduce_dtype=reduce_dtype,
         )
     if accumulate > 1:
         start = replace(start, accumulate=accumulate)

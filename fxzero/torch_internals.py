@@ -11,10 +11,13 @@ import functools
 import inspect
 import re
 import sys
+import threading
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager
+from types import SimpleNamespace
 from typing import Any, TypeGuard, cast
 from unittest.mock import patch
 
@@ -33,6 +36,8 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxzero.errors import PlanError
 
 
 def cast_floating(dtype: torch.dtype, values: Any) -> Any:
@@ -493,6 +498,130 @@ def functional_form(overload: Any) -> Any:
         return None
     same = [each.name for each in found._schema.arguments] == [each.name for each in overload._schema.arguments]
     return found if same else None
+
+
+def overload(namespace: Any, name: str) -> Any:
+    """The overload of a name such as "sum.dim_IntList"; None if this version of torch does not have it."""
+    packet, _, variant = name.partition(".")
+    return getattr(getattr(namespace, packet, None), variant, None)
+
+
+@functools.cache
+def _inductor() -> Any:
+    """What is used of Inductor, which takes seconds to import, and warns of what it imports.
+
+    `torch._inductor.compile_fx`, `decomposition`, `exc`, `torch._guards`: 2.11 to 2.13.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torch._guards import TracingContext, tracing
+        from torch._inductor import config
+        from torch._inductor.compile_fx import compile_fx_inner
+        from torch._inductor.decomposition import select_decomp_table
+        from torch._inductor.exc import InvalidCxxCompiler
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    return SimpleNamespace(
+        TracingContext=TracingContext,
+        tracing=tracing,
+        config=config,
+        compile_fx_inner=compile_fx_inner,
+        select_decomp_table=select_decomp_table,
+        InvalidCxxCompiler=InvalidCxxCompiler,
+        ShapeEnv=ShapeEnv,
+    )
+
+
+@functools.cache
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """What Inductor decomposes."""
+    return _inductor().select_decomp_table()
+
+
+def decomposed(target: Any, args: Any, kwargs: Any) -> fx.GraphModule | None:
+    """An operator as a graph of the operators that it is made of; None if it is not decomposed.
+
+    The placeholders stand for the tensors among the arguments, in order; the output is a tuple of its results.
+
+    Args:
+        args, kwargs: a call, with tensors that need no values.
+
+    `FakeTensor.fake_mode`, `make_fx`: 2.11 to 2.13.
+    """
+    table = _decompositions()
+    if target not in table:
+        return None
+    leaves, spec = tree_flatten((args, kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+    def run(*values: Any) -> Any:
+        given = iter(values)
+        filled = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        args, kwargs = tree_unflatten(filled, spec)
+        results = target(*args, **kwargs)
+        return tuple(results) if isinstance(results, (tuple, list)) else (results,)
+
+    modes = [cast(Any, each).fake_mode for each in tensors if isinstance(each, FakeTensor)]
+    with torch.no_grad(), modes[0] if modes else contextlib.nullcontext(), _use_lazy_graph_module(True):
+        return make_fx(run, decomposition_table=table)(*tensors)
+
+
+_compiling = threading.Lock()
+"""Inductor compiles one graph at a time."""
+
+
+def compile_graph(
+    graph: fx.Graph, examples: Sequence[torch.Tensor], placed: tuple[int, ...] = ()
+) -> Callable[[list[Any]], Sequence[Any]]:
+    """A graph of pointwise operators and reductions as machine code, which takes a list of tensors and empties it.
+
+    Results have the strides that they have in the graph. Compiled code is kept on disk, where Inductor keeps its own.
+
+    Args:
+        graph: placeholders, operators, and an output that is a tuple of tensors.
+        examples: tensors of the geometry of the placeholders, then of places; their values do not matter.
+        placed: which results are written to places instead of being returned.
+
+    Raises:
+        PlanError: there is no C++ compiler.
+
+    `compile_fx_inner`, `current_callable` of what it returns: 2.11 to 2.13.
+    """
+    inductor = _inductor()
+    with _compiling, torch.inference_mode(False), torch.no_grad(), _use_lazy_graph_module(True):
+        mode = FakeTensorMode(shape_env=inductor.ShapeEnv())  # without an environment Inductor's cache is not used
+        fakes = [
+            mode.from_tensor(
+                torch.empty_strided(each.shape, each.stride(), dtype=each.dtype, device=each.device), static_shapes=True
+            )
+            for each in examples
+        ]
+        runner = fx.Interpreter(nn.Module(), graph=graph)
+        num_inputs = len(examples) - len(placed)
+
+        def run(*values: Any) -> tuple[Any, ...]:
+            results = runner.run(*values[:num_inputs])
+            for index, place in zip(placed, values[num_inputs:], strict=True):
+                place.copy_(results[index])
+            return tuple(result for index, result in enumerate(results) if index not in placed)
+
+        with mode:
+            traced = make_fx(run, decomposition_table=_decompositions())(*fakes)
+        output = traced.graph.output_node()
+        results = cast("tuple[fx.Node, ...]", output.args[0])
+        output.meta["user_visible_output_idxs"] = [*range(len(results))]
+        output.meta["original_output_strides"] = [result.meta["val"].stride() for result in results]
+        context = inductor.tracing(inductor.TracingContext(mode))
+        with inductor.config.patch(fallback_random=True), mode, context, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                return inductor.compile_fx_inner(traced, fakes, is_inference=True).current_callable
+            except Exception as error:
+                if isinstance(getattr(error, "inner_exception", error), inductor.InvalidCxxCompiler):
+                    raise PlanError(
+                        'compute="fused" compiles with a C++ compiler, and there is none. Install g++, name one by '
+                        'CXX, or pass compute="eager".'
+                    ) from error
+                raise
 
 
 # -- storage -------------------------------------------------------------------------------------------------------

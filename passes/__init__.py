@@ -11,6 +11,7 @@ from fxzero.graph.step import Pass
 from fxzero.passes.bucket_all_gathers import BucketAllGathers
 from fxzero.passes.bucket_reduce_scatters import BucketReduceScatters
 from fxzero.passes.complete_collectives import CompleteCollectives
+from fxzero.passes.fuse_compute import FuseCompute
 from fxzero.passes.gathers_first import GathersFirst
 from fxzero.passes.insert_all_gathers import InsertAllGathers
 from fxzero.passes.insert_reduce_scatters import InsertReduceScatters
@@ -29,7 +30,8 @@ from fxzero.passes.write_grads_in_place import WriteGradsInPlace
 def inserting_passes(recipe: Recipe) -> tuple[Pass, ...]:
     """The first of the default passes: those that write one collective for each parameter and use."""
     recompute = RecomputeActivations(recipe.recompute, recipe.recompute_level)
-    inserting = (RematerializeViews(), recompute, InsertAllGathers(), InsertReduceScatters())
+    fuse = (FuseCompute(repeats_costly=recipe.recompute != "none"),) if recipe.compute == "fused" else ()
+    inserting = (RematerializeViews(), recompute, *fuse, InsertAllGathers(), InsertReduceScatters())
     return (*inserting, CompleteCollectives(recipe.needs)) if recipe.needs else inserting
 
 
@@ -55,7 +57,7 @@ class DefaultPasses(tuple[Pass, ...]):
 def default_passes(recipe: Recipe | None = None, /, **changes: Any) -> DefaultPasses:
     """The passes that a recipe stands for, in order; the only place that makes passes of one.
 
-    All keep numerics bit for bit, but for those of `gather_dtype` and `reduce_dtype`.
+    All keep numerics bit for bit, but for those of `compute`, `gather_dtype` and `reduce_dtype`.
 
     Args:
         recipe: default: `Recipe()`.
@@ -87,6 +89,7 @@ __all__ = [
     "BucketReduceScatters",
     "CompleteCollectives",
     "DefaultPasses",
+    "FuseCompute",
     "GathersFirst",
     "InsertAllGathers",
     "InsertReduceScatters",

@@ -1,5 +1,6 @@
 """Compute gradients directly in their bucket."""
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
@@ -11,6 +12,7 @@ from fxzero.errors import PassOrderError
 from fxzero.graph import ops
 from fxzero.graph.aliasing import is_view
 from fxzero.graph.nodes import NodeInfo, Role, grad_fqn, grad_of, info, new_value
+from fxzero.graph.regions import give_place, is_region
 from fxzero.graph.step import StepGraph
 
 aten = torch.ops.aten
@@ -46,7 +48,8 @@ class WriteGradsInPlace:
     Before:  dw = mm(x, dy) | write_grad dw                dw = embedding_dense_backward(dy, ids) | write_grad dw
     After:   mm.out(x, dy, out=slot) | write_grad          zero_(slot) | index_add_(slot, ids, dy) | write_grad
 
-    This covers mm, addmm, bmm, add (the last addition of a tied weight's gradients) and sum, also behind reshapes.
+    This covers mm, addmm, bmm, add (the last addition of a tied weight's gradients), sum, and results of regions, also
+    behind reshapes.
     Gradients of other operators are copied once; `zero.schedule` counts these bytes. Under no_sync() all are copied.
 
     Needs: InsertReduceScatters. Numerics: unchanged, bit for bit.
@@ -72,6 +75,8 @@ class WriteGradsInPlace:
             return None
         if producer.target in _OUT_VARIANTS and "dtype" not in producer.kwargs:
             return _compute_into
+        if producer.target is operator.getitem and is_region(cast(fx.Node, producer.args[0])):
+            return _give_place
         if producer.target is aten.embedding_dense_backward.default and value.device.type == "cpu":
             scale_by_frequency = producer.args[4]
             return None if scale_by_frequency else _add_rows_into
@@ -87,7 +92,10 @@ class WriteGradsInPlace:
         while between is not producer:
             unused, between = between, cast(fx.Node, between.args[0])
             step.graph.erase_node(unused)
-        step.graph.erase_node(producer)
+        if written is memory:
+            give_place(producer, memory)
+        else:
+            step.graph.erase_node(producer)
 
 
 def _compute_into(step: StepGraph, producer: fx.Node, memory: fx.Node) -> fx.Node:
@@ -96,6 +104,12 @@ def _compute_into(step: StepGraph, producer: fx.Node, memory: fx.Node) -> fx.Nod
     written = step.graph.call_function(target, producer.args, {**producer.kwargs, "out": memory})
     written.meta = dict(producer.meta)
     return written
+
+
+def _give_place(step: StepGraph, producer: fx.Node, memory: fx.Node) -> fx.Node:
+    """A region writes its result to the slot itself; nothing computes the slot's value behind it."""
+    cast(fx.Node, producer.args[0]).prepend(memory)
+    return memory
 
 
 def _add_rows_into(step: StepGraph, producer: fx.Node, memory: fx.Node) -> fx.Node:

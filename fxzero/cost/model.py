@@ -22,6 +22,7 @@ from fxzero.errors import PlanError
 from fxzero.graph import ops
 from fxzero.graph.aliasing import is_view
 from fxzero.graph.nodes import Role, is_gather, is_island, tensor_bytes
+from fxzero.graph.regions import is_region
 from fxzero.graph.step import StepGraph
 
 aten = torch.ops.aten
@@ -148,7 +149,7 @@ def roofline(step: StepGraph, cluster: Cluster, backend: Backend, *, optimizer_b
 
 def operator_seconds(node: fx.Node, device: Device) -> float:
     """The roofline of one operator; a view is free."""
-    if is_view(node) or not (torch_internals.is_overload(node.target) or is_island(node)):
+    if is_view(node) or not (torch_internals.is_overload(node.target) or is_island(node) or is_region(node)):
         return 0.0
     values = [source.meta.get("val") for source in node.all_input_nodes]
     moved = sum(map(tensor_bytes, [*values, *torch_internals.tree_leaves(node.meta.get("val"))]))

@@ -158,6 +158,8 @@ def written_in_place(slot: fx.Node) -> fx.Node | None:
     grad = grad_of(slot)
     if grad is None:
         return None
+    if role(grad) is Role.GRAD_SLOT:  # a region was given it
+        return grad
     memory = grad.args[0] if grad.args and "out" not in grad.kwargs else grad.kwargs.get("out")
     return memory if isinstance(memory, fx.Node) and role(memory) is Role.GRAD_SLOT else None
 
@@ -259,7 +261,7 @@ def may_write(target: Any) -> bool:
 
 def is_pure(node: fx.Node) -> bool:
     """True for compute that gives the same value when this rank runs it again by itself, and changes nothing."""
-    if role(node) is not Role.COMPUTE or is_observer(node):
+    if role(node) is not Role.COMPUTE or is_observer(node) or (node.target is ops.region and node.args[2]):
         return False
     return not (is_in_place(node) or is_random(node) or model_collective(node))
 

@@ -11,8 +11,9 @@
     handle, *results = island_forward(site, ..) a part of the model that runs as it is; these two are called
     gradients = island_backward(site, ..)       its backward
     observe(observer, *tensors)                 a hook of the model that only looks at tensors; called too
+    results = region(region, inputs, places)    operators that are compiled together; called too
 
-The position of a node in the graph is its place in the schedule. The functions, but for the last three, are never
+The position of a node in the graph is its place in the schedule. The functions, but for the last four, are never
 called: `codegen.py` replaces them.
 """
 
@@ -103,3 +104,8 @@ def island_backward(
 def observe(observer: Any, *tensors: Any) -> None:
     """Call a hook with tensors of the step; see `fxzero.capture.hooks.observer.Observer.run`."""
     observer.run(tensors)
+
+
+def region(region: Any, inputs: Sequence[Any], places: Sequence[Any]) -> Sequence[Any]:
+    """Run the operators of a region one by one; see `fxzero.graph.regions.Region`."""
+    return region([*inputs, *places])

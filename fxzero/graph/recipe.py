@@ -23,6 +23,10 @@ Fqns: TypeAlias = tuple[str, ...]
 """Names of the members of a bucket."""
 
 
+Compute: TypeAlias = Literal["eager", "fused"]
+"""How operators run: each by itself, or fused in compiled regions."""
+
+
 class Need(NamedTuple):
     """A parameter that is gathered, or whose gradient is reduced, in one phase of a step."""
 
@@ -68,6 +72,8 @@ class Recipe:
     """Recomputation of activations in backward: "none", "full" (repeated blocks), or an upper bound on saved bytes."""
     recompute_level: int | None = None
     """Level of recomputation, once it is chosen (`RecomputeActivations.level_for`)."""
+    compute: Compute = "eager"
+    """"fused": what runs between matrix products is compiled, region by region (`FuseCompute`)."""
     needs: Needs = ()
     """Gathers and reductions that ranks need together, where this rank lacks some (`CompleteCollectives`)."""
     gather_dtype: torch.dtype | None = None
@@ -86,6 +92,8 @@ class Recipe:
         check_layout(self.layout)
         check_recompute(self.recompute)
         check_accumulate(self.accumulate)
+        if self.compute not in ("eager", "fused"):
+            raise ValueError(f'compute is {self.compute!r}; it must be "eager" or "fused"')
         if self.gather_dtype is not None:
             check_gather_dtype(self.gather_dtype)
         if self.reduce_dtype is not None:

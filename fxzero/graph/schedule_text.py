@@ -1,6 +1,7 @@
 """The schedule of a step as text, for people, golden files and diffs.
 
-It has one line per collective, wait and release, and one per run of compute of a block; no times, no addresses.
+It has one line per collective, wait and release, one per region of fused compute, and one per run of other compute of a
+block; no times, no addresses.
 """
 
 import difflib
@@ -32,6 +33,7 @@ from fxzero.graph.nodes import (
     wire_format,
     written_in_place,
 )
+from fxzero.graph.regions import is_region, region_of
 from fxzero.graph.step import Phase, StepGraph
 from fxzero.graph.traffic import sent_in
 
@@ -119,7 +121,7 @@ def rows(step: StepGraph) -> Iterator[Row]:
         block, num_ops = "", 0
         run: list[fx.Node] = []
         for node in nodes:
-            is_line = role(node) in COLLECTIVES or bool(model_collective(node)) or is_island(node)
+            is_line = role(node) in COLLECTIVES or bool(model_collective(node)) or is_island(node) or is_region(node)
             computes = role(node) is Role.COMPUTE and node.target is not operator.getitem and not is_line
             # Gradient sums and the like belong to no module: they continue the run they stand in.
             name = (block_of(info(node).fqn, depth) or block) if computes else block
@@ -143,8 +145,11 @@ def _run(phase: Phase, block: str, num_ops: int, live: Mapping[fx.Node, int], no
 
 
 def _line(step: StepGraph, phase: Phase, live: Mapping[fx.Node, int], nodes: Sequence[fx.Node]) -> Row:
-    """The line of a start, wait or release, of a collective of the model, or of an island: the last of some nodes."""
+    """The line of a start, wait or release, of a collective of the model, an island or a region: the last of nodes."""
     node, every = nodes[-1], tuple(nodes)
+    if is_region(node):
+        name = (printable(block_of(info(node).fqn, block_depth(step.params))) or ROOT) + " fused"
+        return Row(phase, "compute", name, num_ops=region_of(node).num_ops, live_bytes=live[node], nodes=every)
     if is_island(node):
         name = printable(cast(Any, node.args[0]).fqn) or ROOT
         return Row(phase, "island", name, live_bytes=live[node], nodes=every)

@@ -7,6 +7,7 @@ reduction of each gradient and a release of each bucket.
 from collections import Counter
 from typing import Any
 
+import torch
 from torch import fx
 
 from fxzero.errors import (
@@ -21,6 +22,7 @@ from fxzero.errors import (
     ParameterWriteError,
     PhaseError,
     ReadWithoutGatherError,
+    RegionInputError,
     UseAfterReleaseError,
     WireFormatError,
 )
@@ -46,6 +48,7 @@ from fxzero.graph.nodes import (
     wire_format,
     written_in_place,
 )
+from fxzero.graph.regions import geometry, is_region, region_inputs, region_of, region_places
 from fxzero.graph.step import Phase, StepGraph
 from fxzero.graph.wire import WireFormat
 
@@ -99,6 +102,8 @@ class _Walk:
             else:
                 if not self.shards.isdisjoint(sources) or not self.owner.keys().isdisjoint(sources):
                     self._check_reads(node)
+                if is_region(node):
+                    self._check_region(node)
                 if self._is_watched(node.target):
                     self._check_reads(node)
                     self._check_writes(node)
@@ -159,6 +164,16 @@ class _Walk:
                     f"{fqn} is gathered in forward and read by {describe(node)} in backward. Gather it again."
                 )
 
+    def _check_region(self, node: fx.Node) -> None:
+        """What is compiled reads its inputs without looking at them."""
+        given = (*region_inputs(node), *region_places(node))
+        for source, example in zip(given, region_of(node).examples, strict=True):
+            if geometry(source.meta["val"]) != geometry(example):
+                raise RegionInputError(
+                    f"{describe(node)} is compiled for {_describe_tensor(example)} and reads {describe(source)}, which "
+                    f"is {_describe_tensor(source.meta['val'])}. Run FuseCompute behind the pass that changed it."
+                )
+
     def _check_writes(self, node: fx.Node) -> None:
         """Parameters change between steps only."""
         for target in written_by(node):
@@ -174,6 +189,10 @@ class _Walk:
         for start in self.started:
             if start not in self.waited:
                 raise MissingWaitError(f"{describe(start)} is still in flight at {where}. Give it a wait.")
+
+
+def _describe_tensor(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} with strides {list(tensor.stride())}"
 
 
 def verify_plan(step: StepGraph) -> None:

@@ -153,9 +153,9 @@ class Lengths:
         return None
 
     def _can_predict(self) -> bool:
-        """False where somebody looks at each pass, gives passes of their own, or has a budget for each plan."""
+        """False where somebody looks at each pass, gives passes of their own, or fuses compute for each length."""
         looks_on = os.environ.get("FXZERO_CHECK") or os.environ.get("FXZERO_DUMP")
-        return not looks_on and self.sharded.passes is None
+        return not looks_on and self.sharded.passes is None and self.sharded.recipe.compute == "eager"
 
 
 def _key(signature: Signature, pattern: Pattern | None) -> Any:

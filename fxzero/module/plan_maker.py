@@ -31,6 +31,7 @@ from fxzero.module.ranks.collective_orders import Mode, Orders, order_of
 from fxzero.module.sharded_model import ShardedModel
 from fxzero.module.tuning_rounds import TuningRounds
 from fxzero.planning.check_passes import pass_checks
+from fxzero.planning.compile_regions import compile_regions
 from fxzero.planning.fix_layout import layout_of, warn_if_out_of_order
 from fxzero.planning.lengths.family import beside_buckets
 from fxzero.planning.lengths.record import Recording
@@ -158,6 +159,7 @@ class PlanMaker:
         if self._orders.is_empty and not fixes_layout:
             warn_if_out_of_order(plan.step, sharded.shards.layout)
         self._orders.check(mode, together, order, agreed=fixes_layout)
+        compile_regions(each.step for each in plan.variants.values())
         bound = BoundPlan(plan, sharded.storage, self.binder)
         self.budget.warn_if_over(sharded, plan)
         example_only = any(leaf.device.type == "meta" for leaf in signature.tensor_leaves)

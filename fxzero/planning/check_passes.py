@@ -14,12 +14,15 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from fxzero.capture.call import flatten_call
 from fxzero.errors import PassChangedNumbersError
+from fxzero.graph.regions import is_region, region_inputs, region_of, region_places
 from fxzero.graph.step import Pass, StepGraph, copy_of
 from fxzero.planning.compare_results import differences, nan_throughout
+from fxzero.planning.compile_regions import compiled
 from fxzero.planning.example_values import example_values
 from fxzero.planning.run_passes import Observer, add_note
 from fxzero.planning.run_step import Results, copy_of_tensor, describe_operator, run_step
@@ -28,6 +31,8 @@ from fxzero.torch_internals import tree_leaves
 logger = logging.getLogger(__name__)
 
 VARIABLE = "FXZERO_CHECK"
+ROUNDINGS = 4
+"""A pass that may change numbers at all may change them by so many roundings of the coarsest dtype."""
 
 
 def pass_checks(
@@ -105,6 +110,8 @@ class CheckPasses:
 
     def _compare(self, index: int, name: str, step: StepGraph) -> None:
         tolerance = self._tolerances[index - 1]
+        if tolerance:
+            tolerance = max(tolerance, ROUNDINGS * _coarsest_rounding(step))
         which = f"Pass {index} of {len(self._tolerances)}, {name}, "
         try:
             results = run_step(step, self._values)
@@ -122,6 +129,26 @@ class CheckPasses:
                 "FXZERO_DUMP=dir writes what the pass changed in the schedule."
             )
         self._results = results
+        if tolerance and any(map(is_region, step.graph.nodes)):
+            self._check_regions(step, tolerance, which)
+
+    def _check_regions(self, step: StepGraph, tolerance: float, which: str) -> None:
+        """Compare what is compiled of each region with its operators, which `run_step` runs one by one."""
+        values: dict[fx.Node, Any] = {}
+
+        def compare(node: fx.Node, value: Any) -> None:
+            values[node] = value
+            if not is_region(node):
+                return
+            places = [values[place] for place in region_places(node)]
+            own = [torch.empty_like(place) for place in places]
+            results = compiled(region_of(node))([*(values[source] for source in region_inputs(node)), *own])
+            for _, how in differences(_copies([*value, *places]), _copies([*results, *own]), tolerance):
+                raise PassChangedNumbersError(
+                    f"{which}made a region that is compiled wrong: a result of {describe_operator(node)} {how}."
+                )
+
+        run_step(step, self._values, compare)
 
     def _first_node(self, step: StepGraph, tolerance: float) -> fx.Node | None:
         """The first node of `step` whose value differs from that of the node of this name in the graph before."""
@@ -141,6 +168,13 @@ class CheckPasses:
         run_step(self._step, self._values, keep)
         run_step(step, self._values, compare)
         return next(iter(found), None)
+
+
+def _coarsest_rounding(step: StepGraph) -> float:
+    """The largest rounding of a number, relative to it, among the floating dtypes of a step."""
+    values = (node.meta.get("val") for node in step.graph.nodes)
+    dtypes = {value.dtype for value in values if isinstance(value, Tensor) and value.is_floating_point()}
+    return max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
 
 
 def _copies(value: Any) -> Results:

@@ -27,6 +27,7 @@ from torch import fx
 from fxzero import torch_internals
 from fxzero.graph.names import describe
 from fxzero.graph.nodes import Role, role, started_by, written_in_place
+from fxzero.graph.regions import is_region, region_inputs, region_of, region_places
 from fxzero.graph.step import Phase, StepGraph
 from fxzero.memory.activations import PlacedTemporary, static_nodes
 from fxzero.planning.lengths.polynomials import Number
@@ -208,6 +209,9 @@ class _Writer:
         arguments = [self.literal(arg) for arg in node.args]
         arguments += [f"{name}={self.literal(arg)}" for name, arg in node.kwargs.items()]
         result = f"{node.name} = " if _is_read(node) else ""
+        if is_region(node):
+            given = [*region_inputs(node), *region_places(node)]
+            return [f"{result}{self.operator(region_of(node))}({self.literal(given)})"]
         if node in self.undecided:
             return [f"{result}{CALL_PREFIX}{node.name}({', '.join(arguments)})"]
         if node in self.placed:

@@ -31,6 +31,7 @@ from fxzero.graph.nodes import (
     tensor_bytes,
     written_in_place,
 )
+from fxzero.graph.regions import inputs_of_place, inputs_of_result, is_region, region_inputs, region_places
 from fxzero.graph.step import StepGraph, copy_of
 from fxzero.graph.verify import verify_plan
 from fxzero.memory.activations import Activations
@@ -97,6 +98,9 @@ def _blank_values(step: StepGraph, arriving: set[fx.Node], missing: set[fx.Node]
         sources = [source for source in node.all_input_nodes if source in linear]
         if role(node) is not Role.COMPUTE or not sources:
             continue
+        if is_region(node):
+            _blank_results(step, node, linear, blank)
+            continue
         linear.add(node)
         if blank.issuperset(sources) and not model_collective(node):
             blank.add(node)
@@ -107,6 +111,26 @@ def _blank_values(step: StepGraph, arriving: set[fx.Node], missing: set[fx.Node]
                 continue
             node.replace_input_with(source, _zeros_before(step, node, source))
     return blank
+
+
+def _blank_results(step: StepGraph, region: fx.Node, linear: set[fx.Node], blank: set[fx.Node]) -> None:
+    """Go through the results of a region, each of which is computed from some of its inputs."""
+    read = {result: inputs_of_result(result) for result in region.users}
+    read |= {place: inputs_of_place(region, place) for place in region_places(region)}
+    gone: list[fx.Node] = []
+    for result, inputs in read.items():
+        sources = inputs.intersection(linear)
+        if sources:
+            linear.add(result)
+        if sources and blank.issuperset(sources):
+            blank.add(result)
+            gone.append(result)
+    if len(gone) == len(read):
+        blank.add(region)
+        return
+    given = dict.fromkeys((*region_inputs(region), *region_places(region)))
+    for source in [source for source in given if source in blank]:
+        region.replace_input_with(source, _zeros_before(step, region, source))
 
 
 def _zeros_before(step: StepGraph, node: fx.Node, source: fx.Node) -> fx.Node:

@@ -32,11 +32,13 @@ from fxzero.graph.nodes import (
     started_by,
     wire_format,
 )
+from fxzero.graph.regions import Region
 from fxzero.graph.variant import Stash, Variant
 from fxzero.graph.wire import SCALE_DTYPE
 from fxzero.memory.arena_plan import Placed, is_partial, scratch_nbytes
 from fxzero.memory.lifetimes import Kind
 from fxzero.planning.codegen import CALL_PREFIX, NAMES_IN_SOURCE, PLACE_PREFIX, Code
+from fxzero.planning.compile_regions import compiled
 from fxzero.planning.lengths.frame import with_values
 from fxzero.planning.lengths.polynomials import names_of_numbers
 from fxzero.planning.plan import VariantPlan
@@ -97,7 +99,7 @@ class Binder:
         code, names = self.code, self.names
         starts = self.step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER)
         names |= NAMES_IN_SOURCE | {f"record_{node.name}": call for node, call in self.recorded().items()}
-        names |= {name: torch_internals.direct_call(target) for name, target in code.operators.items()}
+        names |= {name: _called(target) for name, target in code.operators.items()}
         if self.events is not None:
             names["record_begin"] = self.events.begin
         for island in [node for node in self.step.graph.nodes if is_island(node)]:
@@ -400,6 +402,11 @@ def _define(code: Code, names: dict[str, Any]) -> dict[str, Callable[..., Any]]:
     exec(code.compiled(), names)
     # A function holds its globals; were it one of them, only the garbage collector would free the shards.
     return {name: names.pop(name) for name in ("forward", "backward") if name in names}
+
+
+def _called(target: Any) -> Any:
+    """What the code calls for an operator, or for a region."""
+    return compiled(target) if isinstance(target, Region) else torch_internals.direct_call(target)
 
 
 def _nothing() -> None:

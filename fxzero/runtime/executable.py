@@ -19,6 +19,7 @@ from fxzero.graph.aliasing import aliases, base
 from fxzero.graph.new_values import Computation
 from fxzero.graph.nodes import Role, grad_fqn, info, is_island, is_random, may_be_missing, members
 from fxzero.graph.recipe import Fqns
+from fxzero.graph.regions import is_region
 from fxzero.graph.step import Phase, StepGraph, is_read_in_backward
 from fxzero.graph.variant import Variant
 from fxzero.planning.narrow import narrow
@@ -108,6 +109,8 @@ class Executable:
         """True if backward reads the new value of a parameter that forward writes."""
         self._computation = Computation(plan.captured.step) if step.written and not storage.comm.is_alone else None
         self.has_islands = any(is_island(node) for node in step.graph.nodes)
+        self.has_regions = any(is_region(node) for node in step.graph.nodes)
+        """True if compute is fused: what is compiled takes gradients with the strides of the trace alone."""
         self.draws_random = any(is_random(node) for node in step.graph.nodes)
         returned = step.model_outputs[: len(step.model_outputs) - len(step.written)]
         self.tensor_outputs = [i for i, value in enumerate(returned) if isinstance(value, fx.Node)]
@@ -205,6 +208,9 @@ class Executable:
     def backward(self, variant: Variant, saved: list[Any], tangents: list[torch.Tensor]) -> tuple[Any, ...]:
         """Run the backward phase: the gradients of the inputs; both lists are emptied as values are used."""
         are_dense = [tangent.stride() for tangent in tangents] == self._tangents
+        if self.has_regions and not are_dense:
+            tangents[:] = map(_with_strides, tangents, self._tangents)
+            are_dense = True
         if self._is_narrowed and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # its events do not cover the forward, which another has run
         functions = self._bound(variant)
@@ -268,10 +274,11 @@ class Executable:
 
     def outputs_computed_from(self, index: int) -> set[int]:
         """The other outputs that forward computes from an output, as indices of the flat outputs."""
-        places = {output: i for i, output in enumerate(self.step.model_outputs) if isinstance(output, fx.Node)}
-        source = cast(fx.Node, self.step.model_outputs[index])
+        step = self.plan.captured.step  # where no region reads more than one of its results is computed from
+        places = {output: i for i, output in enumerate(step.model_outputs) if isinstance(output, fx.Node)}
+        source = cast(fx.Node, step.model_outputs[index])
         behind = {source}
-        for node in self.step.graph.nodes:
+        for node in step.graph.nodes:
             if not behind.isdisjoint(node.all_input_nodes):
                 behind.add(node)
         return {place for node, place in places.items() if node in behind and node is not source}
@@ -294,6 +301,11 @@ class Executable:
                 planned = (self.plan.bindings or self.plan.variants)[variant]
                 self._functions[variant] = self._binder(planned, variant, *parts).bind()
         return self._functions[variant]
+
+
+def _with_strides(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """The tensor itself, or a copy that has these strides."""
+    return tensor if tensor.stride() == strides else tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)
 
 
 class BoundPlan:

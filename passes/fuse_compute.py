@@ -1,0 +1,64 @@
+"""Let what runs between matrix products, attention and random draws be compiled, region by region."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from fxzero.errors import PassOrderError
+from fxzero.graph.fusion.decompose import decompose, share_equal
+from fxzero.graph.fusion.form import form_regions
+from fxzero.graph.fusion.masks import save_as_bools
+from fxzero.graph.fusion.operators import fusable
+from fxzero.graph.fusion.save import save_less
+from fxzero.graph.nodes import Role
+from fxzero.graph.step import Phase, StepGraph
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FuseCompute:
+    """Make regions of pointwise operators, reductions and casts, each compiled once and called as one node.
+
+    Before:  h = mm(x, w) | s = add(h, x) | n = layer_norm(s) | mm(n, w2)
+    After:   h = mm(x, w) | s, n = region(h, x) | mm(n, w2)
+
+    Norms, softmax, losses and activations are decomposed. What backward needs is a minimum cut by bytes: regions of
+    backward compute pointwise operators again. Matrix products, convolutions, attention, draws, islands and operators
+    that write keep their order; each region runs in one gap between two of them.
+
+    Needs: RematerializeViews and RecomputeActivations, if at all, before; runs before InsertAllGathers. Numerics:
+    changed, within `tolerance`; draws are the same.
+    Source: Chen et al. (arXiv:1604.06174) for recomputing, and TorchInductor, which compiles the regions; deviation:
+    one joint graph whose order is kept, so that collectives can be planned into it.
+    """
+
+    repeats_costly: bool = False
+    """exp, tanh and the like may run again in backward, as on a GPU: what is saved is then the least."""
+
+    @property
+    def tolerance(self) -> float:
+        """The largest change of outputs and gradients, relative to the largest among them, in float32."""
+        return 1e-4
+
+    def __call__(self, step: StepGraph, /) -> None:
+        if step.nodes(Role.ALL_GATHER):
+            raise PassOrderError("the graph has all_gathers already; run FuseCompute before InsertAllGathers")
+        made = decompose(step)
+        save_as_bools(step)
+        phase_of = step.phase_of()
+        own = set(step.param_nodes().values())
+        across = {node for node in made if phase_of[node] is Phase.BACKWARD and own.isdisjoint(node.all_input_nodes)}
+        share_equal(step, fusable(step), across)
+        save_less(step, fusable(step), repeats_costly=self.repeats_costly or _is_on_gpu(step))
+        before = len(step.graph.nodes)
+        calls = form_regions(step, fusable(step))
+        logger.info("%d regions: %d nodes became %d", len(calls), before, len(step.graph.nodes))
+
+
+def _is_on_gpu(step: StepGraph) -> bool:
+    values = (node.meta.get("val") for node in step.nodes(Role.COMPUTE))
+    return any(isinstance(value, torch.Tensor) and value.device.type == "cuda" for value in values)

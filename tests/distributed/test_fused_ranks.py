@@ -1,0 +1,17 @@
+"""Fused compute on several ranks."""
+
+from typing import Any
+
+import pytest
+
+from fxzero.testing import run_ranks
+from tests.distributed import fused_workers
+
+
+@pytest.mark.parametrize(
+    ("world_size", "options", "policy"),
+    [(2, {}, False), (2, {}, True), (3, {"recompute": "full", "reshard_after_forward": False}, False)],
+)
+def test_trains_as_replicas_do(world_size: int, options: dict[str, Any], policy: bool) -> None:
+    digests = run_ranks(world_size, fused_workers.train, options, policy)
+    assert len(set(digests)) == 1
