@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.whole_matrices --world-size 2
 
-Measured is `optimizer.step()` alone, whose gradients are there. FSDP2 runs the same optimizer on DTensors. "alone" is one
+Measured is `optimizer.step()`, whose gradients are there. FSDP2 runs the same optimizer on DTensors. "alone" is one
 rank that steps the whole model: the work that ranks can share.
 """
 
