@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.whole_matrices --world-size 2
 
-Measured is `optimizer.step()` alone, whose gradients are there. FSDP2 runs the same optimizer on DTensors. "alone" is
-one rank that steps the whole model: the work that ranks can share.
+Measured is `optimizer.step()`, whose gradients are there. FSDP2 runs the same optimizer on DTensors. "alone" is one
+rank that steps the whole model: the work that ranks can share.
 """
 
 from __future__ import annotations

@@ -32,3 +32,8 @@ def test_state_is_that_of_an_unsharded_optimizer_at_any_number_of_ranks(
 ) -> None:
     full = run_ranks(saving, workers.save, kind, tmp_path)[0]
     run_ranks(loading, workers.load, kind, tmp_path, full)
+
+
+def test_gradients_on_some_ranks_alone_are_refused_on_all() -> None:
+    errors = run_ranks(2, workers.refused)
+    assert all("has a gradient on ranks" in error for error in errors)

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Adafactor, AdamW, Muon, Optimizer
 
 import fxzero
+from fxzero.errors import FxzeroError, OptimizerError
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -162,7 +163,7 @@ def _steps(zero: nn.Module, optimizers: Sequence[Optimizer], steps: range) -> No
 
 
 def _full_state(zero: nn.Module, optimizers: Sequence[Optimizer]) -> list[dict[str, Any]]:
-    return [get_optimizer_state_dict(zero, optimizer, options=_FULL) for optimizer in optimizers]
+    return [copy.deepcopy(get_optimizer_state_dict(zero, optimizer, options=_FULL)) for optimizer in optimizers]
 
 
 def _one_matrix(model: nn.Module) -> list[Optimizer]:
@@ -214,3 +215,25 @@ def load(rank: int, world_size: int, kind: str, path: Path, full: list[dict[str,
         found = _full_state(zero, optimizers)
         assert rank or differences(full, found) == []
         _steps(zero, optimizers, range(steps, steps + 1))
+
+
+def refused(rank: int, world_size: int) -> str:
+    """A frozen parameter with a gradient, then gradients on one rank alone; returns the error of the second."""
+    zero = fxzero.compile(Net())
+    muon = make(zero, "muon")[0]
+    zero(batch(0, rank)).backward()
+    for param in matrices(zero):
+        param.requires_grad_(False)
+    try:
+        muon.step()
+    except OptimizerError as error:
+        assert "is frozen and has a gradient" in str(error)
+    for param in matrices(zero):
+        param.requires_grad_(True)
+        if rank:
+            param.grad = None
+    try:
+        muon.step()
+    except FxzeroError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"

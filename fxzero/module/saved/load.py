@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxzero import torch_internals
 from fxzero.checkpoint.files import Saved, newest
 from fxzero.checkpoint.values import decode
 from fxzero.comm import agree
@@ -31,6 +32,8 @@ from fxzero.module.sharded_model import ShardedModel
 from fxzero.optimizers.guard import hook_state_dicts
 from fxzero.optimizers.marks import marks_of
 from fxzero.optimizers.state import ParamShard, name_of
+from fxzero.optimizers.whole.state import has_state
+from fxzero.optimizers.whole.wrapped import Inside, put_together
 
 logger = logging.getLogger(__name__)
 
@@ -78,11 +81,19 @@ def _load(engine: Engine, found: Path, optimizers: Optimizers) -> Any:
             states = [_read_state(saved, number, each, sharded.held_by(each)) for number, each in enumerate(optimizers)]
         agree.agree(sharded.group, TOPIC, [f"read {found}"], timeout=sharded.timeout)
         _take_in(sharded, saved, tensors)
-        for optimizer, state in zip(optimizers, states, strict=True):
+        for number, (optimizer, state) in enumerate(zip(optimizers, states, strict=True)):
             hook_state_dicts(optimizer)
-            optimizer.load_state_dict(state)
+            if _has_tensors_inside(saved, number) and not has_state(optimizer):
+                torch_internals.make_optimizer_state(optimizer)
+            optimizer.load_state_dict(state | {"state": put_together(optimizer, state["state"])})
         saved.close()
         return _own_values(engine, saved)
+
+
+def _has_tensors_inside(saved: Saved, number: int) -> bool:
+    """True if an optimizer had state in tensors of a class of its own."""
+    states: Mapping[str, Mapping[str, Any]] = saved.manifest["optimizers"][number]["state"]
+    return any(isinstance(value, dict) for values in states.values() for value in values.values())
 
 
 def _check_tensors(sharded: ShardedModel, saved: Saved) -> None:
@@ -179,7 +190,10 @@ def _read_state(
     return {"state": state, "param_groups": groups}
 
 
-def _value(saved: Saved, own: OptimizerState, shard: ParamShard, key: str, value: list[Any] | None) -> Any:
+def _value(saved: Saved, own: OptimizerState, shard: ParamShard, key: str, value: Any) -> Any:
+    if isinstance(value, dict):
+        parts: Mapping[str, Any] = value
+        return Inside({name: _value(saved, own, shard, f"{key}.{name}", each) for name, each in parts.items()})
     if value is not None:
         return decode(value[0])
     name = own.tensor(key, shard.spec.fqn)

@@ -6,7 +6,7 @@ optim/0/exp_avg/layers.0.weight       state of the first optimizer that has an e
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -25,6 +25,7 @@ from fxzero.optimizers.classes import steps_wholes
 from fxzero.optimizers.marks import PREFIX
 from fxzero.optimizers.state import ParamShard, name_of
 from fxzero.optimizers.whole.state import described_by_all
+from fxzero.optimizers.whole.wrapped import inside
 
 Optimizers: TypeAlias = Sequence[torch.optim.Optimizer]
 TOPIC = "checkpoint"
@@ -82,7 +83,8 @@ class OptimizerState:
         self.slices: dict[str, tuple[ParamShard, Tensor]] = {}
         """The slices of tensors like a parameter, by the tensor's name in a checkpoint."""
         self.values: dict[str, dict[str, Any]] = {}
-        """All state by parameter and key: None for a slice, else the value as JSON."""
+        """All state by parameter and key: None for a slice, a value as JSON, or a dict of such for what is inside of a
+        tensor of a class of its own."""
         self.tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         """The dtype and shape of each tensor of which there are slices, on any rank, by its name in a checkpoint."""
         for param, state in optimizer.state.items():
@@ -96,10 +98,16 @@ class OptimizerState:
         own = {self.shards[key].spec.fqn: self.optimizer.state.get(param, {}) for key, param in held.items()}
         self.values.clear()
         for fqn, described in described_by_all(exchange, own).items():
-            self.values[fqn] = {key: [fact["value"]] if "value" in fact else None for key, fact in described.items()}
-            for key, fact in described.items():
-                if "value" not in fact:
-                    self.tensors[self.tensor(key, fqn)] = DTYPES[fact["dtype"]], tuple(fact["shape"])
+            self.values[fqn] = {key: self._complete(key, fact, fqn) for key, fact in described.items()}
+
+    def _complete(self, key: str, fact: Mapping[str, Any], fqn: str) -> Any:
+        """What `values` has for a state that `describe` tells of; notes its tensors."""
+        if "value" in fact:
+            return [fact["value"]]
+        if "inside" in fact:
+            return {name: self._complete(f"{key}.{name}", each, fqn) for name, each in fact["inside"].items()}
+        self.tensors[self.tensor(key, fqn)] = DTYPES[fact["dtype"]], tuple(fact["shape"])
+        return None
 
     def _shard(self, param: Any) -> ParamShard:
         if id(param) not in self.shards:
@@ -113,7 +121,9 @@ class OptimizerState:
         values = self.values.setdefault(shard.spec.fqn, {})
         for key, value in state.items():
             name, is_tensor = f"state {key!r} of {shard.spec.fqn}", isinstance(value, Tensor)
-            if is_tensor and (tuple(value.shape) == shard.shape or (shard.owner is not None and value.numel() > 1)):
+            if shard.owner is not None and (parts := inside(value)):
+                self._add(shard, {f"{key}.{part}": each for part, each in parts.items()})
+            elif is_tensor and (tuple(value.shape) == shard.shape or (shard.owner is not None and value.numel() > 1)):
                 tensor = self.tensor(key, shard.spec.fqn)
                 self.slices[tensor] = shard, value
                 self.tensors[tensor] = value.dtype, shard.spec.shape if shard.owner is None else tuple(value.shape)

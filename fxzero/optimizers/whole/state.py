@@ -19,6 +19,7 @@ from fxzero.checkpoint.values import DTYPES, decode, encode, name_of_dtype
 from fxzero.errors import CheckpointError
 from fxzero.optimizers.state import ParamShard
 from fxzero.optimizers.whole.owners import Ranges
+from fxzero.optimizers.whole.wrapped import inside
 
 State = dict[str, Any]
 """The state of one parameter."""
@@ -39,13 +40,17 @@ def has_state(optimizer: torch.optim.Optimizer) -> bool:
 def describe(state: State, fqn: str) -> dict[str, Any]:
     """The state of one parameter as JSON: dtype and shape of a tensor of several elements, other values as they are.
 
+    A tensor of a class of its own is described by those inside.
+
     Raises:
         CheckpointError: a value is neither a plain tensor nor one that JSON can hold.
     """
     described: dict[str, Any] = {}
     for key, value in state.items():
         name = f"state {key!r} of {fqn}"
-        if isinstance(value, Tensor) and value.numel() > 1:
+        if parts := inside(value):
+            described[key] = {"inside": describe(parts, fqn)}
+        elif isinstance(value, Tensor) and value.numel() > 1:
             if type(value) is not Tensor or name_of_dtype(value.dtype) not in DTYPES:
                 raise CheckpointError(
                     f"{name} is a {type(value).__name__}, which cannot be saved. Save "
@@ -61,9 +66,12 @@ def described_by_all(exchange: Exchange, own: Mapping[str, State]) -> dict[str, 
     """What `describe` says of the state of each parameter, by name, as its owner has it; a collective."""
 
     def lines() -> list[str]:
-        return [json.dumps([fqn, describe(state, fqn)]) for fqn, state in own.items() if state]
+        return [json.dumps({fqn: describe(state, fqn) for fqn, state in own.items() if state})]
 
-    return {fqn: described for post in exchange(lines) for fqn, described in map(json.loads, post)}
+    merged: dict[str, dict[str, Any]] = {}
+    for (post,) in exchange(lines):
+        merged.update(json.loads(post))
+    return merged
 
 
 def show(
@@ -90,6 +98,11 @@ def show(
 def _show_one(facts: Mapping[str, Any], own: State, shard: ParamShard, pieces: Pieces, *, is_made_up: bool) -> State:
     shown: State = {}
     for name, fact in facts.items():
+        if "inside" in fact:
+            raise CheckpointError(
+                f"state {name!r} of {shard.spec.fqn} is a tensor of a class of its own, which cannot be saved as part "
+                "of a whole. Use fxzero.save, or save optimizer.state_dict() of each rank in a file of its own."
+            )
         if "value" in fact:
             shown[name] = own[name] if name in own else decode(fact["value"])
         elif pieces.comm.is_alone:
