@@ -106,7 +106,7 @@ def test_a_whole_model_takes_the_steps_of_plain_pytorch(data: Path, llama: Path,
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert _losses(out) == pytest.approx(losses, rel=1e-6)
     written = load_file(out / "model.safetensors")
     assert written.keys() == load_file(llama / "model.safetensors").keys()
