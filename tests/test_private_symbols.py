@@ -18,6 +18,7 @@ ALLOWED = {
         "'_init_weights'",
     ): "a method of transformers' models, and of models that follow them",
     ("fxzero/module/initialize.py", "'_is_hf_initialized'"): "an attribute that transformers sets",
+    ("fxzero/stacks/lightning.py", "self._layer_sync"): "an attribute of Lightning's strategies",
     ("fxzero/train/corpus.py", "'_sysconfigdata'"): "the name of a file of Python",
 }
 """By path and symbol: why it stands where it is."""
