@@ -20,6 +20,7 @@ ALLOWED = {
     ("fxzero/module/initialize.py", "'_is_hf_initialized'"): "an attribute that transformers sets",
     ("fxzero/module/saved/export.py", "'_keys_to_ignore_on_save'"): "an attribute of transformers' models",
     ("fxzero/module/saved/export.py", "'_hf_peft_config_loaded'"): "an attribute of transformers' models",
+    ("fxzero/stacks/lightning.py", "self._layer_sync"): "an attribute of Lightning's strategies",
     ("fxzero/train/corpus.py", "'_sysconfigdata'"): "the name of a file of Python",
 }
 """By path and symbol: why it stands where it is."""

@@ -156,9 +156,9 @@ def train_fabric_as_ddp(rank: int, world_size: int, folder: str) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_lightning_does_as_with_ddp(world_size: int, tmp_path: Path) -> None:
-    run_ranks(world_size, fit_as_ddp, str(tmp_path))
+    run_ranks(world_size, fit_as_ddp, str(tmp_path), timeout=240)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_fabric_does_as_with_ddp(world_size: int, tmp_path: Path) -> None:
-    run_ranks(world_size, train_fabric_as_ddp, str(tmp_path))
+    run_ranks(world_size, train_fabric_as_ddp, str(tmp_path), timeout=240)

@@ -88,4 +88,4 @@ def snippets(rank: int, world_size: int, folder: str) -> list[str]:
 
 def test_the_snippets_run(tmp_path: Path) -> None:
     found = ["accelerate", "checkpoints", "fabric.ckpt", "hf", "last.ckpt", "run"]
-    assert run_ranks(2, snippets, str(tmp_path))[0] == found
+    assert run_ranks(2, snippets, str(tmp_path), timeout=240)[0] == found
