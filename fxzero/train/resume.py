@@ -42,7 +42,7 @@ def checkpoint_of(out: Path | None, resume: str | None) -> Path | None:
         what = "has no checkpoint" if Path(resume).exists() else "does not exist"
         raise CommandError(
             f"--resume {resume} {what}. Name the folder of a run that was started with --save-every, or one of its "
-            "checkpoints."
+            "checkpoints; --resume auto with --out begins a run that has none yet."
         )
     return found
 
