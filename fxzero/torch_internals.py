@@ -272,10 +272,10 @@ def known_to_libraries(is_known: Callable[[Any], bool]) -> Generator[None]:
         def __instancecheck__(cls, instance: Any) -> bool:
             if not isinstance(instance, FakeTensor):
                 return False
-            name: str = sys._getframe(1).f_globals.get("__name__", "")
+            name: str = sys._getframe(1).f_globals.get("__name__", "")  # pyright: ignore[reportPrivateUsage]
             return not (name.startswith("transformers.") and is_known(instance))
 
-    with patch.object(torch._subclasses, "FakeTensor", Kind("FakeTensor", (FakeTensor,), {})):
+    with patch.object(torch._subclasses, "FakeTensor", Kind("FakeTensor", (FakeTensor,), {})):  # pyright: ignore[reportPrivateUsage]
         yield
 
 
