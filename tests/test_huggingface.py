@@ -138,7 +138,7 @@ def train_on_rank(rank: int, world_size: int, name: str) -> str:
     return replicated.train(rank, world_size, CASES[name], lengths=((8, 6), (8, 8)))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bert"])
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("bert", marks=pytest.mark.exhaustive)])
 def test_model_trains_as_replicated_when_there_are_two_ranks(name: str) -> None:
     schedules = run_ranks(2, train_on_rank, name)
     assert schedules[0] == schedules[1]

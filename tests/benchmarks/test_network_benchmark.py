@@ -136,6 +136,7 @@ def test_ranks_that_share_cores_need_none_each() -> None:
     assert not any("each of 1000 ranks" in reason for reason in missing(1000, shares_cores=True))
 
 
+@pytest.mark.exhaustive
 def test_ring_and_direct_messages_agree() -> None:
     """Each rank of the benchmark compares what it gathered and reduced in both ways; on the machine's own network."""
     world_size = 3
@@ -352,6 +353,7 @@ def test_ranks_of_different_systems_take_the_same_steps(worlds) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_a_system_whose_collectives_are_stubbed_out_sends_nothing(worlds) -> None:
     world = worlds("fxzero_stubbed")
     world.wait_until_ready()

@@ -33,6 +33,7 @@ def cluster_in(printed: str, out: Path) -> Cluster:
     return cluster
 
 
+@pytest.mark.exhaustive
 def test_nodes_print_a_cluster_that_compile_takes(tmp_path: Path) -> None:
     out = tmp_path / "numbers.json"
     options = ["--nproc", "4", "--nodes", "2", "--device", "cpu", "--out", str(out)]

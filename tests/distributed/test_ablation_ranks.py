@@ -17,7 +17,11 @@ EVERYTHING: list[Without] = [*EACH, "all"]
 
 @pytest.mark.parametrize(
     ("world_size", "configurations"),
-    [(1, [("persistent_buffers",), "all"]), (2, [("flat_collectives",), "all"]), (3, EVERYTHING)],
+    [
+        (1, [("persistent_buffers",), "all"]),
+        (2, [("flat_collectives",), "all"]),
+        pytest.param(3, EVERYTHING, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_training_is_that_with_all_optimizations(world_size: int, configurations: list[Without]) -> None:
     """Three ranks train without each; two and one without what they do otherwise, where sums have no other order."""
@@ -29,11 +33,12 @@ def test_training_is_the_same_with_other_options(options: tuple[bool, int]) -> N
     run_ranks(2, workers.beside_full, "mixed", [("persistent_buffers", "layout"), "all"], *options, timeout=120)
 
 
+@pytest.mark.exhaustive
 def test_a_deep_model_trains_the_same_without_all_of_them() -> None:
     run_ranks(2, workers.beside_full, "gpt", ["all"], timeout=120)
 
 
-@pytest.mark.parametrize("without", ["persistent_buffers", "all"])
+@pytest.mark.parametrize("without", ["persistent_buffers", pytest.param("all", marks=pytest.mark.exhaustive)])
 def test_kept_buckets_may_be_gathered_again_by_another_phase_in_between(without: Without) -> None:
     run_ranks(2, workers.two_forwards, without)
 

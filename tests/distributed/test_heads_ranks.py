@@ -20,7 +20,7 @@ def test_micro_batches_under_no_sync_reach_others_on_each_rank() -> None:
     run_ranks(2, heads_workers.train_under_no_sync)
 
 
-@pytest.mark.parametrize("what", ["an image", "a head"])
+@pytest.mark.parametrize("what", ["an image", pytest.param("a head", marks=pytest.mark.exhaustive)])
 def test_a_rank_that_needs_more_than_was_agreed_on_is_refused(what: str) -> None:
     errors = run_ranks(2, heads_workers.differ_later, what, group_timeout=4.0)
     assert errors[1].startswith("PlanError: rank 1: this ") and "(Rank 0 has gone on without it.)" in errors[1]

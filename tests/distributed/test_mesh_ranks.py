@@ -20,7 +20,9 @@ def _train(rank: int, world_size: int, name: str, options: dict[str, Any]) -> st
     return replicated.train(rank, world_size, name, **options)
 
 
-@pytest.mark.parametrize(("shape", "name"), [((2, 2), "gpt"), ((1, 2), "net"), ((3, 1), "net")])
+@pytest.mark.parametrize(
+    ("shape", "name"), [((2, 2), "gpt"), ((1, 2), "net"), pytest.param((3, 1), "net", marks=pytest.mark.exhaustive)]
+)
 def test_training_on_a_mesh_equals_replicated_training(shape: tuple[int, int], name: str) -> None:
     assert len(set(train(shape, name, seed_offset=5))) == 1
 
@@ -43,9 +45,13 @@ def test_the_norm_on_a_mesh_is_that_of_replicated_training(shape: tuple[int, int
     [
         ((2, 2), {"sizes": {"bucket_bytes": 8192, "max_kept_bytes": None}, "lengths": ((16,), (12, 16))}),
         ((2, 2), {"sizes": {"bucket_bytes": 8192}, "memory_budget": 1_000_000, "micro_batches": 2}),
-        ((2, 1), {"sizes": {"bucket_bytes": 8192}, "memory_budget": 1_000_000, "micro_batches": 2}),
-        ((2, 2), {"layout": "interleaved"}),
-        ((2, 1), {"num_passes": 4}),
+        pytest.param(
+            (2, 1),
+            {"sizes": {"bucket_bytes": 8192}, "memory_budget": 1_000_000, "micro_batches": 2},
+            marks=pytest.mark.exhaustive,
+        ),
+        pytest.param((2, 2), {"layout": "interleaved"}, marks=pytest.mark.exhaustive),
+        pytest.param((2, 1), {"num_passes": 4}, marks=pytest.mark.exhaustive),
     ],
 )
 def test_training_on_a_mesh_is_the_same_under_other_options(shape: tuple[int, int], options: dict[str, Any]) -> None:
@@ -57,11 +63,11 @@ def test_training_on_a_mesh_is_the_same_under_other_options(shape: tuple[int, in
     [
         ((2, 1), "train_by_other_outputs", ()),
         ((2, 1), "train_with_flags", (1,)),
-        ((2, 2), "train_with_calls_in_between", ()),
-        ((2, 1), "accumulate_without_sync", ()),
-        ((2, 2), "fail_and_go_on", ()),
-        ((2, 2), "states", ("before",)),
-        ((2, 1), "states", ("after",)),
+        pytest.param((2, 2), "train_with_calls_in_between", (), marks=pytest.mark.exhaustive),
+        pytest.param((2, 1), "accumulate_without_sync", (), marks=pytest.mark.exhaustive),
+        pytest.param((2, 2), "fail_and_go_on", (), marks=pytest.mark.exhaustive),
+        pytest.param((2, 2), "states", ("before",), marks=pytest.mark.exhaustive),
+        pytest.param((2, 1), "states", ("after",), marks=pytest.mark.exhaustive),
     ],
 )
 def test_what_works_on_one_group_works_on_a_mesh(shape: tuple[int, int], name: str, args: tuple[Any, ...]) -> None:

@@ -23,16 +23,23 @@ def test_training_equals_replicated_training(shape: tuple[int, int], name: str) 
     [
         {"steps": 2, "micro_batches": 2, "lengths": ((16,), (12, 16))},
         {"steps": 1, "micro_batches": 3, "no_sync": True},
-        {"steps": 2, "sizes": {**SMALL, "max_kept_bytes": None}, "micro_batches": 2},
-        {"steps": 2, "sizes": SMALL, "memory_budget": 1_000_000, "micro_batches": 2},
-        {"steps": 2, "layout": "interleaved", "micro_batches": 2},
+        pytest.param(
+            {"steps": 2, "sizes": {**SMALL, "max_kept_bytes": None}, "micro_batches": 2}, marks=pytest.mark.exhaustive
+        ),
+        pytest.param(
+            {"steps": 2, "sizes": SMALL, "memory_budget": 1_000_000, "micro_batches": 2}, marks=pytest.mark.exhaustive
+        ),
+        pytest.param({"steps": 2, "layout": "interleaved", "micro_batches": 2}, marks=pytest.mark.exhaustive),
     ],
 )
 def test_training_is_the_same_under_other_options(options: dict[str, Any]) -> None:
     train((2, 2), "net" if "lengths" not in options else "gpt", across="shard", **options)
 
 
-@pytest.mark.parametrize(("across", "gather_dtype"), [("replicate", torch.int8), ("shard", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("across", "gather_dtype"),
+    [("replicate", torch.int8), pytest.param("shard", torch.bfloat16, marks=pytest.mark.exhaustive)],
+)
 def test_training_with_narrow_gathers_equals_the_rounded_one(across: str, gather_dtype: torch.dtype) -> None:
     options = {"mesh_shape": (2, 2), "across": across, "micro_batches": 2}
     headers = {s.splitlines()[0] for s in run_ranks(4, _train_narrow, "net", gather_dtype, options)}
@@ -52,10 +59,10 @@ def test_training_gives_the_bits_of_nodes_that_are_replicas() -> None:
     [
         ("train_by_other_outputs", ()),
         ("train_with_calls_in_between", ()),
-        ("accumulate_without_sync", ()),
-        ("fail_and_go_on", ()),
-        ("states", ("before",)),
-        ("states", ("after",)),
+        pytest.param("accumulate_without_sync", (), marks=pytest.mark.exhaustive),
+        pytest.param("fail_and_go_on", (), marks=pytest.mark.exhaustive),
+        pytest.param("states", ("before",), marks=pytest.mark.exhaustive),
+        pytest.param("states", ("after",), marks=pytest.mark.exhaustive),
     ],
 )
 def test_what_works_on_one_group_works_on_nodes_that_share_shards(name: str, args: tuple[Any, ...]) -> None:
@@ -109,6 +116,7 @@ def test_buckets_that_are_kept_cross_nodes_once_in_a_step() -> None:
         assert backward[1] == t.across_bytes - t.gathered_across_bytes
 
 
+@pytest.mark.exhaustive
 def test_secondary_shards_are_in_the_report_as_they_are_in_memory() -> None:
     for rows, there, parameters, twice in run_ranks(4, workers.report_memory, (2, 2)):
         assert rows["parameters (secondary shards)"] == there == twice // 2 > parameters // 4
@@ -124,6 +132,7 @@ def test_new_weights_reach_the_next_micro_step() -> None:
     run_ranks(4, workers.change_weights_between_micro_steps, (2, 2))
 
 
+@pytest.mark.exhaustive
 def test_training_is_the_same_without_optimizations() -> None:
     options = [
         {"without": ["overlap", "buckets", "prefetch"]},

@@ -27,11 +27,15 @@ def _train(rank: int, world_size: int, name: str, policy: Policy, options: dict[
         (2, "odd", Policy(BF16, FP32), {"stage": 2}),
         (2, "odd", Policy(None, BF16), {}),
         (3, "gpt", Policy(BF16), {"recompute": "full"}),
-        (3, "odd", Policy(None, FP32), {"micro_batches": 2, "own": BF16}),
-        (2, "odd", Policy(BF16, FP32), {"memory_budget": 2**26, "micro_batches": 2}),
-        (2, "odd", Policy(BF16, FP32), {"gather_dtype": BF16, "reduce_dtype": BF16}),
-        (3, "packed", Policy(BF16, FP32), {"gather_dtype": BF16}),
-        (3, "low rank", Policy(BF16, FP32), {}),
+        pytest.param(3, "odd", Policy(None, FP32), {"micro_batches": 2, "own": BF16}, marks=pytest.mark.exhaustive),
+        pytest.param(
+            2, "odd", Policy(BF16, FP32), {"memory_budget": 2**26, "micro_batches": 2}, marks=pytest.mark.exhaustive
+        ),
+        pytest.param(
+            2, "odd", Policy(BF16, FP32), {"gather_dtype": BF16, "reduce_dtype": BF16}, marks=pytest.mark.exhaustive
+        ),
+        pytest.param(3, "packed", Policy(BF16, FP32), {"gather_dtype": BF16}, marks=pytest.mark.exhaustive),
+        pytest.param(3, "low rank", Policy(BF16, FP32), {}, marks=pytest.mark.exhaustive),
     ],
 )
 def test_training_equals_that_which_casts(world_size: int, name: str, policy: Policy, options: dict[str, Any]) -> None:
@@ -70,7 +74,8 @@ def test_other_policies_on_other_ranks_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "kind", "fused"), [(2, "plain", False), (3, "plain", True), (2, "sharded", False)]
+    ("world_size", "kind", "fused"),
+    [(2, "plain", False), (3, "plain", True), pytest.param(2, "sharded", False, marks=pytest.mark.exhaustive)],
 )
 def test_gradient_scalers_skip_the_same_steps_on_all_ranks(world_size: int, kind: str, fused: bool) -> None:
     scales = run_ranks(world_size, workers.scale_losses, kind, fused)

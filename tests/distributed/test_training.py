@@ -27,7 +27,9 @@ def test_training_equals_replicated_training_for_each_kind_of_optimizer(optimize
     run_ranks(3, replicated.train, "mlp", optimizer)
 
 
-@pytest.mark.parametrize(("world_size", "name", "stride"), [(2, "net", 2), (3, "mlp", 5)])
+@pytest.mark.parametrize(
+    ("world_size", "name", "stride"), [(2, "net", 2), pytest.param(3, "mlp", 5, marks=pytest.mark.exhaustive)]
+)
 def test_every_prefix_of_the_passes_trains_the_same(world_size: int, name: str, stride: int) -> None:
     prefixes = range(len(default_passes()), FIRST_COMPLETE_PREFIX - 1, -stride)
     run_ranks(world_size, replicated.train_prefixes, name, prefixes, timeout=120)
@@ -62,13 +64,15 @@ def test_training_is_the_same_when_buckets_are_kept_until_backward() -> None:
     run_ranks(3, replicated.train, "gpt", "adamw", None, 3, 1, False, ((16,), (12, 16)), 0, None, sizes)
 
 
-@pytest.mark.parametrize(("name", "recompute"), [("gpt", 20000), ("net", "full"), ("net", 20000)])
+@pytest.mark.parametrize(
+    ("name", "recompute"), [("gpt", 20000), ("net", "full"), pytest.param("net", 20000, marks=pytest.mark.exhaustive)]
+)
 def test_training_is_the_same_when_activations_are_recomputed(name: str, recompute: str | int) -> None:
     sizes: dict[str, Any] = {"bucket_bytes": 8192, "recompute": recompute}
     run_ranks(2, replicated.train, name, "adamw", None, 3, 1, False, ((9, 16), (16,), (12, 16)), 0, None, sizes)
 
 
-@pytest.mark.parametrize("name", ["net", "gpt"])
+@pytest.mark.parametrize("name", ["net", pytest.param("gpt", marks=pytest.mark.exhaustive)])
 def test_training_is_the_same_when_every_temporary_has_a_place(name: str) -> None:
     run_ranks(2, replicated.train_with_all_temporaries_placed, name, {"bucket_bytes": 8192})
 

@@ -43,7 +43,7 @@ def test_training_is_the_same_when_tuned(uneven: bool, disturb: bool) -> None:
         assert first["recipe"].prefetch_bytes > 1
 
 
-@pytest.mark.parametrize("across", ["replicate", "shard"])
+@pytest.mark.parametrize("across", ["replicate", pytest.param("shard", marks=pytest.mark.exhaustive)])
 def test_training_on_nodes_is_the_same_when_tuned(across: str) -> None:
     ranks = run_ranks(4, on_nodes, across, True)
     for one, other in zip(ranks, run_ranks(4, on_nodes, across, False), strict=True):

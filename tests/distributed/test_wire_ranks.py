@@ -35,7 +35,7 @@ def test_training_equals_the_rounded_one_for_other_models(name: str, gather_dtyp
         assert ("received as bfloat16" if gather_dtype is BF16 else "received as int8/256") in header
 
 
-@pytest.mark.parametrize("no_sync, sizes", [(False, KEEP_ALL), (True, None)])
+@pytest.mark.parametrize("no_sync, sizes", [(False, KEEP_ALL), pytest.param(True, None, marks=pytest.mark.exhaustive)])
 def test_accumulated_gradients_equal_the_rounded_ones(no_sync: bool, sizes: dict[str, Any] | None) -> None:
     arguments = {"micro_batches": 3, "no_sync": no_sync, "sizes": sizes}
     run_ranks(2, _train, "net", INT8, BF16, arguments)
@@ -84,6 +84,7 @@ def test_bytes_of_messages_are_those_of_the_schedule() -> None:
     assert 1 / 4 < int8[0] / plain[0] < 0.26
 
 
+@pytest.mark.exhaustive
 def test_training_in_narrow_types_comes_near_that_in_float32() -> None:
     options = [{}, {"gather_dtype": BF16, "reduce_dtype": BF16}, {"gather_dtype": INT8, "reduce_dtype": BF16}]
     results = run_ranks(2, workers.losses, options)

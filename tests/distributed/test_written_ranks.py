@@ -14,9 +14,9 @@ from tests.distributed import written_workers
         (2, "data", {}),
         (3, "in place", {}),
         (2, "in place", {"num_passes": 4}),
-        (2, "data", {"memory_budget": 20_000, "layout": "interleaved"}),
-        (2, "in place", {"recompute": "full"}),
-        (4, "data", {"mesh_shape": (2, 2), "across": "shard"}),
+        pytest.param(2, "data", {"memory_budget": 20_000, "layout": "interleaved"}, marks=pytest.mark.exhaustive),
+        pytest.param(2, "in place", {"recompute": "full"}, marks=pytest.mark.exhaustive),
+        pytest.param(4, "data", {"mesh_shape": (2, 2), "across": "shard"}, marks=pytest.mark.exhaustive),
     ],
 )
 def test_they_train_as_replicas_do(world_size: int, name: str, options: dict[str, Any]) -> None:

@@ -57,7 +57,12 @@ def test_views_that_do_not_say_so_share_their_memory() -> None:
 
 @pytest.mark.parametrize(
     ("name", "recompute", "batch"),
-    [("gpt", "none", 8), ("gpt", "full", 40), ("roberta", "none", 40), ("roberta", "full", 8)],
+    [
+        ("gpt", "none", 8),
+        ("gpt", "full", 40),
+        pytest.param("roberta", "none", 40, marks=pytest.mark.exhaustive),
+        pytest.param("roberta", "full", 8, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_planned_activations_are_what_the_allocator_gives_out(name: str, recompute: Any, batch: int) -> None:
     torch.manual_seed(0)

@@ -150,7 +150,9 @@ def test_lists_that_insert_but_a_part_of_the_collectives_are_refused_with_the_pa
             assert text.startswith("refused: ") and f"Run {cure}" in text
 
 
-@pytest.mark.parametrize(("world_size", "seeds"), [(2, range(12)), (3, range(20, 32))])
+@pytest.mark.parametrize(
+    ("world_size", "seeds"), [(2, range(12)), pytest.param(3, range(20, 32), marks=pytest.mark.exhaustive)]
+)
 def test_any_list_of_passes_trains_right_or_is_refused(world_size: int, seeds: range) -> None:
     lists = [pass_list_workers.random_list(seed) for seed in seeds]
     (outcomes, *others) = run_ranks(world_size, pass_list_workers.train_with, lists, timeout=120)

@@ -59,6 +59,8 @@ def _begin_anew(log: PhaseLog, group: Group | None, timeout: timedelta) -> None:
             log.stop = Stop("difference", text)
             raise RankMismatchError(text)
     log.begin_anew(max(int(number) for _, number in posts))
+    # The connections of a rank that has its own may end, with it, before others have theirs.
+    agree.exchange(group, "connections", [], timeout=timeout, is_anew=True)
     heartbeat().publish()
 
 

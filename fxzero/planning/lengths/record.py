@@ -40,6 +40,18 @@ class KnownTensors:
         self._known[id(tensor)] = weakref.ref(tensor), self._num
         return self._num
 
+    def share(self, tensor: Tensor, number: int) -> None:
+        """Give a tensor the number of another one."""
+        self._known[id(tensor)] = weakref.ref(tensor), number
+
+    def unchanged_by(self, operator: Any, args: tuple[Any, ...]) -> int | None:
+        """The number of the argument if the operator is a `detach` that changes nothing: of one that requires no grad.
+
+        torch runs one on the result of a factory such as `arange` if something else holds that, a record for example.
+        """
+        is_plain = operator is torch.ops.aten.detach.default and not args[0].requires_grad
+        return self.number_of(args[0]) if is_plain else None
+
     def number_of(self, tensor: Tensor) -> int | None:
         """The number of a tensor; None for a new one."""
         entry = self._known.get(id(tensor))
@@ -141,6 +153,8 @@ class Recording:
         running, flatten = self._running, self._known.flatten
         if running is None:
             return
+        if (number := self._known.unchanged_by(operator, args)) is not None:
+            return self._known.share(result, number)
         taken, made, of_taken, of_made = list[int](), list[int](), list[int](), list[int]()
         try:
             arguments = flatten(args, taken, of_taken), flatten(kwargs, taken, of_taken)

@@ -80,7 +80,10 @@ def _transformer(family: str) -> nn.Module:
     return makers[family]().train()
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "bert", "gpt2", "t5"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "gpt2", "bert", *(pytest.param(each, marks=pytest.mark.exhaustive) for each in ("mistral", "t5"))],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_graph_is_that_of_a_whole_trace_for_hugging_face(family: str, caplog: Any) -> None:
     model = _transformer(family)

@@ -49,7 +49,7 @@ def of_transformers(name: str, **options: Any) -> Callable[[], nn.Module]:
 GPT2 = {"n_layer": 1, "n_head": 2, "n_embd": 32, "bos_token_id": 1, "eos_token_id": 2}
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int], Batch]]] = {
     "gpt": (lambda: GPT(replace(GPT_PRESETS["tiny"])), tokens),
-    "llama": (lambda: Llama(LLAMA_PRESETS["tiny"]), tokens),
+    "llama": (lambda: Llama(replace(LLAMA_PRESETS["tiny"], num_layers=6)), tokens),  # deep enough to be stamped
     "roberta": (lambda: RobertaForMaskedLM(ROBERTA_PRESETS["tiny"]), padded),
     "hf-llama": (of_transformers("LlamaConfig LlamaForCausalLM", num_key_value_heads=2), padded),
     "hf-gpt2": (of_transformers("GPT2Config GPT2LMHeadModel", **GPT2), tokens),
