@@ -3,6 +3,7 @@
 Called again, it resumes from the newest checkpoint in OUTPUT. In the end OUTPUT is a folder for `from_pretrained`.
 """
 
+import os
 import sys
 
 import torch
@@ -37,7 +38,8 @@ def main(output: str) -> None:
         train_dataset=[{"input_ids": row, "labels": row} for row in rows],
         compile_options={"recompute": "none"},  # anything that fxzero.compile takes
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(output))
+    last = get_last_checkpoint(output) if os.path.isdir(output) else None
+    trainer.train(resume_from_checkpoint=last)
     trainer.save_model()
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fxzero.api import Schedule, ZeroModule, compile
     from fxzero.checkpoints import async_save, export, load, load_pretrained, save
+    from fxzero.commands.verification import verify
     from fxzero.cost.model import Cluster, Device, Link
     from fxzero.errors import (
         CaptureError,
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     )
     from fxzero.host.allocator import keep_freed_memory
     from fxzero.optimizers.classes import whole_matrices
-    from fxzero.verification import verify
 
 __version__ = "0.1.0"
 
@@ -80,7 +80,7 @@ _MODULE_OF = {
     "load": "fxzero.checkpoints",
     "load_pretrained": "fxzero.checkpoints",
     "save": "fxzero.checkpoints",
-    "verify": "fxzero.verification",
+    "verify": "fxzero.commands.verification",
     "whole_matrices": "fxzero.optimizers.classes",
 }
 """Maps names in `__all__` to their modules; the others are errors."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import types
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -276,11 +278,12 @@ class ZeroModule(nn.Module):
         super().__init__()
         model.training = mode  # nn.Module's constructor has set it
         torch_internals.share_tables(self, model)
+        sharded = weakref.ref(engine.sharded)  # which holds the guard
         self._fxzero_guard = OptimizerGuard(
             self,
             engine.sharded.held_shards,
             elementwise_optimizer=elementwise_optimizer,
-            pieces=lambda: engine.sharded.pieces,
+            pieces=lambda: None if (found := sharded()) is None else found.pieces,
             compare=engine.compare_optimizer_state,
             agree_on_found=engine.agree_on_found,
             on_begin=engine.before_optimizer,
@@ -677,10 +680,9 @@ class ZeroModule(nn.Module):
 def _class_for(kind: type[nn.Module]) -> type[ZeroModule]:
     """ZeroModule for models of a class: with the signature of their forward, and the special methods of a container."""
 
-    @functools.wraps(kind.forward)
-    def forward(self: ZeroModule, *args: Any, **kwargs: Any) -> Any:
-        return ZeroModule.forward(self, *args, **kwargs)
-
+    call = ZeroModule.forward
+    forward = types.FunctionType(call.__code__, call.__globals__, closure=call.__closure__)
+    functools.update_wrapper(forward, kind.forward)  # a function of the same code: a warning names the caller's line
     names = [name for name in ("__len__", "__getitem__", "__iter__", "__contains__") if hasattr(kind, name)]
     return type("ZeroModule", (ZeroModule,), {"forward": forward, **{name: _of_model(name) for name in names}})
 

@@ -289,16 +289,21 @@ def known_to_libraries(is_known: Callable[[Any], bool]) -> Generator[None]:
     `torch._subclasses.FakeTensor`: 2.11 to 2.13.
     """
 
+    asked = [is_known]  # emptied at the end: a class outlives this call until cycles are collected
+
     class Kind(type(FakeTensor)):
         def __instancecheck__(cls, instance: Any) -> bool:
             if not isinstance(instance, FakeTensor):
                 return False
             name: str = sys._getframe(1).f_globals.get("__name__", "")  # pyright: ignore[reportPrivateUsage]
-            return not (name.startswith("transformers.") and is_known(instance))
+            return not (name.startswith("transformers.") and any(each(instance) for each in asked))
 
     kind = Kind("FakeTensor", (FakeTensor,), {})
-    with patch.object(torch._subclasses, "FakeTensor", kind):  # pyright: ignore[reportPrivateUsage]
-        yield
+    try:
+        with patch.object(torch._subclasses, "FakeTensor", kind):  # pyright: ignore[reportPrivateUsage]
+            yield
+    finally:
+        asked.clear()
 
 
 def current_function_mode() -> Any:

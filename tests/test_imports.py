@@ -24,7 +24,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("module",),
     ("options", "planner"),
     ("api",),
-    ("checkpoints", "verification"),
+    ("checkpoints",),
     ("stacks",),
     ("commands",),
     ("train",),

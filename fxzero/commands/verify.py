@@ -15,10 +15,10 @@ from torch import nn
 from fxzero import torch_internals
 from fxzero.commands.errors import CommandError, report
 from fxzero.commands.launch import launch, under_torchrun
+from fxzero.commands.verification import verify_call
 from fxzero.commands.world import DEVICES, World, joined
 from fxzero.errors import FxzeroError
 from fxzero.planner import as_arguments
-from fxzero.verification import verify_call
 
 HELP = "compare your model, compiled, with plain PyTorch: loss, gradients, an optimizer step"
 _DESCRIPTION = """\

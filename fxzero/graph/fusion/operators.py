@@ -93,7 +93,7 @@ def is_free(node: fx.Node) -> bool:
     if node.target is operator.getitem:
         source = node.args[0]
         return isinstance(source, fx.Node) and is_view(source)
-    return is_view(node) or is_made_of_nothing(node) or node.target is aten._unsafe_view.default
+    return is_view(node) or is_made_of_nothing(node) or node.target is torch.ops.aten._unsafe_view.default
 
 
 def fusable(step: StepGraph) -> set[fx.Node]:
