@@ -266,6 +266,10 @@ _making_state: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 """Optimizers that make their state because torch.distributed.checkpoint asks for it."""
 
 
+_owning_nothing: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+"""Optimizers of those whose other ranks have all of the state."""
+
+
 def _before_step(
     optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -273,6 +277,10 @@ def _before_step(
         return None
     called = closures.called_before(args, kwargs) if steps_wholes(optimizer) and _is_ours(optimizer) else None
     if not optimizer.state and torch_internals.is_making_optimizer_state():
+        if has_state(optimizer):  # on other ranks, which take no such step
+            _owning_nothing.add(optimizer)
+            optimizer.zero_grad()
+            return None
         _making_state.add(optimizer)
     is_training = optimizer not in _making_state
     if is_training and made_up.drop(optimizer):
@@ -292,13 +300,15 @@ def _is_ours(optimizer: torch.optim.Optimizer) -> bool:
 def _after_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
     if is_probe(optimizer):
         return
+    if optimizer in _owning_nothing:
+        _owning_nothing.discard(optimizer)
+        return
     is_training = optimizer not in _making_state
     for guard in list(_guards.values()):
         guard.after_step(optimizer, is_training=is_training)
     if not is_training:
         _making_state.discard(optimizer)
-        if not has_state(optimizer) or optimizer.state:
-            made_up.note(optimizer)
+        made_up.note(optimizer)
 
 
 def _before_unscaling(optimizer: torch.optim.Optimizer) -> None:

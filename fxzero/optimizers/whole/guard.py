@@ -1,5 +1,6 @@
 """The optimizers that step whole parameters of one model: which there are, and when their steps begin and end."""
 
+import logging
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -14,6 +15,8 @@ from fxzero.optimizers.state import ParamShard, name_of, parameters_of
 from fxzero.optimizers.whole.owners import owners_of, ranges_of
 from fxzero.optimizers.whole.state import note_state
 from fxzero.optimizers.whole.step import Matrix, WholeStep
+
+logger = logging.getLogger(__name__)
 
 
 class WholeSteps:
@@ -67,7 +70,12 @@ class WholeSteps:
         if step.has_begun and torch_internals.is_nested_step(optimizer):
             self._depth += 1
             return
-        step.restore()  # of a step that ended in an error
+        if step.has_begun:
+            step.give_up()
+            raise OptimizerError(
+                f"The step of {name_of(optimizer)} before ended in an error; the gradients of its parameters are gone. "
+                "Run forward and backward again."
+            )
         self._depth = 1
         if is_training:
             step.begin()
@@ -84,6 +92,10 @@ class WholeSteps:
                 step.end()
 
     def restore(self) -> None:
-        """Let parameters be shards as they were before a step that ended in an error."""
-        for step in self._steps.values():
-            step.restore()
+        """Let parameters be shards as they were before a step that ended in an error, without gradients."""
+        for optimizer, step in self._steps.items():
+            if step.has_begun:
+                step.give_up()
+                logger.warning(
+                    "A step of %s ended in an error: the gradients of its parameters are dropped.", name_of(optimizer)
+                )

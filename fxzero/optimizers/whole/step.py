@@ -110,6 +110,15 @@ class WholeStep:
             param.grad = grad
         self._before, self._stepped = [], []
 
+    def give_up(self) -> None:
+        """End a step that ended in an error: parameters are what they were, and have no gradients.
+
+        Whether these were reset in the meantime cannot be seen where there was none in the step.
+        """
+        self.restore()
+        for each in self._matrices:
+            each.param.grad = None
+
     def _check_frozen(self) -> None:
         for each in self._matrices:
             if not each.param.requires_grad and each.param.grad is not None and not _stays(each):
