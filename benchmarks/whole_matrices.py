@@ -11,15 +11,16 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from tabulate import tabulate
 from torch import Tensor, nn
+from torch.distributed import _functional_collectives as functional
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxzero
 from benchmarks.about import heading
@@ -28,29 +29,35 @@ from benchmarks.network.systems import Shape
 from fxzero.testing import engine_of, run_ranks
 
 MIB = 2**20
-_SENT: Mapping[str, Callable[[int, int, int], float]] = {
-    "all_gather_into_tensor": lambda taken, given, ranks: taken * (ranks - 1),
-    "reduce_scatter_tensor": lambda taken, given, ranks: given * (ranks - 1),
-    "all_reduce": lambda taken, given, ranks: 2 * taken * (ranks - 1) / ranks,
-    "all_to_all_single": lambda taken, given, ranks: taken * (ranks - 1) / ranks,
+_SENT: Mapping[str, Callable[[int, int], float]] = {
+    "all_gather_tensor": lambda nbytes, ranks: nbytes * (ranks - 1),
+    "reduce_scatter_tensor": lambda nbytes, ranks: nbytes * (ranks - 1) / ranks,
+    "all_reduce": lambda nbytes, ranks: 2 * nbytes * (ranks - 1) / ranks,
 }
-"""Bytes that a rank sends in a functional collective at least, from the bytes that it takes and gives."""
+"""Bytes that a rank sends at least in a functional collective, from those that it puts in."""
 
 
-class _Collectives(TorchDispatchMode):
-    """Counts functional collectives, and the bytes that this rank sends in them."""
+class _Collectives:
+    """Counts the functional collectives of DTensors inside of the block, and the bytes that this rank sends in them."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.num, self.nbytes = 0, 0.0
+        self._own: dict[str, Callable[..., Any]] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        sent = _SENT.get(func.overloadpacket.__name__.rstrip("_"))
-        if sent is not None:
-            self.num += 1
-            self.nbytes += sent(args[0].nbytes, result.nbytes, dist.get_world_size())
-        return result
+    def __enter__(self) -> _Collectives:
+        for name in _SENT:
+            self._own[name] = getattr(functional, name)
+            setattr(functional, name, partial(self._call, name))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for name, function in self._own.items():
+            setattr(functional, name, function)
+
+    def _call(self, name: str, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.num += 1
+        self.nbytes += _SENT[name](tensor.nbytes, dist.get_world_size())
+        return self._own[name](tensor, *args, **kwargs)
 
 
 def _matrices(model: nn.Module) -> list[nn.Parameter]:
