@@ -10,7 +10,11 @@ from tests.distributed import fused_workers
 
 @pytest.mark.parametrize(
     ("world_size", "options", "policy"),
-    [(2, {}, False), (2, {}, True), (3, {"recompute": "full", "reshard_after_forward": False}, False)],
+    [
+        (2, {}, False),
+        (2, {}, True),
+        pytest.param(3, {"recompute": "full", "reshard_after_forward": False}, False, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_trains_as_replicas_do(world_size: int, options: dict[str, Any], policy: bool) -> None:
     digests = run_ranks(world_size, fused_workers.train, options, policy)

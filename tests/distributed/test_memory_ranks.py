@@ -8,7 +8,7 @@ from fxzero.testing import run_ranks
 from tests.distributed import memory_workers
 
 
-@pytest.mark.parametrize("no_sync", [False, True])
+@pytest.mark.parametrize("no_sync", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_micro_steps_gather_nothing_again_and_train_the_same(no_sync: bool) -> None:
     run_ranks(2, memory_workers.accumulate, no_sync)
 

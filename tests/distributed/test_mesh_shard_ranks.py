@@ -50,6 +50,7 @@ def _train_narrow(rank: int, world_size: int, name: str, gather_dtype: torch.dty
     return wire_workers.train(rank, world_size, name, gather_dtype, None, **options)
 
 
+@pytest.mark.exhaustive
 def test_training_gives_the_bits_of_nodes_that_are_replicas() -> None:
     run_ranks(4, workers.train_as_replicas, (2, 2))
 

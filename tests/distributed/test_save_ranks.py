@@ -42,7 +42,7 @@ def test_a_full_disk_fails_the_save_alone(tmp_path: Path) -> None:
     run_ranks(2, save_workers.full_disk, tmp_path)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_a_rank_that_is_killed_leaves_the_last_good_one(tmp_path: Path, rank: int) -> None:
     run_ranks(2, save_workers.killed, tmp_path, rank, dies=[rank])
     assert (

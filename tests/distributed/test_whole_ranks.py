@@ -26,7 +26,10 @@ def test_training_equals_that_of_whole_parameters(
     run_ranks(world_size, workers.train, kind, when, options)
 
 
-@pytest.mark.parametrize(("kind", "saving", "loading"), [("muon", 2, 3), ("adafactor", 3, 1), ("one", 3, 2)])
+@pytest.mark.parametrize(
+    ("kind", "saving", "loading"),
+    [("muon", 2, 3), ("adafactor", 3, 1), pytest.param("one", 3, 2, marks=pytest.mark.exhaustive)],
+)
 def test_state_is_that_of_an_unsharded_optimizer_at_any_number_of_ranks(
     kind: str, saving: int, loading: int, tmp_path: Path
 ) -> None:

@@ -40,6 +40,7 @@ is_glibc = sys.platform == "linux" and hasattr(ctypes.CDLL(None), "gnu_get_libc_
 
 
 @pytest.mark.skipif(not is_glibc, reason="the C library is not glibc")
+@pytest.mark.exhaustive
 def test_steps_cost_a_tenth_of_the_page_faults_when_freed_memory_is_kept():
     done = subprocess.run([sys.executable, "-c", ALLOCATE], capture_output=True, text=True, check=True)
     default, kept = map(int, done.stdout.split())

@@ -78,6 +78,7 @@ def kept_bytes(schedule: Schedule) -> int:
     return sum(schedule.step.bucket(fqns).gathered.nbytes for fqns in schedule.step.kept)
 
 
+@pytest.mark.exhaustive
 def test_more_budget_keeps_more_and_never_needs_more_than_it() -> None:
     schedule = gpt_schedule(None)
     lean = schedule.memory.planned_peak_bytes

@@ -53,6 +53,7 @@ PLAIN, PLAIN_GRAD = schedule_after_a_step("child", "parameter", "buffer")
 @example("forward", "mark", "aten_mm_default")
 @example("a\\", "# -*- coding: utf-7 -*-", "{x}")
 @example("(", "%s", " ")
+@pytest.mark.exhaustive
 def test_names_change_nothing_but_comments(child: str, parameter: str, buffer: str) -> None:
     attributes = dir(nn.ModuleList())
     assume(parameter != buffer and not {child, parameter, buffer} & {*attributes, "names"})

@@ -50,6 +50,7 @@ def point(seed: int) -> torch.Tensor:
     kept_bytes=st.sampled_from([0, 512, None]),
     recompute=st.sampled_from(["none", "full", 0, 100]),
 )
+@pytest.mark.exhaustive
 def test_random_model_is_bitwise_equal_to_eager_after_every_prefix_of_the_passes(
     spec: NetSpec,
     num_passes: int,

@@ -86,6 +86,7 @@ def test_ranks_that_it_starts_itself_learn_together(data: Path, tmp_path: Path) 
     _predict(out)
 
 
+@pytest.mark.exhaustive
 def test_interrupted_it_writes_what_it_has(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["--data", str(data), "--steps", "100000", "--out", str(out), "--nproc", "2"]

@@ -51,7 +51,15 @@ def _presets(num_layers: int) -> dict[str, tuple[nn.Module, dict[str, Any]]]:
     }
 
 
-@pytest.mark.parametrize("family", ["gpt", "llama", "roberta", "mlp"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "gpt",
+        "llama",
+        pytest.param("roberta", marks=pytest.mark.exhaustive),
+        pytest.param("mlp", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_graph_is_that_of_a_whole_trace_for_our_models(family: str, caplog: Any) -> None:
     model, call = _presets(8)[family]
     _, log = _check(model, caplog, **call)
