@@ -50,8 +50,7 @@ def save(
         OSError: a file cannot be written, on this rank; a RankMismatchError names it on the others.
         ValueError: keep is less than 1.
     """
-    if keep is not None and keep < 1:
-        raise ValueError(f"keep is {keep}; at least one checkpoint must be kept.")
+    _check_keep(keep)
     return saving.save(zero._fxzero_engine, Path(folder), _as_tuple(optimizer), extra, keep)
 
 
@@ -77,8 +76,7 @@ def async_save(
     Raises:
         CheckpointError, ValueError: as from `save`.
     """
-    if keep is not None and keep < 1:
-        raise ValueError(f"keep is {keep}; at least one checkpoint must be kept.")
+    _check_keep(keep)
     return saving.async_save(zero._fxzero_engine, Path(folder), _as_tuple(optimizer), extra, keep)
 
 
@@ -165,6 +163,11 @@ def export(
         beside = None if config is None else Path(config)
         exporting.export(saved, Path(target), max_bytes=max_bytes, config=beside, dtype=dtype)
     return Path(target)
+
+
+def _check_keep(keep: int | None) -> None:
+    if keep is not None and keep < 1:
+        raise ValueError(f"keep is {keep}; at least one checkpoint must be kept.")
 
 
 def _as_tuple(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:

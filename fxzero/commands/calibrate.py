@@ -12,8 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from fxzero.comm.groups import Group, group_of_mesh
 from fxzero.comm.make import make_comm
 from fxzero.commands.errors import CommandError, report
-from fxzero.commands.launch import launch, under_torchrun
-from fxzero.commands.world import DEVICES, World, joined
+from fxzero.commands.world import DEVICES, World, run_on_ranks
 from fxzero.cost.calibrate import calibrate, measure_device, median_of_ranks
 from fxzero.cost.model import GBIT, Cluster, Device, Link
 
@@ -42,13 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, argv: list[str]) -> int:
     """Measure and print; returns the exit status."""
-    try:
-        if (arguments.nproc or 1) > 1 and not under_torchrun():
-            return launch(arguments.nproc, argv)
-        with joined(arguments.device) as world:
-            return _run(arguments, world)
-    except CommandError as error:
-        return report("calibrate", error)
+    return run_on_ranks("calibrate", arguments, argv, _run)
 
 
 def _run(arguments: argparse.Namespace, world: World) -> int:

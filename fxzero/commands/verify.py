@@ -14,9 +14,8 @@ from torch import nn
 
 from fxzero import torch_internals
 from fxzero.commands.errors import CommandError, report
-from fxzero.commands.launch import launch, under_torchrun
 from fxzero.commands.verification import verify_call
-from fxzero.commands.world import DEVICES, World, joined
+from fxzero.commands.world import DEVICES, World, run_on_ranks
 from fxzero.errors import FxzeroError
 from fxzero.planner import as_arguments
 
@@ -43,13 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, argv: list[str]) -> int:
     """Compare and print; returns the exit status."""
-    try:
-        if (arguments.nproc or 1) > 1 and not under_torchrun():
-            return launch(arguments.nproc, argv)
-        with joined(arguments.device) as world:
-            return _run(arguments, world)
-    except CommandError as error:
-        return report("verify", error)
+    return run_on_ranks("verify", arguments, argv, _run)
 
 
 def _run(arguments: argparse.Namespace, world: World) -> int:

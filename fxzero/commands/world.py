@@ -3,6 +3,7 @@
 Alone there is one rank and no process group.
 """
 
+import argparse
 import datetime
 import json
 import os
@@ -15,7 +16,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from fxzero.commands.errors import CommandError, OwnError
+from fxzero.commands.errors import CommandError, OwnError, report
+from fxzero.commands.launch import launch, under_torchrun
 
 T = TypeVar("T")
 
@@ -164,3 +166,16 @@ def _choose_device(device: str, local_rank: int, local_size: int) -> torch.devic
     if torch.cuda.device_count() < local_size:
         raise CommandError(f"--device cuda: {local_size} ranks on a machine with {torch.cuda.device_count()} GPUs.")
     return torch.device("cuda", local_rank)
+
+
+def run_on_ranks(
+    command: str, arguments: argparse.Namespace, argv: list[str], run: Callable[[argparse.Namespace, World], int]
+) -> int:
+    """Start the ranks that `--nproc` asks for, or join those that there are, and run a command; its exit status."""
+    try:
+        if (arguments.nproc or 1) > 1 and not under_torchrun():
+            return launch(arguments.nproc, argv)
+        with joined(arguments.device) as world:
+            return run(arguments, world)
+    except CommandError as error:
+        return report(command, error)
