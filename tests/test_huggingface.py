@@ -86,6 +86,7 @@ CASES: dict[str, replicated.Case] = {
     "t5": replicated.Case(t5, text),
     "vit": replicated.Case(vit, image),
 }
+ALIKE = ("gpt2", "bert_classifier", "roberta")  # much like the others
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +104,10 @@ def _step(model: Callable[..., Any], batch: Batch, seed: int) -> Any:
     return output
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [*("llama", "bert", "t5", "vit"), *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ALIKE)],
+)
 def test_model_trains_as_in_eager_when_it_is_unmodified(name: str) -> None:
     case = CASES[name]
     torch.manual_seed(0)

@@ -198,7 +198,6 @@ def test_a_worker_refuses_the_fxzero_of_another_tree(tmp_path: Path) -> None:
 # -- whole runs ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.exhaustive
 def test_a_process_of_each_tree_takes_turns(head: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "found.json"
     assert main(["HEAD", "single_rank", *TINY, "--starts", "1", "--rounds", "2", "--json", str(file)]) == 0
@@ -211,6 +210,7 @@ def test_a_process_of_each_tree_takes_turns(head: str, tmp_path: Path, capsys: p
     assert capsys.readouterr().out.splitlines()[-1] == found["verdict"]
 
 
+@pytest.mark.exhaustive
 def test_two_ranks_of_each_tree_take_turns(head: str, tmp_path: Path) -> None:
     file = tmp_path / "found.json"
     assert main(["HEAD", "host_overhead", *TINY, "--starts", "1", "--rounds", "1", "--json", str(file)]) == 0

@@ -7,7 +7,7 @@ from tests.distributed import heads_workers
 
 
 @pytest.mark.parametrize("how", heads_workers.LOSSES)
-@pytest.mark.parametrize("bucket_bytes", [1, 2**20])
+@pytest.mark.parametrize("bucket_bytes", [1, pytest.param(2**20, marks=pytest.mark.exhaustive)])
 def test_a_parameter_that_any_rank_reaches_is_stepped_on_all(how: str, bucket_bytes: int) -> None:
     run_ranks(2, heads_workers.train, how, bucket_bytes)
 

@@ -24,8 +24,8 @@ def test_training_is_that_of_replicas(name: str) -> None:
         ("buffers and draws", BUCKETS, {"micro_batches": 2, "no_sync": True}),
         ("experts", {}, {"micro_batches": 2, "no_sync": True, "clip": 0.1}),
         ("layers of one kind", {"recompute": "full"}, {"clip": 0.1}),
-        ("layers of one kind", {"stage": 2}, {"frozen": "part.1"}),
-        ("a tied weight", {"memory_budget": 2**20}, {"micro_batches": 2}),
+        pytest.param("layers of one kind", {"stage": 2}, {"frozen": "part.1"}, marks=pytest.mark.exhaustive),
+        pytest.param("a tied weight", {"memory_budget": 2**20}, {"micro_batches": 2}, marks=pytest.mark.exhaustive),
         ("an input read again", {"layout": "interleaved"}, {"autocast": True}),
     ],
 )

@@ -25,7 +25,7 @@ def _train(rank: int, world_size: int, name: str, policy: Policy, options: dict[
         (2, "odd", Policy(BF16, FP32), {"micro_batches": 2}),
         (2, "odd", Policy(FP16), {"micro_batches": 2}),
         (2, "odd", Policy(BF16, FP32), {"stage": 2}),
-        (2, "odd", Policy(None, BF16), {}),
+        pytest.param(2, "odd", Policy(None, BF16), {}, marks=pytest.mark.exhaustive),
         (3, "gpt", Policy(BF16), {"recompute": "full"}),
         pytest.param(3, "odd", Policy(None, FP32), {"micro_batches": 2, "own": BF16}, marks=pytest.mark.exhaustive),
         pytest.param(
@@ -45,7 +45,7 @@ def test_training_equals_that_which_casts(world_size: int, name: str, policy: Po
 @pytest.mark.parametrize(
     ("world_size", "policy", "own"),
     [
-        (1, Policy(None, FP32), BF16),
+        pytest.param(1, Policy(None, FP32), BF16, marks=pytest.mark.exhaustive),
         (2, Policy(BF16, FP32), FP32),
         (3, Policy(None, FP32), BF16),
     ],

@@ -27,8 +27,10 @@ def assert_same_training(one: dict[str, Any], other: dict[str, Any]) -> None:
         assert torch.equal(value, other["params"][name]), name
 
 
-@pytest.mark.parametrize("disturb", [False, True], ids=["", "plans made again"])
-@pytest.mark.parametrize("uneven", [False, True], ids=["", "other shapes"])
+@pytest.mark.parametrize(
+    ("uneven", "disturb"),
+    [(False, True), (True, False), *(pytest.param(each, each, marks=pytest.mark.exhaustive) for each in (False, True))],
+)
 def test_training_is_the_same_when_tuned(uneven: bool, disturb: bool) -> None:
     ranks = run_ranks(2, tuned, uneven, disturb)
     for one, other in zip(ranks, run_ranks(2, untuned, uneven), strict=True):

@@ -86,8 +86,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("name", "world_size", "how"),
     [
-        *((name, world_size, how) for name in ("mlp", "gpt") for world_size in (1, 4) for how in OPTIONS),
-        *(("roberta", 4, how) for how in ("default", "least saved")),
+        *((name, world_size, how) for name, world_size in (("mlp", 1), ("gpt", 4)) for how in OPTIONS),
+        *(
+            pytest.param(name, world_size, how, marks=pytest.mark.exhaustive)
+            for name, world_size in (("mlp", 4), ("gpt", 1), ("roberta", 4))
+            for how in OPTIONS
+        ),
     ],
 )
 def test_default_passes_keep_the_numbers_of_a_model(name: str, world_size: int, how: str) -> None:

@@ -84,7 +84,7 @@ def test_random_model_is_bitwise_equal_to_eager_after_every_prefix_of_the_passes
         replicated.assert_same(zero, reference, "gradient", lambda param: param.grad)  # the second step adds to them
 
 
-@settings(PROPERTY, max_examples=25)
+@settings(PROPERTY, max_examples=15)
 @given(spec=nets(), world_size=st.integers(2, 9), bucket_bytes=SIZES, prefetch_bytes=SIZES, reduce_bytes=SIZES)
 def test_random_model_has_a_safe_plan_at_every_world_size(
     spec: NetSpec, world_size: int, bucket_bytes: int, prefetch_bytes: int, reduce_bytes: int

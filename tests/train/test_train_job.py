@@ -102,6 +102,7 @@ def test_interrupted_it_writes_what_it_has(data: Path, tmp_path: Path) -> None:
     _predict(out)
 
 
+@pytest.mark.exhaustive
 def test_ranks_stop_together_with_the_error_of_the_one_that_reads(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("too short\n")
     run = _start([*SMALL, "--data", str(tmp_path / "short.txt"), "--out", str(tmp_path / "out"), "--nproc", "2"])

@@ -85,10 +85,12 @@ def places(variant: VariantPlan) -> dict[Any, Any]:
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("llama", "length"),
         ("hf-llama", "length"),
         ("gpt", "rows"),
-        *(pytest.param(name, "length", marks=pytest.mark.exhaustive) for name in ("roberta", "hf-gpt2", "hf-bert")),
+        *(
+            pytest.param(name, "length", marks=pytest.mark.exhaustive)
+            for name in ("llama", "roberta", "hf-gpt2", "hf-bert")
+        ),
     ],
 )
 def test_predicted_plan_is_that_of_a_trace(name: str, what: str) -> None:
