@@ -45,8 +45,11 @@ class Traffic:
         return replace(self, anywhere=max(0.0, min(self.anywhere, total - self.forward - self.backward)))
 
 
-def least_traffic(policy: Policy, param_bytes: int, world_size: int) -> Traffic:
+def least_traffic(policy: Policy, param_bytes: float, world_size: int) -> Traffic:
     """The least bytes that a policy needs.
+
+    Args:
+        param_bytes: of the parameters as they travel; gradients have as many.
 
     A gather and a reduce-scatter each send (world_size - 1) / world_size of the parameters' bytes, and an all-reduce is
     one of each. A second gather may start as early as in forward.

@@ -8,7 +8,7 @@ from torch import nn
 
 import fxzero
 from benchmarks.network.model import make_batch
-from benchmarks.network.systems import Job, Training, adamw, plain
+from benchmarks.network.systems import Job, Training, adamw, mixed_precision, plain
 
 GBIT = 1e9 / 8
 """Bytes a second."""
@@ -18,9 +18,11 @@ PAYLOAD = 0.94
 """Of a link's rate, what TCP leaves to gloo's messages: 0.93 to 0.95 of the bare loop at 2 and 1 Gbit/s."""
 
 
-def train(model: nn.Module, job: Job, **options: Any) -> Training:
+def train(model: nn.Module, job: Job, *, mixed: bool = False, **options: Any) -> Training:
     """`fxzero.compile` with the options given."""
     optimizer = adamw(model.parameters())
+    if mixed:
+        options["mp_policy"] = mixed_precision(mixed=True)
     zero = fxzero.compile(model, optimizer=optimizer, example=make_batch(job.shape, 0, job.rank), **options)
     return plain(zero, optimizer, facts=lambda: facts(zero))
 

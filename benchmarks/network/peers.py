@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from benchmarks.network.systems import Job, Shape, Training, adamw, plain, scaled
+from benchmarks.network.systems import Job, Shape, Training, adamw, mixed_precision, plain, scaled
 
 
 def ddp(model: nn.Module, job: Job) -> Training:
@@ -27,22 +27,22 @@ def ddp(model: nn.Module, job: Job) -> Training:
 # -- FSDP2 ---------------------------------------------------------------------------------------------------------
 
 
-def fsdp2(model: Any, job: Job) -> Training:
+def fsdp2(model: Any, job: Job, *, mixed: bool = False) -> Training:
     """fully_shard on each block and on the rest; gathers again in backward."""
-    _shard(model, job)
+    _shard(model, job, mixed)
     return plain(model, adamw(model.parameters()))
 
 
-def fsdp2_async(model: Any, job: Job) -> Training:
+def fsdp2_async(model: Any, job: Job, *, mixed: bool = False) -> Training:
     """With one block prefetched, by gathers that do not block the host, which only a private method turns on."""
-    _shard(model, job)
+    _shard(model, job, mixed)
     _gather_asynchronously(model)
     return plain(model, adamw(model.parameters()))
 
 
-def fsdp2_best(model: Any, job: Job) -> Training:
+def fsdp2_best(model: Any, job: Job, *, mixed: bool = False) -> Training:
     """And with a reduce-scatter of ours in the place of gloo's."""
-    _shard(model, job)
+    _shard(model, job, mixed)
     _gather_asynchronously(model)
     reduce_scatter = LateReduceScatter(job.world_size)
     for module in _sharded(model):
@@ -59,10 +59,10 @@ def fsdp2_best(model: Any, job: Job) -> Training:
     return training
 
 
-def _shard(model: Any, job: Job) -> None:
-    mesh = init_device_mesh("cpu", (job.world_size,))
+def _shard(model: Any, job: Job, mixed: bool) -> None:
+    mesh, policy = init_device_mesh("cpu", (job.world_size,)), mixed_precision(mixed=mixed)
     for module in (*model.blocks, model):
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
 
 
 def _sharded(model: nn.Module) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,15 @@ from tabulate import tabulate
 
 from benchmarks.about import one_line
 from benchmarks.network.bound import least_traffic, lower_bound_s
-from benchmarks.network.results import LOSS_TOLERANCE, QUIET, Cell, Results, wrong_losses
+from benchmarks.network.results import (
+    LOSS_TOLERANCE,
+    MIXED_SYSTEMS,
+    MIXED_TOLERANCE,
+    QUIET,
+    Cell,
+    Results,
+    wrong_losses,
+)
 from benchmarks.network.systems import SYSTEMS, Policy
 from benchmarks.network.turns import Turns
 
@@ -25,11 +34,11 @@ def bound_of(results: Results, system: str, rate: float) -> float | None:
     A system that sends less than its policy needs, as it keeps the last bucket from forward to backward say, is held to
     the bound for what it sends.
     """
-    costs, cell = results.costs(rate), results.of(system, rate)
-    policy = SYSTEMS[system].policy
+    policy, mixed = SYSTEMS[system].policy, SYSTEMS[system].is_mixed
+    costs, cell = results.costs(rate, mixed=mixed), results.of(system, rate)
     if costs is None or not policy.trains or not cell.samples:
         return None
-    least = least_traffic(policy, results.param_bytes, results.world_size)
+    least = least_traffic(policy, results.sent_param_bytes(system), results.world_size)
     return lower_bound_s(costs, least.at_most(cell.median("sent_bytes")))
 
 
@@ -120,17 +129,18 @@ def _predicted(results: Results, system: str, rate: float) -> str:
 
 def _share_of_least(results: Results, system: str, cell: Cell) -> str:
     """The bytes sent, relative to the least that the policy needs."""
-    least = least_traffic(SYSTEMS[system].policy, results.param_bytes, results.world_size).total
+    sent = results.sent_param_bytes(system)
+    least = least_traffic(SYSTEMS[system].policy, sent, results.world_size).total
     return f"{cell.median('sent_bytes') / least:.2f}" if least else ""
 
 
 def _costs(results: Results) -> str:
     rows: list[list[str]] = []
-    for rate in results.rates:
-        if costs := results.costs(rate):
+    for rate, mixed in itertools.product(results.rates, (False, True)):
+        if costs := results.costs(rate, mixed=mixed):
             rows.append(
                 [
-                    f"{rate:g}",
+                    f"{rate:g}, bf16" if mixed else f"{rate:g}",
                     f"{costs.compute_s:.3f}",
                     f"{costs.forward_s:.3f}",
                     f"{costs.bytes_per_s * 8 / 1e9:.2f}",
@@ -155,7 +165,10 @@ def _checks(results: Results) -> str:
     if wrong:
         lines += [f"- **The loss of {system} is off by {by:.1e}.**" for system, by in wrong.items()]
     else:
-        lines.append(f"- The losses of {count} systems agree to {LOSS_TOLERANCE:g} at every step.")
+        within = f"{LOSS_TOLERANCE:g}"
+        if MIXED_SYSTEMS & results.losses.keys():
+            within += f", those in bf16 to {MIXED_TOLERANCE:g},"
+        lines.append(f"- The losses of {count} systems agree to {within} at every step.")
     for system, why in results.failures.items():
         lines.append(f"- {system} failed: {why.splitlines()[0]}")
     return "\n".join(lines)

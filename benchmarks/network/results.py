@@ -19,6 +19,9 @@ ENOUGH = 3
 """Medians are of quiet samples if there are as many, else of all."""
 LOSS_TOLERANCE = 1e-3
 """Relative difference of a step's loss from that of the other systems."""
+MIXED_TOLERANCE = 2e-2
+"""The same where systems compute in bf16."""
+MIXED_SYSTEMS = {name for name, system in SYSTEMS.items() if system.is_mixed}
 
 
 @dataclass(frozen=True)
@@ -100,14 +103,21 @@ class Results:
             ]
         )
 
-    def costs(self, rate: float) -> Costs | None:
+    def sent_param_bytes(self, system: str) -> float:
+        """Bytes of the parameters in the dtype in which a system computes."""
+        return self.param_bytes / 2 if SYSTEMS[system].is_mixed else self.param_bytes
+
+    def costs(self, rate: float, *, mixed: bool = False) -> Costs | None:
         """What a lower bound at a rate is made of; None where the run lacks a system that tells it.
 
         The compute is that of fxzero's generated code, or eager's where it was not run. The link's speed is that of the
         fastest step of the bare loop.
+
+        Args:
+            mixed: for steps in bf16, whose compute is that of fxzero's code alone.
         """
-        wire, compute = self.of("wire", rate), self.of("fxzero_stubbed")
-        compute = compute if compute.samples else self.of("compute")
+        wire, compute = self.of("wire", rate), self.of("fxzero_bf16_stubbed" if mixed else "fxzero_stubbed")
+        compute = compute if compute.samples or mixed else self.of("compute")
         if not wire.samples or not compute.samples or "wire" not in self.facts:
             return None
         sent = self.facts["wire"]["sent_bytes"]
@@ -158,14 +168,17 @@ def _add(results: Results, entry: Mapping[str, Any]) -> None:
 def wrong_losses(losses: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
     """The systems whose loss differs from the others', by how much at most, relative to it.
 
-    All systems have the same seed and data; a step's right loss is taken to be the median over the systems.
+    All systems have the same seed and data; a step's right loss is taken to be the median over the systems of the same
+    precision.
     """
     worst: dict[str, float] = {}
-    for step in {step for of_system in losses.values() for step in of_system}:
-        there = {system: of_system[step] for system, of_system in losses.items() if step in of_system}
-        right = statistics.median(there.values())
-        for system, loss in there.items():
-            difference = abs(loss - right) / abs(right) if loss == loss else float("inf")
-            if not difference <= LOSS_TOLERANCE:
-                worst[system] = max(worst.get(system, 0.0), difference)
+    for mixed in (False, True):
+        alike = {system: of for system, of in losses.items() if (system in MIXED_SYSTEMS) == mixed}
+        for step in {step for of_system in alike.values() for step in of_system}:
+            there = {system: of_system[step] for system, of_system in alike.items() if step in of_system}
+            right = statistics.median(there.values())
+            for system, loss in there.items():
+                difference = abs(loss - right) / abs(right) if loss == loss else float("inf")
+                if not difference <= (MIXED_TOLERANCE if mixed else LOSS_TOLERANCE):
+                    worst[system] = max(worst.get(system, 0.0), difference)
     return worst

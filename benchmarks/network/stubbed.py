@@ -8,18 +8,20 @@ import torch
 from torch import nn
 
 import fxzero
-from benchmarks.network.systems import Job, Training, adamw, plain
+from benchmarks.network.systems import Job, Training, adamw, mixed_precision, plain
 from fxzero.comm.base import Bound
 from fxzero.comm.gloo import GlooComm
 from fxzero.testing import engine_of
 
 
-def stubbed(model: nn.Module, job: Job, **options: Any) -> Training:
+def stubbed(model: nn.Module, job: Job, *, mixed: bool = False, **options: Any) -> Training:
     """The code that fxzero generates, where starts and waits of collectives do nothing.
 
     Values are wrong, but of ordinary size: the arena is filled anew before every step, off the clock.
     """
     optimizer = adamw(model.parameters())
+    if mixed:
+        options["mp_policy"] = mixed_precision(mixed=True)
     zero = fxzero.compile(model, optimizer=optimizer, **options)
     sharded = engine_of(zero).sharded
     assert isinstance(sharded.comm, GlooComm)

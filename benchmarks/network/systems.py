@@ -90,12 +90,20 @@ class System:
     makes_group: bool = False
     """True if it sets up the process group itself."""
 
+    @property
+    def is_mixed(self) -> bool:
+        """True if it computes in bf16, sums gradients in fp32, and steps shards in fp32."""
+        return self.options.get("mixed", False)
+
     def make(self, model: nn.Module, job: Job) -> Training:
         """Take the model over."""
         module, _, name = self.build.partition(":")
         build = getattr(importlib.import_module(f"benchmarks.network.{module}"), name)
         return build(model, job, **self.options)
 
+
+MIXED = {"mixed": True}
+"""Compute in bf16, sums of gradients and shards in fp32."""
 
 SYSTEMS = {
     "compute": System("baselines:compute", Policy.SILENT, "compute only (eager)"),
@@ -112,12 +120,20 @@ SYSTEMS = {
     "ds_tuned": System("peers:deepspeed_zero3", Policy.AGAIN, "DeepSpeed ZeRO-3, tuned", {"tuning": "tuned"}, True),
     "ds_deopt": System("peers:deepspeed_zero3", Policy.AGAIN, "DeepSpeed ZeRO-3, naive", {"tuning": "deopt"}, True),
     "simple_fsdp": System("peers:simple_fsdp", Policy.KEEP, "SimpleFSDP, compiled, overlap"),
+    "fxzero_bf16_stubbed": System(
+        "stubbed:stubbed", Policy.SILENT, "fxzero's code in bf16, collectives stubbed out", MIXED
+    ),
+    "fxzero_bf16": System("ours:train", Policy.AGAIN, "fxzero, bf16", MIXED),
+    "fsdp2_bf16": System("peers:fsdp2", Policy.AGAIN, "FSDP2, bf16", MIXED),
+    "fsdp2_async_bf16": System("peers:fsdp2_async", Policy.AGAIN, "FSDP2, bf16, private async gathers", MIXED),
+    "fsdp2_best_bf16": System("peers:fsdp2_best", Policy.AGAIN, "FSDP2, bf16, async, our reduce-scatter", MIXED),
 }
 
 GROUPS = (
     ("compute", "wire", "fxzero_stubbed", "fxzero", "fxzero_keep", "ddp", "simple_fsdp", "fsdp2_best"),
     ("compute", "fxzero_naive", "fsdp2", "fsdp2_async"),
     ("compute", "ds", "ds_tuned", "ds_deopt"),
+    ("compute", "fxzero_bf16_stubbed", "fxzero_bf16", "fsdp2_bf16", "fsdp2_async_bf16", "fsdp2_best_bf16"),
 )
 """What is alive together, within 20 GB: the costs, fxzero and the strongest peers first."""
 
@@ -127,6 +143,14 @@ def adamw(params: Any) -> torch.optim.Optimizer:
     import torch
 
     return torch.optim.AdamW(params, lr=1e-4, fused=True)
+
+
+def mixed_precision(*, mixed: bool) -> Any:
+    """The policy of mixed precision; one that changes nothing if `mixed` is False."""
+    import torch
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    return MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else MixedPrecisionPolicy()
 
 
 def plain(model: nn.Module, optimizer: torch.optim.Optimizer, **more: Any) -> Training:
