@@ -216,6 +216,12 @@ def symbol_of(number: Any) -> Any:
     return number.node._expr
 
 
+def name_of_symbol(number: Any) -> str | None:
+    """The name of the symbol that a symbolic number is; None if it is an expression, or no such number."""
+    symbol = symbol_of(number) if is_symbolic(number) else None
+    return None if symbol is None or not symbol.is_Symbol else symbol.name
+
+
 def is_symbolic(value: Any) -> bool:
     """True for a symbolic number."""
     return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))

@@ -108,7 +108,7 @@ class Tracing:
     is_method: bool = False
     """`forward` is another method, which runs without the hooks of the module."""
     watch: Watch | None = None
-    """Sees the forward, unless it has symbolic numbers."""
+    """Sees the forward."""
     joint: Joint = field(init=False)
     """Outputs of the graph; set by `run`."""
 
@@ -227,19 +227,15 @@ class Tracing:
             recorder.following(),
             swapped_tensors(self.module, state),
         ):
-            args, kwargs = replace_tensors(self.args, self.kwargs, inputs)
+            args, kwargs = self._arguments(inputs, numbers)
             given = self._put_numbers(numbers)
-            slots = () if self.stand_ins is None else self.stand_ins.slots
-            arguments = {each.argument: n for each, n in zip(slots, numbers, strict=True) if each.argument is not None}
-            if arguments:
-                args, kwargs = replace_numbers(self.spec, args, kwargs, arguments)
             made = own_objects(args, kwargs)
             self.reads.add_made(made)
             was = [tree_flatten(vars(each)) for each in made]
             grad = torch.set_grad_enabled(self.with_backward)
             set_data = SetData(state, inputs)
             interceptor.values = values
-            interceptor.watch = watch = self.watch if self.stand_ins is None else None
+            interceptor.watch = watch = self.watch
             if watch is not None:
                 watch.begin([*state.params.values(), *state.buffers.values(), *inputs], self.reads)
             watching, mode = self.observers.watching(self.module), ForwardMode(set_data, self.observers)
@@ -295,6 +291,13 @@ class Tracing:
                 "checkpoint that runs forward again. A compiled step leaves behind what forward changes, and what "
                 "hooks that return None do; change it there."
             )
+
+    def _arguments(self, inputs: list[Tensor], numbers: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the call, with other tensors and symbolic numbers."""
+        args, kwargs = replace_tensors(self.args, self.kwargs, inputs)
+        slots = () if self.stand_ins is None else self.stand_ins.slots
+        arguments = {each.argument: n for each, n in zip(slots, numbers, strict=True) if each.argument is not None}
+        return replace_numbers(self.spec, args, kwargs, arguments) if arguments else (args, kwargs)
 
     def _put_numbers(self, numbers: list[Any]) -> dict[Slot, Any]:
         """Put symbolic numbers into their slots, unless islands read them; `Before.restored` takes them out."""

@@ -14,7 +14,7 @@ itself (a shape, an argument that is a float in the operator's schema) makes the
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -82,6 +82,17 @@ class Numbers:
     """Called with the numbers: those that the graph reads, and those that the step leaves behind."""
     conditions: tuple[Condition, ...]
     """What the trace decided; each is called with the numbers."""
+    reads_slots: bool = True
+    """True if the graph reads numbers of slots as they are, and the step leaves none behind."""
+
+    def is_like(self, other: "Numbers") -> bool:
+        """True if the graph reads what lies in the same slots, as it lies there."""
+        same = [each.slot for each in self.slots] == [each.slot for each in other.slots]
+        return same and self.reads_slots and other.reads_slots
+
+    def under(self, conditions: Sequence[Condition]) -> "Numbers":
+        """The same, where more was decided."""
+        return replace(self, conditions=(*self.conditions, *conditions))
 
     def read(self) -> list[Any]:
         """What the slots hold now."""
@@ -166,13 +177,14 @@ def take_out(root: fx.GraphModule, stand_ins: StandIns, num_left_behind: int) ->
     left_behind, results = results[:num_left_behind], results[num_left_behind:]
     lifted = [node for node in numeric if any(user not in numeric and user is not output for user in node.users)]
     compute = _function_of(graph, numeric, lifted, left_behind)
+    reads_slots = not left_behind and all(node.op == "placeholder" for node in numeric)
     output.args = (results,)
     for index, node in enumerate(lifted):
         meta = {"val": node.meta["val"].node.hint, META_KEY: NodeInfo(Role.STATE, f"number {index}")}
         add_placeholder(graph, f"number_{index}", node, meta)
     for node in reversed(numeric):
         graph.erase_node(node)
-    return Numbers(stand_ins.slots, compute, conditions)
+    return Numbers(stand_ins.slots, compute, conditions, reads_slots)
 
 
 def _function_of(

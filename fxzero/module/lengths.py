@@ -17,9 +17,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fxzero.capture.call import flatten_call
+from fxzero.capture.numbers import StandIns
 from fxzero.graph.layout import ParamSpec
 from fxzero.graph.recipe import Needs
 from fxzero.module.call_kind import Arguments, Pattern, Signature
+from fxzero.module.changing_numbers import ChangingNumbers
 from fxzero.module.sharded_model import ShardedModel
 from fxzero.planning.lengths.family import Family, TracedCall, kind_of
 from fxzero.planning.lengths.record import ForwardRecord
@@ -139,18 +141,29 @@ class Lengths:
                 continue
             left -= 1
             inputs, spec = flatten_call(*arguments)
+            state = plan.captured.state
+            stand_ins = StandIns(state.numbers.slots) if state.numbers.slots else None
             rehearsal = Rehearsal(
                 self.sharded.model, self.sharded.forward, *arguments, inputs, spec, params,
-                self.sharded.devices.compute, plan.captured.step.has_backward, None,
+                self.sharded.devices.compute, plan.captured.step.has_backward, None, stand_ins,
             )  # fmt: skip
             if rehearsal.matches(family.expected(values)):
                 kind.families.remove((family, last))
                 kind.families.insert(0, (family, last))
                 made = family.plan_at(values, self.sharded.comm.backend, self.sharded.arena.nbytes)
-                captured = dataclasses.replace(plan.captured, branches=tuple(rehearsal.branches))
+                state = dataclasses.replace(state, numbers=state.numbers.under(rehearsal.conditions))
+                captured = dataclasses.replace(plan.captured, state=state, branches=tuple(rehearsal.branches))
                 made = dataclasses.replace(made, captured=captured)
                 return Predicted(last.bound.at_length(made, family.tangents(values)), family.lengths)
         return None
+
+    def note_changes(self, signature: Signature, pattern: Pattern | None, numbers: ChangingNumbers) -> None:
+        """Note in what the Python state differs from that of the last call that was equal but for lengths."""
+        kind = self._kinds.get(_key(signature, pattern))
+        if kind is not None:
+            last = kind.calls[-1] if kind.calls else kind.families[0][1]
+            if last.call.spec != signature.call:  # else its own plan tells
+                numbers.note(last.bound.plan.captured.state)
 
     def _can_predict(self) -> bool:
         """False where somebody looks at each pass, gives passes of their own, or fuses compute for each length."""

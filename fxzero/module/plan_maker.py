@@ -101,6 +101,7 @@ class PlanMaker:
             with gc_paused():
                 predicted = self._predict(signature, pattern, arguments)
             if predicted is None:
+                self._lengths.note_changes(signature, pattern, self.numbers)
                 made, how = self._make(signature, pattern, arguments), "traced and planned"
             else:
                 differentiated = predicted.bound.plan.captured.differentiated

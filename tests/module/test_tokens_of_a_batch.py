@@ -31,7 +31,12 @@ def traces(caplog: pytest.LogCaptureFixture) -> int:
 
 
 @pytest.mark.parametrize(
-    ("how", "varies", "most"), [("int", False, 3), ("float", False, 3), ("attribute", False, 3), ("tensor", True, 3)]
+    ("how", "varies", "most"),
+    [
+        *((how, False, 3) for how in ("int", "float", "attribute")),
+        *((how, True, 5) for how in ("int", "float", "attribute")),
+        ("tensor", True, 3),
+    ],
 )
 def test_a_number_of_tokens_is_traced_a_few_times(
     how: str, varies: bool, most: int, caplog: pytest.LogCaptureFixture

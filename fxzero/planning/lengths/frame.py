@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from fxzero import torch_internals
-from fxzero.graph.nodes import info
+from fxzero.graph.nodes import Role, info, role
 from fxzero.graph.step import StepGraph, copy_of
 from fxzero.planning.lengths.polynomials import Number, value_of
 
@@ -65,12 +65,18 @@ def scan(step: StepGraph) -> Scan:
             node.target if node.op == "call_function" else str(node.target),
             of_argument(node.args),
             of_argument(node.kwargs),
-            of_value(node.meta.get("val")),
+            of_value(_value_of(node)),
             info(node),
         )
         for node in step.graph.nodes
     ]
     return Scan(skeleton, integers)
+
+
+def _value_of(node: fx.Node) -> Any:
+    """The fake value of a node; of a number of the Python state, which is an input, its type alone."""
+    value = node.meta.get("val")
+    return type(value) if role(node) is Role.STATE and not isinstance(value, Tensor) else value
 
 
 class Geometry(tuple[Any, ...]):
@@ -105,7 +111,7 @@ class Frame:
             kwargs = _mapped(node.kwargs, lambda _: next(remaining))
             if any_number((args, kwargs)):
                 node.args, node.kwargs = args, kwargs
-            self.values[node] = _geometries(node.meta.get("val"), remaining, storages)
+            self.values[node] = _geometries(_value_of(node), remaining, storages)
         self.sizes = {index for value in self.values.values() for index in _numbers_of_sizes(value)}
         """The polynomials that are sizes of dimensions."""
         self._varying = self._varying_storages()

@@ -22,7 +22,7 @@ class Number(int):
     @property
     def name(self) -> str:
         """The name that stands for it in generated code."""
-        return f"number_{self.index}"
+        return f"of_length_{self.index}"
 
 
 @dataclass(frozen=True)

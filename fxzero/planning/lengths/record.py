@@ -76,6 +76,8 @@ class KnownTensors:
             return (kind is list, *[self.flatten(each, tensors, integers) for each in value])
         if kind is float:
             return float, value.hex()
+        if (name := torch_internals.name_of_symbol(value)) is not None:
+            return kind, name
         if isinstance(value, _PLAIN):
             return value
         if kind is dict:

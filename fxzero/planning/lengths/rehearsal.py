@@ -7,7 +7,7 @@ has at this length. The first of equal events is really run, so that its geometr
 import gc
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from fxzero import torch_internals
-from fxzero.capture.call import replace_tensors
 from fxzero.capture.draws import generators_of, no_draws_of_python, numbered_draws
 from fxzero.capture.fake_tensors import swapped_tensors
 from fxzero.capture.joint import ForwardMode, Tracing, call_module, fake_inputs, own_autocast_cache
+from fxzero.capture.numbers import Condition
 from fxzero.capture.outputs import flatten_output
 from fxzero.capture.reads import Reads
-from fxzero.capture.slots import Read
+from fxzero.capture.slots import Read, Slot
 from fxzero.capture.values.branches import Branch, KnownValues
 from fxzero.capture.values.checks import noted_checks
 from fxzero.capture.written_params import SetData
@@ -53,6 +53,9 @@ class Expected:
 
 class Rehearsal(Tracing):
     """One forward that is held against its record."""
+
+    conditions: Sequence[Condition] = ()
+    """What the forward decided by numbers of the Python state."""
 
     @property
     def branches(self) -> Sequence[Branch]:
@@ -89,7 +92,9 @@ class Rehearsal(Tracing):
             seed = torch.default_generator.get_state()
             known_values = torch_internals.known_to_libraries(self._values.is_known)
             with actor, known_values, swapped_tensors(self.module, state):
-                args, kwargs = replace_tensors(self.args, self.kwargs, inputs)
+                numbers = [] if self.stand_ins is None else self.stand_ins.numbers
+                args, kwargs = self._arguments(inputs, numbers)
+                given = self._put_numbers(numbers)
                 with (
                     torch.set_grad_enabled(self.with_backward),
                     self.reads.following(),
@@ -108,13 +113,15 @@ class Rehearsal(Tracing):
                     raise OtherForwardError("a buffer is bound anew")
             if not torch.equal(seed, torch.default_generator.get_state()):
                 raise OtherForwardError("the generator is seeded")
-            self._check_state(known)
+            self._check_state(known, given)
+            if self.stand_ins is not None:
+                self.conditions = self.stand_ins.conditions()
 
-    def _check_state(self, known: Reads) -> None:
+    def _check_state(self, known: Reads, given: Mapping[Slot, Any]) -> None:
         new = [read for slot, read in self.reads.found.items() if slot not in known.found]
         if new and (read := _of_old_object(new)) is not None:
             raise OtherForwardError(f"it reads {read.name} of {read.owner!r:.200}")
-        if [*self.before.writes(self.reads.set_slots, {}, lambda leaf: None)]:
+        if [*self.before.writes(self.reads.set_slots, given, lambda leaf: None)]:
             raise OtherForwardError("it leaves something behind")
 
 
