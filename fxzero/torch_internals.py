@@ -343,6 +343,33 @@ def trace_fx(function: Callable[..., Any], *inputs: Any) -> fx.GraphModule:
         return make_fx(traced)(*inputs)
 
 
+class PlainGraph(fx.Graph):
+    """A graph without symbolic numbers, for which `create_node` would search all arguments: most of its time.
+
+    `Graph._graph_namespace`, `_target_to_str`, `_insert`, `_find_nodes_lookup_table`, `_len`: 2.11 to 2.13.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._stems: dict[int, str] = {}
+        """What names of nodes begin with, by the ids of their operators."""
+
+    def create_node(
+        self, op: str, target: Any, args: Any = None, kwargs: Any = None, name: str | None = None, type_expr: Any = None
+    ) -> fx.Node:
+        """A node at the place where the graph inserts."""
+        inner = cast(Any, self)
+        if name is None:
+            name = self._stems.get(id(target)) or self._stems.setdefault(id(target), inner._target_to_str(target))
+        unique = inner._graph_namespace.create_name(name, None)
+        node = fx.Node(self, unique, op, target, args or (), kwargs or {}, type_expr)
+        inner._graph_namespace.associate_name_with_obj(unique, node)
+        inner._insert(node)
+        inner._find_nodes_lookup_table.insert(node)
+        inner._len += 1
+        return node
+
+
 def traced_graph() -> fx.Graph:
     """The graph that `trace_fx` is making right now. `get_proxy_mode`: 2.11 to 2.13."""
     return cast(Any, get_proxy_mode()).tracer.graph

@@ -66,7 +66,7 @@ class BucketAllGathers:
 
     def _merge(self, step: StepGraph, bucket: tuple[str, ...], parts: list[fx.Node]) -> None:
         """Replace the gathers of some members by one gather of the whole bucket at the place of the first."""
-        params = step.param_nodes()
+        params, index = step.param_nodes(), {fqn: at for at, fqn in enumerate(bucket)}
         with step.graph.inserting_before(parts[0]):
             start = step.graph.call_function(ops.all_gather, tuple(params[fqn] for fqn in bucket))
             wait = step.graph.call_function(ops.wait, (start,))
@@ -74,7 +74,7 @@ class BucketAllGathers:
         for part in parts:
             for fqn, old in gathered_params(wait_of(part)).items():
                 with step.graph.inserting_after(last):
-                    last = step.graph.call_function(operator.getitem, (wait, bucket.index(fqn)))
+                    last = step.graph.call_function(operator.getitem, (wait, index[fqn]))
                 old.replace_all_uses_with(new_value(last, old.meta["val"]))
                 step.graph.erase_node(old)
             step.graph.erase_node(wait_of(part))

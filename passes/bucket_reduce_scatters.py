@@ -30,7 +30,8 @@ class BucketReduceScatters:
             raise PassOrderError("a reduce_scatter has a wire format already; run NarrowReduceScatters after this pass")
         if any(len(members(start)) > 1 for start in starts):
             raise PassOrderError("reductions are bucketed already; run BucketReduceScatters once")
-        bucket_of = {fqn: members(g) for g in step.nodes(Role.ALL_GATHER) for fqn in members(g)}
+        gathered = [members(gather) for gather in step.nodes(Role.ALL_GATHER)]
+        bucket_of = {fqn: bucket for bucket in gathered for fqn in bucket}
         by_bucket: dict[tuple[str, ...], list[fx.Node]] = {}
         for start in starts:
             (fqn,) = members(start)

@@ -58,11 +58,11 @@ class KeepGathered:
     def _keep(self, step: StepGraph, kept: fx.Node, again: fx.Node) -> None:
         """Let the readers of a second gather read the first, and drop the second."""
         bucket, wait = members(kept), wait_of(kept)
-        there = gathered_params(wait)
+        there, index = gathered_params(wait), {fqn: at for at, fqn in enumerate(bucket)}
         for fqn, old in gathered_params(wait_of(again)).items():
             if fqn not in there:
                 with step.graph.inserting_after(wait):
-                    there[fqn] = step.graph.call_function(operator.getitem, (wait, bucket.index(fqn)))
+                    there[fqn] = step.graph.call_function(operator.getitem, (wait, index[fqn]))
                 new_value(there[fqn], old.meta["val"])
             old.replace_all_uses_with(there[fqn])
             step.graph.erase_node(old)

@@ -60,7 +60,7 @@ def assemble(
 
 def _copy_graph(root: fx.GraphModule) -> tuple[fx.Graph, dict[str, Tensor], list[Any]]:
     """A new graph: placeholders, one get_attr per constant, the rest; the constants; what the old graph returned."""
-    graph = fx.Graph()
+    graph = torch_internals.PlainGraph()
     copies: dict[fx.Node, fx.Node] = {}
     constants: dict[str, Tensor] = {}
     known: dict[int, fx.Node] = {}

@@ -51,19 +51,29 @@ def _given_memory(node: fx.Node) -> fx.Node | None:
         maker = cast(fx.Node, node.args[0])
         if is_view(maker) or role(maker) is Role.WAIT:
             return maker
-    target = cast(Any, maker.target)
-    if not torch_internals.is_overload(target) or not maker.args:
+    args = maker.args
+    if not args or not torch_internals.is_overload(maker.target):
         return None
-    is_view_by_name = is_view(node) or target is torch.ops.aten._unsafe_view.default
-    if maker is node and (is_view_by_name or torch_internals.is_mutable(target)):
-        into = node.kwargs.get("out", node.args[0])
+    if maker is node and _returns_an_argument(maker.target):
+        into = node.kwargs.get("out", args[0])
         return into if isinstance(into, fx.Node) else None
     # Some results (of unsafe_split, say) are views that no schema declares; the traced values share storage, though.
     value = node.meta.get("val")
-    return next(
-        (source for source in maker.all_input_nodes if torch_internals.same_storage(value, source.meta.get("val"))),
-        None,
-    )
+    if not isinstance(value, torch.Tensor):
+        return None
+    storage = torch_internals.storage_id(value)
+    for source in maker.all_input_nodes:
+        given = source.meta.get("val")
+        if isinstance(given, torch.Tensor) and torch_internals.storage_id(given) == storage:
+            return source
+    return None
+
+
+@functools.cache
+def _returns_an_argument(target: Any) -> bool:
+    """True for an overload that returns a view of its first argument, or what it writes to."""
+    is_view_by_name = _makes_a_view(target) or target is torch.ops.aten._unsafe_view.default
+    return is_view_by_name or torch_internals.is_mutable(target)
 
 
 def aliases(node: fx.Node) -> list[fx.Node]:

@@ -18,6 +18,7 @@ A bucket has one dtype for each role of its elements (`Dtypes`). A `Payload` des
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -63,10 +64,11 @@ class Dtypes:
     """Dtype in which gradients of several ranks are added, before the sum is cast to the dtype of the shard. Those that
     no_sync() keeps are added in it too."""
 
-    @classmethod
-    def all(cls, dtype: torch.dtype) -> Dtypes:
+    @staticmethod
+    @functools.cache
+    def all(dtype: torch.dtype) -> Dtypes:
         """One dtype for every role."""
-        return cls(dtype, dtype, dtype, dtype)
+        return Dtypes(dtype, dtype, dtype, dtype)
 
     @property
     def has_copy(self) -> bool:
@@ -177,6 +179,10 @@ class Bucket:
     shard_ranks: int
     """Number of ranks that share the bucket."""
 
+    def __hash__(self) -> int:
+        """Of the first member, which no other bucket of a model has."""
+        return hash((self.params[0].fqn, len(self.params), self.shard_ranks))
+
     @property
     def interleaved(self) -> bool:
         """True if the buffer that travels has another layout than the bucket, so that both need memory."""
@@ -193,6 +199,11 @@ class Bucket:
     @cached_property
     def fqns(self) -> tuple[str, ...]:
         return tuple(param.fqn for param in self.params)
+
+    @cached_property
+    def by_fqn(self) -> dict[str, ParamSpec]:
+        """The members by name."""
+        return {param.fqn: param for param in self.params}
 
     @property
     def _alignment(self) -> int:

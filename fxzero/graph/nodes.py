@@ -79,7 +79,7 @@ def role(node: fx.Node) -> Role:
 
 def started_by(node: fx.Node) -> fx.Node:
     """The all_gather or reduce_scatter to which a wait or a release belongs; a start belongs to itself."""
-    while role(node) in (Role.WAIT, Role.RELEASE):
+    while node.target is ops.wait or node.target is ops.release:
         node = cast(fx.Node, node.args[0])
     return node
 
@@ -92,9 +92,9 @@ def operands(start: fx.Node) -> tuple[fx.Node, ...]:
 def members(collective: fx.Node) -> tuple[str, ...]:
     """The names of the parameters of a collective (a start, wait or release), in bucket order."""
     start = started_by(collective)
-    if role(start) is Role.ALL_GATHER:
-        return tuple(info(shard).fqn for shard in operands(start))
-    return tuple(grad_fqn(slot) for slot in operands(start))
+    if start.target is ops.all_gather:
+        return tuple([shard.meta[META_KEY].fqn for shard in operands(start)])
+    return tuple([grad_fqn(slot) for slot in operands(start)])
 
 
 def wire_format(collective: fx.Node) -> WireFormat | None:
@@ -119,22 +119,25 @@ def set_inside(start: fx.Node) -> None:
 
 def wait_of(start: fx.Node) -> fx.Node:
     """The one wait of a collective."""
-    return next(user for user in start.users if role(user) is Role.WAIT)
+    return next(user for user in start.users if user.target is ops.wait)
 
 
 def release_of(wait: fx.Node) -> fx.Node | None:
     """The release of a gathered bucket, None if the graph has none yet."""
-    return next((user for user in wait.users if role(user) is Role.RELEASE), None)
+    return next((user for user in wait.users if user.target is ops.release), None)
 
 
 def is_gather(node: fx.Node) -> bool:
     """True for the start, the wait and the release of an all-gather."""
-    return role(started_by(node)) is Role.ALL_GATHER
+    return started_by(node).target is ops.all_gather
 
 
 def is_gathered_param(node: fx.Node) -> bool:
     """True for one unsharded parameter: an output of the wait of an all-gather."""
-    return node.target is operator.getitem and role(arg := cast(fx.Node, node.args[0])) is Role.WAIT and is_gather(arg)
+    if node.target is not operator.getitem:
+        return False
+    made = cast(fx.Node, node.args[0])
+    return made.target is ops.wait and is_gather(made)
 
 
 def gathered_params(wait: fx.Node) -> dict[str, fx.Node]:

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import fx
 
+from fxzero import torch_internals
 from fxzero.errors import PassOrderError
 from fxzero.graph import ops
 from fxzero.graph.aliasing import in_memory_of
@@ -27,6 +28,8 @@ from fxzero.graph.recipe import Recipe
 from fxzero.graph.sharding import Sharding
 from fxzero.graph.stages import stage_inside
 from fxzero.graph.wire import on_wire
+
+_PLACEHOLDERS = frozenset({Role.PARAM, Role.BUFFER, Role.INPUT, Role.STATE, Role.TANGENT})
 
 
 class Phase(enum.Enum):
@@ -132,6 +135,8 @@ class StepGraph:
             find = self.graph.find_nodes
             found = (find(op="call_function", target=TARGET_OF_ROLE[each], sort=False) for each in set(roles))
             return sorted(itertools.chain.from_iterable(found))
+        if _PLACEHOLDERS.issuperset(roles):
+            return [node for node in self.graph.find_nodes(op="placeholder") if role(node) in roles]
         return [node for node in self.graph.nodes if role(node) in roles]
 
     def param_nodes(self) -> dict[str, fx.Node]:
@@ -255,7 +260,10 @@ def is_read_in_backward(step: StepGraph, value: fx.Node) -> bool:
 
 def copy_of(step: StepGraph) -> StepGraph:
     """A copy of a step, with a graph of its own."""
-    graph, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
+    graph, nodes = torch_internals.PlainGraph(), dict[fx.Node, fx.Node]()
+    copied = nodes.__getitem__
     for node in step.graph.nodes:
-        nodes[node] = graph.node_copy(node, lambda n: nodes[n])
+        args, kwargs = fx.map_arg(node.args, copied), node.kwargs and fx.map_arg(node.kwargs, copied)
+        copy = nodes[node] = graph.create_node(node.op, node.target, args, kwargs, node.name, node.type)
+        copy.meta.update(node.meta)
     return dataclasses.replace(step, graph=graph, kept=set(step.kept), _buckets={}, _param_nodes={})

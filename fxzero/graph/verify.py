@@ -5,6 +5,7 @@ reduction of each gradient and a release of each bucket.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from fxzero.errors import (
     UseAfterReleaseError,
     WireFormatError,
 )
+from fxzero.graph import ops
 from fxzero.graph.aliasing import in_memory_of, memory_of, written_by
 from fxzero.graph.names import bucket_label, describe
 from fxzero.graph.nodes import (
@@ -48,7 +50,7 @@ from fxzero.graph.nodes import (
     wire_format,
     written_in_place,
 )
-from fxzero.graph.regions import geometry, is_region, region_inputs, region_of, region_places
+from fxzero.graph.regions import geometry, region_inputs, region_of, region_places
 from fxzero.graph.step import Phase, StepGraph
 from fxzero.graph.wire import WireFormat
 
@@ -75,47 +77,52 @@ class _Walk:
         self.phase = Phase.FORWARD
         self.shards = set(step.param_nodes().values()) if step.nodes(Role.ALL_GATHER) else set[fx.Node]()
         """Placeholders that only gathers may read."""
+        self.guarded = set(self.shards)
+        """Nodes whose readers are checked: these placeholders, and what lies in the memory of gathered buckets."""
         self.seen: set[fx.Node] = set()
         self.started: dict[fx.Node, Phase] = {}
         self.waited: set[fx.Node] = set()
         self.released: set[fx.Node] = set()
+        gathers = step.nodes(Role.ALL_GATHER) if step.kept else []
+        self.kept = {start for start in gathers if members(start) in step.kept}
         self.owner: dict[fx.Node, tuple[fx.Node, str]] = {}
         """Maps a node in the memory of a gathered bucket to the all-gather and to the name of the parameter."""
-        self._watched: dict[int, bool] = {}
-        """By the ids of operators, whose own hashes take longer."""
+        self._checks: dict[int, Callable[[fx.Node], None] | None] = {
+            id(ops.end_forward): self._check_end_of_forward,
+            id(ops.all_gather): self._note_start,
+            id(ops.reduce_scatter): self._note_start,
+            id(ops.wait): self._check_wait,
+            id(ops.release): self._check_release,
+            id(ops.region): self._check_region,
+        }
+        """What is checked beside order and reads, by the ids of operators, whose own hashes take longer."""
 
     def check(self) -> None:
-        seen = self.seen
+        seen, guarded, checks = self.seen, self.guarded, self._checks
         for node in self.step.graph.nodes:
-            kind, sources = role(node), node.all_input_nodes
+            sources, operator = node.all_input_nodes, id(node.target)
             if not seen.issuperset(sources):
                 self._check_order(node)
-            if kind is Role.END_FORWARD:
-                self._check_nothing_in_flight("the end of forward")
-                self.phase = Phase.BACKWARD
-            elif kind in (Role.ALL_GATHER, Role.REDUCE_SCATTER):
-                self.started[node] = self.phase
-            elif kind is Role.WAIT:
-                self._check_wait(node)
-            elif kind is Role.RELEASE:
-                self._check_release(node)
-            else:
-                if not self.shards.isdisjoint(sources) or not self.owner.keys().isdisjoint(sources):
-                    self._check_reads(node)
-                if is_region(node):
-                    self._check_region(node)
-                if self._is_watched(node.target):
-                    self._check_reads(node)
-                    self._check_writes(node)
+            if operator not in checks:
+                checks[operator] = self._check_of(node.target)
+            check = checks[operator]
+            if not guarded.isdisjoint(sources) and node.target is not ops.all_gather:
+                self._check_reads(node)
+            if check is not None:
+                check(node)
             seen.add(node)
         self._check_nothing_in_flight("the end of the step")
 
-    def _is_watched(self, target: Any) -> bool:
-        """True for an operator that writes into an argument, or waits for a collective of the model."""
-        found = self._watched.get(id(target))
-        if found is None:
-            found = self._watched[id(target)] = may_write(target) or collective_name(target) == WAIT_OF_MODEL
-        return found
+    def _check_of(self, target: Any) -> Callable[[fx.Node], None] | None:
+        """The check of an operator that writes into an argument, or waits for a collective of the model."""
+        return self._check_write if may_write(target) or collective_name(target) == WAIT_OF_MODEL else None
+
+    def _check_end_of_forward(self, node: fx.Node) -> None:
+        self._check_nothing_in_flight("the end of forward")
+        self.phase = Phase.BACKWARD
+
+    def _note_start(self, start: fx.Node) -> None:
+        self.started[start] = self.phase
 
     def _check_order(self, node: fx.Node) -> None:
         for source in node.all_input_nodes:
@@ -134,7 +141,9 @@ class _Walk:
             )
         self.waited.add(start)
         for fqn, param in gathered_params(wait).items() if is_gather(wait) else ():
-            self.owner.update({alias: (start, fqn) for alias in in_memory_of(param)})
+            values = in_memory_of(param)
+            self.owner.update(dict.fromkeys(values, (start, fqn)))
+            self.guarded.update(values)
 
     def _check_release(self, release: fx.Node) -> None:
         start = started_by(release)
@@ -159,7 +168,7 @@ class _Walk:
                     f"{fqn} is read by {describe(node)} after its release.\n"
                     "Release a parameter after its last reader, or gather it again."
                 )
-            if self.started[start] is not self.phase and members(start) not in self.step.kept:
+            if self.started[start] is not self.phase and start not in self.kept:
                 raise PhaseError(
                     f"{fqn} is gathered in forward and read by {describe(node)} in backward. Gather it again."
                 )
@@ -174,8 +183,9 @@ class _Walk:
                     f"is {_describe_tensor(source.meta['val'])}. Run FuseCompute behind the pass that changed it."
                 )
 
-    def _check_writes(self, node: fx.Node) -> None:
+    def _check_write(self, node: fx.Node) -> None:
         """Parameters change between steps only."""
+        self._check_reads(node)
         for target in written_by(node):
             memory = memory_of(target)
             if target in self.owner or role(memory) is Role.PARAM:
@@ -269,10 +279,12 @@ def _check_buckets(step: StepGraph) -> None:
     bucket_of: dict[str, tuple[str, ...]] = {}
     for start in step.nodes(Role.ALL_GATHER):
         bucket = members(start)
+        if bucket_of.get(bucket[0]) == bucket:
+            continue
         if len({step.params[fqn].bucket_key for fqn in bucket}) > 1:
             raise BucketError(f"The bucket {bucket_label(bucket)} mixes dtypes, or frozen with trained parameters.")
         for fqn in bucket:
-            if bucket_of.setdefault(fqn, bucket) != bucket:
+            if bucket_of.setdefault(fqn, bucket) is not bucket:
                 raise BucketError(f"{fqn} is gathered in two different buckets. Keep the members the same everywhere.")
     starts = step.nodes(Role.REDUCE_SCATTER)
     bucketed = any(len(members(start)) > 1 for start in starts)

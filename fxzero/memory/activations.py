@@ -29,9 +29,12 @@ def static_nodes(step: StepGraph) -> list[fx.Node]:
     """Constants, gathered parameters, gradient slots, and everything that is only a view of those, in order."""
     static: dict[fx.Node, None] = {}
     for node in step.graph.nodes:
-        from_static = bool(node.all_input_nodes) and all(source in static for source in node.all_input_nodes)
-        is_static_view = from_static and (is_view(node) or node.target is operator.getitem)
-        if role(node) in (Role.CONSTANT, Role.GRAD_SLOT) or is_gathered_param(node) or is_static_view:
+        if node.target is operator.getitem or is_view(node):
+            sources = node.all_input_nodes
+            is_static = (bool(sources) and static.keys() >= {*sources}) or is_gathered_param(node)
+        else:
+            is_static = role(node) in (Role.CONSTANT, Role.GRAD_SLOT)
+        if is_static:
             static[node] = None
     return list(static)
 

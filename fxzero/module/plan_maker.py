@@ -97,9 +97,9 @@ class PlanMaker:
             torch_internals.outside_of_autograd_modes(),
             torch_internals.fake_results_forgotten(),
             agree.busy(self.sharded.group),
+            gc_paused(),
         ):
-            with gc_paused():
-                predicted = self._predict(signature, pattern, arguments)
+            predicted = self._predict(signature, pattern, arguments)
             if predicted is None:
                 self._lengths.note_changes(signature, pattern, self.numbers)
                 made, how = self._make(signature, pattern, arguments), "traced and planned"

@@ -107,7 +107,8 @@ def generate(
         lines += ["", "", f"def backward({', '.join(arguments)}):"]
         for nodes, argument in zip((saved, tangents), arguments, strict=True):
             lines += [*_unpack(nodes, argument), f"    {argument}.clear()"]
-        lines += [f"    {line}" for line in writer.record(step.end_forward)]
+        if (boundary := step.end_forward) is not None and boundary in writer.recorded:
+            lines.append(f"    {writer.record(boundary)}")
         lines += writer.body(phases[Phase.BACKWARD], [*saved, *tangents], set(grads))
         lines += [f"    return {_tuple([writer.literal(grad) for grad in step.input_grads])}"]
     return Code(
@@ -126,11 +127,6 @@ def _saved(step: StepGraph, phases: dict[Phase, list[fx.Node]], static: dict[fx.
         for node in step.graph.nodes
         if node in read and node not in backward and role(node) in before and node not in static
     )
-
-
-def _is_read(node: fx.Node) -> bool:
-    """False for a value that nothing reads: an in-place write_grad is no statement."""
-    return any(role(user) is not Role.WRITE_GRAD or not written_in_place(user) for user in node.users)
 
 
 def _unpack(nodes: Sequence[fx.Node], source: str) -> list[str]:
@@ -156,6 +152,10 @@ class _Writer:
     def __post_init__(self) -> None:
         self.static = dict.fromkeys(static_nodes(self.step))
         self._taken = {*_RESERVED, *(node.name for node in self.step.graph.nodes)}
+        self._in_place = {slot for slot in self.step.nodes(Role.WRITE_GRAD) if written_in_place(slot)}
+        """These are no statements, and read nothing."""
+        self._names: dict[int, str] = {}
+        """The globals that stand for operators, by the ids of these."""
 
     def free(self, name: str) -> str:
         """A name that no node has."""
@@ -170,58 +170,71 @@ class _Writer:
         for node in nodes:
             if role(node) is Role.COMPUTE and node not in self.static:
                 local.add(node)
-            for source in node.all_input_nodes:
-                if _is_read(source):
-                    last_use[source] = node
+            sources = node.all_input_nodes
+            last_use.update(dict.fromkeys(filter(self._is_read, sources) if node in self._in_place else sources, node))
         dies_at: dict[fx.Node, list[str]] = {}
         for source, reader in last_use.items():
             if source in local and source not in keep:
                 dies_at.setdefault(reader, []).append(source.name)
         lines: list[str] = []
         for node in nodes:
-            lines += [f"    {line}" for line in [*self.statement(node), *self.record(node)]]
+            statement = self.statement(node)
+            if statement:
+                lines.append(f"    {statement}")
+            if node in self.recorded:
+                lines.append(f"    {self.record(node)}")
             if node in dies_at:
                 lines.append(f"    del {', '.join(dies_at[node])}")
             if node in self.marked:
                 lines.append("    mark()")
         return lines
 
-    def record(self, node: fx.Node | None) -> list[str]:
-        return [f"record_{node.name}()"] if node is not None and node in self.recorded else []
+    def _is_read(self, node: fx.Node) -> bool:
+        """False for a value that nothing reads."""
+        return not self._in_place.issuperset(node.users)
 
-    def statement(self, node: fx.Node) -> list[str]:
+    def record(self, node: fx.Node) -> str:
+        """The call that records an event."""
+        return f"record_{node.name}()"
+
+    def statement(self, node: fx.Node) -> str:
+        """What a node does; empty where it does nothing in a step."""
         kind = role(node)
+        if node in self.static or node in self._in_place:
+            return ""
         if kind is Role.RELEASE:
-            return [f"# {describe(node)[1:-1]}"]
-        if kind in (Role.ALL_GATHER, Role.REDUCE_SCATTER):
-            return [f"{node.name}()  # {describe(node)[1:-1]}"]
+            return f"# {describe(node)[1:-1]}"
+        if kind is Role.ALL_GATHER or kind is Role.REDUCE_SCATTER:
+            return f"{node.name}()  # {describe(node)[1:-1]}"
         if kind is Role.WAIT:
-            return [f"wait_{started_by(node).name}()"]
-        if kind is Role.WRITE_GRAD and written_in_place(node):
-            return []
+            return f"wait_{started_by(node).name}()"
         if kind is Role.WRITE_GRAD:
             grads = [self.literal(source) for source in node.all_input_nodes]
-            return [f"{node.name}({', '.join(grads)})"]
-        if node in self.static:
-            return []
+            return f"{node.name}({', '.join(grads)})"
         if node.target is operator.getitem:
-            return [f"{node.name} = {self.literal(node.args[0])}[{self.literal(node.args[1])}]"]
+            return f"{node.name} = {self.literal(node.args[0])}[{self.literal(node.args[1])}]"
         arguments = [self.literal(arg) for arg in node.args]
         arguments += [f"{name}={self.literal(arg)}" for name, arg in node.kwargs.items()]
-        result = f"{node.name} = " if _is_read(node) else ""
+        result = f"{node.name} = " if self._is_read(node) else ""
         if is_region(node):
             given = [*region_inputs(node), *region_places(node)]
-            return [f"{result}{self.operator(region_of(node))}({self.literal(given)})"]
+            return f"{result}{self.operator(region_of(node))}({self.literal(given)})"
         if node in self.undecided:
-            return [f"{result}{CALL_PREFIX}{node.name}({', '.join(arguments)})"]
+            return f"{result}{CALL_PREFIX}{node.name}({', '.join(arguments)})"
         if node in self.placed:
             target, out = self.placed[node].variant
             arguments.append(f"{out}={PLACE_PREFIX}{node.name}")
-            return [f"{result}{self.operator(target)}({', '.join(arguments)})"]
-        return [f"{result}{self.operator(node.target)}({', '.join(arguments)})"]
+            return f"{result}{self.operator(target)}({', '.join(arguments)})"
+        return f"{result}{self.operator(node.target)}({', '.join(arguments)})"
 
     def operator(self, target: Any) -> str:
         """The global that stands for an operator."""
+        name = self._names.get(id(target))
+        if name is None:
+            name = self._names[id(target)] = self._new_global(target)
+        return name
+
+    def _new_global(self, target: Any) -> str:
         is_overload = torch_internals.is_overload(target)
         called = str(target) if is_overload else getattr(target, "__name__", "operator")
         name = self.free(re.sub(r"\W", "_", called))

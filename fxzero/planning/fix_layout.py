@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 from torch import fx
 
+from fxzero import torch_internals
 from fxzero.graph.layout import Bucket, Layout, ParamSpec
 from fxzero.graph.names import bucket_label
 from fxzero.graph.nodes import META_KEY, NodeInfo, Role, members
@@ -52,16 +53,16 @@ def layout_in_registration_order(
 
 def _reading(params: Sequence[ParamSpec], sharding: Sharding) -> StepGraph:
     """A forward step that reads each parameter once."""
-    graph = fx.Graph()
+    graph = torch_internals.PlainGraph()
     placeholders: list[fx.Node] = []
     for index, param in enumerate(params):
         node = graph.placeholder(f"param_{index}")
         value = torch.empty(param.shape, dtype=param.dtypes.compute, device="meta")
-        node.meta = {META_KEY: NodeInfo(Role.PARAM, param.fqn), "val": value}
+        node.meta.update({META_KEY: NodeInfo(Role.PARAM, param.fqn), "val": value})
         placeholders.append(node)
     for node in placeholders:
         reader = graph.call_function(torch.ops.aten.clone.default, (node,))
-        reader.meta = {META_KEY: NodeInfo(Role.COMPUTE), "val": node.meta["val"]}
+        reader.meta.update({META_KEY: NodeInfo(Role.COMPUTE), "val": node.meta["val"]})
     graph.output(())
     step = StepGraph(graph, {param.fqn: param for param in params}, sharding)
     step.set_output([], {}, [])

@@ -46,7 +46,7 @@ from fxzero.runtime.cuda_streams import Events, bind_events
 from fxzero.runtime.gradients import UNREACHED, Gradients
 from fxzero.runtime.interleave import copy_in, copy_out
 from fxzero.runtime.ranges import Ranges
-from fxzero.runtime.shards import Shards, unflatten
+from fxzero.runtime.shards import Shards, member_of, unflatten
 from fxzero.runtime.stopwatch import Stopwatch
 from fxzero.runtime.storage import Arena
 
@@ -371,7 +371,7 @@ class Binder:
         for slot in self.step.nodes(Role.WRITE_GRAD):
             fqn = grad_fqn(slot)
             bucket = self.shards.layout.bucket_of[fqn]
-            view = unflatten(bucket, self.gradients.unsharded_bucket(bucket))[fqn]
+            view = member_of(bucket, self.gradients.unsharded_bucket(bucket), fqn)
             self.names[slot.name] = self._writer(view, slot, add=self.variant.stash is Stash.MORE)
 
     def _bind_static(self) -> None:

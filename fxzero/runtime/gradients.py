@@ -11,7 +11,7 @@ from fxzero import torch_internals
 from fxzero.errors import FxzeroError, PlanError
 from fxzero.graph.layout import Bucket
 from fxzero.graph.variant import Stash, Variant
-from fxzero.runtime.shards import FlatBuffer, Shards, unflatten
+from fxzero.runtime.shards import FlatBuffer, Shards, member_of
 
 UNREACHED = -0.0
 """Negative zeros stand in each slot of a gradient bucket that a rank does not reach. Added to anything they change
@@ -267,14 +267,11 @@ class Gradients:
         self._held_in.update(reduced)
         fqns = [*reached, *(fqn for fqn in uncertain if fqn not in self._held and not _is_blank(self._slot(fqn)))]
         if variant.stash is Stash.FIRST and self._unsharded is not None:
-            others = [
-                slot
-                for bucket, part in self._unsharded.parts.items()
-                for fqn, slot in unflatten(bucket, part).items()
-                if fqn not in fqns
-            ]
-            for slot in others:
-                slot.fill_(UNREACHED)
+            written = set(fqns)
+            for bucket, part in self._unsharded.parts.items():
+                for fqn in bucket.fqns:
+                    if fqn not in written:
+                        member_of(bucket, part, fqn).fill_(UNREACHED)
         for fqn in fqns:
             param = self._params[fqn]
             if param.grad is None or param.grad is self._local.get(fqn):
@@ -321,7 +318,7 @@ class Gradients:
 
     def _slot(self, fqn: str) -> torch.Tensor:
         bucket = self._shards.layout.bucket_of[fqn]
-        return unflatten(bucket, self.unsharded_bucket(bucket))[fqn]
+        return member_of(bucket, self.unsharded_bucket(bucket), fqn)
 
     def bring_in(self) -> None:
         """Reduce what is held, if that is not refused: somebody is about to use gradients. A collective then."""

@@ -147,7 +147,7 @@ class Shards:
     def cut(self, fqn: str, full: torch.Tensor) -> torch.Tensor:
         """This rank's slice of a tensor shaped as the full parameter: a view of it, shaped as the shard."""
         bucket = self.layout.bucket_of[fqn]
-        spec = self._spec(bucket, fqn)
+        spec = bucket.by_fqn[fqn]
         part = bucket.slice_of(spec, self.rank)
         return full.reshape(-1)[part.start : part.stop].view(spec.shard_shape(part.numel))
 
@@ -157,15 +157,11 @@ class Shards:
 
     def _slice(self, shard: torch.Tensor, fqn: str) -> torch.Tensor:
         bucket = self.layout.bucket_of[fqn]
-        spec = self._spec(bucket, fqn)
+        spec = bucket.by_fqn[fqn]
         part = bucket.slice_of(spec, self.rank)
         # An empty view begins at 1, so that its offset tells it from a new empty tensor, which begins at 0.
         begin = part.offset if part.numel else 1
         return shard[begin : begin + part.numel].view(spec.shard_shape(part.numel))
-
-    @staticmethod
-    def _spec(bucket: Bucket, fqn: str) -> ParamSpec:
-        return bucket.params[bucket.fqns.index(fqn)]
 
 
 def _shard_sizes(buckets: Iterable[Bucket]) -> dict[Bucket, tuple[int, torch.dtype]]:
@@ -181,7 +177,13 @@ def unflatten(bucket: Bucket, full: torch.Tensor) -> dict[str, torch.Tensor]:
 
     In an interleaved layout that is not what travels; see `gathered_members`.
     """
-    return {param.fqn: full[bucket.offsets[param.fqn] :][: param.numel].view(param.shape) for param in bucket.params}
+    return {fqn: member_of(bucket, full, fqn) for fqn in bucket.fqns}
+
+
+def member_of(bucket: Bucket, full: torch.Tensor, fqn: str) -> torch.Tensor:
+    """One member of a bucket at its full shape, as of `unflatten`."""
+    param = bucket.by_fqn[fqn]
+    return full[bucket.offsets[fqn] :][: param.numel].view(param.shape)
 
 
 def shard_full_params(

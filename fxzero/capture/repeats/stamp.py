@@ -235,7 +235,7 @@ class _Stamp:
                         target = f"{original.target}_{copy}"
                         step.constants[target] = step.constants[str(original.target)]
                         node = self._constants[copy, index] = step.graph.create_node("get_attr", target)
-                        node.meta = dict(original.meta)
+                        node.meta.update(original.meta)
 
     def _copy(self, phase: Phase, groups: Any, before: fx.Node) -> None:
         """Copy the nodes of a phase for groups that begin at these segments, in this order."""
@@ -269,7 +269,7 @@ class _Stamp:
             node = graph.create_node(
                 original.op, original.target, map_arg(original.args, argument), map_arg(original.kwargs, argument)
             )
-            node.meta = dict(original.meta)
+            node.meta.update(original.meta)
             stored = info(original)
             if stored.fqn == old or stored.fqn.startswith(f"{old}."):
                 node.meta[META_KEY] = NodeInfo(stored.role, new + stored.fqn[len(old) :])
