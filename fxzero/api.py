@@ -39,6 +39,7 @@ from fxzero.module.methods.call import Methods
 from fxzero.module.methods.summon import summon
 from fxzero.module.ranks import copied_models
 from fxzero.module.ranks.step_together import step_together
+from fxzero.module.ranks.tensor_parallel import LocalParameters
 from fxzero.module.saved import export
 from fxzero.module.saved.load import load_newest
 from fxzero.module.wrappers import is_kept_by_accelerate, refuse_wrappers
@@ -205,6 +206,8 @@ def compile(
         for each in optimizers:
             check_optimizer(each, elementwise_optimizer=elementwise_optimizer)
             _check_holds_parameters(each, model)
+        parallel = LocalParameters()
+        parallel.take(model, group, optimizers)
         options = Options(
             recipe=recipe,
             passes=own_list,
@@ -222,7 +225,7 @@ def compile(
             precision=choose_precision(mp_policy, recipe),
             gradient_divide_factor=gradient_divide_factor,
         )
-        engine = options.make_engine(model, group, optimizers)
+        engine = options.make_engine(model, group, optimizers, parallel=parallel.of)
         zero = _class_for(type(model))(model, engine, options, elementwise_optimizer=elementwise_optimizer)
     if resume is not None:
         with _giving_back(engine):

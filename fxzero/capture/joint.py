@@ -21,7 +21,7 @@ from fxzero import torch_internals
 from fxzero.capture.call import CallSpec, own_objects, replace_numbers, replace_tensors
 from fxzero.capture.code.users_code import is_followed_file
 from fxzero.capture.draws import Draws, generators_of, no_draws_of_python, numbered_draws
-from fxzero.capture.fake_tensors import FakeState, swapped_tensors
+from fxzero.capture.fake_tensors import FakeState, fake_params, local_gradient, swapped_tensors
 from fxzero.capture.hooks.autograd_node import HookedNode
 from fxzero.capture.hooks.observer import Observer
 from fxzero.capture.hooks.observers import Observers, reads_values
@@ -151,7 +151,7 @@ class Tracing:
                 traced([], [], inputs, [])
                 return fx.GraphModule({}, fx.Graph())
             root = torch_internals.trace_fx(
-                traced, [*state.params.values()], [*state.buffers.values()], inputs, numbers
+                traced, state.inputs, [*state.buffers.values()], inputs, numbers
             )
         _make_tangents_placeholders(root.graph)
         return root
@@ -185,14 +185,8 @@ class Tracing:
 
     def _fake_state(self) -> FakeState:
         """Fake parameters and buffers; to be called under the fake mode."""
-        params = {
-            name: torch_internals.as_parameter(
-                torch.empty(spec.shape, dtype=spec.dtypes.compute, device=self.device, requires_grad=spec.requires_grad)
-            )
-            for name, spec in self.params.items()
-        }
         buffers = {name: _fake_like(name, buffer, self.device) for name, buffer in self.module.named_buffers()}
-        return FakeState(params, buffers)
+        return FakeState(fake_params(self.params, self.device), buffers)
 
     def _traced(
         self,
@@ -241,7 +235,7 @@ class Tracing:
             interceptor.values = values
             interceptor.watch = watch = self.watch if self.stand_ins is None else None
             if watch is not None:
-                watch.begin([*state.params.values(), *state.buffers.values(), *inputs], self.reads)
+                watch.begin([*state.inputs, *state.buffers.values(), *inputs], self.reads)
             watching, mode = self.observers.watching(self.module), ForwardMode(set_data, self.observers)
             with grad, watching, recording, self.reads.following(), mode, noted_checks(self.observers.add_check):
                 forward = self.forward if self.marks is None else self.marks.forward_of_model(self.forward)
@@ -357,7 +351,8 @@ class Tracing:
         recorder.label(Role.TANGENT, "")
         torch.clear_autocast_cache()
         with no_autocast(self.device), recorder.backward_from(outputs):
-            return list(torch.autograd.grad(outputs, leaves, tangents, allow_unused=True))
+            gradients = torch.autograd.grad(outputs, leaves, tangents, allow_unused=True)
+            return [local_gradient(each, leaf) for each, leaf in zip(gradients, leaves, strict=True)]
 
 
 def fake_inputs(spec: CallSpec, inputs: Sequence[Tensor], device: torch.device) -> list[Tensor]:
@@ -475,6 +470,8 @@ class _Interceptor(torch_internals.DispatchMode):
         self._recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch_internals.has_dtensors(types):
+            return NotImplemented  # a DTensor makes operators of local tensors of it, which come here
         is_seen = self._reads.pause()
         try:
             if device := torch_internals.answer_device(func, args):

@@ -22,6 +22,7 @@ from fxzero.graph.devices import Devices
 from fxzero.graph.layout import Layout, ParamSpec
 from fxzero.graph.recipe import Recipe
 from fxzero.graph.step import Pass
+from fxzero.graph.tensor_parallel import TensorParallel
 from fxzero.graph.variant import Variant
 from fxzero.module.initialize import InitFn, check_meta_model
 from fxzero.module.precision import OF_THE_MODEL, Precision
@@ -81,6 +82,8 @@ class ShardedModel:
     specs: dict[str, ParamSpec] = field(default_factory=dict[str, ParamSpec])
     """The parameters at full size; empty if the model holds them so, and not as shards."""
     timeout: timedelta = timedelta(minutes=5)
+    parallel: Mapping[str, TensorParallel] = field(default_factory=dict[str, TensorParallel])
+    """The parameters that were DTensors, by name; `specs` have the rest."""
 
     def __post_init__(self) -> None:
         self.params: dict[str, nn.Parameter] = dict(self.model.named_parameters())
@@ -89,7 +92,10 @@ class ShardedModel:
         """Ids of the Parameter objects."""
         if not self.specs:
             roles = self.precision.roles(self.model, self.comm.backend, self.comm.sharding)
-            self.specs = {fqn: spec_of(fqn, param, roles.get(fqn)) for fqn, param in self.params.items()}
+            self.specs = {
+                fqn: replace(spec_of(fqn, param, roles.get(fqn)), parallel=self.parallel.get(fqn))
+                for fqn, param in self.params.items()
+            }
         check_storage(self.params)
         self.casts: list[RemovableHandle] = []
         """The hooks that cast inputs and outputs of modules by the policy."""
