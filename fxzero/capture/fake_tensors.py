@@ -4,16 +4,15 @@ If the module's code binds a buffer to another tensor, `FakeState.rebound` has i
 """
 
 import contextlib
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fxzero import torch_internals
+from fxzero.capture.dtensors import local_tensor
 from fxzero.errors import CaptureError
-from fxzero.graph.layout import ParamSpec
 
 
 @dataclass
@@ -30,37 +29,6 @@ class FakeState:
     def inputs(self) -> list[Tensor]:
         """What operators get of each parameter: the parameter itself, or the local tensor of a DTensor."""
         return [local_tensor(param) for param in self.params.values()]
-
-
-def fake_params(specs: Mapping[str, ParamSpec], device: torch.device) -> dict[str, Tensor]:
-    """Fake parameters, which are DTensors where tensor parallelism cuts them; to be called under the fake mode."""
-    return {name: torch_internals.as_parameter(_fake_param(spec, device)) for name, spec in specs.items()}
-
-
-def _fake_param(spec: ParamSpec, device: torch.device) -> Tensor:
-    dtype, needs_grad, parallel = spec.dtypes.compute, spec.requires_grad, spec.parallel
-    if parallel is None:
-        return torch.empty(spec.shape, dtype=dtype, device=device, requires_grad=needs_grad)
-    local = torch.empty(spec.shape, dtype=dtype, device=device)
-    return torch_internals.dtensor_around(
-        local, parallel.mesh, parallel.placement, parallel.shape, requires_grad=needs_grad
-    )
-
-
-def local_tensor(tensor: Tensor) -> Tensor:
-    """The local tensor of a DTensor; another tensor itself."""
-    return torch_internals.local_of(tensor) if hasattr(tensor, "placements") else tensor
-
-
-def local_gradient(gradient: Tensor | None, param: Tensor) -> Tensor | None:
-    """The gradient of a parameter on this rank; of a DTensor it is placed as the parameter is, by a collective.
-
-    FSDP2 does so with the gradients of DTensors, which may be partial sums: `FSDPParam.unsharded_grad_data`.
-    """
-    if gradient is None or not hasattr(param, "placements"):
-        return gradient
-    like: Any = param
-    return torch_internals.local_of(cast(Any, gradient).redistribute(placements=like.placements))
 
 
 @contextlib.contextmanager

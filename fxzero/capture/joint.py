@@ -21,7 +21,8 @@ from fxzero import torch_internals
 from fxzero.capture.call import CallSpec, own_objects, replace_numbers, replace_tensors
 from fxzero.capture.code.users_code import is_followed_file
 from fxzero.capture.draws import Draws, generators_of, no_draws_of_python, numbered_draws
-from fxzero.capture.fake_tensors import FakeState, fake_params, local_gradient, swapped_tensors
+from fxzero.capture.dtensors import check_no_dtensors, fake_params, is_dtensor, local_gradient, refuse_draw
+from fxzero.capture.fake_tensors import FakeState, swapped_tensors
 from fxzero.capture.hooks.autograd_node import HookedNode
 from fxzero.capture.hooks.observer import Observer
 from fxzero.capture.hooks.observers import Observers, reads_values
@@ -150,9 +151,7 @@ class Tracing:
             if self.rehearses:
                 traced([], [], inputs, [])
                 return fx.GraphModule({}, fx.Graph())
-            root = torch_internals.trace_fx(
-                traced, state.inputs, [*state.buffers.values()], inputs, numbers
-            )
+            root = torch_internals.trace_fx(traced, state.inputs, [*state.buffers.values()], inputs, numbers)
         _make_tangents_placeholders(root.graph)
         return root
 
@@ -247,6 +246,7 @@ class Tracing:
             set_data.forward_is_over()
             check_frozen(state, self.params)
             tensors, spec = flatten_output(output)
+            check_no_dtensors(tensors)
             if watch is not None:
                 watch.end(tensors, spec)
                 interceptor.watch = None
@@ -363,6 +363,10 @@ def fake_inputs(spec: CallSpec, inputs: Sequence[Tensor], device: torch.device) 
 
 def _fake_like(name: str, tensor: Tensor, device: torch.device, requires_grad: bool = False) -> Tensor:
     """A fake leaf of a tensor's geometry; for a tensor on the meta device, it is on `device`."""
+    if is_dtensor(tensor):
+        raise InputMismatchError(
+            f"{name} is a DTensor. Pass its local tensor (to_local()), which PrepareModuleInput can make a DTensor of."
+        )
     if tensor.layout is not torch.strided:
         raise InputMismatchError(f"{name} is a tensor of layout {tensor.layout}. Pass it dense (to_dense()).")
     where = device if tensor.device.type == "meta" else tensor.device
@@ -471,7 +475,8 @@ class _Interceptor(torch_internals.DispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch_internals.has_dtensors(types):
-            return NotImplemented  # a DTensor makes operators of local tensors of it, which come here
+            refuse_draw(func, args, kwargs or {})
+            return NotImplemented  # a DTensor runs operators on local tensors, which come here
         is_seen = self._reads.pause()
         try:
             if device := torch_internals.answer_device(func, args):

@@ -109,6 +109,10 @@ class ParamSpec:
         """True if ranks of tensor parallelism have other parts of the parameter."""
         return self.parallel is not None and self.parallel.is_cut
 
+    def local_of(self, whole: torch.Tensor) -> torch.Tensor:
+        """The part of a whole parameter that ranks cut into shards."""
+        return whole if self.parallel is None else self.parallel.cut(whole, self.shape)
+
     @property
     def dtypes(self) -> Dtypes:
         return self.roles or Dtypes.all(self.dtype)

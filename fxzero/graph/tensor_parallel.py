@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 
@@ -24,6 +25,12 @@ class TensorParallel:
     def is_cut(self) -> bool:
         """False if each rank has the whole parameter."""
         return not self.placement.is_replicate()
+
+    def cut(self, whole: Tensor, shape: Sequence[int]) -> Tensor:
+        """The local tensor, of a shape, of a whole one; a view of it."""
+        for dim, (offset, size) in enumerate(zip(self.offsets, shape, strict=True)):
+            whole = whole.narrow(dim, offset, size)
+        return whole
 
     def __str__(self) -> str:
         return f"{self.placement} of {self.mesh.size()}"

@@ -135,6 +135,16 @@ class ShardedModel:
         self.look_at_modules()
         check_meta_model(self.model, self.init_fn, set(self.model.state_dict()))
 
+    @property
+    def is_rank0(self) -> bool:
+        """True on one rank alone, which has what only rank 0 is to have."""
+        return self.comm.is_rank0 and not any(each.mesh.get_local_rank() for each in self.parallel.values())
+
+    @property
+    def cut_by(self) -> TensorParallel | None:
+        """The ranks of tensor parallelism, if they have other parts of some parameters."""
+        return next((each for each in self.parallel.values() if each.is_cut), None)
+
     # -- modules, parameters, buffers ----------------------------------------------------------------------------
 
     def look_at_modules(self) -> None:

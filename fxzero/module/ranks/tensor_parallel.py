@@ -4,7 +4,8 @@ The ranks that shard have equal local tensors, each other rank of tensor paralle
 compile has local tensors; a trace has DTensors around them, for the model's own hooks and operators.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxzero import torch_internals
-from fxzero.capture.fake_tensors import local_tensor
+from fxzero.capture.dtensors import is_dtensor, local_tensor
 from fxzero.comm.groups import Group, Hierarchy
 from fxzero.errors import InputMismatchError
 from fxzero.graph.tensor_parallel import TensorParallel, offsets_of_chunk
@@ -34,7 +35,7 @@ class LocalParameters:
         Raises:
             InputMismatchError: a DTensor is cut in a way that is not known here, or over ranks that shard.
         """
-        found = {fqn: param for fqn, param in model.named_parameters() if _is_dtensor(param)}
+        found = {fqn: param for fqn, param in model.named_parameters() if is_dtensor(param)}
         _check_buffers(model)
         self.of = {fqn: _described(fqn, param, group) for fqn, param in found.items()}
         _check_one_mesh(self.of)
@@ -61,6 +62,15 @@ class LocalParameters:
             self._undo.append(partial(state.pop, local[param]))
             self._undo.append(partial(state.__setitem__, param, values))
 
+    @contextmanager
+    def given_back_on_failure(self) -> Generator[None]:
+        """Undo `take` if the block fails."""
+        try:
+            yield
+        except BaseException:
+            self.give_back()
+            raise
+
     def give_back(self) -> None:
         """Undo `take`."""
         for undo in self._undo:
@@ -72,14 +82,15 @@ class LocalParameters:
         self._undo.clear()
 
 
-def _is_dtensor(tensor: Tensor) -> bool:
-    return torch_internals.has_dtensors((type(tensor),)) or torch_internals.has_dtensors((type(tensor.data),))
-
-
 def _described(fqn: str, param: Any, group: Group | None) -> TensorParallel:
     from torch.distributed.tensor import Replicate, Shard  # takes long to import
 
     mesh, placements = param.device_mesh, param.placements
+    if param.is_meta:
+        raise InputMismatchError(
+            f"{fqn} is a DTensor on the meta device. Give the model values before fxzero.compile: model.to_empty(...), "
+            "then load or initialise it."
+        )
     if mesh.ndim != 1:
         raise InputMismatchError(
             f"{fqn} is a DTensor of a mesh of {mesh.ndim} dimensions. Tensor parallelism beside fxzero has one: "
@@ -115,14 +126,14 @@ def _check_one_mesh(found: dict[str, TensorParallel]) -> None:
     if len(meshes) > 1:
         (ranks, fqn), (others, other), *_ = meshes.items()
         raise InputMismatchError(
-            f"{fqn} is a DTensor over ranks {list(ranks)}, and {other} one over ranks {list(others)}. All DTensors of a "
-            "model must be over the same ranks."
+            f"{fqn} is a DTensor over ranks {list(ranks)}, and {other} one over ranks {list(others)}. All DTensors of "
+            "a model must be over the same ranks."
         )
 
 
 def _check_buffers(model: nn.Module) -> None:
     for fqn, buffer in model.named_buffers():
-        if _is_dtensor(buffer):
+        if is_dtensor(buffer):
             raise InputMismatchError(
                 f"Buffer {fqn} is a DTensor. Buffers stay as they are on each rank: register its local tensor instead."
             )
