@@ -1062,7 +1062,7 @@ def dtensor_around(
     from torch.distributed.tensor import DTensor  # takes long to import
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-    meta = TensorMeta(torch.Size(shape), tuple(make_contiguous_strides_for(shape)), local.dtype)
+    meta = TensorMeta(torch.Size(shape), tuple(make_contiguous_strides_for(torch.Size(shape))), local.dtype)
     make = cast(Any, DTensor)
     return make(local, DTensorSpec(mesh, (placement,), tensor_meta=meta), requires_grad=requires_grad)
 

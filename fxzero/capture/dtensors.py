@@ -4,8 +4,10 @@ The model's own hooks make DTensors of activations, and a DTensor runs each oper
 where it must. The trace sees those, so that its graph has no DTensor.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,15 +42,27 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return torch_internals.local_of(tensor) if is_dtensor(tensor) else tensor
 
 
-def local_gradient(gradient: Tensor | None, leaf: Tensor) -> Tensor | None:
-    """The gradient of a leaf on this rank; that of a DTensor is placed as the leaf is, by a collective if it must.
+def local_gradient(gradient: Tensor | None) -> Tensor | None:
+    """The local tensor of a gradient; None where there is none."""
+    return None if gradient is None else local_tensor(gradient)
 
-    FSDP2 does so with gradients that are partial sums: `FSDPParam.unsharded_grad_data`.
+
+@contextmanager
+def placed_gradients(leaves: Sequence[Tensor]) -> Generator[None]:
+    """Let gradients of DTensors be placed as these are, by a collective where they are partial sums.
+
+    FSDP2 does so before it reduces a gradient: `FSDPParam.unsharded_grad_data`.
     """
-    if gradient is None or not is_dtensor(leaf):
-        return gradient
-    placements = cast(Any, leaf).placements
-    return torch_internals.local_of(cast(Any, gradient).redistribute(placements=placements))
+    handles = [leaf.register_hook(partial(_place, leaf)) for leaf in leaves if is_dtensor(leaf)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _place(leaf: Any, gradient: Any) -> Any:
+    return gradient.redistribute(placements=leaf.placements)
 
 
 def check_no_dtensors(outputs: Sequence[Tensor]) -> None:

@@ -21,7 +21,14 @@ from fxzero import torch_internals
 from fxzero.capture.call import CallSpec, own_objects, replace_numbers, replace_tensors
 from fxzero.capture.code.users_code import is_followed_file
 from fxzero.capture.draws import Draws, generators_of, no_draws_of_python, numbered_draws
-from fxzero.capture.dtensors import check_no_dtensors, fake_params, is_dtensor, local_gradient, refuse_draw
+from fxzero.capture.dtensors import (
+    check_no_dtensors,
+    fake_params,
+    is_dtensor,
+    local_gradient,
+    placed_gradients,
+    refuse_draw,
+)
 from fxzero.capture.fake_tensors import FakeState, swapped_tensors
 from fxzero.capture.hooks.autograd_node import HookedNode
 from fxzero.capture.hooks.observer import Observer
@@ -350,9 +357,9 @@ class Tracing:
         tangents = [torch.empty_like(output, requires_grad=False) for output in outputs]
         recorder.label(Role.TANGENT, "")
         torch.clear_autocast_cache()
-        with no_autocast(self.device), recorder.backward_from(outputs):
+        with no_autocast(self.device), recorder.backward_from(outputs), placed_gradients(leaves):
             gradients = torch.autograd.grad(outputs, leaves, tangents, allow_unused=True)
-            return [local_gradient(each, leaf) for each, leaf in zip(gradients, leaves, strict=True)]
+        return list(map(local_gradient, gradients))
 
 
 def fake_inputs(spec: CallSpec, inputs: Sequence[Tensor], device: torch.device) -> list[Tensor]:

@@ -39,7 +39,7 @@ class LocalParameters:
         _check_buffers(model)
         self.of = {fqn: _described(fqn, param, group) for fqn, param in found.items()}
         _check_one_mesh(self.of)
-        local = {param: _local(param) for param in found.values()}
+        local: dict[Tensor, nn.Parameter] = {param: _local(param) for param in found.values()}
         for entry in entries(model):
             if (made := local.get(entry.tensor)) is not None:
                 self._undo.append(partial(entry.put, entry.tensor))
