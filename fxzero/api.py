@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import types
 import weakref
@@ -39,6 +40,7 @@ from fxzero.module.methods.call import Methods
 from fxzero.module.methods.summon import summon
 from fxzero.module.ranks import copied_models
 from fxzero.module.ranks.step_together import step_together
+from fxzero.module.ranks.tensor_parallel import LocalParameters
 from fxzero.module.saved import export
 from fxzero.module.saved.load import load_newest
 from fxzero.module.wrappers import is_kept_by_accelerate, refuse_wrappers
@@ -222,25 +224,36 @@ def compile(
             precision=choose_precision(mp_policy, recipe),
             gradient_divide_factor=gradient_divide_factor,
         )
-        engine = options.make_engine(model, group, optimizers)
-        zero = _class_for(type(model))(model, engine, options, elementwise_optimizer=elementwise_optimizer)
+        parallel = LocalParameters()
+        with parallel.given_back_on_failure():
+            parallel.take(model, group, optimizers)
+            if parallel.of and recipe.without:
+                raise ValueError("without= measures optimizations of data parallelism alone; drop it.")
+            engine = options.make_engine(model, group, optimizers, parallel=parallel.of)
+            zero = _class_for(type(model))(model, engine, options, elementwise_optimizer=elementwise_optimizer)
     if resume is not None:
-        with _giving_back(engine):
+        with _giving_back(engine, parallel):
             zero._fxzero_resumed = load_newest(engine, Path(resume), optimizers)
     if example is not None:
-        with agree.reporting_failure(group, "layout"), _giving_back(engine), engine.sharded.phases.phase("compile"):
+        with (
+            agree.reporting_failure(group, "layout"),
+            _giving_back(engine, parallel),
+            engine.sharded.phases.phase("compile"),
+        ):
             engine.prepare(as_arguments(example))
+    parallel.keep()
     return zero
 
 
 @contextmanager
-def _giving_back(engine: Engine) -> Generator[None]:
+def _giving_back(engine: Engine, parallel: LocalParameters) -> Generator[None]:
     """Give the model back to the user if the block fails before there are shards: the parameters are what they were."""
     try:
         yield
     except BaseException:
         if engine.sharded.shards is None:
             ownership.give_back(engine.sharded.model)
+            parallel.give_back()
             for cast in engine.sharded.casts:
                 cast.remove()
         raise
@@ -378,7 +391,7 @@ class ZeroModule(nn.Module):
         copied_models.begin_copy(engine.sharded)
         model, shards = copied_models.copy_model(engine.sharded, memo)
         specs = None if shards is None else engine.sharded.specs
-        own = options.make_engine(model, engine.sharded.group, (), specs)
+        own = options.make_engine(model, engine.sharded.group, (), specs, engine.sharded.parallel)
         zero = type(self)(model, own, options, elementwise_optimizer=self._fxzero_guard.elementwise_optimizer)
         copied_models.lay_out_alike(engine.sharded, own.sharded, shards)
         memo[id(self)] = zero
@@ -496,11 +509,12 @@ class ZeroModule(nn.Module):
         """
         sharded = self._fxzero_engine.sharded
         params = sharded.params
-        return sum(spec.numel for fqn, spec in sharded.specs.items() if params[fqn].requires_grad or not only_trainable)
+        trained = [spec for fqn, spec in sharded.specs.items() if params[fqn].requires_grad or not only_trainable]
+        return sum(math.prod(spec.whole_shape) for spec in trained)
 
     def parameter_shapes(self) -> dict[str, torch.Size]:
         """The whole shape of each parameter by name, as of the model before it was sharded; tied ones once."""
-        return {fqn: torch.Size(spec.shape) for fqn, spec in self._fxzero_engine.sharded.specs.items()}
+        return {fqn: torch.Size(spec.whole_shape) for fqn, spec in self._fxzero_engine.sharded.specs.items()}
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True

@@ -23,6 +23,7 @@ from fxzero.graph.layout import LayoutName, ParamSpec
 from fxzero.graph.recipe import Compute, Recipe, check_accumulate
 from fxzero.graph.sharding import Placement, check_placement
 from fxzero.graph.step import Pass
+from fxzero.graph.tensor_parallel import TensorParallel
 from fxzero.module.budget_round import BudgetRound
 from fxzero.module.engine import Engine
 from fxzero.module.plan_maker import PlanMaker
@@ -97,11 +98,13 @@ class Options:
         group: Group | None,
         optimizers: tuple[torch.optim.Optimizer, ...],
         specs: Mapping[str, ParamSpec] | None = None,
+        parallel: Mapping[str, TensorParallel] | None = None,
     ) -> Engine:
         """The engine of a model, with slower forms of its parts where optimizations are turned off.
 
         Args:
             specs: the parameters at full size, of a model that holds shards already.
+            parallel: the parameters that tensor parallelism cuts, by name.
         """
         without = self.recipe.without
         comm = make_comm(
@@ -124,6 +127,7 @@ class Options:
             timeout=self.timeout,
             precision=self.precision,
             specs=dict(specs or {}),
+            parallel=parallel or {},
         )
         tuning = TuningRounds(self.is_tuned, self.keeps_free, self.cluster)
         islands = Islands(model, self.islands)

@@ -1085,6 +1085,31 @@ def become_dtensor(kind: type[Any], flat: torch.Tensor, mesh: Any, shape: Sequen
     return made
 
 
+def dtensor_around(
+    local: torch.Tensor, mesh: Any, placement: Any, shape: Sequence[int], *, requires_grad: bool
+) -> torch.Tensor:
+    """A contiguous DTensor of a mesh of one dimension whose local tensor is that object; a leaf of autograd.
+
+    `DTensor(local, spec, requires_grad=)`, `DTensorSpec`, `TensorMeta`: 2.11 to 2.13.
+    """
+    from torch.distributed.tensor import DTensor  # takes long to import
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    meta = TensorMeta(torch.Size(shape), tuple(make_contiguous_strides_for(torch.Size(shape))), local.dtype)
+    make = cast(Any, DTensor)
+    return make(local, DTensorSpec(mesh, (placement,), tensor_meta=meta), requires_grad=requires_grad)
+
+
+REPLACED = "_fxzero_replaced"
+"""The attribute of a DTensor in whose place a model has its local tensor."""
+
+
+def has_dtensors(types: Sequence[type]) -> bool:
+    """True if DTensors are among the types of the arguments of an operator."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any(issubclass(each, module.DTensor) for each in types)
+
+
 def local_of(dtensor: Any) -> torch.Tensor:
     """The local tensor of a DTensor. `DTensor._local_tensor`: 2.11 to 2.13."""
     return dtensor._local_tensor

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fxzero import torch_internals
+from fxzero.capture.dtensors import local_tensor
 from fxzero.errors import CaptureError
 
 
@@ -23,6 +24,11 @@ class FakeState:
     rebound: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     """Maps names of buffers to other tensors that the traced code bound to them (`self.buf = self.buf + 1`), and names
     of parameters and buffers whose data it has set (`param.data = ...`) to themselves."""
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """What operators get of each parameter: the parameter itself, or the local tensor of a DTensor."""
+        return [local_tensor(param) for param in self.params.values()]
 
 
 @contextlib.contextmanager

@@ -21,6 +21,14 @@ from fxzero import torch_internals
 from fxzero.capture.call import CallSpec, own_objects, replace_numbers, replace_tensors
 from fxzero.capture.code.users_code import is_followed_file
 from fxzero.capture.draws import Draws, generators_of, no_draws_of_python, numbered_draws
+from fxzero.capture.dtensors import (
+    check_no_dtensors,
+    fake_params,
+    is_dtensor,
+    local_gradient,
+    placed_gradients,
+    refuse_draw,
+)
 from fxzero.capture.fake_tensors import FakeState, swapped_tensors
 from fxzero.capture.hooks.autograd_node import HookedNode
 from fxzero.capture.hooks.observer import Observer
@@ -150,9 +158,7 @@ class Tracing:
             if self.rehearses:
                 traced([], [], inputs, [])
                 return fx.GraphModule({}, fx.Graph())
-            root = torch_internals.trace_fx(
-                traced, [*state.params.values()], [*state.buffers.values()], inputs, numbers
-            )
+            root = torch_internals.trace_fx(traced, state.inputs, [*state.buffers.values()], inputs, numbers)
         _make_tangents_placeholders(root.graph)
         return root
 
@@ -185,14 +191,8 @@ class Tracing:
 
     def _fake_state(self) -> FakeState:
         """Fake parameters and buffers; to be called under the fake mode."""
-        params = {
-            name: torch_internals.as_parameter(
-                torch.empty(spec.shape, dtype=spec.dtypes.compute, device=self.device, requires_grad=spec.requires_grad)
-            )
-            for name, spec in self.params.items()
-        }
         buffers = {name: _fake_like(name, buffer, self.device) for name, buffer in self.module.named_buffers()}
-        return FakeState(params, buffers)
+        return FakeState(fake_params(self.params, self.device), buffers)
 
     def _traced(
         self,
@@ -237,7 +237,7 @@ class Tracing:
             interceptor.values = values
             interceptor.watch = watch = self.watch
             if watch is not None:
-                watch.begin([*state.params.values(), *state.buffers.values(), *inputs], self.reads)
+                watch.begin([*state.inputs, *state.buffers.values(), *inputs], self.reads)
             watching, mode = self.observers.watching(self.module), ForwardMode(set_data, self.observers)
             with grad, watching, recording, self.reads.following(), mode, noted_checks(self.observers.add_check):
                 forward = self.forward if self.marks is None else self.marks.forward_of_model(self.forward)
@@ -249,6 +249,7 @@ class Tracing:
             set_data.forward_is_over()
             check_frozen(state, self.params)
             tensors, spec = flatten_output(output)
+            check_no_dtensors(tensors)
             if watch is not None:
                 watch.end(tensors, spec)
                 interceptor.watch = None
@@ -359,8 +360,9 @@ class Tracing:
         tangents = [torch.empty_like(output, requires_grad=False) for output in outputs]
         recorder.label(Role.TANGENT, "")
         torch.clear_autocast_cache()
-        with no_autocast(self.device), recorder.backward_from(outputs):
-            return list(torch.autograd.grad(outputs, leaves, tangents, allow_unused=True))
+        with no_autocast(self.device), recorder.backward_from(outputs), placed_gradients(leaves):
+            gradients = torch.autograd.grad(outputs, leaves, tangents, allow_unused=True)
+        return list(map(local_gradient, gradients))
 
 
 def fake_inputs(spec: CallSpec, inputs: Sequence[Tensor], device: torch.device) -> list[Tensor]:
@@ -371,6 +373,10 @@ def fake_inputs(spec: CallSpec, inputs: Sequence[Tensor], device: torch.device) 
 
 def _fake_like(name: str, tensor: Tensor, device: torch.device, requires_grad: bool = False) -> Tensor:
     """A fake leaf of a tensor's geometry; for a tensor on the meta device, it is on `device`."""
+    if is_dtensor(tensor):
+        raise InputMismatchError(
+            f"{name} is a DTensor. Pass its local tensor (to_local()), which PrepareModuleInput can make a DTensor of."
+        )
     if tensor.layout is not torch.strided:
         raise InputMismatchError(f"{name} is a tensor of layout {tensor.layout}. Pass it dense (to_dense()).")
     where = device if tensor.device.type == "meta" else tensor.device
@@ -478,6 +484,9 @@ class _Interceptor(torch_internals.DispatchMode):
         self._recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch_internals.has_dtensors(types):
+            refuse_draw(func, args, kwargs or {})
+            return NotImplemented  # a DTensor runs operators on local tensors, which come here
         is_seen = self._reads.pause()
         try:
             if device := torch_internals.answer_device(func, args):

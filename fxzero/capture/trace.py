@@ -170,7 +170,7 @@ class Tracer:
         """What the plain model raises for this call; None if it raises nothing, or if its parameters are not there."""
         tracing = self._running
         if tracing is None or any(
-            param.is_meta or param.shape != tracing.params[name].shape
+            param.is_meta or tracing.params[name].parallel or param.shape != tracing.params[name].shape
             for name, param in tracing.module.named_parameters()
         ):
             return None

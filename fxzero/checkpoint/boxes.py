@@ -19,6 +19,10 @@ class Box:
     begin: int
     """Index of its first element in the range."""
 
+    def moved(self, offsets: Sequence[int]) -> "Box":
+        """The box in a tensor of which the part that it lies in begins at some offsets."""
+        return Box(tuple(map(sum, zip(self.offsets, offsets, strict=True))), self.sizes, self.begin)
+
     @cached_property
     def numel(self) -> int:
         return math.prod(self.sizes)

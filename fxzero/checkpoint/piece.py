@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from fxzero import torch_internals
 from fxzero.checkpoint.boxes import Box, boxes_of
 from fxzero.errors import CheckpointError
+from fxzero.graph.tensor_parallel import TensorParallel
 
 _ATEN = torch.ops.aten
 _SHARING = (_ATEN.detach.default, _ATEN.alias.default)
@@ -32,18 +33,29 @@ class Whole:
     name: str
     shape: tuple[int, ...]
     ranges: tuple[tuple[int, int], ...]
-    """Start and stop of each rank's piece in the flattened tensor."""
+    """Start and stop of each rank's piece in the flattened tensor, or in the part of it that these ranks have."""
     rank: int
     mesh: DeviceMesh
     gather: Callable[[Tensor, "Whole"], Tensor]
     """Makes the whole tensor of this rank's piece; a collective."""
     is_made_up: bool = False
     """True for state that stands for none, because the optimizer has not stepped."""
+    local_shape: tuple[int, ...] | None = None
+    """Shape of what `ranges` cut, if ranks of tensor parallelism have other parts of the tensor; None for the whole."""
+    parallel: TensorParallel | None = None
+    """The place of that part in the whole."""
 
     @property
     def boxes(self) -> list[Box]:
         """The boxes of this rank's piece."""
-        return boxes_of(self.shape, *self.ranges[self.rank])
+        if self.parallel is None or self.local_shape is None:
+            return boxes_of(self.shape, *self.ranges[self.rank])
+        return [box.moved(self.parallel.offsets) for box in boxes_of(self.local_shape, *self.ranges[self.rank])]
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """Equal for pieces of the same elements of tensors of one shape."""
+        return self.shape, self.ranges, None if self.parallel is None else (self.local_shape, self.parallel.offsets)
 
     def __deepcopy__(self, memo: object) -> "Whole":
         return self
@@ -119,7 +131,7 @@ class Piece(DTensor):
             return own.like(func(own.flat, **options))
         if func is _ATEN.new_empty.default and tuple(args[1]) == tuple(own.shape):
             return own.like(torch.empty_like(own.flat, device=options.get("device"), dtype=options.get("dtype")))
-        if func is _ATEN.copy_.default and isinstance(args[1], Piece) and args[1].whole.ranges == own.whole.ranges:
+        if func is _ATEN.copy_.default and isinstance(args[1], Piece) and args[1].whole.place == own.whole.place:
             own.flat.copy_(args[1].flat, *args[2:])
             return own
         raise NotImplementedError(f"{func} is not defined for a piece of {own.whole.name}; gather it first.")

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fxzero.comm.base import Comm
 from fxzero.comm.groups import Group, Hierarchy
+from fxzero.comm.tensor_parallel import whole_of
 from fxzero.errors import CheckpointError
 from fxzero.graph.layout import Layout, ParamSpec
 
@@ -49,12 +50,20 @@ class Pieces:
 
         On one rank the whole tensor; of a scalar a copy, which all ranks get: a collective then.
         """
-        if self.comm.is_alone:
+        if self.comm.is_alone and not spec.is_cut:
             return own.detach().view(spec.shape)
         from fxzero.checkpoint.piece import Piece, Whole  # torch.distributed.tensor takes long to import
 
         whole = Whole(
-            name or spec.fqn, spec.shape, self.ranges(spec), self.comm.rank, self.mesh, self._gather, is_made_up
+            name or spec.fqn,
+            spec.whole_shape,
+            self.ranges(spec),
+            self.comm.rank,
+            self.mesh,
+            self._gather,
+            is_made_up,
+            spec.shape,
+            spec.parallel,
         )
         flat = own.detach().view(-1)
         return Piece.of(flat, whole) if spec.shape else self._gather(flat, whole)
@@ -93,16 +102,18 @@ class Pieces:
         Raises:
             CheckpointError: it has another shape than the parameter.
         """
-        if tuple(value.shape) != spec.shape:
+        if tuple(value.shape) != spec.whole_shape:
+            found = tuple(value.shape)
             raise CheckpointError(
-                f"{name} is {tuple(value.shape)} in the state dict and {spec.shape} in the model. Load a full one."
+                f"{name} is {found} in the state dict and {spec.whole_shape} in the model. Load a full one."
             )
         start, stop = self.ranges(spec)[self.comm.rank]
         shape = spec.shard_shape(stop - start)
         whole = getattr(value, "whole", None)
-        if whole is not None and whole.ranges == self.ranges(spec):
+        offsets = None if spec.parallel is None else (spec.shape, spec.parallel.offsets)
+        if whole is not None and whole.place == (spec.whole_shape, self.ranges(spec), offsets):
             return cast(Any, value).flat.view(shape)
-        return full_tensor(value).detach().reshape(-1)[start:stop].view(shape)
+        return spec.local_of(full_tensor(value).detach()).reshape(-1)[start:stop].view(shape)
 
     @property
     def mesh(self) -> DeviceMesh:
@@ -126,7 +137,8 @@ class Pieces:
             self.comm.gather_to_all(sent, received)
         parts = received.view(len(whole.ranges), longest)
         cut = [part[: stop - start] for part, (start, stop) in zip(parts, whole.ranges, strict=True)]
-        return torch.cat(cut).view(whole.shape)
+        local = torch.cat(cut).view(whole.shape if whole.local_shape is None else whole.local_shape)
+        return whole_of(whole.parallel, local)
 
 
 def full_tensor(value: Any) -> Tensor:

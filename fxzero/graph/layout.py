@@ -28,6 +28,8 @@ from typing import Literal, TypeAlias, get_args
 
 import torch
 
+from fxzero.graph.tensor_parallel import TensorParallel
+
 LayoutName: TypeAlias = Literal["contiguous", "interleaved"]
 
 ALIGNMENT_BYTES = 256
@@ -96,6 +98,22 @@ class ParamSpec:
     requires_grad: bool
     roles: Dtypes | None = None
     """Dtypes of its roles; None if all are `dtype`."""
+    parallel: TensorParallel | None = None
+    """Where the parameter lies in a whole one, of which ranks of tensor parallelism have other parts; None if none."""
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """Shape of the parameter over all ranks of tensor parallelism."""
+        return self.shape if self.parallel is None else self.parallel.shape
+
+    @property
+    def is_cut(self) -> bool:
+        """True if ranks of tensor parallelism have other parts of the parameter."""
+        return self.parallel is not None and self.parallel.is_cut
+
+    def local_of(self, whole: torch.Tensor) -> torch.Tensor:
+        """The part of a whole parameter that ranks cut into shards."""
+        return whole if self.parallel is None else self.parallel.cut(whole, self.shape)
 
     @property
     def dtypes(self) -> Dtypes:

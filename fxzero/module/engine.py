@@ -13,6 +13,7 @@ from fxzero.capture.call import CallSpec, flatten_call
 from fxzero.capture.numbers import PinnedNumberError
 from fxzero.capture.state import Values
 from fxzero.comm import agree
+from fxzero.comm.tensor_parallel import Parts
 from fxzero.errors import FxzeroError, InputMismatchError, PlanError
 from fxzero.graph.variant import Stash
 from fxzero.host.memory_in_use import MemoryInUse
@@ -226,13 +227,15 @@ class Engine:
             found: tensors of one element, not 0 where a gradient is not finite.
         """
         sharded = self.sharded
-        if sharded.comm.is_alone:
+        if sharded.comm.is_alone and sharded.cut_by is None:
             return
         largest = torch.zeros((), device=sharded.devices.shards)
         for each in found:
             torch.maximum(largest, each.view(()).to(largest), out=largest)
         with sharded.phases.phase("unscaling of gradients"):
             sharded.comm.all_reduce(largest, "max")
+            if sharded.cut_by is not None:
+                Parts(sharded.cut_by).all_reduce(largest, "max")
         for each in found:
             each.fill_(0).add_(largest.to(each))
 

@@ -28,6 +28,7 @@ from fxzero.module.first_fill import agree_on_options, fix_layout
 from fxzero.module.lengths import Lengths, Predicted
 from fxzero.module.ownership import with_own_forward
 from fxzero.module.ranks.collective_orders import Mode, Orders, order_of
+from fxzero.module.ranks.parts import compare_parts
 from fxzero.module.sharded_model import ShardedModel
 from fxzero.module.tuning_rounds import TuningRounds
 from fxzero.planning.check_passes import pass_checks
@@ -117,7 +118,7 @@ class PlanMaker:
         is_example = any(leaf.device.type == "meta" for leaf in signature.tensor_leaves)
         if sharded.shards is None or is_example or self.budget.budget_bytes is not None or self.binder is not Binder:
             return None
-        if signature.method is not None:
+        if signature.method is not None or sharded.parallel:
             return None
 
         def accepts(bound: BoundPlan, needs: Needs, order: list[str]) -> bool:
@@ -160,6 +161,7 @@ class PlanMaker:
         if self._orders.is_empty and not fixes_layout:
             warn_if_out_of_order(plan.step, sharded.shards.layout)
         self._orders.check(mode, together, order, agreed=fixes_layout)
+        compare_parts(sharded, captured.step)
         compile_regions(each.step for each in plan.variants.values())
         bound = BoundPlan(plan, sharded.storage, self.binder)
         self.budget.warn_if_over(sharded, plan)
@@ -175,6 +177,8 @@ class PlanMaker:
         nn.LSTM and its like hold such references, and a record holds what the forward read.
         """
         sharded = self.sharded
+        if sharded.parallel:  # a rehearsal has no DTensors
+            return False
         return not (sharded.has_meta_params() and any(isinstance(each, nn.RNNBase) for each in sharded.modules))
 
     def _recipe(self, needs: Needs, together: Needs) -> Recipe:

@@ -22,6 +22,7 @@ from fxzero.graph.devices import Devices
 from fxzero.graph.layout import Layout, ParamSpec
 from fxzero.graph.recipe import Recipe
 from fxzero.graph.step import Pass
+from fxzero.graph.tensor_parallel import TensorParallel
 from fxzero.graph.variant import Variant
 from fxzero.module.initialize import InitFn, check_meta_model
 from fxzero.module.precision import OF_THE_MODEL, Precision
@@ -81,6 +82,8 @@ class ShardedModel:
     specs: dict[str, ParamSpec] = field(default_factory=dict[str, ParamSpec])
     """The parameters at full size; empty if the model holds them so, and not as shards."""
     timeout: timedelta = timedelta(minutes=5)
+    parallel: Mapping[str, TensorParallel] = field(default_factory=dict[str, TensorParallel])
+    """The parameters that were DTensors, by name; `specs` have the rest."""
 
     def __post_init__(self) -> None:
         self.params: dict[str, nn.Parameter] = dict(self.model.named_parameters())
@@ -89,7 +92,10 @@ class ShardedModel:
         """Ids of the Parameter objects."""
         if not self.specs:
             roles = self.precision.roles(self.model, self.comm.backend, self.comm.sharding)
-            self.specs = {fqn: spec_of(fqn, param, roles.get(fqn)) for fqn, param in self.params.items()}
+            self.specs = {
+                fqn: replace(spec_of(fqn, param, roles.get(fqn)), parallel=self.parallel.get(fqn))
+                for fqn, param in self.params.items()
+            }
         check_storage(self.params)
         self.casts: list[RemovableHandle] = []
         """The hooks that cast inputs and outputs of modules by the policy."""
@@ -128,6 +134,16 @@ class ShardedModel:
         self._had_replaced = False
         self.look_at_modules()
         check_meta_model(self.model, self.init_fn, set(self.model.state_dict()))
+
+    @property
+    def is_rank0(self) -> bool:
+        """True on one rank alone, which has what only rank 0 is to have."""
+        return self.comm.is_rank0 and not any(each.mesh.get_local_rank() for each in self.parallel.values())
+
+    @property
+    def cut_by(self) -> TensorParallel | None:
+        """The ranks of tensor parallelism, if they have other parts of some parameters."""
+        return next((each for each in self.parallel.values() if each.is_cut), None)
 
     # -- modules, parameters, buffers ----------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from fxzero import torch_internals
 from fxzero.checkpoint.callers import is_asked_by_checkpoint
 from fxzero.checkpoint.pieces import full_tensor
 from fxzero.comm import agree
+from fxzero.comm.tensor_parallel import whole_of
 from fxzero.errors import CheckpointError
 from fxzero.module.first_fill import fix_layout_without_trace
 from fxzero.module.registered_tensors import entries, join, standing_in
@@ -50,7 +51,9 @@ def full_params(
                     comm.gather_to_rank0(shard, full if is_given else None)
                 else:
                     comm.gather_to_all(shard, full)
-            yield from gathered_members(bucket, full) if is_given else ((fqn, None) for fqn in bucket.fqns)
+            for fqn, value in gathered_members(bucket, full) if is_given else ((fqn, None) for fqn in bucket.fqns):
+                whole = None if value is None else whole_of(sharded.specs[fqn].parallel, value)
+                yield fqn, None if rank0_only and not sharded.is_rank0 else whole
 
 
 def state_dict(
@@ -68,7 +71,7 @@ def state_dict(
         sharded.comm.meet()
         full |= _buffer_copies(sharded, rank0_only=rank0_only)
     result: dict[str, Any] = OrderedDict() if destination is None else destination
-    if sharded.comm.is_rank0 or not rank0_only:
+    if sharded.is_rank0 or not rank0_only:
         with standing_in(sharded.model, full):
             own: Any = type(sharded.model).state_dict
             local: dict[str, Any] = own(sharded.model, **({"prefix": prefix} if prefix else {}))
@@ -155,7 +158,8 @@ def full_copies(
             if not rank0_only and _has_rank0(sharded):
                 for copy in copies.values():
                     sharded.comm.broadcast_from_rank0(copy)
-            return copies
+            copies = {fqn: whole_of(sharded.specs[fqn].parallel, copy) for fqn, copy in copies.items()}
+            return copies if sharded.is_rank0 or not rank0_only else {}
         fix_layout_without_trace(sharded)
     gathered = full_params(sharded, rank0_only=rank0_only, of=of, word=word)
     return {fqn: value.clone() for fqn, value in gathered if value is not None and (of is None or fqn in of)}
@@ -206,7 +210,7 @@ def _load(sharded: ShardedModel, fqn: str, value: torch.Tensor) -> None:
     if fqn not in sharded.params:
         dict(sharded.model.named_buffers())[fqn].copy_(full_tensor(value))
     elif sharded.pieces is None:
-        sharded.params[fqn].copy_(full_tensor(value))
+        sharded.params[fqn].copy_(sharded.specs[fqn].local_of(full_tensor(value)))
     else:
         sharded.params[fqn].copy_(sharded.pieces.cut(sharded.specs[fqn], value, fqn))
 
@@ -249,7 +253,7 @@ def _run_load_hooks(sharded: ShardedModel, state: dict[str, Any]) -> tuple[list[
 
 def _check_tensors(sharded: ShardedModel, tensors: Mapping[str, Any], names: Mapping[str, str]) -> None:
     shapes = {fqn: tuple(buffer.shape) for fqn, buffer in sharded.model.named_buffers()}
-    shapes.update({fqn: spec.shape for fqn, spec in sharded.specs.items()})
+    shapes.update({fqn: spec.whole_shape for fqn, spec in sharded.specs.items()})
     for name, value in tensors.items():
         wanted = shapes[names[name]]
         found = tuple(value.shape) if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"

@@ -168,8 +168,14 @@ class OptimizerGuard:
         """
         seen: set[int] = set()
         is_whole = steps_wholes(optimizer)
+        _refuse_replaced(optimizer)
         for _, param in parameters_of(optimizer, shards):
             spec = shards[id(param)].spec
+            if is_whole and spec.is_cut:
+                raise OptimizerError(
+                    f"{name_of(optimizer)} steps whole matrices, and tensor parallelism has cut {spec.fqn}, of which "
+                    "no rank has the whole. Step such parameters with an element-wise optimizer."
+                )
             if not seen:
                 check_optimizer(optimizer, elementwise_optimizer=self.elementwise_optimizer)
             if id(param) in seen:
@@ -200,6 +206,22 @@ class OptimizerGuard:
         if pieces is None or not steps_wholes(optimizer):
             return shards
         return owned_shards(optimizer, shards, pieces.layout, pieces.rank)
+
+
+def _refuse_replaced(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer of DTensors that are the parameters of no model any more.
+
+    Raises:
+        OptimizerError: it is one.
+    """
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if torch_internals.REPLACED in vars(param):
+                raise OptimizerError(
+                    f"{name_of(optimizer)} steps a DTensor {tuple(param.shape)}, in whose place fxzero.compile has put "
+                    "a shard of its local tensor. Build the optimizer from zero.parameters(), or pass it: "
+                    "fxzero.compile(model, optimizer=optimizer)."
+                )
 
 
 _guards: weakref.WeakKeyDictionary[nn.Module, OptimizerGuard] = weakref.WeakKeyDictionary()

@@ -5,7 +5,7 @@ Right after that step it is moved into one buffer, so that it fragments nothing,
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -159,7 +159,7 @@ def drop_unowned(optimizer: torch.optim.Optimizer, held: Mapping[int, ParamShard
 
 def is_like(key: str, value: Tensor, spec: ParamSpec) -> bool:
     """True if a tensor in the state has an element for each element of the full parameter."""
-    return _kind(key, value, spec) == "like its parameter"
+    return _kind(key, value, replace(spec, shape=spec.whole_shape)) == "like its parameter"
 
 
 def fits(key: str, value: object, shard: Tensor, spec: ParamSpec) -> bool:

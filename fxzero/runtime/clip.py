@@ -1,16 +1,28 @@
 """The global norm of the gradients: one pass over the gradient buffer, one all-reduce, no host synchronisation."""
 
+import functools
 import math
+from collections.abc import Iterable
+from typing import Any, Literal, Protocol
 
 import torch
 
 from fxzero.comm.base import Comm
+from fxzero.comm.tensor_parallel import Parts
 from fxzero.errors import PlanError
 from fxzero.graph.layout import ALIGNMENT_BYTES
+from fxzero.graph.tensor_parallel import TensorParallel
 from fxzero.runtime.gradients import Gradients
 
 _ROW_NUMEL = ALIGNMENT_BYTES // 8
 """Shards are aligned to this many elements of any floating dtype."""
+
+
+class Reduces(Protocol):
+    """Ranks that can reduce a small tensor."""
+
+    def all_reduce(self, tensor: torch.Tensor, op: Literal["sum", "max"] = "sum") -> Any:
+        """Reduce it over the ranks, in place."""
 
 
 def clip_grad_norm_(
@@ -21,9 +33,13 @@ def clip_grad_norm_(
     segments = gradients.settle()
     if not segments:  # no parameter is trained
         return torch.zeros(())
-    norms = [_norm(segment, norm_type) for segment in segments]
-    total = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), norm_type)
-    across_ranks(comm, total, norm_type)
+    if gradients.parallel is None:
+        total = across_ranks(comm, _norm_of(segments, norm_type), norm_type)
+    else:
+        parts, zero = gradients.parts, torch.zeros((), dtype=torch.float64, device=segments[0].device)
+        cut, rest = (_norm_of([zero.expand(_ROW_NUMEL), *parts(is_cut=each)], norm_type) for each in (True, False))
+        total = across_parts(comm, gradients.parallel, cut, rest, norm_type)
+        total = total.to(functools.reduce(torch.promote_types, (each.dtype for each in segments), torch.float32))
     if error_if_nonfinite and not bool(torch.isfinite(total)):
         raise not_finite(norm_type)
     scale = (max_norm / (total + 1e-6)).clamp_(max=1.0)
@@ -32,7 +48,26 @@ def clip_grad_norm_(
     return total
 
 
-def across_ranks(comm: Comm, norms: torch.Tensor, norm_type: float) -> torch.Tensor:
+def _norm_of(tensors: Iterable[torch.Tensor], norm_type: float) -> torch.Tensor:
+    norms = [_norm(each, norm_type) for each in tensors]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), norm_type)
+
+
+def across_parts(
+    comm: Reduces, parallel: TensorParallel, cut: torch.Tensor, rest: torch.Tensor, norm_type: float
+) -> torch.Tensor:
+    """The norm of all gradients from those of this rank's slices.
+
+    Args:
+        cut: of parameters that tensor parallelism cuts.
+        rest: of those that all its ranks have.
+    """
+    of_parts, of_wholes = across_ranks(comm, torch.stack([cut, rest.to(cut)]), norm_type)
+    across_ranks(Parts(parallel), of_parts, norm_type)
+    return torch.linalg.vector_norm(torch.stack([of_parts, of_wholes]), norm_type)
+
+
+def across_ranks(comm: Reduces, norms: torch.Tensor, norm_type: float) -> torch.Tensor:
     """Make norms of this rank's slices those of whole gradients, in place; returns them."""
     if norm_type == math.inf:
         comm.all_reduce(norms, "max")

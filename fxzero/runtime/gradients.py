@@ -9,7 +9,8 @@ from torch import nn
 
 from fxzero import torch_internals
 from fxzero.errors import FxzeroError, PlanError
-from fxzero.graph.layout import Bucket
+from fxzero.graph.layout import ALIGNMENT_BYTES, Bucket, align
+from fxzero.graph.tensor_parallel import TensorParallel
 from fxzero.graph.variant import Stash, Variant
 from fxzero.runtime.shards import FlatBuffer, Shards, member_of
 
@@ -93,6 +94,23 @@ class Gradients:
     def each(self) -> list[torch.Tensor]:
         """This rank's slice of each gradient that there can be."""
         return [view for _, view in self._pairs]
+
+    @property
+    def parallel(self) -> TensorParallel | None:
+        """The ranks of tensor parallelism, if they have other parts of some parameters."""
+        cut = (spec.parallel for spec in self._shards.layout.params if spec.is_cut)
+        return next(cut, None)
+
+    def parts(self, *, is_cut: bool) -> Generator[torch.Tensor]:
+        """This rank's slices of the gradient buffer, flat with their padding, of one kind of parameters.
+
+        Args:
+            is_cut: True for those that tensor parallelism cuts; False for all others.
+        """
+        for bucket, shard in self._shards.grads.parts.items():
+            multiple = ALIGNMENT_BYTES // shard.itemsize
+            slices = [bucket.slice_of(spec, self._shards.rank) for spec in bucket.params if spec.is_cut == is_cut]
+            yield from (shard[part.offset :][: align(part.numel, multiple)] for part in slices if part.numel)
 
     def _has_grad(self) -> bool:
         for param, _ in self._pairs:  # noqa: SIM110 (a generator would be a call for each parameter)

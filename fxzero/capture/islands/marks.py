@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fxzero import torch_internals
 from fxzero.capture.draws import Draws
+from fxzero.capture.dtensors import is_dtensor
 from fxzero.capture.fake_tensors import FakeState
 from fxzero.capture.islands.facts import Facts, Modes
 from fxzero.capture.islands.find import is_called, matches, parent_of, pattern_of
@@ -369,6 +370,8 @@ class Marks:
     def _call(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         key = self._draws.number_call()
         site, tensors, params, buffers = self._site(path, module, args, kwargs)
+        if any(each.parallel for each in site.params) or any(map(is_dtensor, tensors)):
+            raise CaptureError(f"{path or 'the model'} has DTensors, of parameters or arguments", path)
         earlier = self._handles.get(key)
         if earlier is None:
             self._numbers[path] += 1

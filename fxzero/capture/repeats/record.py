@@ -77,7 +77,8 @@ class Record:
 
     def begin(self, state: FakeState, inputs: Sequence[Tensor]) -> None:
         """Give the tensors that stand for parameters, buffers and arguments."""
-        for kind, tensors in (("param", state.params), ("buffer", state.buffers)):
+        params = dict(zip(state.params, state.inputs, strict=True))
+        for kind, tensors in (("param", params), ("buffer", state.buffers)):
             for name, tensor in tensors.items():
                 self._own[id(tensor)] = kind, name, (*_geometry(tensor), tensor.requires_grad)
         for index, tensor in enumerate(inputs):

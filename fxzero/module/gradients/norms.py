@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fxzero import torch_internals
+from fxzero.comm.tensor_parallel import Parts
 from fxzero.module.sharded_model import ShardedModel
-from fxzero.runtime.clip import across_ranks, checked
+from fxzero.runtime.clip import across_parts, across_ranks, checked
 
 _sharded: list[weakref.ref[ShardedModel]] = []
 """The models of whose gradients this rank has slices only, in the order in which they were compiled."""
@@ -20,7 +21,7 @@ def watch_norms(sharded: ShardedModel) -> None:
 
     `get_total_norm`, and `clip_grad_norm_`, which calls it, become collectives where they get such gradients.
     """
-    if sharded.comm.is_alone:
+    if sharded.comm.is_alone and not sharded.parallel:
         return
     _sharded[:] = [each for each in _sharded if each() is not None]
     _sharded.append(weakref.ref(sharded))
@@ -37,6 +38,9 @@ def grad_norms(sharded: ShardedModel, norm_type: float) -> dict[str, Tensor]:
     is_there = torch.tensor([grad is not None for grad in grads.values()], dtype=norms.dtype, device=device)
     # A rank that holds nothing of a parameter may have no gradient of it where others do.
     both = across_ranks(sharded.comm, torch.stack([norms, is_there]), norm_type)
+    if (parallel := sharded.cut_by) is not None:
+        cut = torch.tensor([sharded.specs[fqn].is_cut for fqn in grads], device=device)
+        both[0, cut] = across_ranks(Parts(parallel), both[0, cut], norm_type)
     reached = (both[1] > 0).tolist()
     return {fqn: norm for fqn, norm, is_reached in zip(grads, both[0], reached, strict=True) if is_reached}
 
@@ -59,9 +63,24 @@ def _get_total_norm(
     for sharded, each in own:
         checked(sharded.gradients, norm_type)
         with sharded.phases.phase("norm of gradients"):
-            totals.append(across_ranks(sharded.comm, _norm(each, norm_type, sharded.devices.compute), norm_type))
+            totals.append(_total_of(sharded, each, norm_type))
     # The last call checks that the norm is finite, if that is asked for.
     return original([total.to(tensors[0].device) for total in totals], norm_type, *args, **kw)
+
+
+def _total_of(sharded: ShardedModel, slices: Sequence[Tensor], norm_type: float) -> Tensor:
+    """The norm over all ranks of gradients of which this rank has slices."""
+    device = sharded.devices.compute
+    if (parallel := sharded.cut_by) is None:
+        return across_ranks(sharded.comm, _norm(slices, norm_type, device), norm_type)
+    cut_ids = {id(sharded.params[fqn].grad) for fqn, spec in sharded.specs.items() if spec.is_cut}
+    cut, rest = (
+        _norm([each for each in slices if (id(each) in cut_ids) == is_cut], norm_type, device)
+        for is_cut in (True, False)
+    )
+    return across_parts(sharded.comm, parallel, cut.double(), rest.double(), norm_type).to(
+        torch.promote_types(cut.dtype, rest.dtype)
+    )
 
 
 def _before_clip(parameters: Any) -> None:

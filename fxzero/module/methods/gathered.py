@@ -43,6 +43,11 @@ def full_values(
     """Parameters at their full shapes; none where the ranks have them so already, or other ranks if `rank0_only`."""
     if not fqns:
         return {}
+    if parts := [fqn for fqn in fqns if sharded.specs[fqn].parallel]:
+        raise FxzeroError(
+            f"{name} needs {parts[0]} as the model had it before fxzero.compile, a DTensor, which it is in a step "
+            "alone. To read whole parameters take zero.state_dict() or zero.iter_full_params()."
+        )
     are_full = sharded.shards is None and not sharded.has_meta_params()
     if are_full and (sharded.comm.is_alone or not sharded.sync_init):
         return {}

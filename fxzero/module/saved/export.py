@@ -100,7 +100,7 @@ def _call_own_method(sharded: ShardedModel, folder: Path, state: dict[str, Tenso
 
 def _without_values(sharded: ShardedModel) -> dict[str, Tensor]:
     """The full parameters on the meta device."""
-    return {fqn: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for fqn, spec in sharded.specs.items()}
+    return {fqn: torch.empty(spec.whole_shape, dtype=spec.dtype, device="meta") for fqn, spec in sharded.specs.items()}
 
 
 def _present(gathered: Iterator[tuple[str, Tensor | None]]) -> Iterator[tuple[str, Tensor]]:
@@ -112,14 +112,16 @@ def _on_rank0(
 ) -> None:
     """Let rank 0 write, while all take part in what is gathered; returns on all ranks once it is written."""
     failure: Exception | None = None
-    if position(sharded.group) == 0:
+    if sharded.is_rank0 and position(sharded.group) == 0:
         try:
             write()
         except Exception as error:
             failure = error
     for _ in gathered:  # the other ranks take part in each, and so does rank 0 after a failure
         pass
-    with sharded.phases.phase("save_pretrained"), agree.reporting_failure(sharded.group, TOPIC):
-        if failure is not None:
-            raise failure
-        agree.agree(sharded.group, TOPIC, ["written"], timeout=sharded.timeout)
+    with sharded.phases.phase("save_pretrained"):
+        for group in (sharded.group, *(each.mesh.get_group() for each in [*sharded.parallel.values()][:1])):
+            with agree.reporting_failure(group, TOPIC):
+                if failure is not None:
+                    raise failure
+                agree.agree(group, TOPIC, ["written"], timeout=sharded.timeout)

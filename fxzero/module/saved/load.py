@@ -26,6 +26,7 @@ from fxzero.module.saved.parts import (
     extra_states,
     num_positions,
     position,
+    refuse_parts,
     set_random_states,
 )
 from fxzero.module.sharded_model import ShardedModel
@@ -70,6 +71,7 @@ def load_newest(engine: Engine, path: Path, optimizers: Optimizers) -> Any:
 
 def _load(engine: Engine, found: Path, optimizers: Optimizers) -> Any:
     sharded = engine.sharded
+    refuse_parts(sharded)
     with sharded.phases.phase("load"):
         with agree.reporting_failure(sharded.group, TOPIC):
             saved = Saved(found)

@@ -48,6 +48,19 @@ def num_positions(group: Group | None) -> int:
     return 1 if resolved is None else resolved.size()
 
 
+def refuse_parts(sharded: ShardedModel) -> None:
+    """Refuse a model with tensor parallelism, of whose ranks each would write a checkpoint of its own parts.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    if sharded.parallel:
+        raise CheckpointError(
+            f"{next(iter(sharded.parallel))} is cut by tensor parallelism, of which the checkpoints of fxzero.save "
+            "know nothing. Save and load with torch.distributed.checkpoint: dcp.save(get_model_state_dict(zero), ...)."
+        )
+
+
 def buffers(sharded: ShardedModel) -> dict[str, Tensor]:
     """The buffers that a state dict has, by canonical name."""
     found: dict[str, Tensor] = {}

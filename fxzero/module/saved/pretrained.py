@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fxzero import torch_internals
 from fxzero.checkpoint.safetensors import StoredTensor, stored_tensors
 from fxzero.comm import agree
 from fxzero.errors import CheckpointError
+from fxzero.graph.layout import ParamSpec, Slice
 from fxzero.module.first_fill import fix_layout_without_trace
 from fxzero.module.registered_tensors import entries
 from fxzero.module.saved.parts import TOPIC, buffers
@@ -38,14 +40,21 @@ def load_pretrained(sharded: ShardedModel, path: Path, *, strict: bool) -> Any:
         with torch.no_grad():
             for fqn, param in sharded.params.items():
                 if fqn in given:
-                    part = shards[id(param)].part
-                    param.copy_(given[fqn].read(part.start, part.stop).view(param.shape))
+                    shard = shards[id(param)]
+                    param.copy_(_read(given[fqn], shard.spec, shard.part).view(param.shape))
             for fqn, buffer in buffers(sharded).items():
                 if fqn in given:
                     buffer.copy_(given[fqn].read().view(buffer.shape))
     if missing or unexpected:
         logger.info("%s: missing %s, unexpected %s", path, missing or "nothing", unexpected or "nothing")
     return torch_internals.incompatible_keys(missing, unexpected)
+
+
+def _read(stored: StoredTensor, spec: ParamSpec, part: Slice) -> Tensor:
+    """This rank's slice of a parameter: all of it is read where tensor parallelism cuts it."""
+    if not spec.is_cut:
+        return stored.read(part.start, part.stop)
+    return spec.local_of(stored.read().view(spec.whole_shape)).reshape(-1)[part.start : part.stop]
 
 
 def _by_canonical_name(
@@ -77,7 +86,7 @@ def _before_peft(name: str) -> str:
 
 
 def _check_shapes(sharded: ShardedModel, given: Mapping[str, StoredTensor]) -> None:
-    shapes = {fqn: spec.shape for fqn, spec in sharded.specs.items()}
+    shapes = {fqn: spec.whole_shape for fqn, spec in sharded.specs.items()}
     shapes |= {fqn: tuple(buffer.shape) for fqn, buffer in buffers(sharded).items()}
     for fqn, tensor in given.items():
         if tensor.shape != shapes[fqn]:

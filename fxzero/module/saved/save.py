@@ -30,6 +30,7 @@ from fxzero.module.saved.parts import (
     num_positions,
     position,
     random_states,
+    refuse_parts,
     tensors_of,
 )
 from fxzero.module.sharded_model import ShardedModel
@@ -113,6 +114,7 @@ def wait_for_pending(engine: Engine) -> None:
 def _prepare(engine: Engine, root: Path, optimizers: Optimizers, extra: Any) -> Prepared:
     """All that is written, and a new folder, on which ranks agree."""
     sharded = engine.sharded
+    refuse_parts(sharded)
     group, own_position = sharded.group, position(sharded.group)
     fix_layout_without_trace(sharded)
     with agree.reporting_failure(group, TOPIC):

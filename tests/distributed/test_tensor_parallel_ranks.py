@@ -1,0 +1,22 @@
+"""Models that `parallelize_module` has cut train as if they were whole, sharded along the other dimension of a mesh."""
+
+from pathlib import Path
+
+from fxzero.testing import run_ranks
+from tests.distributed import tensor_parallel_workers as workers
+
+
+def test_ranks_of_both_dimensions_train_as_one_and_their_checkpoint_is_of_the_whole(tmp_path: Path) -> None:
+    schedule, *_ = run_ranks(4, workers.train, str(tmp_path))
+    backward = schedule.split("end of forward")[1]
+    assert "all_gather_into_tensor  blocks.1" in schedule
+    assert backward.count("all_reduce") >= 6  # gradients of the norms, partial sums until then
+    assert "reduce_scatter          embedding.weight +16" in backward
+
+
+def test_ranks_of_one_dimension_train_as_one() -> None:
+    run_ranks(2, workers.train_otherwise, 1, 2)
+
+
+def test_what_is_not_there_beside_tensor_parallelism_is_refused(tmp_path: Path) -> None:
+    run_ranks(2, workers.refused, str(tmp_path))
