@@ -70,6 +70,7 @@ def learn(model: nn.Module, site: Site, example: Example) -> tuple[Facts, frozen
         NotAnIslandError: the call cannot be one node of a step.
     """
     error: Exception | None = None
+    site.facts = UNKNOWN
     for values in _made_up(site, example):
         with _undone(model, site.module) as (before, reads), torch.inference_mode(False):
             try:

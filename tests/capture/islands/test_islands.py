@@ -196,6 +196,28 @@ def test_evaluation_and_inference_mode() -> None:
             assert torch.equal(zero(points(7)), plain(points(7)))
 
 
+class InARow(nn.Module):
+    """Equal parts, one behind the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(Branch() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            x = x + part(x)
+        return x.square().mean()
+
+
+def test_equal_islands_of_which_one_is_tried_for_all() -> None:
+    seed_all(0)
+    plain = InARow()
+    zero = fxzero.compile(copy.deepcopy(plain))
+    with torch.no_grad():
+        assert torch.equal(zero(points(0)), plain(points(0)))
+    assert islands_of(zero) == [f"parts.{index}" for index in range(3)]
+
+
 def test_only_what_a_pattern_names_is_an_island() -> None:
     seed_all(0)
     model = Around(nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(3))))
