@@ -27,6 +27,7 @@ from fxzero.capture.hooks.observer import Observer
 from fxzero.capture.hooks.observers import Observers, reads_values
 from fxzero.capture.islands.marks import Marks
 from fxzero.capture.kernels.batch_norm import run_declared, with_real_strides, writes_undeclared
+from fxzero.capture.kernels.collectives import run_functional, writes_across_ranks
 from fxzero.capture.kernels.strides import with_equal_strides
 from fxzero.capture.numbers import PinnedNumberError, StandIns
 from fxzero.capture.outputs import OutputSpec, flatten_output, loss_index
@@ -475,6 +476,9 @@ class _Interceptor(torch_internals.DispatchMode):
         self._recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if writes_across_ranks(func):
+            with self:
+                return run_functional(func, args, kwargs or {})
         is_seen = self._reads.pause()
         try:
             if device := torch_internals.answer_device(func, args):
