@@ -408,6 +408,24 @@ def eager_checkpoints() -> Generator[None]:
         checkpoint._is_compiling = before
 
 
+@contextlib.contextmanager
+def conversions_if_needed() -> Generator[None]:
+    """Let `module.to(device)`, of a module that forward makes, do nothing where nothing would change.
+
+    Otherwise it would swap fake parameters, which a trace holds. `Module._apply`: 2.11 to 2.13.
+    """
+    own = nn.Module._apply  # pyright: ignore[reportPrivateUsage]
+
+    def apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        with torch.no_grad():
+            if all(fn(tensor) is tensor for tensor in (*self.parameters(), *self.buffers())):
+                return self
+        return own(self, fn, recurse)
+
+    with patch.object(nn.Module, "_apply", apply):
+        yield
+
+
 class _NotReentrant:
     """Stands for the autograd.Function of reentrant checkpoints."""
 

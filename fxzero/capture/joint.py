@@ -146,6 +146,7 @@ class Tracing:
             torch.autograd.set_multithreading_enabled(False),
             torch_internals.eager_checkpoints(),
             torch_internals.checkpoints_without_backward(),
+            torch_internals.conversions_if_needed(),
             fake,
         ):
             if self.rehearses:

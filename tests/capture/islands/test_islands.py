@@ -123,6 +123,11 @@ def test_what_a_trace_cannot_look_into(part: Callable[[], nn.Module]) -> None:
     assert islands_of(train_both(built[0], other=built[1])) == ["part"]
 
 
+def test_a_frozen_parameter_that_an_island_makes_itself() -> None:
+    seed_all(0)
+    train_both(Around(Part(lambda self, y: y * nn.Parameter(torch.tensor([3.0]), requires_grad=False))))
+
+
 class Results(NamedTuple):
     value: Tensor
     rest: dict[str, Any]
