@@ -149,6 +149,41 @@ COLLECTIVE_NAMESPACES = ("_c10d_functional", "_c10d_functional_autograd", "_dten
 """Where torch registers the collectives that models which are traced may call: 2.11 to 2.13."""
 
 
+FUNCTIONAL_COLLECTIVES = cast(Any, torch.ops._c10d_functional)
+"""Collectives that return what the calls of torch.distributed write: 2.11 to 2.13."""
+
+ALL_GATHER_BASE = torch.ops.c10d._allgather_base_.default
+REDUCE_SCATTER_BASE = torch.ops.c10d._reduce_scatter_base_.default
+"""Behind `all_gather_into_tensor` and `reduce_scatter_tensor`: 2.11 to 2.13."""
+
+
+def unboxed_group(boxed: Any) -> Any:
+    """The process group among the arguments of an operator. `ProcessGroup.unbox`: 2.11 to 2.13."""
+    return dist.ProcessGroup.unbox(boxed)
+
+
+def running_reduction() -> Any:
+    """The `op` of the function of torch.distributed that is running, which its operator has in a box that none opens.
+
+    `distributed_c10d`'s functions have it as a variable `op`: 2.11 to 2.13.
+    """
+    frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
+    while frame is not None and frame.f_code.co_filename != dist.distributed_c10d.__file__:
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals.get("op")
+
+
+def result_of_collective(op: Any, args: tuple[Any, ...]) -> Any:
+    """What an operator of c10d returns when it is over: what it wrote, if that, and a handle to wait for.
+
+    `FakeWork`, `OpOverload._schema`: 2.11 to 2.13.
+    """
+    from torch._C._distributed_c10d import FakeWork  # not in builds without torch.distributed
+
+    handle = FakeWork().boxed()
+    return handle if len(op._schema.returns) == 1 else (args[0], handle)
+
+
 def size_of_group(node: fx.Node) -> int:
     """The number of ranks of a functional collective's group. `_resolve_process_group`: 2.11 to 2.13."""
     group = dist.distributed_c10d._resolve_process_group(argument(node, "group_name"))  # pyright: ignore
@@ -404,6 +439,24 @@ def eager_checkpoints() -> Generator[None]:
         yield
     finally:
         checkpoint._is_compiling = before
+
+
+@contextlib.contextmanager
+def conversions_if_needed() -> Generator[None]:
+    """Let `module.to(device)`, of a module that forward makes, do nothing where nothing would change.
+
+    Otherwise it would swap fake parameters, which a trace holds. `Module._apply`: 2.11 to 2.13.
+    """
+    own = nn.Module._apply  # pyright: ignore[reportPrivateUsage]
+
+    def apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        with torch.no_grad():
+            if all(fn(tensor) is tensor for tensor in (*self.parameters(), *self.buffers())):
+                return self
+        return own(self, fn, recurse)
+
+    with patch.object(nn.Module, "_apply", apply):
+        yield
 
 
 class _NotReentrant:

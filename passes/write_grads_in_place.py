@@ -26,6 +26,8 @@ _OUT_VARIANTS: dict[Any, Any] = {
 }
 """Maps operators to their `out=` forms that write in place; `out=` of layer-norm backward, say, copies inside."""
 
+_HALF = (torch.bfloat16, torch.float16)
+
 Writer: TypeAlias = Callable[[StepGraph, fx.Node, fx.Node], fx.Node]
 """A function of a step, the producer of a gradient and a slot; it returns a node that computes into the slot."""
 
@@ -78,8 +80,8 @@ class WriteGradsInPlace:
         if producer.target is operator.getitem and is_region(cast(fx.Node, producer.args[0])):
             return _give_place
         if producer.target is aten.embedding_dense_backward.default and value.device.type == "cpu":
-            scale_by_frequency = producer.args[4]
-            return None if scale_by_frequency else _add_rows_into
+            scale_by_frequency, is_half = producer.args[4], value.dtype in _HALF  # index_add rounds halves otherwise
+            return None if scale_by_frequency or is_half else _add_rows_into
         return None
 
     def _replace(self, step: StepGraph, slot: fx.Node, producer: fx.Node, write: Writer) -> None:

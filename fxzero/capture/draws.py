@@ -60,13 +60,6 @@ class Draws:
 
     def run(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of `op`: computed, drawn now, or drawn before."""
-        if op.namespace == "c10d":
-            raise CaptureError(
-                f"{op}, behind a call like dist.all_reduce(tensor), writes into its arguments, where no tracer can "
-                "follow. Use the functional collective of that name: "
-                "torch.distributed._functional_collectives.all_reduce(tensor, 'sum', group), all_gather_tensor(tensor, "
-                "0, group), whose result it returns; or call it before the step, and pass the result in."
-            )
         if not _may_draw(op):
             return op(*args, **kwargs)
         arguments = torch_internals.named_arguments(op, args, kwargs)

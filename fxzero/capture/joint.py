@@ -35,6 +35,7 @@ from fxzero.capture.hooks.observer import Observer
 from fxzero.capture.hooks.observers import Observers, reads_values
 from fxzero.capture.islands.marks import Marks
 from fxzero.capture.kernels.batch_norm import run_declared, with_real_strides, writes_undeclared
+from fxzero.capture.kernels.collectives import run_functional, writes_across_ranks
 from fxzero.capture.kernels.strides import with_equal_strides
 from fxzero.capture.numbers import PinnedNumberError, StandIns
 from fxzero.capture.outputs import OutputSpec, flatten_output, loss_index
@@ -153,6 +154,7 @@ class Tracing:
             torch.autograd.set_multithreading_enabled(False),
             torch_internals.eager_checkpoints(),
             torch_internals.checkpoints_without_backward(),
+            torch_internals.conversions_if_needed(),
             fake,
         ):
             if self.rehearses:
@@ -487,6 +489,9 @@ class _Interceptor(torch_internals.DispatchMode):
         if torch_internals.has_dtensors(types):
             refuse_draw(func, args, kwargs or {})
             return NotImplemented  # a DTensor runs operators on local tensors, which come here
+        if writes_across_ranks(func):
+            with self:
+                return run_functional(func, args, kwargs or {})
         is_seen = self._reads.pause()
         try:
             if device := torch_internals.answer_device(func, args):

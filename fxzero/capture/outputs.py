@@ -5,6 +5,7 @@ import enum
 import types
 import warnings
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -32,6 +33,8 @@ class OutputSpec:
     treespec: TreeSpec
     leaves: tuple[Any, ...]
     """Plain values, and the class `Tensor` in the place of each tensor."""
+    is_reordered: bool = False
+    """Some dict in it has its keys in another order than its class gives them: a field was set later."""
 
     def rebuild(self, tensors: Sequence[Any]) -> Any:
         """A return value with these tensors, which have the order of `StepGraph.model_outputs`."""
@@ -39,7 +42,33 @@ class OutputSpec:
             return tensors[0]
         remaining = iter(tensors)
         leaves = [next(remaining) if leaf is Tensor else leaf for leaf in self.leaves]
-        return tree_unflatten(leaves, self.treespec)
+        output = tree_unflatten(leaves, self.treespec)
+        if self.is_reordered:
+            _reorder(output, self.treespec)
+        return output
+
+
+def _reorder(output: Any, treespec: TreeSpec) -> bool:
+    """Put keys into the order that they had; True if some had not. Values of outputs are read by position, too."""
+    if treespec.is_leaf():
+        return False
+    children, inner = treespec.children(), list[Any]()
+    is_changed = False
+    if isinstance(output, OrderedDict) and isinstance(treespec.context, list):
+        mapping = cast("OrderedDict[Any, Any]", output)
+        pairs = zip(cast("list[Any]", treespec.context), children, strict=True)
+        found = {key: child for key, child in pairs if key in mapping}  # a class may leave out what is None
+        is_changed = [*mapping] != [*found]
+        for key in found if is_changed else ():
+            mapping.move_to_end(key)
+        children, inner = [*found.values()], [mapping[key] for key in found]
+    elif isinstance(output, dict):
+        inner = [*cast("dict[Any, Any]", output).values()]
+    elif isinstance(output, (list, tuple)):
+        inner = [*cast("Sequence[Any]", output)]
+    for each, child in zip(inner, children, strict=False):
+        is_changed = _reorder(each, child) or is_changed
+    return is_changed
 
 
 def flatten_output(output: Any) -> tuple[list[Tensor], OutputSpec]:
@@ -71,7 +100,8 @@ def flatten_output(output: Any) -> tuple[list[Tensor], OutputSpec]:
             UserWarning,
             stacklevel=2,
         )
-    return tensors, OutputSpec(treespec, tuple(leaves))
+    is_reordered = _reorder(tree_unflatten(leaves, treespec), treespec)
+    return tensors, OutputSpec(treespec, tuple(leaves), is_reordered)
 
 
 class _Opened:

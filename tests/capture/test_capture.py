@@ -168,6 +168,19 @@ def test_custom_autograd_function():
     check_against_eager(module_of(lambda self, x: Double.apply(self.lin(x)).sum()), torch.randn(2, 4))
 
 
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor([3.0]), requires_grad=False)
+
+    def forward(self, x):
+        return x * self.factor
+
+
+def test_a_module_that_forward_makes_and_moves_to_a_device():
+    check_against_eager(module_of(lambda self, x: Scale().to(x.device)(self.lin(x)).sum()), torch.randn(2, 4))
+
+
 def test_inner_autograd_grad_as_in_force_fields():
     def forward(self, x):
         energy = self.lin(x).tanh().sum()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fxzero.capture.outputs import flatten_output
 from tests.helpers.captured import check_against_eager, trace
 
 transformers = pytest.importorskip("transformers")
@@ -94,3 +95,13 @@ def test_caches_come_back_as_none_with_one_warning(make):
     assert len(warned) == 1
     output = captured.output.rebuild(list(range(len(captured.step.model_outputs))))
     assert output.loss == 0 and output.past_key_values is None
+
+
+def test_fields_that_were_set_later_come_last_also_in_a_rebuilt_output():
+    output = transformers.modeling_outputs.BaseModelOutputWithPooling(
+        last_hidden_state=torch.zeros(1), hidden_states=(torch.zeros(2),)
+    )
+    output.pooler_output = torch.zeros(3)
+    tensors, spec = flatten_output({"inner": output})
+    assert [*spec.rebuild(tensors)["inner"]] == ["last_hidden_state", "hidden_states", "pooler_output"]
+    assert not flatten_output({"inner": spec.rebuild(tensors)["inner"].hidden_states})[1].is_reordered

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
+import torch.distributed.nn.functional as differentiable
 from torch import Tensor, nn
 
 import fxzero
@@ -107,27 +108,72 @@ def send_a_parameter(rank: int, world_size: int) -> str:
     return str(zero.schedule)
 
 
-class SumsInPlace(nn.Module):
-    """Averages over the tokens of all ranks, as in-place collectives do it."""
+class WritesAcrossRanks(nn.Module):
+    """Calls functions of torch.distributed that write into their arguments, and those with a backward."""
 
-    def __init__(self, gathers: bool) -> None:
+    def __init__(self, call: str) -> None:
         super().__init__()
-        self.head, self.gathers = nn.Linear(8, 4), gathers
+        self.head, self.call = nn.Linear(8, 8), call
 
     def forward(self, x: Tensor) -> Tensor:
+        rank, world_size = dist.get_rank(), dist.get_world_size()
         y = self.head(x)
-        if self.gathers:
-            of_ranks = [torch.empty_like(y) for _ in range(dist.get_world_size())]
-            dist.all_gather(of_ranks, y.detach())
-            return (y @ torch.cat(of_ranks).T).mean()
-        count = torch.tensor(float(len(x)))
-        dist.all_reduce(count)
-        return y.sum() / count
+        pair, parts = y.detach()[:2].clone(), [*y[: 2 * world_size].split(2)]
+        fixed = [part.detach().contiguous() for part in parts]
+        match self.call:
+            case "all_gather":
+                of_ranks = [torch.empty_like(y) for _ in range(world_size)]
+                dist.all_gather(of_ranks, y)
+                of_ranks[rank] = y
+                return (y @ torch.cat(of_ranks).T).mean()
+            case "all_reduce":
+                count = torch.tensor(float(len(x)))
+                dist.all_reduce(count)
+                largest = y.detach().abs().max()
+                dist.all_reduce(largest, dist.ReduceOp.MAX, async_op=True).wait()
+                return (y / largest).sum() / count
+            case "broadcast":
+                dist.broadcast(pair, 1)
+            case "scatter":
+                dist.scatter(pair, fixed if rank == 1 else None, 1)
+            case "reduce_scatter":
+                dist.reduce_scatter(pair, fixed)
+            case "all_to_all_single":
+                pair = torch.empty_like(pair.repeat(world_size, 1))
+                dist.all_to_all_single(pair, torch.cat(fixed))
+            case "barrier":
+                dist.barrier()
+            case _:
+                return torch.cat(differentiable.all_gather(y)).logsumexp(0).sum()  # type: ignore[no-untyped-call]
+        return y.sum() * pair.sum()
 
 
-def sum_in_place(rank: int, world_size: int) -> None:
-    for gathers, name in ((False, "allreduce_"), (True, "allgather_")):
-        with pytest.raises(
-            CaptureError, match=rf"c10d.{name}.*Use the functional collective of that name.*At .*workers"
-        ):
-            fxzero.compile(SumsInPlace(gathers))(torch.ones(2, 8))
+def write_across_ranks(rank: int, world_size: int, calls: list[str]) -> None:
+    """Train models beside eager ranks whose gradients are averaged in the order of ranks."""
+    for call in calls:
+        torch.manual_seed(0)
+        model = WritesAcrossRanks(call)
+        reference = copy.deepcopy(model)
+        zero = fxzero.compile(model)
+        optimizers = [torch.optim.SGD(each.parameters(), lr=0.01) for each in (zero, reference)]
+        for step in range(2):
+            x = torch.randn(2 * world_size, 8, generator=torch.Generator().manual_seed(world_size * step + rank))
+            loss, expected = zero(x), reference(x)
+            assert torch.equal(loss, expected), call
+            loss.backward()
+            expected.backward()
+            for param in reference.parameters():
+                assert param.grad is not None
+                of_ranks = [torch.empty_like(param) for _ in range(world_size)]
+                dist.all_gather(of_ranks, param.grad)
+                param.grad = sum(of_ranks[1:], of_ranks[0]) / world_size
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        state = zero.state_dict()
+        assert all(torch.equal(state[name], value) for name, value in reference.state_dict().items()), call
+
+
+def wait_for_others(rank: int, world_size: int) -> None:
+    with pytest.raises(CaptureError, match=r"c10d.barrier.*is no collective that a compiled step can have.*all_reduce"):
+        fxzero.compile(WritesAcrossRanks("barrier"))(torch.ones(4, 8))

@@ -54,5 +54,15 @@ def test_the_result_of_each_pass_can_be_run(monkeypatch: pytest.MonkeyPatch) -> 
     run_ranks(2, collective_workers.train, "full")
 
 
-def test_collectives_that_write_into_their_arguments_are_refused_with_the_functional_ones_as_cure() -> None:
-    run_ranks(2, collective_workers.sum_in_place)
+def test_collectives_that_write_into_their_arguments_give_what_they_give_in_eager() -> None:
+    run_ranks(2, collective_workers.write_across_ranks, ["all_gather", "all_reduce", "scatter"])
+
+
+@pytest.mark.exhaustive
+def test_all_collectives_that_write_into_their_arguments() -> None:
+    calls = ["all_gather", "all_reduce", "broadcast", "scatter", "reduce_scatter", "all_to_all_single", "with backward"]
+    run_ranks(3, collective_workers.write_across_ranks, calls)
+
+
+def test_a_barrier_in_forward_is_refused() -> None:
+    run_ranks(2, collective_workers.wait_for_others)

@@ -70,6 +70,7 @@ def learn(model: nn.Module, site: Site, example: Example) -> tuple[Facts, frozen
         NotAnIslandError: the call cannot be one node of a step.
     """
     error: Exception | None = None
+    site.facts = UNKNOWN
     for values in _made_up(site, example):
         with _undone(model, site.module) as (before, reads), torch.inference_mode(False):
             try:
@@ -447,14 +448,19 @@ class _OnlyOwn(TorchFunctionMode):
     def __init__(self, model: nn.Module, site: Site) -> None:
         super().__init__()
         self._own = {id(each) for each in site.stand_ins}
+        self._params = {id(each) for each in model.parameters()}
         self._others = {id(each) for each in model.buffers()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for value in tree_leaves((args, kwargs)):
-            is_param = isinstance(value, nn.Parameter) and id(value) not in self._own
+            is_param = isinstance(value, nn.Parameter) and id(value) not in self._own and self._has_gradient(value)
             if is_param or id(value) in self._others:
                 raise NotAnIslandError(
                     f"it reads a {'parameter' if is_param else 'buffer'} {list(value.shape)} past its own modules, "
                     "from a list, a closure or another module"
                 )
         return func(*args, **(kwargs or {}))
+
+    def _has_gradient(self, param: nn.Parameter) -> bool:
+        """False for a frozen one that the model has not, as of a loss that is made in forward: it is as it is."""
+        return param.requires_grad or id(param) in self._params

@@ -123,6 +123,11 @@ def test_what_a_trace_cannot_look_into(part: Callable[[], nn.Module]) -> None:
     assert islands_of(train_both(built[0], other=built[1])) == ["part"]
 
 
+def test_a_frozen_parameter_that_an_island_makes_itself() -> None:
+    seed_all(0)
+    train_both(Around(Part(lambda self, y: y * nn.Parameter(torch.tensor([3.0]), requires_grad=False))))
+
+
 class Results(NamedTuple):
     value: Tensor
     rest: dict[str, Any]
@@ -194,6 +199,28 @@ def test_evaluation_and_inference_mode() -> None:
     for mode in (torch.no_grad(), torch.inference_mode()):
         with mode:
             assert torch.equal(zero(points(7)), plain(points(7)))
+
+
+class InARow(nn.Module):
+    """Equal parts, one behind the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(Branch() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            x = x + part(x)
+        return x.square().mean()
+
+
+def test_equal_islands_of_which_one_is_tried_for_all() -> None:
+    seed_all(0)
+    plain = InARow()
+    zero = fxzero.compile(copy.deepcopy(plain))
+    with torch.no_grad():
+        assert torch.equal(zero(points(0)), plain(points(0)))
+    assert islands_of(zero) == [f"parts.{index}" for index in range(3)]
 
 
 def test_only_what_a_pattern_names_is_an_island() -> None:
