@@ -22,7 +22,7 @@ def batch_of(step: int, rank: int) -> torch.Tensor:
 def main(folder: str, num_steps: int) -> None:
     """Train to a number of steps, saving every second one."""
     if dist.is_torchelastic_launched():
-        dist.init_process_group()
+        fxzero.init_process_group()  # as that of torch.distributed, also after a restart
     rank = dist.get_rank() if dist.is_initialized() else 0
 
     torch.manual_seed(0)

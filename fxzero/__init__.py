@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fxzero.api import Schedule, ZeroModule, compile
     from fxzero.checkpoints import async_save, export, load, load_pretrained, save
+    from fxzero.comm.rendezvous import init_process_group
     from fxzero.commands.verification import verify
     from fxzero.cost.model import Cluster, Device, Link
     from fxzero.errors import (
@@ -59,6 +60,7 @@ __all__ = [
     "async_save",
     "compile",
     "export",
+    "init_process_group",
     "keep_freed_memory",
     "load",
     "load_pretrained",
@@ -76,6 +78,7 @@ _MODULE_OF = {
     "async_save": "fxzero.checkpoints",
     "compile": "fxzero.api",
     "export": "fxzero.checkpoints",
+    "init_process_group": "fxzero.comm.rendezvous",
     "keep_freed_memory": "fxzero.host.allocator",
     "load": "fxzero.checkpoints",
     "load_pretrained": "fxzero.checkpoints",

@@ -9,6 +9,7 @@
 A JSON file is two lines: the format with the crc32 of the second, and the content.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -54,12 +55,14 @@ class Block:
 # -- writing -------------------------------------------------------------------------------------------------------
 
 
-def new_folder(root: Path) -> Path:
-    """Make an empty folder for the next checkpoint, under a name that says that it is not complete."""
+def new_folder(root: Path, num_ranks: int) -> Path:
+    """Make a folder for the next checkpoint, named as one that is not complete, and in it a file for each rank."""
     root.mkdir(parents=True, exist_ok=True)
     number = max((int(path.name) for path in complete_ones(root)), default=0) + 1
     folder = root / f".{number:06}.{uuid.uuid4().hex[:8]}.partial"
     folder.mkdir()
+    for rank in range(num_ranks):
+        data_file(folder, rank).touch()
     return folder
 
 
@@ -67,7 +70,7 @@ def write_rank(folder: Path, rank: int, parts: Iterable[tuple[str, int, Tensor]]
     """Write the ranges of one rank, `(name, start, flat elements)`, and values of its own; the crc32 of its index."""
     path, end = data_file(folder, rank), 0
     index: dict[str, list[list[int]]] = {}
-    with path.open("xb", buffering=_BUFFER_BYTES) as out, ThreadPoolExecutor(1) as pool:
+    with path.open("wb", buffering=_BUFFER_BYTES) as out, ThreadPoolExecutor(1) as pool:
         for name, start, flat in parts:
             data, per_block = bytes_of(flat), _BLOCK_BYTES // flat.element_size()
             end += out.write(bytes(-end % _ALIGNMENT))
@@ -81,12 +84,26 @@ def write_rank(folder: Path, rank: int, parts: Iterable[tuple[str, int, Tensor]]
                 blocks.append([start + first, start + last, begin + first * flat.element_size(), crc32])
         out.flush()
         os.fsync(out.fileno())
-    return write_json(folder / f"rank_{rank:05}.json", {"file": path.name, "blocks": index, "values": values})
+    return write_json(index_file(folder, rank), {"file": path.name, "blocks": index, "values": values})
 
 
 def data_file(folder: Path, rank: int) -> Path:
     """The file of the bytes of one rank."""
     return folder / f"rank_{rank:05}.bin"
+
+
+def index_file(folder: Path, rank: int) -> Path:
+    """The file that says where the ranges of one rank lie in its data."""
+    return folder / f"rank_{rank:05}.json"
+
+
+def give_up(folder: Path, rank: int) -> None:
+    """Remove the files of one rank of a checkpoint that will not be complete; the last rank removes the folder."""
+    own = [data_file(folder, rank), index_file(folder, rank)] + [folder / MANIFEST] * (rank == 0)
+    for path in own:
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def write_json(path: Path, content: Any) -> int:
@@ -182,7 +199,7 @@ class Saved:
         """What each rank wrote of its own."""
         self.blocks: dict[str, list[Block]] = {}
         for rank, crc32 in enumerate(self.manifest["indices"]):
-            path = folder / f"rank_{rank:05}.json"
+            path = index_file(folder, rank)
             index = read_json(path)
             if zlib.crc32(path.read_bytes().partition(b"\n")[2]) != crc32:
                 raise CheckpointError(f"{path} belongs to another checkpoint than {folder / MANIFEST}.")

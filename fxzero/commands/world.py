@@ -16,8 +16,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from fxzero.comm.rendezvous import init_process_group
 from fxzero.commands.errors import CommandError, OwnError, report
 from fxzero.commands.launch import launch, under_torchrun
+from fxzero.errors import CommunicationError
 
 T = TypeVar("T")
 
@@ -108,7 +110,7 @@ def joined(device: str) -> Generator[World]:
         return
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     with _told_how_to_meet():
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=TIMEOUT_SECONDS))
+        init_process_group(backend, timeout=datetime.timedelta(seconds=TIMEOUT_SECONDS))
     try:
         yield world
     finally:
@@ -152,7 +154,7 @@ def _told_how_to_meet() -> Generator[None]:
     try:
         socket.getaddrinfo(address, int(port))
         yield
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, CommunicationError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise OwnError(f"Ranks cannot meet at {meeting}: {reason}. {start}") from error
 

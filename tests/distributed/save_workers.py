@@ -191,9 +191,13 @@ def full_disk(rank: int, world_size: int, folder: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     with pytest.raises(FxzeroError if rank == 0 else OSError, match="File too large"):
         fxzero.save(folder, model, optimizer)
+    torch.distributed.barrier()
+    assert sorted(path.name for path in folder.iterdir()) == ["000001", "000002"]
     failed = fxzero.async_save(folder, model, optimizer)
     with pytest.raises(FxzeroError if rank == 0 else OSError, match="File too large"):
         failed.result(20)
+    torch.distributed.barrier()
+    assert sorted(path.name for path in folder.iterdir()) == ["000001", "000002"]
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     pending = fxzero.async_save(folder, model, optimizer, extra=rank, keep=2)

@@ -1,6 +1,8 @@
 """Write a checkpoint: every rank its slices, rank 0 the manifest, and a rename once all of it is on the disk."""
 
+import contextlib
 import logging
+import shutil
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fxzero.checkpoint.files import MANIFEST, complete, data_file, new_folder, remove_old, sync_folder, write_rank
+from fxzero.checkpoint.files import MANIFEST, complete, give_up, new_folder, remove_old, sync_folder, write_rank
 from fxzero.checkpoint.values import encode, name_of_dtype
 from fxzero.comm import agree
 from fxzero.comm.groups import Hierarchy
@@ -69,6 +71,11 @@ class Prepared:
         sync_folder(self.folder)
         return crc32
 
+    def give_up(self) -> None:
+        """Remove what this rank has written, on a full disk to make room."""
+        with contextlib.suppress(OSError):
+            give_up(self.folder, self.position)
+
     def complete(self, indices: Sequence[int], keep: int | None) -> Path:
         """Give it its name, once all ranks have written, and remove old ones."""
         folder = complete(self.folder, self.manifest | {"indices": list(indices)})
@@ -84,14 +91,18 @@ def save(engine: Engine, root: Path, optimizers: Optimizers, extra: Any, keep: i
     group, timeout = sharded.group, sharded.timeout
     with sharded.phases.phase("save"):
         prepared = _prepare(engine, root, optimizers, extra)
-        with agree.reporting_failure(group, TOPIC):
-            crc32 = prepared.write()
-        written = agree.exchange(group, TOPIC, [str(crc32)], timeout=timeout)
         folder = prepared.folder
-        with agree.reporting_failure(group, TOPIC):
-            if prepared.is_first:
-                folder = prepared.complete([int(line) for (line,) in written], keep)
-        return Path(agree.exchange(group, TOPIC, [str(folder)], timeout=timeout)[0][0])
+        try:
+            with agree.reporting_failure(group, TOPIC):
+                crc32 = prepared.write()
+            written = agree.exchange(group, TOPIC, [str(crc32)], timeout=timeout)
+            with agree.reporting_failure(group, TOPIC):
+                if prepared.is_first:
+                    folder = prepared.complete([int(line) for (line,) in written], keep)
+            return Path(agree.exchange(group, TOPIC, [str(folder)], timeout=timeout)[0][0])
+        except BaseException:
+            prepared.give_up()
+            raise
 
 
 def async_save(engine: Engine, root: Path, optimizers: Optimizers, extra: Any, keep: int | None) -> Future[Path]:
@@ -125,10 +136,22 @@ def _prepare(engine: Engine, root: Path, optimizers: Optimizers, extra: Any) -> 
         state.complete(partial(agree.exchange_made, group, TOPIC, timeout=sharded.timeout))
     with agree.reporting_failure(group, TOPIC):
         manifest = _manifest(engine, states) | {"optimizers": [state.described() for state in states]}
-        folder = new_folder(root) if own_position == 0 else root
+        folder = new_folder(root, num_positions(group)) if own_position == 0 else root
     folder = Path(agree.exchange(group, TOPIC, [str(folder)], timeout=sharded.timeout)[0][0])
     parts = _parts(sharded, states)
     return Prepared(root, folder, own_position, num_positions(group), parts, own, manifest)
+
+
+class _OtherRankError(CheckpointError):
+    """Another rank could not write its part.
+
+    Args:
+        posted: what that rank has posted.
+    """
+
+    def __init__(self, folder: Path, posted: str) -> None:
+        super().__init__(f"{folder} could not be written by {posted}")
+        self.posted = posted
 
 
 # -- in a thread ---------------------------------------------------------------------------------------------------
@@ -151,21 +174,31 @@ def in_background(prepared: Prepared, keep: int | None, timeout: timedelta) -> F
 def _write_apart(prepared: Prepared, keep: int | None, timeout_s: float) -> Path:
     """Write a checkpoint while ranks do other things: they meet in the folder, and send no messages.
 
-    Each rank posts the checksum of its index, or its error; rank 0 waits for all, and gives the folder its name.
+    Each rank posts the checksum of its index, or its error; rank 0 waits for all, and gives the folder its name. After
+    an error of one all post one, and the last removes the folder.
     """
     try:
         _post(prepared, f"{prepared.write()}")
-    except Exception as error:
-        data_file(prepared.folder, prepared.position).unlink(missing_ok=True)  # on a full disk it takes the room
-        _post(prepared, f"{type(error).__name__}: {error}")
+        return _await_others(prepared, keep, timeout_s)
+    except BaseException as error:
+        prepared.give_up()
+        reason = f"rank {prepared.position}, {type(error).__name__}: {error}"
+        with contextlib.suppress(OSError):
+            _post(prepared, error.posted if isinstance(error, _OtherRankError) else reason)
+        if not any(post is None or post.isdecimal() for post in _posts(prepared)):
+            shutil.rmtree(prepared.folder, ignore_errors=True)
         raise
+
+
+def _await_others(prepared: Prepared, keep: int | None, timeout_s: float) -> Path:
+    """The folder of the checkpoint, once all ranks have written it, and rank 0 has given it its name."""
     named = prepared.folder.with_name(prepared.folder.name.split(".")[1])
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        posts = [_posted(prepared, number) for number in range(prepared.num_positions)]
+        posts = _posts(prepared)
         for number, post in enumerate(posts):
             if post is not None and not post.isdecimal():
-                raise CheckpointError(f"Rank {number} could not write {prepared.folder}: {post}")
+                raise _OtherRankError(prepared.folder, post or f"rank {number}, without room for its reason")
         if prepared.is_first and None not in posts:
             for number in range(prepared.num_positions):
                 _post_of(prepared, number).unlink()
@@ -179,13 +212,19 @@ def _write_apart(prepared: Prepared, keep: int | None, timeout_s: float) -> Path
 def _post(prepared: Prepared, text: str) -> None:
     path = _post_of(prepared, prepared.position)
     aside = path.with_suffix(".aside")
-    aside.write_text(text)
+    with contextlib.suppress(OSError):  # on a full disk it stays empty, which is no checksum
+        aside.write_text(text)
     aside.replace(path)
 
 
-def _posted(prepared: Prepared, number: int) -> str | None:
+def _posts(prepared: Prepared) -> list[str | None]:
+    """What ranks have posted; None for one that has not."""
+    return [_posted(_post_of(prepared, number)) for number in range(prepared.num_positions)]
+
+
+def _posted(path: Path) -> str | None:
     try:
-        return _post_of(prepared, number).read_text()
+        return path.read_text()
     except FileNotFoundError:
         return None
 
