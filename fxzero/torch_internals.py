@@ -15,7 +15,7 @@ import threading
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any, TypeGuard, cast
@@ -629,17 +629,20 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
     return _inductor().select_decomp_table()
 
 
-def decomposed(target: Any, args: Any, kwargs: Any) -> fx.GraphModule | None:
+def decomposed(
+    target: Any, args: Any, kwargs: Any, own: Mapping[Any, Callable[..., Any]] | None = None
+) -> fx.GraphModule | None:
     """An operator as a graph of the operators that it is made of; None if it is not decomposed.
 
     The placeholders stand for the tensors among the arguments, in order; the output is a tuple of its results.
 
     Args:
         args, kwargs: a call, with tensors that need no values.
+        own: functions that decompose operators in another way than Inductor does.
 
     `FakeTensor.fake_mode`, `make_fx`: 2.11 to 2.13.
     """
-    table = _decompositions()
+    table = {**_decompositions(), **(own or {})}
     if target not in table:
         return None
     leaves, spec = tree_flatten((args, kwargs))

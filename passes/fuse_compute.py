@@ -26,9 +26,9 @@ class FuseCompute:
     Before:  h = mm(x, w) | s = add(h, x) | n = layer_norm(s) | mm(n, w2)
     After:   h = mm(x, w) | s, n = region(h, x) | mm(n, w2)
 
-    Norms, softmax, losses and activations are decomposed. What backward needs is a minimum cut by bytes: regions of
-    backward compute pointwise operators again. Matrix products, convolutions, attention, draws, islands and operators
-    that write keep their order; each region runs in one gap between two of them.
+    Norms, softmax, losses and activations are decomposed. What backward needs is a minimum cut by bytes or,
+    on a CPU, by time: regions of backward compute pointwise operators again. Matrix products, convolutions, attention,
+    draws, islands and operators that write keep their order; each region runs in one gap between two of them.
 
     Needs: RematerializeViews and RecomputeActivations, if at all, before; runs before InsertAllGathers. Numerics:
     changed, within `tolerance`; draws are the same.
@@ -37,7 +37,7 @@ class FuseCompute:
     """
 
     repeats_costly: bool = False
-    """exp, tanh and the like may run again in backward, as on a GPU: what is saved is then the least."""
+    """log, pow and the like may run again in backward, and what products read: the least is saved, as on a GPU."""
 
     @property
     def tolerance(self) -> float:
@@ -53,7 +53,7 @@ class FuseCompute:
         own = set(step.param_nodes().values())
         across = {node for node in made if phase_of[node] is Phase.BACKWARD and own.isdisjoint(node.all_input_nodes)}
         share_equal(step, fusable(step), across)
-        save_less(step, fusable(step), repeats_costly=self.repeats_costly or _is_on_gpu(step))
+        save_less(step, fusable(step), fewest_bytes=self.repeats_costly or _is_on_gpu(step))
         before = len(step.graph.nodes)
         calls = form_regions(step, fusable(step))
         logger.info("%d regions: %d nodes became %d", len(calls), before, len(step.graph.nodes))

@@ -83,11 +83,18 @@ def recomputable(step: StepGraph) -> set[fx.Node]:
     }
 
 
-def choose_saved(step: StepGraph, is_pinned: Callable[[fx.Node], bool]) -> tuple[set[fx.Node], set[fx.Node]]:
-    """The forward values that take the fewest bytes to save.
+def _own_bytes(node: fx.Node) -> int:
+    return tensor_bytes(node.meta.get("val"))
+
+
+def choose_saved(
+    step: StepGraph, is_pinned: Callable[[fx.Node], bool], cost: Callable[[fx.Node], int] = _own_bytes
+) -> tuple[set[fx.Node], set[fx.Node]]:
+    """The forward values that cost the least to save.
 
     Args:
         is_pinned: true for a node that must not be recomputed; nodes that are not `recomputable` are pinned anyway.
+        cost: of saving a value; default: its bytes.
 
     Returns:
         The values to save, and the nodes that backward computes again from these values.
@@ -102,7 +109,7 @@ def choose_saved(step: StepGraph, is_pinned: Callable[[fx.Node], bool]) -> tuple
     for node in compute:
         # An edge without a capacity is never cut.
         can_be_saved = _can_be_saved(node, pinned) or (node in pinned and node in needed)
-        capacity = {"capacity": tensor_bytes(node.meta.get("val"))} if can_be_saved else {}
+        capacity = {"capacity": cost(node)} if can_be_saved else {}
         network.add_edge((node, "in"), (node, "out"), **capacity)
         for source in node.all_input_nodes:
             if source in above and role(source) is Role.COMPUTE and node not in pinned:

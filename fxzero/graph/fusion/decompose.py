@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from fxzero import torch_internals
+from fxzero.graph.fusion.by_sigmoid import by_sigmoid
 from fxzero.graph.fusion.operators import COMPOSITES, is_free
 from fxzero.graph.nodes import META_KEY, Role
 from fxzero.graph.step import Phase, StepGraph
@@ -29,7 +30,7 @@ def decompose(step: StepGraph) -> set[fx.Node]:
             continue
         key = _key(node)
         if key not in traced:
-            traced[key] = torch_internals.decomposed(node.target, *_examples(node))
+            traced[key] = torch_internals.decomposed(node.target, *_examples(node), by_sigmoid(node))
         parts = traced[key]
         if parts is not None:
             made |= _splice(step, node, parts)

@@ -16,7 +16,7 @@ from typing import Any, cast
 from torch import fx
 
 from fxzero.graph import ops
-from fxzero.graph.fusion.gaps import anchors, find_gaps, is_transparent, maker
+from fxzero.graph.fusion.gaps import anchors, connected, find_gaps, is_transparent
 from fxzero.graph.nodes import META_KEY, NodeInfo, Role, info, new_value
 from fxzero.graph.regions import Region
 from fxzero.graph.step import StepGraph
@@ -39,7 +39,7 @@ def form_regions(step: StepGraph, fusable: set[fx.Node]) -> list[fx.Node]:
     calls: list[fx.Node] = []
     for number in sorted(members):
         place = behind.get(number, begin)
-        for group in _groups(members[number]):
+        for group in connected(members[number], by_inputs=True):
             made = _Former(step, group).write(place)
             calls += made[:1]
             place = made[-1] if made else _move(group, place)
@@ -105,29 +105,6 @@ def _erase_unread(graph: fx.Graph, fusable: set[fx.Node]) -> None:
 
 
 # -- regions -----------------------------------------------------------------------------------------------------------
-
-
-def _groups(nodes: Sequence[fx.Node]) -> list[list[fx.Node]]:
-    """The nodes of one gap, those together that read each other's values, or values of one maker."""
-    leader = {node: node for node in nodes}
-
-    def find(node: fx.Node) -> fx.Node:
-        while leader[node] is not node:
-            node = leader[node]
-        return node
-
-    reads: dict[fx.Node, fx.Node] = {}
-    for node in nodes:
-        for source in node.all_input_nodes:
-            made_by = maker(source)
-            if made_by in leader:
-                leader[find(node)] = find(made_by)
-            elif made_by.op == "call_function":
-                leader[find(node)] = find(reads.setdefault(made_by, node))
-    groups: dict[fx.Node, list[fx.Node]] = {}
-    for node in nodes:
-        groups.setdefault(find(node), []).append(node)
-    return list(groups.values())
 
 
 class _Former:

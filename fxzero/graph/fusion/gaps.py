@@ -8,18 +8,18 @@ made of.
 early     an operator runs as soon as its inputs are there: behind the product that it follows
 late      what backward computes of forward's values alone, and what is computed of parameters alone, runs where it is
           first read; else all layers' would run, and be held, when the phase begins
-joining   what only later regions read runs with the first of them, if it would not run with what it reads
+joining   pointwise operators that only later regions read run with the first of them
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 from torch import fx
 
-from fxzero.graph.fusion.operators import is_free
+from fxzero.graph.fusion.operators import is_free, is_reduction
 from fxzero.graph.step import StepGraph
 
 
@@ -60,17 +60,53 @@ def find_gaps(step: StepGraph, fusable: set[fx.Node], at: dict[fx.Node, int]) ->
     boundary = step.end_forward
     edge = len(at) + 1 if boundary is None else at[boundary]
     gap, late = _earliest(step, fusable, at, edge)
+
+    def first_read(node: fx.Node) -> int:
+        """The gap of what reads a node first, 0 for a node that is only returned."""
+        return min((gap[each] if each in gap else at.get(each, len(at) + 1) - 1 for each in readers(node)), default=0)
+
     for node in reversed(step.graph.nodes):
-        if node not in gap:
-            continue
-        reading = list(readers(node))
-        until = min((gap[each] if each in gap else at.get(each, len(at) + 1) - 1 for each in reading), default=0)
-        if gap[node] < edge:
-            until = min(until, edge - 1)
-        is_joined = any(gap.get(maker(source)) == gap[node] for source in node.all_input_nodes)
-        if node in late or (not is_joined and all(each in gap for each in reading)):
-            gap[node] = max(gap[node], until)
+        if node in late:
+            until = first_read(node)
+            gap[node] = max(gap[node], min(until, edge - 1) if gap[node] < edge else until)
+    for number in sorted(set(gap.values()), reverse=True):
+        for together in connected([node for node in gap if gap[node] == number]):
+            inside = set(together)
+            outside = [(node, each) for node in together for each in readers(node) if each not in inside]
+            if not outside or any(each not in gap for _, each in outside):
+                continue
+            until = min(gap[each] for _, each in outside)
+            stays_in_phase = (until < edge) == (number < edge)
+            if stays_in_phase and (len(together) == 1 or not any(map(is_reduction, together))):
+                gap.update(dict.fromkeys(together, until))
     return gap
+
+
+def connected(nodes: Sequence[fx.Node], *, by_inputs: bool = False) -> list[list[fx.Node]]:
+    """Nodes in groups: those together that read each other's values.
+
+    Args:
+        by_inputs: those too that read values of one operator outside.
+    """
+    leader = {node: node for node in nodes}
+
+    def find(node: fx.Node) -> fx.Node:
+        while leader[node] is not node:
+            node = leader[node]
+        return node
+
+    reads: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        for source in node.all_input_nodes:
+            made_by = maker(source)
+            if made_by in leader:
+                leader[find(node)] = find(made_by)
+            elif by_inputs and made_by.op == "call_function":
+                leader[find(node)] = find(reads.setdefault(made_by, node))
+    groups: dict[fx.Node, list[fx.Node]] = {}
+    for node in nodes:
+        groups.setdefault(find(node), []).append(node)
+    return list(groups.values())
 
 
 def _earliest(
