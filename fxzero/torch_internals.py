@@ -342,12 +342,16 @@ def current_function_mode() -> Any:
     return torch.overrides._get_current_function_mode()  # pyright: ignore[reportPrivateUsage]
 
 
+DEVICE: Any = torch.ops.prim.device.default
+"""The operator that asks a tensor of a Python class for its device."""
+
+
 def answer_device(op: Any, args: Any) -> torch.device | None:
     """The device of a fake tensor if `op` asks for it, else None. Two thirds of all calls of a dispatch mode ask so.
 
     `prim.device`, `FakeTensor.fake_device`: 2.11 to 2.13.
     """
-    if op is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+    if op is DEVICE and isinstance(args[0], FakeTensor):
         return args[0].fake_device
     return None
 

@@ -483,10 +483,10 @@ class _Interceptor(torch_internals.DispatchMode):
         self._recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch_internals.DEVICE and (device := torch_internals.answer_device(func, args)):
+            return device
         is_seen = self._reads.pause()
         try:
-            if device := torch_internals.answer_device(func, args):
-                return device
             if self.values is not None and (outcome := self.values.decide(func, args)) is not None:
                 return outcome
             if self._marks is not None:

@@ -35,8 +35,8 @@ class KnownResults:
 
     def __init__(self, fake_mode: Any) -> None:
         self._mode = fake_mode
-        self._known: dict[Any, list[Any] | None] = {}
-        """Geometries of results; None where they are not made again."""
+        self._known: dict[Any, tuple[bool, list[Any]] | None] = {}
+        """Whether a result lies in the memory of the first tensor, and geometries; None where none is made again."""
 
     def run(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any]) -> Any:
         """The result of an operator.
@@ -53,13 +53,14 @@ class KnownResults:
             return run(op, args, kwargs)
         if key not in self._known:
             result = run(op, args, kwargs)
-            self._known[key] = _geometries(op, result, tensors)
+            self._known[key] = _described(op, result, tensors)
             return result
         known = self._known[key]
         if known is None:
             return run(op, args, kwargs)
-        viewed = tensors[0] if torch_internals.is_view_operator(op) else None
-        made = [torch_internals.make_fake(self._mode, each, viewed) for each in known]
+        is_view, geometries = known
+        viewed = tensors[0] if is_view else None
+        made = [torch_internals.make_fake(self._mode, each, viewed) for each in geometries]
         return made[0] if torch_internals.num_results(op) == 1 else tuple(made)
 
 
@@ -89,15 +90,18 @@ def _key(value: Any, tensors: list[Tensor]) -> Any:
     raise _UnknownArgumentError
 
 
-def _geometries(op: Any, result: Any, tensors: list[Tensor]) -> list[Any] | None:
-    """The geometries of results that are new tensors, or of a view of the first tensor among the arguments."""
+def _described(op: Any, result: Any, tensors: list[Tensor]) -> tuple[bool, list[Any]] | None:
+    """The geometries of results that are new tensors, or of one in the memory of the first tensor of the arguments.
+
+    Some are views that no schema declares (of `_unsafe_view`, say); the storages tell.
+    """
     results: list[Any] = [result] if isinstance(result, Tensor) else list(result)
     if not tensors or any(torch_internals.fake_geometry(each) is None for each in results):
         return None
-    if torch_internals.is_view_operator(op):
-        is_usual = len(results) == 1 and torch_internals.same_storage(results[0], tensors[0])
-    else:
-        storages = {torch_internals.storage_id(each) for each in (*tensors, *results)}
-        of_arguments = {torch_internals.storage_id(each) for each in tensors}
-        is_usual = len(storages) == len(of_arguments) + len(results) and not any(e.storage_offset() for e in results)
-    return [torch_internals.fake_geometry(each) for each in results] if is_usual else None
+    geometries = [torch_internals.fake_geometry(each) for each in results]
+    if len(results) == 1 and torch_internals.same_storage(results[0], tensors[0]):
+        return True, geometries
+    storages = {torch_internals.storage_id(each) for each in (*tensors, *results)}
+    of_arguments = {torch_internals.storage_id(each) for each in tensors}
+    is_new = len(storages) == len(of_arguments) + len(results) and not any(each.storage_offset() for each in results)
+    return (False, geometries) if is_new and not torch_internals.is_view_operator(op) else None
