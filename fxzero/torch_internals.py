@@ -27,6 +27,7 @@ import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch._prims_common import make_channels_last_strides_for, make_contiguous_strides_for
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import in_kernel_invocation_manager
 from torch.distributed._composable.contract import REGISTRY_KEY
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.utils import _apply_to_tensors  # pyright: ignore[reportPrivateUsage]
@@ -274,9 +275,13 @@ def has_symbolic_shape(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and any(map(is_symbolic, (*value.shape, *value.stride())))
 
 
+MAX_FAKE_RESULTS = 4096
+"""Results of fake operators that are kept from one plan to the next."""
+
+
 @contextlib.contextmanager
-def fake_results_forgotten() -> Generator[None]:
-    """Drop what fake operators inside the block add to torch's cache, which lives as long as the process.
+def few_fake_results() -> Generator[None]:
+    """Drop what fake operators inside the block add to torch's cache, which lives as long as the process, if it is much.
 
     `FakeTensorMode.cache`: 2.11 to 2.13.
     """
@@ -285,13 +290,41 @@ def fake_results_forgotten() -> Generator[None]:
     try:
         yield
     finally:
-        while len(cache) > before:
-            cache.popitem()
+        if len(cache) > MAX_FAKE_RESULTS:
+            while len(cache) > before:
+                cache.popitem()
 
 
 def is_fake(value: object) -> TypeGuard[torch.Tensor]:
     """True for a tensor without memory. `FakeTensor`: 2.11 to 2.13."""
     return isinstance(value, FakeTensor)
+
+
+def fake_geometry(tensor: Any) -> tuple[Any, ...] | None:
+    """Shape, strides, offset, dtype and device of a fake tensor; None for another one, or if they do not say it all.
+
+    `FakeTensor.fake_device`, `constant`: 2.11 to 2.13.
+    """
+    if type(tensor) is not FakeTensor or tensor.constant is not None or tensor.layout is not torch.strided:
+        return None
+    if tensor.dtype.is_complex or tensor.is_neg() or has_symbolic_shape(tensor):
+        return None
+    return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.fake_device
+
+
+def make_fake(mode: Any, geometry: tuple[Any, ...], viewed: torch.Tensor | None) -> torch.Tensor:
+    """A fake tensor of a geometry, as of `fake_geometry`: a view of another one, or a new one.
+
+    `in_kernel_invocation_manager`, `FakeTensor`: 2.11 to 2.13.
+    """
+    shape, strides, offset, dtype, device = geometry
+    with in_kernel_invocation_manager(mode):
+        made = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    if viewed is not None:
+        storage = viewed.untyped_storage()
+        with in_kernel_invocation_manager(mode):
+            made.set_(storage, offset, shape, strides)
+    return FakeTensor(mode, made, device)
 
 
 def device_of(tensor: torch.Tensor) -> torch.device:
@@ -355,12 +388,16 @@ def current_function_mode() -> Any:
     return torch.overrides._get_current_function_mode()  # pyright: ignore[reportPrivateUsage]
 
 
+DEVICE: Any = torch.ops.prim.device.default
+"""The operator that asks a tensor of a Python class for its device."""
+
+
 def answer_device(op: Any, args: Any) -> torch.device | None:
     """The device of a fake tensor if `op` asks for it, else None. Two thirds of all calls of a dispatch mode ask so.
 
     `prim.device`, `FakeTensor.fake_device`: 2.11 to 2.13.
     """
-    if op is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+    if op is DEVICE and isinstance(args[0], FakeTensor):
         return args[0].fake_device
     return None
 
@@ -566,6 +603,20 @@ def named_arguments(overload: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     declared = overload._schema.arguments
     defaults = {each.name: each.default_value for each in declared if each.has_default_value()}
     return {**defaults, **{each.name: value for each, value in zip(declared, args, strict=False)}, **kwargs}
+
+
+@functools.cache
+def is_view_operator(overload: Any) -> bool:
+    """True for an operator whose result is a view. `OpOverload.is_view`: 2.11 to 2.13."""
+    return bool(overload.is_view)
+
+
+@functools.cache
+def gives_tensors(overload: Any) -> bool:
+    """True for an operator that returns new tensors alone, or one view. `OpOverload._schema`: 2.11 to 2.13."""
+    returns = overload._schema.returns
+    is_view = is_view_operator(overload) and len(returns) == 1
+    return bool(returns) and all(str(each.type) == "Tensor" and (is_view or not each.alias_info) for each in returns)
 
 
 def num_results(overload: Any) -> int:

@@ -41,6 +41,7 @@ from fxzero.capture.numbers import PinnedNumberError, StandIns
 from fxzero.capture.outputs import OutputSpec, flatten_output, loss_index
 from fxzero.capture.provenance import Recorder, runs_python
 from fxzero.capture.reads import Reads
+from fxzero.capture.repeats.known_results import KnownResults
 from fxzero.capture.repeats.record import Record
 from fxzero.capture.slots import Read, Slot
 from fxzero.capture.state import tensors_read
@@ -219,12 +220,13 @@ class Tracing:
         if self.record is not None:
             self.record.begin(state, inputs)
         recording = contextlib.nullcontext() if self.record is None else self.record.following()
+        results = KnownResults(self._fake_mode) if self.rehearses else None
         leaves: dict[str | int, Tensor] = {}
-        results: list[Any] = []
+        grads_of_leaves: list[Any] = []
         values = KnownValues(inputs, self.inputs)
         # A checkpoint runs modules in backward, so the stand-ins stay until its end.
         with (
-            _Interceptor(draws, recorder, self.reads, self.marks, self.record) as interceptor,
+            _Interceptor(draws, recorder, self.reads, self.marks, self.record, results) as interceptor,
             torch_internals.known_to_libraries(values.is_known),
             recorder.following(),
             swapped_tensors(self.module, state),
@@ -273,7 +275,7 @@ class Tracing:
                 outputs = [tensors[index] for index in chosen]
                 follows = self.reads.following() if runs_python(outputs) else contextlib.nullcontext()
                 with follows, self.observers.watching(self.module):  # a checkpoint runs hooks of forward again
-                    results = self._backward(outputs, [*leaves.values()], recorder)
+                    grads_of_leaves = self._backward(outputs, [*leaves.values()], recorder)
                 self._check_state_of_backward(then)
                 set_data.check_backward()
         recorder.label()
@@ -284,7 +286,7 @@ class Tracing:
             spec, len(tensors), differentiable, chosen, tuple(state.rebound), grads, input_grads, writes, observers,
             len(left_behind), tuple(values.branches),
         )  # fmt: skip
-        return [*left_behind, *tensors, *state.rebound.values(), *results]
+        return [*left_behind, *tensors, *state.rebound.values(), *grads_of_leaves]
 
     def _check_state_of_backward(self, then: Moment) -> None:
         name = self.before.changed_since(then)
@@ -475,10 +477,16 @@ class _Interceptor(torch_internals.DispatchMode):
     """Runs every operator below autograd: draws go through `Draws`, and each node gets its source line."""
 
     def __init__(
-        self, draws: Draws, recorder: Recorder, reads: Reads, marks: Marks | None, record: Record | None
+        self,
+        draws: Draws,
+        recorder: Recorder,
+        reads: Reads,
+        marks: Marks | None,
+        record: Record | None,
+        results: KnownResults | None,
     ) -> None:
         super().__init__()
-        self._marks, self._record = marks, record
+        self._marks, self._record, self._results = marks, record, results
         self.watch: Watch | None = None
         self.values: KnownValues | None = None
         self._reads = reads
@@ -489,13 +497,13 @@ class _Interceptor(torch_internals.DispatchMode):
         if torch_internals.has_dtensors(types):
             refuse_draw(func, args, kwargs or {})
             return NotImplemented  # a DTensor runs operators on local tensors, which come here
+        if func is torch_internals.DEVICE and (device := torch_internals.answer_device(func, args)):
+            return device
         if writes_across_ranks(func):
             with self:
                 return run_functional(func, args, kwargs or {})
         is_seen = self._reads.pause()
         try:
-            if device := torch_internals.answer_device(func, args):
-                return device
             if self.values is not None and (outcome := self.values.decide(func, args)) is not None:
                 return outcome
             if self._marks is not None:
@@ -504,7 +512,11 @@ class _Interceptor(torch_internals.DispatchMode):
                 raise CaptureError(f"A hook reads the values of a tensor ({func}).")
             args = with_equal_strides(func, args)
             run = run_declared if writes_undeclared(func) else self._draws.run
-            result = with_real_strides(func, args, run(func, args, kwargs or {}))
+            if self._results is None:
+                result = run(func, args, kwargs or {})
+            else:
+                result = self._results.run(func, args, kwargs or {}, run)
+            result = with_real_strides(func, args, result)
             if self._record is not None:
                 self._record.add(func, args, kwargs or {}, result)
             if self.watch is not None:

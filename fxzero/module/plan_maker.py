@@ -96,7 +96,7 @@ class PlanMaker:
         with (
             torch.inference_mode(False),
             torch_internals.outside_of_autograd_modes(),
-            torch_internals.fake_results_forgotten(),
+            torch_internals.few_fake_results(),
             agree.busy(self.sharded.group),
             gc_paused(),
         ):
