@@ -193,6 +193,13 @@ def _flatten_opened(
     return flat, _Tree(treespec, paths), leaves
 
 
+def flatten_any(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], TreeSpec]:
+    """The leaves of arguments, and their structure: objects of own classes by attributes, where there are any."""
+    leaves, structure = tree_flatten((args, dict(kwargs)))
+    has_objects = any(can_be_opened(leaf) for leaf in leaves if not isinstance(leaf, (Tensor, *_PLAIN)))
+    return tree_flatten(open_objects(args, kwargs)) if has_objects else (leaves, structure)
+
+
 def open_objects(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The arguments, with objects of own classes as nodes of a tree."""
     return tree_map(_open, (args, dict(kwargs)))

@@ -126,6 +126,7 @@ class Tracing:
         self._fake_mode = torch_internals.fake_tensor_mode() if self.stand_ins is None else self.stand_ins.fake_mode
         self.before = Before(self.module)
         self.reads = Reads(self.module, self.before.add, self.before.add_place, self.before.alive)
+        self.before.met = self.reads.met
         self.observers = Observers(self.reads, self.before, self.device.type)
         self._recorder: Recorder | None = None
         self._of_islands: set[Slot] = set()

@@ -101,7 +101,7 @@ class Reads:
         """The variables of its closure that code sets."""
         self._made_here: set[int] = set()
         """Ids of objects made in forward: their state is nobody's."""
-        self._met: list[Any] = []
+        self.met: list[Any] = []
         """Values that were followed."""
         self._stores: list[tuple[dict[Any, Any], str, str]] = []
         """What `on_store` was called with."""
@@ -125,7 +125,7 @@ class Reads:
         """
         for slot, read in other.found.items():
             self._add(slot, read)
-        for value in other._met:
+        for value in other.met:
             self._follow(value)
         for store in other._stores:
             self._on_store(*store)
@@ -347,7 +347,7 @@ class Reads:
             return
         self._followed.add(id(value))
         self._alive.append(value)
-        self._met.append(value)
+        self.met.append(value)
         if isinstance(value, tuple) or is_container(value):
             self._on_object(value)
             for item in list(value.values() if isinstance(value, dict) else value):

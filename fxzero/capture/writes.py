@@ -105,6 +105,8 @@ class Before:
         """Maps the id of a container to it and to what it held."""
         self.alive: list[Any] = []
         """Objects whose ids are in use."""
+        self.met: list[Any] = []
+        """Values that were followed, among them some that forward made."""
         self._entries: list[tuple[dict[Any, Any], Any, Any]] = []
         """Entries that symbolic numbers take the place of, with their numbers."""
         self._places: dict[Slot, tuple[dict[Any, Any], str, Any, str]] = {}
@@ -205,8 +207,13 @@ class Before:
 
     def _is_forgotten(self, container: Any) -> bool:
         """True for a container that only this object holds any more: the forward made it, and it is over."""
-        others = [each for each in gc.get_referrers(container) if not isinstance(each, types.FrameType)]
-        return all(each is self.alive or (isinstance(each, tuple) and each[0] is container) for each in others)
+        known = {id(self.alive), id(self.met)}
+        for each in gc.get_referrers(container):
+            is_running = isinstance(each, types.FrameType) or getattr(each, "gi_code", None) is _CHANGES
+            is_entry = isinstance(each, tuple) and each[0] is container
+            if not (is_running or is_entry or id(each) in known):
+                return False
+        return True
 
     def _changes_of(
         self, container: Any, before: Any, given: Mapping[Slot, Any]
@@ -286,7 +293,8 @@ class Before:
                     return self._name_of(attributes, name)
         for key, (container, before) in self._containers.items():
             content = then.containers.get(key, before)
-            if len(container) != len(content) or not all(map(_is_equal, _items(container), _items(content))):
+            is_equal = len(container) == len(content) and all(map(_is_equal, _items(container), _items(content)))
+            if not (container == content if isinstance(container, set) else is_equal):
                 return self._name_of(container, None)
         for slot, (owner, key, before, name) in self._places.items():
             if not _is_equal(owner.get(key, ABSENT), then.places.get(slot, before)):
@@ -367,6 +375,10 @@ class Before:
         return f"{name}.{key}".removeprefix("the model.") if is_attribute else f"{name}[{key!r}]"
 
 
+_CHANGES = Before._changes.__code__  # pyright: ignore[reportPrivateUsage]
+"""Of the generator that looks at containers, and holds each while it does."""
+
+
 def _deletes(name: str) -> str:
     return f"The forward deletes {name}, which a compiled step cannot do again. Set it to None."
 
@@ -381,6 +393,8 @@ def put(entries: Iterable[tuple[dict[Any, Any], Any, Any]]) -> None:
 
 
 def _differs(container: Any, content: Any) -> bool:
+    if isinstance(container, set):  # a copy may have another order
+        return container != content
     if isinstance(container, dict) and container.keys() != content.keys():
         return True
     return len(container) != len(content) or not all(map(_is, _items(container), _items(content)))

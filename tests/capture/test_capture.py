@@ -177,6 +177,15 @@ class Scale(nn.Module):
         return x * self.factor
 
 
+def test_a_set_that_only_has_another_order_is_no_change():
+    names = {"temb", "args", "kwargs", "attention_mask", "hidden_states", "encoder_hidden_states", "attn"}
+
+    def forward(self, x):
+        return Double.apply(self.lin(x)).sum() * len([name for name in names if name in names])
+
+    check_against_eager(module_of(forward), torch.randn(2, 4))
+
+
 def test_a_module_that_forward_makes_and_moves_to_a_device():
     check_against_eager(module_of(lambda self, x: Scale().to(x.device)(self.lin(x)).sum()), torch.randn(2, 4))
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fxzero import torch_internals
+from fxzero.capture.call import flatten_any
 from fxzero.capture.draws import Draws
 from fxzero.capture.dtensors import is_dtensor
 from fxzero.capture.fake_tensors import FakeState
@@ -29,7 +30,6 @@ from fxzero.capture.slots import PLAIN, Read, Slot
 from fxzero.capture.writes import Before
 from fxzero.errors import CaptureError
 from fxzero.graph.layout import ParamSpec
-from fxzero.torch_internals import tree_flatten
 
 logger = logging.getLogger(__name__)
 
@@ -444,7 +444,7 @@ class Marks:
         self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Site, list[Tensor], list[Tensor], list[Tensor]]:
         """A site for a call, and its inputs, parameters and buffers."""
-        leaves, structure = tree_flatten((args, kwargs))
+        leaves, structure = flatten_any(args, kwargs)
         at = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         tensors = [leaves[index] for index in at]
         for leaf in leaves:

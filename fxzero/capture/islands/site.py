@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxzero import torch_internals
+from fxzero.capture.call import flatten_any
 from fxzero.capture.draws import drawing_from, rng_state
 from fxzero.capture.islands.facts import UNKNOWN, Modes
 from fxzero.capture.islands.geometry import Geometry
@@ -16,7 +17,7 @@ from fxzero.capture.islands.run import Run
 from fxzero.capture.islands.saved import NotingSaved, Saved, Spans
 from fxzero.errors import IslandError
 from fxzero.graph.layout import ParamSpec
-from fxzero.torch_internals import TreeSpec, tree_flatten, tree_unflatten
+from fxzero.torch_internals import TreeSpec, tree_unflatten
 
 Slots = tuple[tuple[dict[str, Any], str, int], ...]
 """Where modules hold tensors: a table, the key in it, and the index of the tensor; a tied one is held twice."""
@@ -196,9 +197,11 @@ class Site:
 
     def _check_arguments(self, given: Sequence[Any], args: Any, kwargs: Any) -> None:
         """Raise IslandError if the call has changed a list or a dict that it was given, which is a copy."""
-        now, structure = tree_flatten((args, kwargs))
+        now, structure = flatten_any(args, kwargs)
         if structure != self.structure or not all(a is b for a, b in zip(given, now, strict=True)):
-            raise IslandError(f"{self} changes a list or a dict that it is given. Let it return what is new.")
+            raise IslandError(
+                f"{self} changes a list, a dict or an object that it is given. Let it return what is new."
+            )
 
     def _note_rebound(self, buffers: list[Tensor]) -> None:
         """Take the buffers that the modules hold now."""

@@ -36,18 +36,22 @@ _ON_CPU = (
     aten._native_batch_norm_legit.no_stats,
     aten.native_batch_norm.default,
     aten.native_batch_norm_backward.default,
+    aten.native_group_norm.default,
+    aten.native_group_norm_backward.default,
 )
+_OF_SECOND = (aten.native_batch_norm_backward.default, aten.native_group_norm_backward.default)
+"""Operators whose second argument is what the first is of the others."""
 
 
 def with_real_strides(op: Any, args: tuple[Any, ...], result: Any) -> Any:
     """The result of an operator with the strides that its kernel gives it, where its fake version has others.
 
-    Batch norm on the CPU makes its first result in the memory format of its input, contiguous if it has none; the fake
-    version keeps the strides of the input.
+    Batch norm and group norm on the CPU make their first result in the memory format of their input, contiguous if it
+    has none; the fake versions keep the strides of the input, or make it contiguous.
     """
     if op not in _ON_CPU:
         return result
-    x, first = args[1 if op is aten.native_batch_norm_backward.default else 0], result[0]
+    x, first = args[1 if op in _OF_SECOND else 0], result[0]
     if x.device.type != "cpu" or not isinstance(first, torch.Tensor):
         return result
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}

@@ -30,7 +30,6 @@ _CONTIGUOUS: dict[Any, tuple[int, ...]] = {
     aten.huber_loss_backward.default: (0, 1, 2),
     aten._log_softmax_backward_data.default: (0, 1),  # pyright: ignore[reportPrivateUsage]
     aten.native_layer_norm_backward.default: (0, 1),
-    aten.native_group_norm_backward.default: (0, 1),
 }
 """Arguments that must be contiguous, as the result is."""
 

@@ -6,6 +6,7 @@ import random
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pytest
@@ -126,6 +127,36 @@ def test_what_a_trace_cannot_look_into(part: Callable[[], nn.Module]) -> None:
 def test_a_frozen_parameter_that_an_island_makes_itself() -> None:
     seed_all(0)
     train_both(Around(Part(lambda self, y: y * nn.Parameter(torch.tensor([3.0]), requires_grad=False))))
+
+
+@dataclass
+class Graph:
+    x: Tensor
+    kind: str = "plain"
+
+
+class TakesGraphs(nn.Module):
+    """A part that is given an object of an own class, in a model that is given one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Part(lambda self, graph: graph.x)
+
+    def forward(self, graph: "Graph | Tensor") -> Tensor:
+        x = graph.x if isinstance(graph, Graph) else graph
+        return self.part.linear(x[x[:, 0] > 0]).square().mean()
+
+
+def test_a_model_that_is_one_island_is_given_an_object_of_an_own_class() -> None:
+    seed_all(0)
+    plain = TakesGraphs()
+    with pytest.warns(UserWarning, match="whole model runs as one island"):
+        zero = fxzero.compile(copy.deepcopy(plain))
+        assert torch.equal(zero(Graph(points(0))), plain(Graph(points(0))))
+    zero(Graph(points(1))).backward()
+    plain(Graph(points(1))).backward()
+    found, expected = zero.part.linear.weight.grad, plain.part.linear.weight.grad
+    assert found is not None and expected is not None and torch.equal(found.flatten(), expected.flatten())
 
 
 class Results(NamedTuple):

@@ -1,5 +1,6 @@
 import copy
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,11 +32,26 @@ class Turned(nn.Module):
         return torch.cat([(each * (1 + index)).reshape(-1) for index, each in enumerate(found)])
 
 
-def test_operators_whose_results_have_the_strides_of_one_argument() -> None:
+class Images(nn.Module):
+    """Group norm over images whose channels lie last, as attention over pixels leaves them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.norm, self.outer = nn.Linear(8, 8), nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        images = self.inner(x).transpose(1, 2).view(-1, 8, 5, 5)
+        return F.silu(self.norm(self.outer(F.silu(self.norm(images)))))
+
+
+@pytest.mark.parametrize(("build", "shape"), [(Turned, (2, 4, 6)), (Images, (2, 25, 8))])
+def test_operators_whose_results_have_the_strides_of_one_argument(
+    build: type[nn.Module], shape: tuple[int, ...]
+) -> None:
     torch.manual_seed(0)
-    plain = Turned()
+    plain = build()
     zero = fxzero.compile(copy.deepcopy(plain))
-    x = torch.randn(2, 4, 6)
+    x = torch.randn(shape)
     for model in (plain, zero):
         model(x).square().sum().backward()
     assert torch.equal(zero(x), plain(x))
