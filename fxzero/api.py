@@ -337,6 +337,11 @@ class ZeroModule(nn.Module):
     # -- what belongs to the model -------------------------------------------------------------------------------
 
     @property
+    def __class__(self) -> type[Any]:
+        """The class of the model, so that `isinstance(zero, type(model))` holds; `type(zero)` is a ZeroModule."""
+        return type(self._fxzero_model)
+
+    @property
     def training(self) -> bool:
         """`training` of the model itself."""
         return self._fxzero_model.training
@@ -440,6 +445,8 @@ class ZeroModule(nn.Module):
             RankMismatchError: ranks do different things, or have taken different numbers of steps.
         """
         sharded = self._fxzero_engine.sharded
+        if sharded.parallel:
+            raise FxzeroError("Ranks of tensor parallelism cannot leave out a step together; step without this block.")
         with step_together(sharded.comm.phases, sharded.group, sharded.timeout):
             yield
 
