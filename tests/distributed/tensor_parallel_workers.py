@@ -248,7 +248,8 @@ def train_tied(rank: int, world_size: int) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     scaler.scale(zero.train()(batch(8, own))).backward()
     if rank == 1:
-        next(param for param in zero.parameters() if param.numel()).grad.view(-1)[0] = float("inf")
+        grads = [param.grad for param in zero.parameters() if param.numel() and param.grad is not None]
+        grads[0].view(-1)[0] = float("inf")
     scaler.step(optimizers[0])
     scaler.update()
     assert scaler.get_scale() == 2.0
