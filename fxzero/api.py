@@ -154,6 +154,7 @@ def compile(
             inside), say `init_device_mesh("cuda", (num_nodes, ranks_per_node), mesh_dim_names=("replicate", "shard"))`,
             lets every node shard over its own ranks, as a replica of the other nodes (HSDP, MiCS). All gathers stay
             inside a node; gradient shards cross nodes after a reduce-scatter inside. The batch is that of all ranks.
+            Of a model that `parallelize_module` has cut, the other dimensions; see `docs/tensor_parallel.md`.
         across: the relation of the nodes of a 2-D mesh. "replicate" makes them replicas. "shard" shares the shards
             among all ranks, as in one group; each node keeps parameters that it gathered from other nodes in secondary
             shards, so that gathers in backward and in further micro-steps stay inside it (hpZ of ZeRO++). Gradients
@@ -337,6 +338,11 @@ class ZeroModule(nn.Module):
     # -- what belongs to the model -------------------------------------------------------------------------------
 
     @property
+    def __class__(self) -> type[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The class of the model, so that `isinstance(zero, type(model))` holds; `type(zero)` is a ZeroModule."""
+        return type(self._fxzero_model)
+
+    @property
     def training(self) -> bool:
         """`training` of the model itself."""
         return self._fxzero_model.training
@@ -440,6 +446,8 @@ class ZeroModule(nn.Module):
             RankMismatchError: ranks do different things, or have taken different numbers of steps.
         """
         sharded = self._fxzero_engine.sharded
+        if sharded.parallel:
+            raise FxzeroError("Ranks of tensor parallelism cannot leave out a step together; step without this block.")
         with step_together(sharded.comm.phases, sharded.group, sharded.timeout):
             yield
 

@@ -53,7 +53,8 @@ def test_names_are_those_of_the_model_before_and_after_the_first_call() -> None:
 
 
 def test_attributes_and_methods_reach_the_model() -> None:
-    zero, _ = pair(Configured())
+    zero, plain = pair(Configured())
+    assert isinstance(zero, type(plain)) and isinstance(zero, fxzero.ZeroModule) and not isinstance(zero, nn.Linear)
     assert zero.config == {"hidden": 8}
     assert zero.head_size() == 5
     zero.calls = 3

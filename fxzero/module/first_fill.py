@@ -12,7 +12,6 @@ from fxzero import torch_internals
 from fxzero.capture.draws import rng_state
 from fxzero.comm import agree
 from fxzero.comm.groups import Hierarchy
-from fxzero.comm.tensor_parallel import Parts
 from fxzero.comm.without_ranks import PlanningComm
 from fxzero.errors import CheckpointError, FxzeroError, OptimizerError
 from fxzero.graph.layout import Layout
@@ -141,7 +140,9 @@ def _fill(
         if not is_marked(optimizer, parts):  # a marked one has the state of shards, loaded before they were made
             cut_state(optimizer, parts)
     if sharded.sync_init:
-        _send_to_parts(sharded)
+        whole = [param for fqn, param in sharded.params.items() if not sharded.specs[fqn].is_cut]
+        for tensor in [*whole, *sharded.model.buffers()]:
+            sharded.send_to_parts(tensor)
     shard_full_params(shards, sharded.params, sharded.comm, sync_init=sharded.sync_init, from_rank0=from_rank0)
     for module in sharded.model.modules():
         torch_internals.forget_flat_weights(module)
@@ -157,17 +158,6 @@ def _fill(
     if sharded.sync_init:
         for buffer in sharded.model.buffers():
             sharded.comm.broadcast_from_rank0(buffer)
-
-
-def _send_to_parts(sharded: ShardedModel) -> None:
-    """Let all ranks of tensor parallelism have equal parameters and buffers where none has a part of its own."""
-    parallel = next(iter(sharded.parallel.values()), None)
-    if parallel is None:
-        return
-    whole = [param for fqn, param in sharded.params.items() if not sharded.specs[fqn].is_cut]
-    for tensor in [*whole, *sharded.model.buffers()]:
-        if not tensor.is_meta:
-            Parts(parallel).broadcast_from_rank0(tensor)
 
 
 def _rng_state_of_rank0(sharded: ShardedModel) -> torch.Tensor:

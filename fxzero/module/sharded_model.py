@@ -17,6 +17,7 @@ from fxzero.checkpoint.pieces import Pieces
 from fxzero.comm import agree
 from fxzero.comm.base import Comm
 from fxzero.comm.groups import Group
+from fxzero.comm.tensor_parallel import Parts
 from fxzero.errors import FxzeroError, InputMismatchError
 from fxzero.graph.devices import Devices
 from fxzero.graph.layout import Layout, ParamSpec
@@ -139,6 +140,12 @@ class ShardedModel:
     def is_rank0(self) -> bool:
         """True on one rank alone, which has what only rank 0 is to have."""
         return self.comm.is_rank0 and not any(each.mesh.get_local_rank() for each in self.parallel.values())
+
+    def send_to_parts(self, tensor: Tensor) -> None:
+        """Let all ranks of tensor parallelism have what its first rank has, if there are such; not on meta."""
+        parallel = next(iter(self.parallel.values()), None)
+        if parallel is not None and not tensor.is_meta:
+            Parts(parallel).broadcast_from_rank0(tensor)
 
     @property
     def cut_by(self) -> TensorParallel | None:

@@ -124,6 +124,7 @@ def _buffer_copies(sharded: ShardedModel, *, rank0_only: bool) -> dict[str, torc
             copies[entry.fqn] = copy = entry.tensor.detach().clone()
             if not rank0_only and _has_rank0(sharded):
                 sharded.comm.broadcast_from_rank0(copy)
+                sharded.send_to_parts(copy)
     return copies
 
 
@@ -156,8 +157,10 @@ def full_copies(
             given = {fqn: param for fqn, param in given.items() if of is None or fqn in of}
             copies = {fqn: param.detach().clone() for fqn, param in given.items()}
             if not rank0_only and _has_rank0(sharded):
-                for copy in copies.values():
+                for fqn, copy in copies.items():
                     sharded.comm.broadcast_from_rank0(copy)
+                    if not sharded.specs[fqn].is_cut:
+                        sharded.send_to_parts(copy)
             copies = {fqn: whole_of(sharded.specs[fqn].parallel, copy) for fqn, copy in copies.items()}
             return copies if sharded.is_rank0 or not rank0_only else {}
         fix_layout_without_trace(sharded)

@@ -10,7 +10,6 @@ from torch import nn
 from fxzero import torch_internals
 from fxzero.errors import FxzeroError, PlanError
 from fxzero.graph.layout import ALIGNMENT_BYTES, Bucket, align
-from fxzero.graph.tensor_parallel import TensorParallel
 from fxzero.graph.variant import Stash, Variant
 from fxzero.runtime.shards import FlatBuffer, Shards, member_of
 
@@ -62,6 +61,8 @@ class Gradients:
         """
         self.are_there = False
         """True once a backward has reduced gradients."""
+        self.parallel = next((spec.parallel for spec in shards.layout.params if spec.is_cut), None)
+        """The ranks of tensor parallelism, if they have other parts of some parameters."""
 
     def view(self, fqn: str) -> torch.Tensor:
         """The one tensor object that is ever `.grad` of a parameter."""
@@ -94,12 +95,6 @@ class Gradients:
     def each(self) -> list[torch.Tensor]:
         """This rank's slice of each gradient that there can be."""
         return [view for _, view in self._pairs]
-
-    @property
-    def parallel(self) -> TensorParallel | None:
-        """The ranks of tensor parallelism, if they have other parts of some parameters."""
-        cut = (spec.parallel for spec in self._shards.layout.params if spec.is_cut)
-        return next(cut, None)
 
     def parts(self, *, is_cut: bool) -> Generator[torch.Tensor]:
         """This rank's slices of the gradient buffer, flat with their padding, of one kind of parameters.

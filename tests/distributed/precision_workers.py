@@ -107,6 +107,8 @@ class Mixed:
     world_size: int
     dtypes: Dtypes
     ranks_per_node: int | None = None
+    divisor: float | None = None
+    """By which sums over ranks are divided; None: their number."""
     unsent: list[dict[str, Tensor]] = field(default_factory=list["dict[str, Tensor]"])
     """Of each rank, the gradients of no_sync()."""
 
@@ -154,7 +156,7 @@ class Mixed:
             terms = [each.pop(fqn) for each in self.unsent]
             size = self.ranks_per_node or self.world_size
             nodes = [functools.reduce(torch.add, terms[first:][:size]) for first in range(0, self.world_size, size)]
-            total = (functools.reduce(torch.add, nodes) / self.world_size).to(params[fqn].dtype)
+            total = (functools.reduce(torch.add, nodes) / (self.divisor or self.world_size)).to(params[fqn].dtype)
             before = params[fqn].grad
             params[fqn].grad = total if before is None else before + total
 
@@ -172,12 +174,16 @@ def train(
     across: Placement = "replicate",
     own: torch.dtype = FP32,
     steps: int = 3,
+    accumulate: int = 1,
+    divisor: float | None = None,
     **options: Any,
 ) -> str:
     """Train both ways; losses, gradients and parameters are the same bit for bit. The last schedule.
 
     Args:
         own: the dtype of the model.
+        accumulate: the number of micro-batches whose gradients the module holds by itself.
+        divisor: by which sums over ranks are divided.
         options: of `fxzero.compile`.
     """
     case = CASES[name]
@@ -185,16 +191,18 @@ def train(
     model = case.build().to(own) if own is not FP32 else case.build()
     mesh = None if mesh_shape is None else init_device_mesh("cpu", mesh_shape)
     reference = Mixed(copy.deepcopy(model), world_size, dtypes or of_policy(policy), mesh_shape and mesh_shape[1])
+    reference.divisor = divisor
+    options |= {"accumulate": accumulate, "gradient_divide_factor": divisor}
     zero = fxzero.compile(model, mp_policy=policy, mesh=mesh, across=across, **options)
     optimizers = [torch.optim.AdamW(module.parameters(), lr=1e-2, foreach=False) for module in (zero, reference.model)]
     batches: list[replicated.Batch] = []
     for step in range(steps):
         for micro in range(micro_batches):
-            synchronize = not no_sync or micro == micro_batches - 1
+            synchronize = not (no_sync or accumulate > 1) or micro == micro_batches - 1
             seeds = [replicated.seed_of(step, r, micro) for r in range(world_size)]
             batches = [_in(own, case.batch(seed, 16)) for seed in seeds]
             torch.manual_seed(seeds[rank])
-            if synchronize:
+            if synchronize or accumulate > 1:
                 loss = replicated._loss(zero(**batches[rank]))
                 loss.backward()
             else:

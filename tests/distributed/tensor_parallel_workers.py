@@ -1,5 +1,6 @@
 """Ranks of a mesh of data and tensor parallelism beside a model that no rank shares with another."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +199,59 @@ def refused(rank: int, world_size: int, folder: str) -> None:
     tokens = torch.zeros(3, 9 + 2 * rank, dtype=torch.int64)
     with pytest.raises(RankMismatchError, match=r"rank 1: input args\[0\]: torch.int64 \[3, 11\]"):
         fxzero.compile(other, mesh=mesh["dp"])(tokens)
+
+
+class Tied(Net):
+    """A head that is the embedding, and methods beside forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.weight = self.embedding.weight
+
+    def features(self, tokens: Tensor) -> Tensor:
+        """Returns a scalar."""
+        return self.head(self.norm(self.blocks[1](self.embedding(tokens)))).square().mean()
+
+    @torch.no_grad()
+    def generate(self, tokens: Tensor) -> Tensor:
+        """Returns logits."""
+        return self.head(self.norm(self.embedding(tokens)))
+
+
+def train_tied(rank: int, world_size: int) -> None:
+    """Tied parameters, steps of a method, a copy, an evaluation, and a scaler that finds an infinity on one rank."""
+    mesh = two_dimensions(dp=2, tp=2)
+    torch.manual_seed(0)
+    model, reference = Tied(), Tied()
+    reference.load_state_dict(model.state_dict())
+    parallelize_module(model, mesh["tp"], plan(cuts_sequences=False))
+    model.head.weight = model.embedding.weight
+    zero: Any = fxzero.compile(model, mesh=mesh["dp"])
+    average = copy.deepcopy(zero)
+    optimizers, own = [adamw(zero), adamw(reference)], mesh.get_local_rank("dp")
+    for step in range(3):
+        (zero(batch(step, own)) + zero.features(batch(step, own))).backward()
+        for other in range(2):
+            ((reference(batch(step, other)) + reference.features(batch(step, other))) / 2).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    state = zero.state_dict()
+    for name, value in reference.state_dict().items():
+        check_close(state[name], value, name)
+    assert state["head.weight"] is state["embedding.weight"]
+    average(batch(0, own))
+    with pytest.raises(FxzeroError, match=r"generate.* needs .* a DTensor"):
+        zero.generate(batch(0, own))
+    with torch.no_grad():
+        check_close(zero.eval()(batch(7, own)), reference(batch(7, own)), "evaluation")
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(zero.train()(batch(8, own))).backward()
+    if rank == 1:
+        grads = [param.grad for param in zero.parameters() if param.numel() and param.grad is not None]
+        grads[0].view(-1)[0] = float("inf")
+    scaler.step(optimizers[0])
+    scaler.update()
+    assert scaler.get_scale() == 2.0
+    for name, value in zero.state_dict().items():
+        assert torch.equal(value, state[name]), name

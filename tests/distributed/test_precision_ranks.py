@@ -54,6 +54,29 @@ def test_no_sync_adds_in_the_dtype_of_sums(world_size: int, policy: Policy, own:
     run_ranks(world_size, _train, "odd", policy, {"micro_batches": 3, "no_sync": True, "own": own})
 
 
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [
+        (Policy(BF16, FP32), {"micro_batches": 2, "divisor": 1.0}),
+        (Policy(BF16, FP32), {"micro_batches": 3, "divisor": 3.0, "no_sync": True}),
+        (Policy(BF16, FP32), {"micro_batches": 3, "divisor": 0.7, "accumulate": 3}),
+        pytest.param(
+            Policy(BF16, BF16), {"micro_batches": 3, "divisor": 3.0, "no_sync": True}, marks=pytest.mark.exhaustive
+        ),
+        pytest.param(
+            Policy(FP16, FP32), {"micro_batches": 2, "divisor": 1.0, "accumulate": 2}, marks=pytest.mark.exhaustive
+        ),
+        pytest.param(
+            Policy(None, FP32),
+            {"micro_batches": 2, "divisor": 1.0, "accumulate": 2, "own": BF16},
+            marks=pytest.mark.exhaustive,
+        ),
+    ],
+)
+def test_sums_of_a_policy_are_divided_by_a_factor(policy: Policy, options: dict[str, Any]) -> None:
+    run_ranks(2, _train, "odd", policy, options)
+
+
 @pytest.mark.parametrize("across", ["replicate", "shard"])
 def test_nodes_sum_in_the_dtype_of_sums(across: str) -> None:
     options = {"mesh_shape": (2, 2), "across": across, "micro_batches": 2}

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from fxzero.testing import run_ranks
 from tests.distributed import tensor_parallel_workers as workers
 
@@ -16,6 +18,11 @@ def test_ranks_of_both_dimensions_train_as_one_and_their_checkpoint_is_of_the_wh
 
 def test_ranks_of_one_dimension_train_as_one() -> None:
     run_ranks(2, workers.train_otherwise, 1, 2)
+
+
+@pytest.mark.exhaustive
+def test_tied_parameters_methods_copies_and_scalers() -> None:
+    run_ranks(4, workers.train_tied)
 
 
 def test_what_is_not_there_beside_tensor_parallelism_is_refused(tmp_path: Path) -> None:

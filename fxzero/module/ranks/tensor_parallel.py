@@ -86,6 +86,10 @@ def _described(fqn: str, param: Any, group: Group | None) -> TensorParallel:
     from torch.distributed.tensor import Replicate, Shard  # takes long to import
 
     mesh, placements = param.device_mesh, param.placements
+    if torch_internals.gradient_hooks([param]):
+        raise InputMismatchError(
+            f"{fqn} is a DTensor with a hook. Register it after fxzero.compile, which replaces it."
+        )
     if param.is_meta:
         raise InputMismatchError(
             f"{fqn} is a DTensor on the meta device. Give the model values before fxzero.compile: model.to_empty(...), "
