@@ -29,6 +29,8 @@ _UNITS = {
     **{f"{name}B": 1000**power for power, name in enumerate("KMGT", 1)},
     **{f"{name}IB": 1024**power for power, name in enumerate("KMGT", 1)},
 }
+_OF_PEFT = re.compile(r"^base_model\.model\.|\.lora_[AB]\.|\.base_layer\.")
+"""Found in names of parameters of models with adapters."""
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx)(\.index\.json)?")
 
 
@@ -119,8 +121,9 @@ def export(
 ) -> None:
     """Write the weights and buffers of a checkpoint; see `fxzero.export`."""
     announced = {name: _announced(saved, full_name, dtype) for full_name, name in _weights_of(saved).items()}
+    _refuse_adapters(saved.folder, announced)
     if config is not None:
-        _check_config(config, announced)
+        _check_config(config)
     tied = {name: first for name, first in saved.manifest["further_names"].items() if first in announced}
     tensors = (
         (name, saved.read(full_name).view(saved.shapes[full_name]).to(announced[name].dtype))
@@ -144,14 +147,20 @@ def _announced(saved: Saved, name: str, dtype: torch.dtype | None) -> Tensor:
     return torch.empty(saved.shapes[name], dtype=dtype if dtype and own.is_floating_point else own, device="meta")
 
 
-def _check_config(config: Path, announced: Mapping[str, Tensor]) -> None:
+def _refuse_adapters(folder: Path, names: Iterable[str]) -> None:
+    adapted = next((name for name in names if _OF_PEFT.search(name)), None)
+    if adapted is not None:
+        raise CheckpointError(
+            f"{folder} is of a model with adapters of peft ({adapted}), whose names from_pretrained does not know. "
+            "Load it into the model, at one rank for example, and call zero.save_pretrained(folder), which writes the "
+            "files of the adapter. Of a run of fxzero train, fxzero train --resume RUN --steps 1 writes them and the "
+            "merged weights."
+        )
+
+
+def _check_config(config: Path) -> None:
     if not (config / "config.json").is_file():
         raise CheckpointError(f"{config} has no config.json. Name the folder of the model that was trained.")
-    if any(".lora_A." in name or name.startswith("base_model.model.") for name in announced):
-        raise CheckpointError(
-            "The checkpoint is of a model with adapters of peft, whose names from_pretrained does not know. Resume it, "
-            "at one rank for example, and call zero.save_pretrained(folder), which writes the adapter's files."
-        )
 
 
 def _copy_beside(config: Path, folder: Path, announced: Mapping[str, Tensor]) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from fxzero import torch_internals
 from fxzero.errors import FxzeroError, InputMismatchError
-from fxzero.module.parts import forget_parts
+from fxzero.module.parts import COPY, forget_parts
 from fxzero.module.sharded_model import ShardedModel
 from fxzero.module.wrappers import allow_wrappers, refuse_wrappers
 
@@ -32,7 +32,7 @@ _STATE = (
     "compile returned, on every rank: zero.state_dict(), zero.load_state_dict(...). To save in the format of a "
     "library, pass it on: model.save_pretrained(path, state_dict=zero.state_dict())."
 )
-_COPY = (
+_NO_COPY = (
     "A compiled model cannot be pickled, and the model in it not be copied: its parameters are views of one buffer of "
     "this rank. Copy what compile returned, copy.deepcopy(zero), on all ranks; or load zero.state_dict() elsewhere."
 )
@@ -47,7 +47,7 @@ def refuse(text: str) -> Callable[..., NoReturn]:
     return refused
 
 
-refuse_copy = refuse(_COPY)
+refuse_copy = refuse(_NO_COPY)
 """Stands in for `__reduce_ex__`, which copy and pickle call."""
 refuse_call = refuse(_CALL)
 """Stands in for the forward of a model."""
@@ -136,9 +136,12 @@ def forward_set_to(model: nn.Module, forward: Callable[..., Any]) -> Generator[N
 
 @contextmanager
 def as_uncompiled(model: nn.Module) -> Generator[None]:
-    """Let a model whose parameters are whole be called, saved and loaded inside of the block as before compile."""
+    """Let a model whose parameters are whole be called, saved, loaded and copied inside of the block as before."""
     names = ("forward", "state_dict", "load_state_dict")
     attributes, own = model.__dict__, model.__dict__[_TAKEN]
+    copy_part = attributes.get(COPY)
+    if copy_part is not None:
+        attributes[COPY] = functools.partial(_copy_uncompiled, model, copy_part)
     for name in names:
         del attributes[name]
     attributes.update({name: own[name] for name in names if name in own})
@@ -146,6 +149,20 @@ def as_uncompiled(model: nn.Module) -> Generator[None]:
         yield
     finally:
         attributes.update({name: _REFUSALS[name] for name in names})
+        if copy_part is not None:
+            attributes[COPY] = copy_part
+
+
+def _copy_uncompiled(
+    model: nn.Module, copy_part: Callable[[dict[int, Any]], nn.Module], memo: dict[int, Any]
+) -> nn.Module:
+    """A copy of a model whose parameters are whole, which can be compiled by itself."""
+    attributes = model.__dict__
+    hidden = {name: attributes.pop(name) for name in ("__reduce_ex__", _TAKEN, _CLASS_FORWARD)}
+    try:
+        return copy_part(memo)
+    finally:
+        attributes.update(hidden)
 
 
 def with_own_forward(sharded: ShardedModel, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -35,7 +35,7 @@ def watch_parts(sharded: ShardedModel, compiled: nn.Module) -> None:
         at = weakref.ref(module)
         if next(module.parameters(), None) is not None:
             module.__dict__[torch_internals.CALL] = functools.partial(_call, held, at, path)
-            module.__dict__[_COPY] = functools.partial(_copy, held, at, path)
+            module.__dict__[COPY] = functools.partial(_copy, held, at, path)
         if any(param is not None for param in torch_internals.tensor_tables(module)[0].values()):
             module.__dict__[torch_internals.SAVE] = functools.partial(_save, held, at, path)
             module.__dict__[torch_internals.LOAD] = functools.partial(_load, held, at, path)
@@ -44,7 +44,7 @@ def watch_parts(sharded: ShardedModel, compiled: nn.Module) -> None:
 def forget_parts(model: nn.Module) -> None:
     """Undo `watch_parts`."""
     for module in model.modules():
-        for name in (torch_internals.SAVE, torch_internals.LOAD, torch_internals.CALL, _COPY):
+        for name in (torch_internals.SAVE, torch_internals.LOAD, torch_internals.CALL, COPY):
             module.__dict__.pop(name, None)
 
 
@@ -58,7 +58,7 @@ def copying_parts(sharded: ShardedModel) -> Generator[None]:
         sharded.is_copied = False
 
 
-_COPY = "__deepcopy__"
+COPY = "__deepcopy__"
 """Where `copy.deepcopy` looks for what copies an object."""
 
 
@@ -126,11 +126,14 @@ def _copy(held: _Held, at: _At, path: str, memo: dict[int, Any]) -> nn.Module:
                 f"A copy of {path or 'the model'} would have this rank's shards as parameters. Copy it as "
                 "`with zero.summon_full_params(): copy.deepcopy(...)`, or the compiled module by copy.deepcopy(zero)."
             )
-    own = module.__dict__.pop(_COPY)
+    own = module.__dict__.pop(COPY)
+    if not hasattr(type(module), COPY):  # else wrappers that pass on what they lack, as peft's, copy what they wrap
+        module.__dict__[COPY] = None
     try:
         copied = copy.deepcopy(module, memo)
     finally:
-        module.__dict__[_COPY] = own
+        module.__dict__[COPY] = own
+    copied.__dict__.pop(COPY, None)
     if sharded is None or not sharded.is_copied:
         forget_parts(copied)
         allow_wrappers(copied)

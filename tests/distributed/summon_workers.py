@@ -1,5 +1,6 @@
 """Work of ranks for test_summon_ranks.py."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -41,6 +42,40 @@ def change(model: Any) -> None:
         model.table.data = model.table.flip(0)
 
 
+class Wrapper(nn.Module):
+    """Passes on what it lacks, as the models of peft do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Tied()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.inner(ids)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.inner, name)
+
+
+def copies(layout: LayoutName) -> None:
+    """A copy of the model and of a part, taken inside, is plain, and can be compiled."""
+    model = Wrapper()
+    zero = fxzero.compile(model, layout=layout)
+    with zero.summon_full_params():
+        copied, part = copy.deepcopy(model), copy.deepcopy(model.inner)
+    assert type(copied) is Wrapper
+    assert type(part) is Tied
+    assert torch.equal(copied(X), part(X))
+    again = fxzero.compile(copied, layout=layout)
+    with torch.no_grad():
+        assert torch.equal(again(X), part(X))
+        assert torch.equal(zero(X), part(X))
+    with pytest.raises(FxzeroError, match="cannot be pickled, and the model in it not be copied|rank's shards"):
+        copy.deepcopy(model)
+
+
 def train(model: Any, world_size: int) -> None:
     """A step, which changes nothing on three ranks, where the mean of equal gradients is rounded."""
     model(X).pow(2).mean().backward()
@@ -78,6 +113,7 @@ def like_the_plain_model(rank: int, world_size: int, layout: LayoutName) -> None
         assert_alike(zero, plain)
     partly(zero, plain, rank)
     of_rank_0(zero, plain, rank)
+    copies(layout)
     refused(zero, plain, rank)
     train(zero, world_size)
     train(plain, world_size)

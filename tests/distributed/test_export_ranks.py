@@ -66,6 +66,14 @@ def test_weights_leave_as_files(tmp_path: Path, capsys: pytest.CaptureFixture[st
         fxzero.export(run, many, config=run)
 
 
+def test_adapters_of_peft_are_not_exported_under_their_names(tmp_path: Path) -> None:
+    layer = torch.nn.ModuleDict({"base_layer": torch.nn.Linear(2, 2)})
+    fxzero.save(tmp_path / "run", fxzero.compile(torch.nn.ModuleDict({"body": layer})))
+    with pytest.raises(CheckpointError, match=r"adapters of peft \(body.base_layer.weight\).* zero.save_pretrained"):
+        fxzero.export(tmp_path / "run", tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
+
+
 def test_what_is_trained_leaves_alone(tmp_path: Path) -> None:
     run_ranks(2, export_workers.parts_of_states, tmp_path)
     assert load_file(tmp_path / "plain.safetensors")
