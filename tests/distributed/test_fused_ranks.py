@@ -12,7 +12,7 @@ from tests.distributed import fused_workers
     ("world_size", "options", "policy"),
     [
         (2, {}, False),
-        (2, {"loss_chunks": 3}, True),
+        (2, {}, True),
         pytest.param(3, {"recompute": "full", "reshard_after_forward": False}, False, marks=pytest.mark.exhaustive),
     ],
 )
