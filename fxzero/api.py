@@ -80,6 +80,7 @@ def compile(
     stage: Literal[2, 3] | None = None,
     recompute: Literal["none", "full"] | int = "none",
     compute: Compute = "eager",
+    loss_chunks: int = 1,
     passes: Sequence[Pass] | None = None,
     timeout: timedelta = timedelta(minutes=5),
     layout: LayoutName = "contiguous",
@@ -125,6 +126,9 @@ def compile(
             matrix products, attention and random draws be compiled by TorchInductor, region by region, and saves less
             for backward: faster, and equal within rounding; draws are the same. It needs a C++ compiler on a CPU. See
             `docs/compute.md`.
+        loss_chunks: the number of chunks of rows in which the last linear layer and the cross entropy of its logits are
+            computed, so that neither all log-probabilities nor all gradients of logits are held, nor all logits unless
+            forward returns them; the product runs once more in backward. See `docs/compute.md`. Default: 1, as it is.
         passes: the compiler passes, in order, in place of those that these options make. Default:
             `fxzero.passes.default_passes()`.
         timeout: the longest time that ranks wait for each other when they compare what they compiled.
@@ -198,6 +202,7 @@ def compile(
         wire_dtypes,
         without,
         accumulate,
+        loss_chunks,
     )
     check_mesh(mesh, across, recipe)
     check_divide_factor(gradient_divide_factor)

@@ -197,6 +197,7 @@ def choose_recipe(
     wire_dtypes: tuple[torch.dtype | None, torch.dtype | None],
     without: Without,
     accumulate: int = 1,
+    loss_chunks: int = 1,
 ) -> tuple[Recipe, tuple[Pass, ...] | None]:
     """The recipe that the options ask for, and the user's list of passes unless `default_passes()` made it.
 
@@ -227,6 +228,8 @@ def choose_recipe(
             raise ValueError("passes= is the whole list: drop stage, reshard_after_forward and recompute, or passes.")
         if compute != "eager":
             raise ValueError("passes= is the whole list: give default_passes() compute=, or drop passes.")
+        if loss_chunks != 1:
+            raise ValueError("passes= is the whole list: give default_passes() loss_chunks=, or drop passes.")
         if wire_dtypes != (None, None):
             raise ValueError(
                 "passes= is the whole list: give default_passes() gather_dtype and reduce_dtype, or drop passes."
@@ -243,6 +246,7 @@ def choose_recipe(
             max_kept_bytes=max_kept_bytes,
             recompute=recompute,
             compute=compute,
+            loss_chunks=loss_chunks,
             gather_dtype=gather_dtype,
             reduce_dtype=reduce_dtype,
         )

@@ -10,6 +10,7 @@ from fxzero.graph.recipe import Recipe
 from fxzero.graph.step import Pass
 from fxzero.passes.bucket_all_gathers import BucketAllGathers
 from fxzero.passes.bucket_reduce_scatters import BucketReduceScatters
+from fxzero.passes.chunk_loss import ChunkLoss
 from fxzero.passes.complete_collectives import CompleteCollectives
 from fxzero.passes.fuse_compute import FuseCompute
 from fxzero.passes.gathers_first import GathersFirst
@@ -31,7 +32,8 @@ def inserting_passes(recipe: Recipe) -> tuple[Pass, ...]:
     """The first of the default passes: those that write one collective for each parameter and use."""
     recompute = RecomputeActivations(recipe.recompute, recipe.recompute_level)
     fuse = (FuseCompute(repeats_costly=recipe.recompute != "none"),) if recipe.compute == "fused" else ()
-    inserting = (RematerializeViews(), recompute, *fuse, InsertAllGathers(), InsertReduceScatters())
+    chunk = (ChunkLoss(recipe.loss_chunks),) if recipe.loss_chunks > 1 else ()
+    inserting = (*chunk, RematerializeViews(), recompute, *fuse, InsertAllGathers(), InsertReduceScatters())
     return (*inserting, CompleteCollectives(recipe.needs)) if recipe.needs else inserting
 
 
@@ -57,7 +59,7 @@ class DefaultPasses(tuple[Pass, ...]):
 def default_passes(recipe: Recipe | None = None, /, **changes: Any) -> DefaultPasses:
     """The passes that a recipe stands for, in order; the only place that makes passes of one.
 
-    All keep numerics bit for bit, but for those of `compute`, `gather_dtype` and `reduce_dtype`.
+    All keep numerics bit for bit, but for those of `compute`, `loss_chunks`, `gather_dtype` and `reduce_dtype`.
 
     Args:
         recipe: default: `Recipe()`.
@@ -87,6 +89,7 @@ def default_passes(recipe: Recipe | None = None, /, **changes: Any) -> DefaultPa
 __all__ = [
     "BucketAllGathers",
     "BucketReduceScatters",
+    "ChunkLoss",
     "CompleteCollectives",
     "DefaultPasses",
     "FuseCompute",

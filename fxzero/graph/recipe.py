@@ -74,6 +74,8 @@ class Recipe:
     """Level of recomputation, once it is chosen (`RecomputeActivations.level_for`)."""
     compute: Compute = "eager"
     """"fused": what runs between matrix products is compiled, region by region (`FuseCompute`)."""
+    loss_chunks: int = 1
+    """Chunks of rows in which a head and its cross entropy are computed (`ChunkLoss`); 1 for whole logits."""
     needs: Needs = ()
     """Gathers and reductions that ranks need together, where this rank lacks some (`CompleteCollectives`)."""
     gather_dtype: torch.dtype | None = None
@@ -94,6 +96,7 @@ class Recipe:
         check_accumulate(self.accumulate)
         if self.compute not in ("eager", "fused"):
             raise ValueError(f'compute is {self.compute!r}; it must be "eager" or "fused"')
+        check_loss_chunks(self.loss_chunks)
         if self.gather_dtype is not None:
             check_gather_dtype(self.gather_dtype)
         if self.reduce_dtype is not None:
@@ -137,6 +140,12 @@ def check_accumulate(accumulate: object) -> None:
     """Raise ValueError if `accumulate` is not a number of micro-batches."""
     if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
         raise ValueError(f"accumulate is {accumulate!r}; it must be a number of micro-batches, 1 or more")
+
+
+def check_loss_chunks(loss_chunks: object) -> None:
+    """Raise ValueError if `loss_chunks` is not a number of chunks."""
+    if not isinstance(loss_chunks, int) or isinstance(loss_chunks, bool) or loss_chunks < 1:
+        raise ValueError(f"loss_chunks is {loss_chunks!r}; it must be a number of chunks, 1 for whole logits")
 
 
 def _tuples(value: Any) -> Any:

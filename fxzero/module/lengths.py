@@ -166,9 +166,10 @@ class Lengths:
                 numbers.note(last.bound.plan.captured.state)
 
     def _can_predict(self) -> bool:
-        """False where somebody looks at each pass, gives passes of their own, or fuses compute for each length."""
+        """False where somebody looks at each pass, gives passes of their own, or fuses or chunks for each length."""
+        recipe = self.sharded.recipe
         looks_on = os.environ.get("FXZERO_CHECK") or os.environ.get("FXZERO_DUMP")
-        return not looks_on and self.sharded.passes is None and self.sharded.recipe.compute == "eager"
+        return not looks_on and self.sharded.passes is None and recipe.compute == "eager" and recipe.loss_chunks == 1
 
 
 def _key(signature: Signature, pattern: Pattern | None) -> Any:
