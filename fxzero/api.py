@@ -351,6 +351,12 @@ class ZeroModule(nn.Module):
             )
         setattr(self._fxzero_model, name, value)
 
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__ or name.startswith("_fxzero"):
+            super().__delattr__(name)
+            return
+        delattr(self._fxzero_model, name)
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ZeroModule:  # type: ignore[override]
         ownership.refuse_conversion(self, fn)
         return self

@@ -98,6 +98,7 @@ class Engine:
 
     def _call(self, arguments: Arguments, method: Method | None, replaced: Replaced) -> Any:
         sharded, tuning = self.sharded, self.maker.tuning
+        sharded.check_params()
         if tuning.is_due and torch.is_grad_enabled() and self.synchronize and self.maker.tune_again():
             self.plans.clear()
         inputs, signature, executable = self.prepare(arguments, method)
