@@ -473,7 +473,7 @@ class ZeroModule(nn.Module):
         engine = self._fxzero_engine
         sharded = engine.sharded
         sharded.bring_in()
-        with sharded.phases.phase("clip_grad_norm_"):
+        with sharded.phases.phase(norms.phase_of_clip(max_norm, norm_type)):
             return engine.clip_grad_norm(sharded.gradients, sharded.comm, max_norm, norm_type, error_if_nonfinite)
 
     def grad_norms(self, norm_type: float = 2.0) -> dict[str, torch.Tensor]:
@@ -491,7 +491,7 @@ class ZeroModule(nn.Module):
         """
         sharded = self._fxzero_engine.sharded
         sharded.bring_in()
-        with sharded.phases.phase("grad_norms"):
+        with sharded.phases.phase(f"grad_norms of order {norm_type}"):
             return norms.grad_norms(sharded, norm_type)
 
     def num_parameters(self, only_trainable: bool = False) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.optim import Adam
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import fxzero
@@ -114,6 +115,18 @@ def test_function_transforms_are_refused() -> None:
     zero, _ = pair()
     with pytest.raises(CaptureError, match="cannot be called inside torch.func transforms"):
         torch.func.grad(lambda x: zero(x).loss)(points())
+
+
+def test_a_function_mode_around_the_call_is_refused_and_a_default_device_is_not() -> None:
+    class Doubling(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    zero = fxzero.compile(net(4, 1))
+    with torch.device("cpu"):
+        zero(torch.ones(2, 4))
+    with Doubling(), pytest.raises(CaptureError, match="Doubling, a TorchFunctionMode"):
+        zero(torch.ones(2, 4))
 
 
 def test_a_parameter_belongs_to_one_compiled_model() -> None:
