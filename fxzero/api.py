@@ -375,6 +375,12 @@ class ZeroModule(nn.Module):
             )
         setattr(self._fxzero_model, name, value)
 
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__ or name.startswith("_fxzero"):
+            super().__delattr__(name)
+            return
+        delattr(self._fxzero_model, name)
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ZeroModule:  # type: ignore[override]
         ownership.refuse_conversion(self, fn)
         return self
@@ -493,7 +499,7 @@ class ZeroModule(nn.Module):
         engine = self._fxzero_engine
         sharded = engine.sharded
         sharded.bring_in()
-        with sharded.phases.phase("clip_grad_norm_"):
+        with sharded.phases.phase(norms.phase_of_clip(max_norm, norm_type)):
             return engine.clip_grad_norm(sharded.gradients, sharded.comm, max_norm, norm_type, error_if_nonfinite)
 
     def grad_norms(self, norm_type: float = 2.0) -> dict[str, torch.Tensor]:
@@ -511,7 +517,7 @@ class ZeroModule(nn.Module):
         """
         sharded = self._fxzero_engine.sharded
         sharded.bring_in()
-        with sharded.phases.phase("grad_norms"):
+        with sharded.phases.phase(f"grad_norms of order {norm_type}"):
             return norms.grad_norms(sharded, norm_type)
 
     def num_parameters(self, only_trainable: bool = False) -> int:

@@ -1015,6 +1015,17 @@ def outside_of_autograd_modes() -> Generator[None]:
         yield
 
 
+def function_mode_of_user() -> str | None:
+    """The class of a TorchFunctionMode of the user that is active, neither torch's nor ours; None if there is none.
+
+    `torch._C._len_torch_function_stack`, `torch.overrides._get_current_function_mode_stack`: 2.11 to 2.13.
+    """
+    if not torch._C._len_torch_function_stack():  # pyright: ignore
+        return None
+    modes = [type(mode) for mode in torch.overrides._get_current_function_mode_stack()]  # pyright: ignore
+    return next((each.__qualname__ for each in modes if not each.__module__.startswith(("torch.", "fxzero."))), None)
+
+
 def in_function_transform() -> bool:
     """True inside torch.func.grad, vmap and the like. `torch._C._functorch`: 2.11 to 2.13."""
     return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
@@ -1142,14 +1153,14 @@ def _unwrapped_cell(function: Callable[..., Any]) -> Any:
 _in_place_of_norms: dict[str, Any] = {}
 
 
-def wrap_norms(total_norm: Callable[..., Tensor], before_clip: Callable[[Any], object]) -> None:
+def wrap_norms(total_norm: Callable[..., Tensor], before_clip: Callable[[Any, Any], object]) -> None:
     """Let `torch.nn.utils.get_total_norm` and `clip_grad_norm_` call functions of ours, however they were imported.
 
     `torch.nn.utils.clip_grad._get_total_norm`, and that both are closures of `_no_grad`: 2.11 to 2.13.
 
     Args:
         total_norm: called instead of the first, with the original as its first argument.
-        before_clip: called with the list of parameters before the second one's own work.
+        before_clip: called with the list of parameters and `max_norm` before the second one's own work.
     """
     if _in_place_of_norms:
         return
@@ -1166,7 +1177,8 @@ def wrap_norms(total_norm: Callable[..., Tensor], before_clip: Callable[[Any], o
     def own_clip(parameters: Any, *args: Any, **kwargs: Any) -> Tensor:
         if not isinstance(parameters, Tensor):
             parameters = list(parameters)
-        before_clip([parameters] if isinstance(parameters, Tensor) else parameters)
+        max_norm = args[0] if args else kwargs.get("max_norm")
+        before_clip([parameters] if isinstance(parameters, Tensor) else parameters, max_norm)
         return clip(parameters, *args, **kwargs)
 
     _in_place_of_norms.update(norm=own_norm, clip=own_clip)

@@ -19,11 +19,23 @@ import numpy as np
 from torch import Tensor, nn
 
 from fxzero import torch_internals
+from fxzero.capture.code.users_code import is_guarded_class
 from fxzero.capture.places import attributes_of, names_of_slots, slots_of
-from fxzero.capture.slots import ABSENT, PLAIN, Kind, Read, Slot, class_with, content_of, is_container
+from fxzero.capture.slots import (
+    ABSENT,
+    BUFFERS,
+    PLAIN,
+    Kind,
+    Read,
+    Slot,
+    behind_proxy,
+    class_with,
+    content_of,
+    is_container,
+)  # fmt: skip
 from fxzero.errors import CaptureError
 
-_DEPTH = 8
+_DEPTH = 64
 """Levels of containers in containers that are guarded."""
 _MAX_NAMED = 4
 """Entries of a dict that are guarded one by one; larger dicts as a whole."""
@@ -51,7 +63,7 @@ def same(now: Any, then: Any) -> bool:
 def _same_content(now: Any, then: Any) -> bool:
     if isinstance(now, np.ndarray):
         return now.dtype == then.dtype and now.tobytes() == then.tobytes()
-    return bool(now == then)
+    return bool(content_of(now) == then)
 
 
 def same_geometry(now: Any, then: Tensor) -> bool:
@@ -76,6 +88,8 @@ class Guards:
             "call_of": _call_of,
         }  # fmt: skip
         self._names: dict[int, str] = {}
+        self._attributes: dict[type, Mapping[str, Any]] = {}
+        """Views of the attributes of classes."""
         self._terms: dict[str, str] = {}
         """Maps each test to its label."""
         self._contents: set[int] = set()
@@ -134,10 +148,7 @@ class Guards:
     def _of_read(self, read: Read) -> Iterator[str]:
         owner, name = read.owner, read.name
         if read.kind is Kind.ABSENT:
-            if name in names_of_slots(type(owner)):
-                yield f"{name!r} not in {self._name(slots_of(owner))}"
-            elif hasattr(owner, "__dict__"):
-                yield f"{name!r} not in {self._name(vars(owner))}"
+            yield from self._of_absent(owner, name)
             return
         if read.kind is Kind.ATTRIBUTE:
             yield from self._of_entry(vars(owner), name, read.value, read.content)
@@ -154,14 +165,38 @@ class Guards:
         elif read.kind is Kind.CLASS:
             if hasattr(owner, "__dict__") and not isinstance(owner, type):
                 yield f"{name!r} not in {self._name(vars(owner))}"
-            kind = owner if isinstance(owner, type) else type(owner)
-            base = class_with(kind, name)
-            if base is not None and (id(attributes_of(base)), name) in self._inputs:
-                yield from self._of_entry(attributes_of(base), name, read.value, read.content)
-            elif base is not None:
-                yield from self._of_value(f"{self._name(base.__dict__)}[{name!r}]", read.value, read.content)
+            yield from self._of_class(owner if isinstance(owner, type) else type(owner), name, read)
         else:
             yield from self._of_value(f"getattr({self._name(owner)}, {name!r})", read.value, read.content)
+
+    def _of_absent(self, owner: Any, name: str) -> Iterator[str]:
+        """That an object has no attribute, that its class has none, and that a module registers nothing so."""
+        if name in names_of_slots(type(owner)):
+            yield f"{name!r} not in {self._name(slots_of(owner))}"
+            return
+        if hasattr(owner, "__dict__"):
+            yield f"{name!r} not in {self._name(vars(owner))}"
+        for table in torch_internals.registered(owner) if isinstance(owner, nn.Module) else ():
+            yield f"{name!r} not in {self._name(table)}"
+        for kind in type(owner).__mro__:
+            if is_guarded_class(kind) and kind not in (nn.Module, object) and name not in vars(kind):
+                yield f"{name!r} not in {self._name_of_attributes(kind)}"
+
+    def _of_class(self, kind: type, name: str, read: Read) -> Iterator[str]:
+        """That a class has an attribute, and none of those between it and the class that has it."""
+        base = class_with(kind, name)
+        if base is None:
+            return
+        for nearer in kind.__mro__[: kind.__mro__.index(base)]:
+            yield f"{name!r} not in {self._name_of_attributes(nearer)}"
+        if (id(attributes_of(base)), name) in self._inputs:
+            yield from self._of_entry(attributes_of(base), name, read.value, read.content)
+        else:
+            yield from self._of_value(f"{self._name_of_attributes(base)}[{name!r}]", read.value, read.content)
+
+    def _name_of_attributes(self, kind: type) -> str:
+        """The name that stands for the `__dict__` of a class, of which Python makes a new view each time."""
+        return self._name(self._attributes.setdefault(kind, kind.__dict__))
 
     def _of_functions(self, reads: Iterable[Read]) -> str:
         """That all functions have the same code and default arguments."""
@@ -188,7 +223,9 @@ class Guards:
             yield f"({now} is {constant} or same({now}, {constant}))"
         else:
             yield f"{now} is {constant}"
-        if isinstance(value, (set, np.ndarray)):
+        if isinstance(value, types.MappingProxyType):
+            value, content = behind_proxy(value), content_of(value)
+        if isinstance(value, (set, np.ndarray, *BUFFERS)):
             yield f"same_content({constant}, {self._name(content)})"
         elif depth and (isinstance(value, tuple) or is_container(value)):
             yield from self._of_content(value, content, depth - 1)

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from fxzero import torch_internals
 from fxzero.capture.code.named_by_code import NamedByCode, function_of, of_global, of_module
-from fxzero.capture.code.users_code import is_followed_file, is_plain_class, is_users_module
+from fxzero.capture.code.users_code import is_followed_file, is_guarded_class, is_plain_class, is_users_module
 from fxzero.capture.places import ClassAttributes, value_of, variable_in
-from fxzero.capture.slots import ABSENT, PLAIN, Kind, Read, Slot, held, is_container
+from fxzero.capture.slots import ABSENT, PLAIN, Kind, Read, Slot, behind_proxy, class_with, held, is_container
 from fxzero.host.gc_pause import gc_paused
 
 _BY_IDENTITY = (
@@ -40,10 +40,14 @@ _BY_IDENTITY = (
 )  # fmt: skip
 _COMPREHENSIONS = ("<genexpr>", "<listcomp>", "<setcomp>", "<dictcomp>")
 """Names of code."""
-_OF_LIBRARY = (types.SimpleNamespace, collections.UserDict, collections.UserList, threading.local)
+_OF_LIBRARY = (
+    types.SimpleNamespace, collections.UserDict, collections.UserList, collections.ChainMap, threading.local,
+)  # fmt: skip
 """Plain objects whose attributes are all followed."""
-_DEPTH = 8
+_DEPTH = 64
 """Levels of containers in containers that are followed."""
+_NAMES_OF_CLASSES = frozenset({"type", "__class__", "super", "cls"})
+"""Names that code has which reads attributes of a class."""
 _SIZE = "the number of attributes"
 _made_in_forwards: weakref.WeakSet[types.FunctionType] = weakref.WeakSet()
 """Functions that a forward made which was followed; others keep their variables from call to call."""
@@ -107,6 +111,10 @@ class Reads:
         """What `on_store` was called with."""
         self._known_calls: dict[types.CodeType, int] = {}
         """How many calls of code another forward had met before."""
+        self._classes_named: dict[types.CodeType, bool] = {}
+        """Whether code may read attributes of the class of its first argument, as `type(self).count`."""
+        self._classes_read: set[tuple[types.CodeType, type]] = set()
+        """Code that may do so, and classes of which it has."""
         self._with_functions: set[types.CodeType] = set()
         """Code that functions have which were there before the forward."""
         self._is_on = False
@@ -134,6 +142,7 @@ class Reads:
         self._known_calls = {code: len(calls) for code, calls in self._codes.items()}
         self._known_calls |= dict.fromkeys(made_anew, sys.maxsize)
         self._methods, self._stored = dict(other._methods), dict(other._stored)
+        self._classes_named, self._classes_read = dict(other._classes_named), set(other._classes_read)
 
     @contextlib.contextmanager
     def following(self) -> Generator[None]:
@@ -363,6 +372,8 @@ class Reads:
             self._follow_function(value)
         elif isinstance(value, weakref.ReferenceType):
             self._follow(value(), depth)
+        elif isinstance(value, types.MappingProxyType):
+            self._follow(behind_proxy(value), depth)
         elif isinstance(value, weakref.ProxyTypes) and is_plain_class(value.__class__):
             self._patch(value.__class__)
         elif isinstance(value, contextvars.ContextVar):
@@ -411,6 +422,8 @@ class Reads:
                     self._methods[code] = code.co_argcount > 0
                     self._follow(function)
             values = frame.f_locals
+            if self._classes_named[code]:
+                self._add_of_class(code, values.get(code.co_varnames[0]))
             if code.co_freevars:
                 held = tuple(id(values.get(name)) for name in code.co_freevars)
                 if held not in self._codes[code]:
@@ -444,8 +457,23 @@ class Reads:
             self._on_store(*store)
             self._stores.append(store)
         self._stored[code] = named.cells
+        self._classes_named[code] = code.co_argcount > 0 and not _NAMES_OF_CLASSES.isdisjoint(
+            (code.co_varnames[0], *code.co_names, *code.co_freevars)
+        )
         if not named.is_complete:
             self._incomplete.append((code, space))
+
+    def _add_of_class(self, code: types.CodeType, first: Any) -> None:
+        """Add the attributes of the class of a method's first argument that the method may read from that class."""
+        kind = first if isinstance(first, type) else type(first)
+        if (code, kind) in self._classes_read:
+            return
+        self._classes_read.add((code, kind))
+        for name in code.co_names:
+            for base in kind.__mro__ if class_with(kind, name) is not None else ():
+                value = vars(base).get(name, ABSENT)
+                if base not in (nn.Module, object) and is_guarded_class(base) and _is_of_class(name, value):
+                    self._add((id(base), name), Read(base, name, Kind.CLASS, *held(value), base.__qualname__))
 
     def _follow_function(self, function: types.FunctionType) -> None:
         """Add the code, the default arguments and the attributes of a function."""
@@ -545,6 +573,12 @@ def _is_called_by_user(frame: types.FrameType | None) -> bool:
     """True if the caller of a running function is code of the user."""
     caller = None if frame is None else frame.f_back
     return caller is not None and is_followed_file(caller.f_code.co_filename)
+
+
+def _is_of_class(name: str, value: Any) -> bool:
+    """True for an attribute of a class that is a value, no method and nothing of Python's own."""
+    is_code = callable(value) or isinstance(value, (staticmethod, classmethod)) or hasattr(type(value), "__set__")
+    return value is not ABSENT and not name.startswith("__") and not is_code
 
 
 def _size_of(attributes: dict[str, Any], name: str) -> Read:

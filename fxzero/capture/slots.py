@@ -3,23 +3,31 @@
 An attribute of an object, an entry of a dict, a global, a variable of a closure: see `Kind`.
 """
 
+import array
 import collections
+import ctypes
 import enum
+import gc
 import types
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 import torch
 
 from fxzero.capture.places import Place, attributes_of, slots_of
 
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
 PLAIN = (
     type(None), bool, int, float, complex, str, bytes, range, slice, frozenset, type(Ellipsis), torch.dtype,
     torch.device, torch.Size, torch.layout, torch.memory_format,
 )  # fmt: skip
 """Types of values that never change."""
+BUFFERS = (bytearray, array.array, ctypes.c_int.__mro__[1], ctypes.Array, ctypes.Structure, ctypes.Union)
+"""Types of small memory that Python code shares: with C, or with other processes (multiprocessing.Value)."""
 _CONTAINERS = (list, dict, set, collections.deque)
 """Types of containers whose content is followed, and may be written."""
 ABSENT = type("Absent", (), {"__repr__": lambda self: "absent", "__slots__": ()})()
@@ -90,7 +98,14 @@ def content_of(value: Any) -> Any:
         return dict(cast("Mapping[Any, Any]", value))
     if isinstance(value, set):
         return frozenset(cast("set[Any]", value))
+    if isinstance(value, BUFFERS):
+        return bytes(cast("Buffer", value))
     return value.copy() if isinstance(value, np.ndarray) else None
+
+
+def behind_proxy(proxy: types.MappingProxyType[Any, Any]) -> Any:
+    """The mapping that a read-only view shows."""
+    return gc.get_referents(proxy)[0]
 
 
 def held(value: Any) -> tuple[Any, Any]:

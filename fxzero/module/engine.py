@@ -14,7 +14,7 @@ from fxzero.capture.numbers import PinnedNumberError
 from fxzero.capture.state import Values
 from fxzero.comm import agree
 from fxzero.comm.tensor_parallel import Parts
-from fxzero.errors import FxzeroError, InputMismatchError, PlanError
+from fxzero.errors import CaptureError, FxzeroError, InputMismatchError, PlanError
 from fxzero.graph.variant import Stash
 from fxzero.host.memory_in_use import MemoryInUse
 from fxzero.module.call import Call, StepFunction
@@ -99,6 +99,12 @@ class Engine:
 
     def _call(self, arguments: Arguments, method: Method | None, replaced: Replaced) -> Any:
         sharded, tuning = self.sharded, self.maker.tuning
+        sharded.check_params()
+        if (mode := torch_internals.function_mode_of_user()) is not None:
+            raise CaptureError(
+                f"A compiled step runs inside of {mode}, a TorchFunctionMode, which sees none of its operators. Leave "
+                "the mode before the call, or enter it inside of forward."
+            )
         if tuning.is_due and torch.is_grad_enabled() and self.synchronize and self.maker.tune_again():
             self.plans.clear()
         inputs, signature, executable = self.prepare(arguments, method)
@@ -218,7 +224,9 @@ class Engine:
         Raises:
             RankMismatchError: names who has what.
         """
-        agree.agree(self.sharded.group, "optimizer state", [state], timeout=self.sharded.timeout)
+        sharded = self.sharded
+        with sharded.phases.phase_of_step("first step of an optimizer"):
+            agree.agree(sharded.group, "optimizer state", [state], timeout=sharded.timeout)
 
     def agree_on_found(self, found: Sequence[torch.Tensor]) -> None:
         """Let what a gradient scaler has found on any rank be what it has found here; a collective, without the host.

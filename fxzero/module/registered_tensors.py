@@ -3,7 +3,7 @@
 A tied parameter is one entry with several slots; a tensor that is put into the entry is in all of them.
 """
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
@@ -53,6 +53,29 @@ class Entry:
             value = nn.Parameter(value, requires_grad=self.tensor.requires_grad)
         vars(value).update(vars(self.tensor))
         return value
+
+
+class ParamTables:
+    """The tables of parameters of some modules, and what they held when this object was made."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        tables = [torch_internals.tensor_tables(module)[0] for module in modules]
+        self._now = [table for table in tables if isinstance(table, dict) and table]  # a scripted module has none
+        self._then = [dict(table) for table in self._now]
+        self._of_one_element = [
+            (table, name, param)
+            for table in self._now
+            for name, param in table.items()
+            if param is not None and param.numel() == 1
+        ]
+
+    def are_unchanged(self) -> bool:
+        """True if the tables hold the same objects."""
+        try:
+            is_equal = self._now == self._then  # identity settles it, entry by entry
+        except RuntimeError:  # other tensors have no truth value, except those of one element
+            return False
+        return is_equal and all([table[name] is param for table, name, param in self._of_one_element])
 
 
 def entries(model: nn.Module) -> list[Entry]:

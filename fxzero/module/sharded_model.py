@@ -28,7 +28,7 @@ from fxzero.graph.variant import Variant
 from fxzero.module.initialize import InitFn, check_meta_model
 from fxzero.module.precision import OF_THE_MODEL, Precision
 from fxzero.module.ranks.model_phases import ModelPhases
-from fxzero.module.registered_tensors import join
+from fxzero.module.registered_tensors import ParamTables, join
 from fxzero.module.replaced_data import Replaced, ReplacedData
 from fxzero.optimizers.classes import state_per_element, steps_wholes
 from fxzero.optimizers.state import ParamShard, param_shards
@@ -168,26 +168,51 @@ class ShardedModel:
                 "model. Change the model before compile."
             )
         self.modules = list(self.model.modules())
+        self._param_tables = ParamTables(self.modules)
         self._buffer_owners = {
             join(path, name): (module, name)
             for path, module in self.model.named_modules()
             for name in torch_internals.buffers_of(module).keys()  # noqa: SIM118 (a scripted module's has no iterator)
         }
 
+    def check_params(self) -> None:
+        """Refuse to go on with other parameters than those that were compiled.
+
+        Raises:
+            FxzeroError: a parameter was added, removed or replaced since compile.
+        """
+        if not self._param_tables.are_unchanged():
+            self.look_at_modules()
+
     def buffers(self, executable: Executable) -> list[torch.Tensor]:
         """The buffers that the model registers now, in the order in which a forward takes them.
 
         Raises:
-            InputMismatchError: a buffer has another shape or dtype than it had when the forward was traced.
+            InputMismatchError: a buffer was removed, or has another shape or dtype than when the forward was traced.
         """
         owners, names = self._buffer_owners, executable.buffers
-        buffers = [torch_internals.buffers_of(module)[name] for fqn in names for module, name in [owners[fqn]]]
-        if [(buffer.shape, buffer.dtype) for buffer in buffers] != executable.buffer_geometry:  # type: ignore[union-attr]
+        try:
+            buffers = [torch_internals.buffers_of(module)[name] for fqn in names for module, name in [owners[fqn]]]
+            geometry = [(buffer.shape, buffer.dtype) for buffer in buffers]  # type: ignore[union-attr]
+        except (KeyError, AttributeError):
+            geometry = None
+        if geometry != executable.buffer_geometry:
+            self._refuse_removed_buffers(names)
             raise InputMismatchError(
                 f"A buffer among {', '.join(names)} has another shape or dtype than when this kind of call was traced. "
                 "Keep them, and write into the buffer."
             )
         return buffers  # type: ignore[return-value]
+
+    def _refuse_removed_buffers(self, names: Sequence[str]) -> None:
+        for fqn in names:
+            module, name = self._buffer_owners[fqn]
+            table = torch_internals.buffers_of(module)
+            if name not in table or table[name] is None:
+                raise InputMismatchError(
+                    f"The buffer {fqn} was removed, or set to None, after this kind of call was traced. Keep it, and "
+                    "write into it; or let it be an attribute that is no buffer before fxzero.compile."
+                )
 
     def fqn_of(self, param: Tensor) -> str:
         """The canonical name of a parameter."""

@@ -84,6 +84,23 @@ def do_something_else(rank: int, world_size: int, how: str) -> str:
     return error
 
 
+def clip_and_step(rank: int, world_size: int, how: str) -> str:
+    """Clip by torch's own function, and step; one rank does so in another way."""
+    zero, is_odd = fxzero.compile(words(), timeout=PATIENCE), rank == 1
+    optimizer = torch.optim.SGD(zero.parameters(), lr=0.1)
+
+    def train() -> None:
+        for step in range(2):
+            zero(ids_of(rank, step)).backward()
+            if how != "no optimizer":
+                bound, order = 1.0 + (is_odd and how == "bound"), torch.inf if is_odd and how == "order" else 2.0
+                torch.nn.utils.clip_grad_norm_(zero.parameters(), bound, norm_type=order)
+            if how != "no optimizer" or not is_odd:
+                optimizer.step()
+
+    return error_of(train)
+
+
 def run_out(rank: int, world_size: int, how: str) -> str:
     """Rank 1 has a batch less, and then waits elsewhere or is gone."""
     trainer = Trainer(rank)

@@ -13,7 +13,7 @@ DIFFERENCES = {
     "state_dict": (FORWARD, "state_dict of Words (model 1)"),
     "evaluation": (FORWARD, "evaluation of Words (model 1)"),
     "other model": (FORWARD, "forward of Words (model 2)"),
-    "clip": (FORWARD, "clip_grad_norm_ of Words (model 1)"),
+    "clip": (FORWARD, "clip_grad_norm_(max_norm=1.0, norm_type=2.0) of Words (model 1)"),
     "no backward": ("backward of Words (model 1), micro-batch 1 of step 2", NEXT),
     "no_sync": ("backward of Words (model 1)", "backward under no_sync() of Words (model 1)"),
     "micro-batch": (NEXT, "forward of Words (model 1), micro-batch 2 of step 2"),
@@ -32,6 +32,19 @@ def test_a_rank_that_does_something_else_is_named_on_both(how: str) -> None:
         assert error.startswith("RankMismatchError: "), error
         assert here in error and there in error, error
         assert "rank 0" in error and "rank 1" in error, error
+
+
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [
+        ("bound", "norm of order 2.0 of gradients for max_norm=2.0"),
+        ("order", "norm of order inf of gradients for max_norm=1.0"),
+        ("no optimizer", "first step of an optimizer of Words"),
+    ],
+)
+def test_a_rank_that_clips_otherwise_or_has_no_optimizer_is_named(how: str, named: str) -> None:
+    for error in run_ranks(2, apart_workers.clip_and_step, how):
+        assert error.startswith("RankMismatchError: Ranks do different things") and named in error, error
 
 
 def test_of_three_ranks_all_name_the_odd_one() -> None:

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.optim import Adam
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import fxzero
-from fxzero.errors import CaptureError, InputMismatchError
+from fxzero.errors import CaptureError, FxzeroError, InputMismatchError
 from tests.helpers.pairs import Net, assert_same, both, pair, points
 
 
@@ -116,6 +117,18 @@ def test_function_transforms_are_refused() -> None:
         torch.func.grad(lambda x: zero(x).loss)(points())
 
 
+def test_a_function_mode_around_the_call_is_refused_and_a_default_device_is_not() -> None:
+    class Doubling(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    zero = fxzero.compile(net(4, 1))
+    with torch.device("cpu"):
+        zero(torch.ones(2, 4))
+    with Doubling(), pytest.raises(CaptureError, match="Doubling, a TorchFunctionMode"):
+        zero(torch.ones(2, 4))
+
+
 def test_a_parameter_belongs_to_one_compiled_model() -> None:
     first, second = net(2, 2), net(2, 2)
     second[0].weight = first[0].weight
@@ -146,3 +159,33 @@ def test_empty_and_scalar_parameters() -> None:
             optimizer.step()
         assert_same(zero, plain)
     assert [tuple(value.shape) for value in zero.state_dict().values()] == [(0, 3), (), (2, 3), (2,)]
+
+
+def replace_bias(module: nn.Linear) -> None:
+    module.bias = nn.Parameter(torch.zeros(8))
+
+
+@pytest.mark.parametrize(
+    "change", [replace_bias, lambda module: setattr(module, "bias", None), lambda module: delattr(module, "weight")]
+)
+def test_a_parameter_of_a_part_that_is_replaced_later_is_refused_by_name(change: Any) -> None:
+    zero = fxzero.compile(net(4, 8, 1))
+    zero(torch.ones(2, 4))
+    change(zero.get_submodule("0"))
+    with pytest.raises(FxzeroError, match=r"0\.(bias|weight) was added, removed or replaced"):
+        zero(torch.ones(2, 4))
+
+
+@pytest.mark.parametrize("change", [lambda module: setattr(module, "scale", None), lambda m: delattr(m, "scale")])
+def test_a_buffer_that_is_removed_later_is_refused_by_name(change: Any) -> None:
+    class Scaled(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input) * self.scale
+
+    model = Scaled(4, 4)
+    model.register_buffer("scale", torch.ones(4))
+    zero = fxzero.compile(model)
+    zero(torch.ones(2, 4))
+    change(zero)
+    with pytest.raises(InputMismatchError, match="buffer scale was removed"):
+        zero(torch.ones(2, 4))

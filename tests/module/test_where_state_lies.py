@@ -1,9 +1,12 @@
 """State in less usual places: slots, functions, partials, modules, deep containers; each step sees it as it is."""
 
+import array
 import collections
 import copy
 import functools
 import itertools
+import multiprocessing
+import os
 import types
 import weakref
 from collections.abc import Callable
@@ -48,7 +51,14 @@ class Own:
         return self.value
 
 
-class Net(nn.Module):
+class Scale:
+    of_class = of_subclass = 1.0
+
+    def scale(self) -> float:
+        return 2.0
+
+
+class Net(nn.Module, Scale):
     described = Own()
 
     def __init__(self) -> None:
@@ -59,6 +69,9 @@ class Net(nn.Module):
         self.deep = {"a": [(1, {"b": {"c": [{"d": 1.0}]}})]}
         self.config = Config(1.0)
         self.settings = settings
+        self.chain = collections.ChainMap({}, {"factor": 1.0})
+        self.view = types.MappingProxyType(self.table)
+        self.shared, self.array = multiprocessing.Value("d", 1.0), array.array("d", [1.0])
         self.partial = functools.partial(lambda table, x: x * table["factor"], {"factor": 1.0})
         self.bound = self.config.scaled
         self.weak, self.proxy = weakref.ref(self.config), weakref.proxy(self.config)
@@ -95,6 +108,32 @@ def write_slots(self: Any, x: Tensor) -> Tensor:
 
 def of_dict(self: Any, x: Tensor) -> Tensor:
     return x * vars(self.config)["factor"] * vars(self).get("absent", 1.0)
+
+
+def registers_once(self: Any, x: Tensor) -> Tensor:
+    if not hasattr(self, "late"):
+        self.register_buffer("late", x.detach().mean(0))
+    return x * self.late
+
+
+def of_class(self: Any, x: Tensor) -> Tensor:
+    return x * type(self).of_class * self.of_subclass * super(Net, self).scale()  # type: ignore[misc]
+
+
+def set_of_class(model: Any, step: int) -> None:
+    Scale.of_class = 1.0 + step
+    if step == 3:
+        type(model).of_subclass = 5.0
+
+
+def set_in_memory(model: Any, step: int) -> None:
+    model.shared.value = 1.0 + step
+    model.array[0] = 1.0 + step
+
+
+def set_in_mappings(model: Any, step: int) -> None:
+    model.chain["factor"] = 1.0 + step
+    model.table["factor"] = 1.0 + step
 
 
 def set_scale(model: Any, step: int) -> None:
@@ -142,6 +181,14 @@ CASES: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any, int], obj
     "an attribute of a function": (counted, lambda m, s: None),
     "imports in forward": (imports, set_scale),
     "a module in an attribute": (lambda self, x: x * self.settings.SCALE, set_scale),
+    "attributes of a class": (of_class, set_of_class),
+    "memory of C": (lambda self, x: x * self.shared.value * self.array[0], set_in_memory),
+    "views of mappings": (lambda self, x: x * self.chain["factor"] * self.view["factor"], set_in_mappings),
+    "an environment variable": (
+        lambda self, x: x * float(os.environ.get("FACTOR", "1")),
+        lambda m, s: os.environ.update(FACTOR=str(1.0 + s)),
+    ),
+    "a buffer that is registered once": (registers_once, lambda m, s: None),
     "a module as a value": (lambda self, x: x * getattr(settings, "SCALE"), set_scale),  # noqa: B009
 }  # fmt: skip
 
@@ -160,7 +207,8 @@ def changing(x: Tensor) -> Tensor:
 
 def run(what: str, *, compiled: bool) -> list[Any]:
     change_of_forward, change = CASES[what]
-    settings.SCALE, Net.__dict__["described"].value = 1.0, 1.0
+    settings.SCALE, Net.__dict__["described"].value, Scale.of_class = 1.0, 1.0, 1.0
+    os.environ["FACTOR"] = "1"
     with_default.__defaults__, counted.calls = (1.0, {"n": 0}), 0  # type: ignore[attr-defined]
     torch.manual_seed(0)
     model: Any = type("Variant", (Net,), {"change": change_of_forward})()

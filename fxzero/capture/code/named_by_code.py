@@ -6,6 +6,7 @@ getattr(settings, name), vars(settings), globals()                              
 
 import dis
 import importlib.util
+import os
 import sys
 import types
 from collections.abc import Iterator
@@ -112,6 +113,10 @@ class NamedByCode:
             found = vars(owner).get(name)
             if is_users_module(owner) and name == "__dict__":
                 self._whole(vars(owner))
+            elif owner is os and name in ("environ", "getenv"):
+                self.reads.append(
+                    Read(os.environ, "_data", Kind.ATTRIBUTE, *held(vars(os.environ)["_data"]), "os.environ")
+                )
             elif name in vars(owner) and (is_users_module(owner) or callable(found)):
                 self.reads.append(of_global(vars(owner), name))
             return found

@@ -16,6 +16,10 @@ _sharded: list[weakref.ref[ShardedModel]] = []
 """The models of whose gradients this rank has slices only, in the order in which they were compiled."""
 
 
+_clips_to = ""
+"""The bound of the clipping that is about to take a norm, as a part of the name of a phase."""
+
+
 def watch_norms(sharded: ShardedModel) -> None:
     """Let norms that `torch.nn.utils` computes from gradients of this model be those over all ranks.
 
@@ -49,6 +53,8 @@ def _get_total_norm(
     original: Callable[..., Tensor], tensors: Any, norm_type: float = 2.0, *args: Any, **kw: Any
 ) -> Any:
     """What `torch.nn.utils.get_total_norm` does."""
+    global _clips_to
+    clips_to, _clips_to = _clips_to, ""
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     for sharded in _models():
         assert sharded.gradients is not None
@@ -62,7 +68,7 @@ def _get_total_norm(
     totals = [_norm(others, norm_type, tensors[0].device)]
     for sharded, each in own:
         checked(sharded.gradients, norm_type)
-        with sharded.phases.phase("norm of gradients"):
+        with sharded.phases.phase(f"norm of order {norm_type} of gradients{clips_to}"):
             totals.append(_total_of(sharded, each, norm_type))
     # The last call checks that the norm is finite, if that is asked for.
     return original([total.to(tensors[0].device) for total in totals], norm_type, *args, **kw)
@@ -83,8 +89,20 @@ def _total_of(sharded: ShardedModel, slices: Sequence[Tensor], norm_type: float)
     )
 
 
-def _before_clip(parameters: Any) -> None:
-    """Bring gradients that the user put in the place of slices back there, so that they are known for slices."""
+def phase_of_clip(max_norm: Any, norm_type: float) -> str:
+    """The name of the phase in which gradients are clipped: ranks do so alike. A tensor's value would be waited for."""
+    bound = f"max_norm={max_norm}" if isinstance(max_norm, (int, float)) else "a tensor"
+    return f"clip_grad_norm_({bound}, norm_type={norm_type})"
+
+
+def _before_clip(parameters: Any, max_norm: Any) -> None:
+    """Bring gradients that the user put in the place of slices back there, so that they are known for slices.
+
+    Args:
+        max_norm: becomes a part of the name of the phase that follows.
+    """
+    global _clips_to
+    _clips_to = f" for max_norm={max_norm}" if isinstance(max_norm, (int, float)) else ""
     ids = {id(parameter) for parameter in parameters}
     for sharded in _models():
         if sharded.gradients is not None and not ids.isdisjoint(sharded.ids):
