@@ -123,6 +123,11 @@ class TuningRounds:
         """True from the last measured backward to `choose_again`."""
         return self._num_backwards == WARM_STEPS + MEASURED_STEPS
 
+    @property
+    def is_settled(self) -> bool:
+        """True if no plan is going to be replaced by a better one."""
+        return not self._is_tuned or self._num_backwards > WARM_STEPS + MEASURED_STEPS
+
     def after_backward(self, executable: Executable) -> None:
         """Count a backward, as all ranks do whatever their shapes."""
         if self._is_tuned and self._num_backwards <= WARM_STEPS + MEASURED_STEPS:
