@@ -83,9 +83,13 @@ class FakeCuda:
     def CUDAGraph(self) -> FakeCudaGraph:
         return FakeCudaGraph(self)
 
+    def Stream(self, device: Any) -> str:
+        return f"a stream of {device}"
+
     @contextmanager
-    def graph(self, graph: FakeCudaGraph, pool: Any, capture_error_mode: str) -> Generator[None]:
-        assert pool is not None and capture_error_mode == "thread_local"
+    def graph(self, graph: FakeCudaGraph, pool: Any, stream: str, capture_error_mode: str) -> Generator[None]:
+        assert pool is not None
+        assert (stream, capture_error_mode) == ("a stream of cpu", "thread_local")
         self.log.append("capture")
         state = torch.get_rng_state()
         with _Tape() as tape:

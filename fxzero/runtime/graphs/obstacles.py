@@ -44,7 +44,11 @@ def obstacle(step: StepGraph, device: torch.device, *, is_capturable: bool) -> s
 def _reason(step: StepGraph, node: fx.Node, device: torch.device, *, is_capturable: bool) -> str | None:
     kind = role(node)
     if kind in (Role.ALL_GATHER, Role.REDUCE_SCATTER):
-        return None if is_capturable else "is a collective of a backend whose messages the host sends"
+        return (
+            None
+            if is_capturable
+            else "is a collective that no graph can hold (a backend other than NCCL, or a mesh of nodes)"
+        )
     if kind in _GIVEN:
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor):

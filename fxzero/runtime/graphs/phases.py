@@ -165,7 +165,8 @@ class PhaseGraphs:
         for generator in self._generators:
             graph.register_generator_state(generator)
         try:
-            with cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            stream = cuda.Stream(device=self._device)
+            with cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
                 functions["fork"]()
                 result = run()
                 functions["join"]()
