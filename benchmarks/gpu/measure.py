@@ -38,7 +38,7 @@ def measure(name: str, work: Work, device: torch.device, steps: int) -> dict[str
     inner = getattr(run.model, "module", getattr(run.model, "_orig_mod", run.model))
     batches = [work.data(inner, device, index + 10 * rank) for index in range(2)]
     begin = time.perf_counter()
-    run.step(batches[0])
+    loss = run.step(batches[0])
     _sync(device)
     found: dict[str, Any] = {"system": name, "first_s": round(time.perf_counter() - begin, 1)}
     for index in range(WARM_STEPS):

@@ -46,7 +46,13 @@ class Work:
                 return GPT(replace(GPT_PRESETS["tiny" if self.is_toy else "medium"], dropout=0.0)).to(dtype)
             if self.is_toy:
                 return Llama(LLAMA_PRESETS["tiny"]).to(dtype)
-            sizes = {"hidden_size": 2048, "ffn_size": 5504, "num_layers": 20, "num_heads": 16, "num_kv_heads": 8}
+            sizes: dict[str, Any] = {
+                "hidden_size": 2048,
+                "ffn_size": 5504,
+                "num_layers": 20,
+                "num_heads": 16,
+                "num_kv_heads": 8,
+            }
             return Llama(replace(LLAMA_PRESETS["7b"], **sizes)).to(dtype)
 
     def data(self, model: nn.Module, device: torch.device, seed: int) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu.__main__ import TABLES, main
+from benchmarks.gpu.__main__ import TABLES, Table, main, run
 from benchmarks.gpu.measure import table
 from benchmarks.gpu.report import markdown
 from benchmarks.gpu.systems import Work, make
@@ -66,3 +66,13 @@ def test_the_command_runs_at_toy_size(tmp_path: Path, capsys: pytest.CaptureFixt
         name: [True, True] for name in ("alone", "ranks", "llama")
     }
     assert "Llama" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_two_ranks_of_nccl_train_alike_with_graphs_and_without() -> None:
+    systems = ("fxzero:fp32", "fxzero_graph:fp32", "fsdp2:fp32")
+    asked = Table("ranks", "", Work("gpt", 2, 16, is_toy=True), systems, 2)
+    plain, graphed, peer = run(asked, "cuda", time.time() + 90, 2)
+    assert plain["loss"] == graphed["loss"]
+    assert plain["loss"] == pytest.approx(peer["loss"], rel=1e-3)

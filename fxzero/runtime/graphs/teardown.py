@@ -6,6 +6,7 @@ import weakref
 from typing import Any, Protocol
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 
 class Droppable(Protocol):
@@ -43,4 +44,4 @@ def _install() -> None:
         destroy(*args, **kwargs)
 
     dist.destroy_process_group = destroy_process_group
-    dist.distributed_c10d.destroy_process_group = destroy_process_group
+    distributed_c10d.destroy_process_group = destroy_process_group
