@@ -171,6 +171,7 @@ class Executable:
         are_there = self._in_flight.begin_forward(self._lasting)
         watch, name = self.stopwatch, "forward_again" if are_there else "forward"
         try:
+            outputs: tuple[tuple[Any, ...], list[Any]]
             if self.graphs is not None and watch is None:
                 outputs = self.graphs.forward(functions, name, inputs, buffers)
             else:

@@ -86,8 +86,8 @@ def test_replayed_steps_are_bitwise_those_of_eager_and_what_is_kept_stays(micro:
 def test_a_second_forward_before_the_backward_of_the_first_runs_as_it_is() -> None:
     cuda = FakeCuda()
     model, zero = pair(cuda)
-    model.eval(), zero.eval()
-    train(zero, range(5)), train(model, range(5))
+    for each in (model, zero):
+        train(each.eval(), range(5))
     grads: list[list[Tensor]] = []
     for each in (model, zero):
         one, other = each(*batch(1)), each(*batch(2))
@@ -130,7 +130,8 @@ def test_a_gradient_of_an_input_and_an_output_that_is_an_input() -> None:
 def test_graphs_are_captured_anew_where_memory_has_moved() -> None:
     cuda = FakeCuda()
     model, zero = pair(cuda)
-    train(zero, range(5)), train(model, range(5))
+    for each in (model, zero):
+        train(each, range(5))
     for each in (model, zero):
         each.norm.running_mean = torch.full_like(each.norm.running_mean, 0.5)
     assert_same(model, zero, train(zero, range(2)), train(model, range(2)))
