@@ -108,7 +108,8 @@ def chosen(arguments: argparse.Namespace) -> list[Table]:
     if arguments.systems:
         tables = [replace(table, systems=tuple(arguments.systems)) for table in tables]
     if arguments.toy:
-        tables = [replace(each, work=Work(each.work.model, 2, 16, is_toy=True)) for each in tables]
+        work = {each.name: Work(each.work.model, 2, 16, is_toy=True) for each in tables}
+        tables = [replace(each, title=f"A toy in place of: {each.title}", work=work[each.name]) for each in tables]
     return tables
 
 
