@@ -51,6 +51,7 @@ from fxzero.options import (
     Without,
     check_divide_factor,
     check_mesh,
+    choose_cuda_graph,
     choose_device,
     choose_group,
     choose_islands,
@@ -95,6 +96,7 @@ def compile(
     short_gloo_slices: bool = True,
     islands: Sequence[str] | Literal["auto"] = "auto",
     mp_policy: MixedPrecisionPolicy | Mapping[str, MixedPrecisionPolicy] | None = None,
+    cuda_graph: bool = False,
     resume: str | os.PathLike[str] | None = None,
 ) -> ZeroModule:
     """Take a model over and train it by ZeRO stage 3 on a schedule that is written before it runs.
@@ -174,6 +176,9 @@ def compile(
             matches a module, or a module around it, counts. Shards, `.grad` and optimizer state keep the dtype of the
             model; parameters are gathered and read in `param_dtype`; gradients are made in it, summed over ranks in
             `reduce_dtype`, and cast to the dtype of the shard. See `docs/precision.md`. Default: the model's dtypes.
+        cuda_graph: replay forward and backward of a plan, collectives included, as CUDA graphs after the first steps,
+            with equal results. A plan that cannot be captured runs as without it, and a warning says why. On a CPU it
+            has no effect, which a warning says too. See `docs/gpu.md`.
         resume: a folder of `fxzero.save`. Its newest checkpoint is loaded into the model and the optimizers, as
             `fxzero.load` does before the layout is fixed, and `resumed` of the module has its extra. Where there is
             none yet, training begins as without it.
@@ -185,6 +190,7 @@ def compile(
         InputMismatchError: a parameter is not contiguous or is complex, the model is compiled already, this rank is
             not in the mesh, or the mesh has devices of another type.
         OptimizerError: the optimizer cannot step shards.
+        TypeError: cuda_graph is no bool.
         ValueError: options contradict each other, an option has no such value, or the mesh has more than two
             dimensions.
         CheckpointError: the checkpoint is damaged, or of another model or optimizer.
@@ -216,7 +222,7 @@ def compile(
         options = Options(
             recipe=recipe,
             passes=own_list,
-            device=choose_device(model, device, mesh),
+            device=(chosen := choose_device(model, device, mesh)),
             memory_budget=memory_budget,
             cluster=None if cluster is None else Cluster.of(cluster),
             has_default_passes=passes is None,
@@ -229,6 +235,7 @@ def compile(
             islands=choose_islands(islands),
             precision=choose_precision(mp_policy, recipe),
             gradient_divide_factor=gradient_divide_factor,
+            cuda_graph=choose_cuda_graph(cuda_graph, chosen, recipe),
         )
         parallel = LocalParameters()
         with parallel.given_back_on_failure():

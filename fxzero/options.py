@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -28,6 +29,7 @@ from fxzero.module.budget_round import BudgetRound
 from fxzero.module.engine import Engine
 from fxzero.module.plan_maker import PlanMaker
 from fxzero.module.precision import OF_THE_MODEL, Precision
+from fxzero.module.ranks.captures import Captures
 from fxzero.module.sharded_model import ShardedModel
 from fxzero.module.tuning_rounds import TuningRounds
 from fxzero.planning.agreed_text import describe_passes
@@ -67,6 +69,8 @@ class Options:
     precision: Precision = OF_THE_MODEL
     gradient_divide_factor: float | None = None
     """By which sums of gradients over ranks are divided; None: their number."""
+    cuda_graph: bool = False
+    """Forward and backward are replayed as CUDA graphs where they can be."""
 
     @property
     def is_tuned(self) -> bool:
@@ -83,6 +87,7 @@ class Options:
             "across": self.across,
             "accumulate": self.recipe.accumulate,
             "gradient_divide_factor": self.gradient_divide_factor,
+            "cuda_graph": self.cuda_graph,
             "sync_init": self.sync_init,
             "memory_budget": self.memory_budget,
             "cluster": self.cluster,
@@ -132,7 +137,10 @@ class Options:
         tuning = TuningRounds(self.is_tuned, self.keeps_free, self.cluster)
         islands = Islands(model, self.islands)
         maker = PlanMaker(sharded, tuning, BudgetRound(self.memory_budget), islands, ablation.binder_without(without))
-        return Engine(sharded, maker, ablation.clip_without(without))
+        engine = Engine(sharded, maker, ablation.clip_without(without))
+        if self.cuda_graph:
+            engine.captures = Captures(sharded)
+        return engine
 
 
 def check_mesh(mesh: DeviceMesh | None, across: Placement, recipe: Recipe) -> None:
@@ -171,6 +179,25 @@ def check_divide_factor(factor: object) -> None:
     is_number = isinstance(factor, (int, float)) and not isinstance(factor, bool) and 0 < factor < math.inf
     if not is_number:
         raise ValueError(f"gradient_divide_factor is {factor!r}; it must be a positive number, or None for the ranks'.")
+
+
+def choose_cuda_graph(cuda_graph: object, device: torch.device, recipe: Recipe) -> bool:
+    """True if plans are to become CUDA graphs. On another device that is left out, with a warning.
+
+    Raises:
+        TypeError: it is no bool.
+        ValueError: buffers are allocated at each use, where no graph can find them.
+    """
+    if not isinstance(cuda_graph, bool):
+        raise TypeError(f"cuda_graph is {cuda_graph!r}; it must be True or False.")
+    if cuda_graph and recipe.without:
+        raise ValueError("without= measures optimizations one by one; drop cuda_graph.")
+    if cuda_graph and device.type != "cuda":
+        warnings.warn(
+            f"cuda_graph=True has no effect: the model is on {device}, and CUDA graphs are for CUDA devices.",
+            stacklevel=3,
+        )
+    return cuda_graph and device.type == "cuda"
 
 
 def choose_islands(islands: Sequence[str] | str | None) -> tuple[str, ...] | None:

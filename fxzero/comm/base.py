@@ -61,6 +61,8 @@ class Comm(ABC):
 
     backend: Backend
     """The memory and the work that its collectives need."""
+    is_capturable = False
+    """True if its bound collectives can be in a CUDA graph."""
 
     def __init__(self, rank: int, sharding: Sharding) -> None:
         self.phases = PhaseLog()
@@ -200,6 +202,7 @@ class LocalComm(Comm):
     """
 
     backend = NativeBackend()
+    is_capturable = True
 
     def __init__(self, divisor: float | None = None) -> None:
         super().__init__(0, Sharding())

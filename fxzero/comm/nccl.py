@@ -29,6 +29,7 @@ class NcclComm(GroupComm):
     """
 
     backend = NCCL
+    is_capturable = True
 
     def __init__(self, group: dist.ProcessGroup, *, divisor: float | None = None) -> None:
         super().__init__(group)

@@ -16,6 +16,25 @@ _COLLECTIVES = (Role.ALL_GATHER, Role.REDUCE_SCATTER, Role.WAIT)
 
 
 @dataclass(frozen=True)
+class Clock:
+    """What the seconds of the lines of a schedule mean, as a device measures them."""
+
+    every_line: bool
+    """Each line is measured; else the runs between collectives are, since each mark takes the device some time."""
+    counts_waits: bool
+    """A wait lasts as long as its work, not as long as the message."""
+    sees_host: bool
+    """Seconds of the optimizer and of other threads are those of the device that computes."""
+
+
+CLOCKS: Mapping[str, Clock] = {
+    "cpu": Clock(every_line=True, counts_waits=True, sees_host=True),
+    "cuda": Clock(every_line=False, counts_waits=False, sees_host=False),
+}
+"""How compute is measured, by the type of the device. On a GPU by events on the compute stream, read afterwards."""
+
+
+@dataclass(frozen=True)
 class MeasuredLines:
     """The seconds of each line of a schedule, as medians over some steps; empty before the first step."""
 
@@ -24,6 +43,18 @@ class MeasuredLines:
     """Seconds of wall time of each line; on a GPU, of its stream."""
     busy_s: Sequence[float]
     """Seconds of processor time of the training thread in each line; on a GPU, seconds of its stream."""
+
+
+def ends_of_runs(step: StepGraph) -> frozenset[int]:
+    """The numbers of the lines behind which a run of compute, or a collective, ends."""
+    lines = list(rows(step))
+    is_collective = [role(line.nodes[-1]) in _COLLECTIVES for line in lines]
+    last = len(lines) - 1
+    return frozenset(
+        i
+        for i, line in enumerate(lines)
+        if i == last or is_collective[i] or is_collective[i + 1] or lines[i + 1].phase is not line.phase
+    )
 
 
 def seconds_by_run(step: StepGraph, seconds: Sequence[float]) -> list[float]:
@@ -51,10 +82,15 @@ def seconds_by_run(step: StepGraph, seconds: Sequence[float]) -> list[float]:
     return found
 
 
-def seconds_by_name(step: StepGraph, estimated: Costs, measured: list[float]) -> dict[str, float]:
+def seconds_by_name(
+    step: StepGraph, estimated: Costs, measured: list[float], *, counts_waits: bool = True
+) -> dict[str, float]:
     """Seconds of each node, by name: those of a run are shared out in the ratio of the estimates.
 
     The time of a start is left out: it is that of sending, which the link's cost per byte has already.
+
+    Args:
+        counts_waits: take the seconds of waits as those of their work; else these stay estimates.
 
     Returns:
         Empty if `measured` is of another step.
@@ -70,8 +106,9 @@ def seconds_by_name(step: StepGraph, estimated: Costs, measured: list[float]) ->
     if len(runs) != len(measured):
         return {}
     found: dict[str, float] = {}
+    left_out = (Role.ALL_GATHER, Role.REDUCE_SCATTER) if counts_waits else _COLLECTIVES
     for nodes, seconds in zip(runs, measured, strict=True):
-        if len(nodes) == 1 and role(nodes[0]) in (Role.ALL_GATHER, Role.REDUCE_SCATTER):
+        if len(nodes) == 1 and role(nodes[0]) in left_out:
             continue
         shares = [estimated.of(node) for node in nodes]
         total = sum(shares)

@@ -22,6 +22,7 @@ from fxzero.module.call_kind import Arguments, Method, Pattern, Signature, setti
 from fxzero.module.gradients.heads import Heads
 from fxzero.module.plan_cache import PlanCache
 from fxzero.module.plan_maker import PlanMaker
+from fxzero.module.ranks.captures import Captures
 from fxzero.module.replaced_data import Replaced, in_shards
 from fxzero.module.sharded_model import ShardedModel
 from fxzero.runtime.clip import clip_grad_norm_
@@ -52,6 +53,8 @@ class Engine:
         """Stands for the parameters in the graph of autograd."""
         self.pending_save: Future[Path] | None = None
         """The checkpoint that a thread writes, or has written last; None if there was none."""
+        self.captures: Captures | None = None
+        """Makes CUDA graphs of plans, if the user asked for that."""
         self.asked: dict[str, torch.Tensor] | None = None
         """Receives the gradients of backwards while torch.autograd.grad asks for some; else None."""
 
@@ -111,6 +114,8 @@ class Engine:
         if executable.example_only:
             raise InputMismatchError("An input is on the meta device: it can be an example, not a batch to run on.")
         executable.stopwatch = tuning.stopwatch_for(executable)
+        if self.captures is not None:
+            self.captures.before_forward(executable, is_settled=tuning.is_settled)
         captured = executable.plan.captured
         values = captured.state.read()
         device_type = sharded.devices.compute.type

@@ -4,7 +4,7 @@ state       from                               events
 untuned     compile                            `choose`, at the first plan with a backward: calibrates the cluster if
                                                none is given, and chooses all, buckets included, from rooflines
 warm        `choose`                           `after_backward`: counts
-measuring   WARM_STEPS backwards               `after_backward`: counts; each run of compute is measured, on processors
+measuring   WARM_STEPS backwards               `after_backward`: counts; runs of compute are measured
 due         MEASURED_STEPS backwards later     `choose_again`: chooses order and bytes in flight from measured seconds
 done        `choose_again`
 """
@@ -23,7 +23,7 @@ from fxzero.comm.without_ranks import PlanningComm
 from fxzero.cost.calibrate import calibrate_once
 from fxzero.cost.choose_sizes import choose_sizes
 from fxzero.cost.job_costs import CostModel, optimizer_bytes
-from fxzero.cost.measured import MEASURED_STEPS, seconds_by_name, seconds_by_run
+from fxzero.cost.measured import CLOCKS, MEASURED_STEPS, ends_of_runs, seconds_by_name, seconds_by_run
 from fxzero.cost.model import Cluster, roofline
 from fxzero.graph.layout import ParamSpec
 from fxzero.graph.schedule_text import totals
@@ -107,12 +107,17 @@ class TuningRounds:
     def stopwatch_for(self, executable: Executable) -> Stopwatch | None:
         """What measures the coming step: for a choice, for somebody who asked for the seconds of its lines, or both."""
         step, asked = executable.step, executable.lines_to_measure
-        if not self._is_time or not executable.has_backward or executable.device.type != "cpu":
+        clock = CLOCKS.get(executable.device.type)
+        if not self._is_time or not executable.has_backward or clock is None:
             return asked
         if not step.synchronize or step.resident:
             return asked
-        self.stopwatch.also = asked
-        return self.stopwatch
+        watch = self.stopwatch
+        watch.also = asked
+        if executable.device.type == "cuda":
+            watch.cuda = torch.cuda
+        watch.ends = None if clock.every_line or asked is not None else ends_of_runs(step)
+        return watch
 
     @property
     def _is_time(self) -> bool:
@@ -122,6 +127,11 @@ class TuningRounds:
     def is_due(self) -> bool:
         """True from the last measured backward to `choose_again`."""
         return self._num_backwards == WARM_STEPS + MEASURED_STEPS
+
+    @property
+    def is_settled(self) -> bool:
+        """True if no plan is going to be replaced by a better one."""
+        return not self._is_tuned or self._num_backwards > WARM_STEPS + MEASURED_STEPS
 
     def after_backward(self, executable: Executable) -> None:
         """Count a backward, as all ranks do whatever their shapes."""
@@ -139,7 +149,9 @@ class TuningRounds:
         assert self.cluster is not None and self._measured is not None
         self._num_backwards += 1
         step, self._measured = self._measured.step, None
-        optimizer_s = calm_median([seconds for seconds in self.optimizers_s if seconds])
+        clock = CLOCKS.get(sharded.devices.compute.type, CLOCKS["cpu"])
+        self.stopwatch.read()
+        optimizer_s = calm_median([seconds for seconds in self.optimizers_s if seconds and clock.sees_host])
         own = [optimizer_s, calm_median(self.stopwatch.others), *seconds_by_run(step, self.stopwatch.medians())]
         self.stopwatch = Stopwatch()
         posts = agree.exchange(sharded.group, "costs", [json.dumps(own)], timeout=sharded.timeout)
@@ -150,8 +162,10 @@ class TuningRounds:
         self._optimizer_s, others_s, *measured = [statistics.median(values) for values in zip(*everyone, strict=True)]
         before = chosen = sharded.recipe
         with agree.reporting_failure(sharded.group, "costs"):
-            self._cpu_s_per_byte = self._cpu_of_a_byte(step, others_s)
-            self._by_name = seconds_by_name(step, roofline(step, self.cluster, sharded.comm.backend), measured)
+            on_link = self.cluster.link.cpu_s_per_byte
+            self._cpu_s_per_byte = self._cpu_of_a_byte(step, others_s) if clock.sees_host else on_link
+            estimated = roofline(step, self.cluster, sharded.comm.backend)
+            self._by_name = seconds_by_name(step, estimated, measured, counts_waits=clock.counts_waits)
             if self._by_name:
                 chosen = choose_sizes(step, before, self._model(sharded), keeps_free=self.keeps_free)
         sharded.recipe = sharded.exchange_recipes(chosen, "costs")[0]

@@ -94,7 +94,8 @@ class Binder:
         Returns:
             forward, backward; gather_kept, which gathers what forward keeps; forward_again, which is the forward to run
             where buckets of the last micro-step are still there; timed_forward and timed_backward, which make a phase
-            that a stopwatch measures; strided, which makes the backward for gradients with other strides than traced.
+            that a stopwatch measures; strided, which makes the backward for gradients with other strides than traced;
+            fork and join, which let a second stream branch off and come back around a phase.
         """
         code, names = self.code, self.names
         starts = self.step.nodes(Role.ALL_GATHER, Role.REDUCE_SCATTER)
@@ -120,6 +121,8 @@ class Binder:
         self.finish()
         names |= {start.name: self._launch(start, names[start.name]) for start in starts}
         functions = {"gather_kept": in_turn(*self._gather_kept())} | _define(code, names)
+        streams = None if self.events is None else self.events.streams
+        functions["fork"], functions["join"] = (streams.fork, streams.join) if streams else (_nothing, _nothing)
         again = names
         if self.step.resident or self.from_secondaries:
             again = names | self._where_buckets_are_there()

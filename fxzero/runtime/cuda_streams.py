@@ -34,6 +34,19 @@ class CudaStreams:
             if edge.before not in self._started:
                 self._events[edge.before] = self._events.get(edge.before) or cuda.Event()
 
+    def fork(self) -> None:
+        """Let the communication stream come behind what the current one has so far: a capture takes it along then."""
+        event = self._cuda.Event()
+        event.record()
+        self.stream.wait_event(event)
+
+    def join(self) -> None:
+        """Let the current stream come behind all that the communication stream has so far: the end of a capture."""
+        event = self._cuda.Event()
+        with self._cuda.stream(self.stream):
+            event.record()
+        self._cuda.current_stream().wait_event(event)
+
     def before(self, op: int, waits: Mapping[int, Callable[[], object]]) -> list[Callable[[], object]]:
         """What to call before a compute operation: the waits of the collectives it needs, from `waits` by start.
 

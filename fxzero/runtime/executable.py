@@ -26,6 +26,7 @@ from fxzero.planning.narrow import narrow
 from fxzero.planning.plan import Plan, VariantPlan
 from fxzero.runtime.binding import Binder
 from fxzero.runtime.gradients import Gradients
+from fxzero.runtime.graphs.phases import PhaseGraphs
 from fxzero.runtime.in_flight import InFlight
 from fxzero.runtime.ranges import Ranges
 from fxzero.runtime.shards import Shards
@@ -92,6 +93,8 @@ class Executable:
         self.device = plan.devices.compute
         self.stopwatch: Stopwatch | None = None
         """Measures the next forward, and its backward."""
+        self.graphs: PhaseGraphs | None = None
+        """Replays the phases, once that was decided."""
         self._ranges: Ranges | None = None
         """Shows the lines of the schedule to a profiler."""
         self._lines: Stopwatch | None = None
@@ -144,7 +147,7 @@ class Executable:
         other.plan, other._tangents = plan, list(tangents)
         other._memory = self._binder.memory_for(self._storage.arena, plan.arena_bytes)
         other._functions, other._narrowed = {}, {}
-        other.stopwatch = other._lines = other._ranges = None
+        other.stopwatch = other._lines = other._ranges = other.graphs = None
         return other
 
     @property
@@ -168,9 +171,13 @@ class Executable:
         are_there = self._in_flight.begin_forward(self._lasting)
         watch, name = self.stopwatch, "forward_again" if are_there else "forward"
         try:
-            is_plain = watch is None and not torch_internals.is_profiling()
-            run = functions[name] if is_plain else self._observed(functions, name, Phase.FORWARD, watch)
-            outputs = run(inputs, buffers)
+            outputs: tuple[tuple[Any, ...], list[Any]]
+            if self.graphs is not None and watch is None:
+                outputs = self.graphs.forward(functions, name, inputs, buffers)
+            else:
+                is_plain = watch is None and not torch_internals.is_profiling()
+                run = functions[name] if is_plain else self._observed(functions, name, Phase.FORWARD, watch)
+                outputs = run(inputs, buffers)
             self._in_flight.end_forward(self._lasting)
             if self.written:
                 outputs = self._write_params(*outputs)
@@ -217,11 +224,14 @@ class Executable:
         watch, self.stopwatch = self.stopwatch, None
         self._in_flight.begin_backward()
         try:
-            if watch is None and not torch_internals.is_profiling():
-                run = functions["backward"] if are_dense else functions["strided"]()
+            if self.graphs is not None and watch is None and are_dense:
+                input_grads = self.graphs.backward(variant, functions, saved, tangents)
             else:
-                run = self._observed(functions, "backward", Phase.BACKWARD, watch)
-            input_grads = run(saved, tangents)
+                if watch is None and not torch_internals.is_profiling():
+                    run = functions["backward"] if are_dense else functions["strided"]()
+                else:
+                    run = self._observed(functions, "backward", Phase.BACKWARD, watch)
+                input_grads = run(saved, tangents)
             self._in_flight.end_backward()
         except Exception as error:
             self._in_flight.failed(error)

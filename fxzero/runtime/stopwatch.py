@@ -9,9 +9,8 @@ compute stream, so a wait lasts as long as that stream waits.
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, TypeVar
 
 Sample = TypeVar("Sample")
@@ -29,6 +28,8 @@ class Stopwatch:
     """For each step, seconds of processor time of all other threads."""
     cuda: Any = None
     """`torch.cuda`, or what looks like it, where a GPU computes."""
+    ends: Collection[int] | None = None
+    """The lines behind which there is a mark, which has the seconds of those before it too; None: all lines."""
     also: "Stopwatch | None" = None
     """Receives the seconds of these steps as well."""
     _phases: list[list[Any]] = field(default_factory=list["list[Any]"])
@@ -36,14 +37,15 @@ class Stopwatch:
     _unread: list[list[list[Any]]] = field(default_factory=list["list[list[Any]]"])
     """The marks of steps whose events are not read yet: that waits for the GPU."""
     _others: float = 0.0
+    _line: int = 0
+    """The number of the line that ends next."""
 
     def time_phase(self, phase: Callable[..., Any], *arguments: Any, is_first: bool, is_last: bool) -> Any:
         """Run a phase whose code calls `mark`; a step is complete with its last one."""
         if is_first:
-            self._phases, self._others = [], 0.0
+            self._phases, self._others, self._line = [], 0.0, 0
         began = time.process_time() - time.thread_time()
-        self._phases.append([])
-        self.mark()
+        self._phases.append([self._now()])
         returned = phase(*arguments)
         self._others += time.process_time() - time.thread_time() - began
         if is_last:
@@ -60,21 +62,34 @@ class Stopwatch:
 
     def mark(self) -> None:
         """The end of a line."""
+        ends, line = self.ends, self._line
+        self._line = line + 1
+        self._phases[-1].append(self._now() if ends is None or line in ends else None)
+
+    def _now(self) -> Any:
         if self.cuda is None:
-            self._phases[-1].append((time.perf_counter(), time.thread_time()))
-        else:
-            event = self.cuda.Event(enable_timing=True)
-            event.record()
-            self._phases[-1].append(event)
+            return time.perf_counter(), time.thread_time()
+        event = self.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def read(self) -> None:
         """Turn marks into seconds."""
         for phases in self._unread:
-            lines = [self._between(*marks) for phase in phases for marks in pairwise(phase)]
+            lines = [seconds for phase in phases for seconds in self._lines_of(phase)]
             for watch in filter(None, (self, self.also)):
                 watch.walls.append([wall for wall, _ in lines])
                 watch.steps.append([busy for _, busy in lines])
         self._unread.clear()
+
+    def _lines_of(self, marks: Sequence[Any]) -> list[tuple[float, float]]:
+        """Seconds of wall time and of processor time of each line of a phase; none of a line without a mark."""
+        lines: list[tuple[float, float]] = []
+        begin = marks[0]
+        for end in marks[1:]:
+            lines.append((0.0, 0.0) if end is None else self._between(begin, end))
+            begin = begin if end is None else end
+        return lines
 
     def _between(self, begin: Any, end: Any) -> tuple[float, float]:
         """Seconds of wall time and of processor time between two marks."""

@@ -12,11 +12,12 @@ from fxzero.capture import capture
 from fxzero.comm.gloo import GLOO
 from fxzero.cost.choose_sizes import _events, choose_sizes, needs_of
 from fxzero.cost.job_costs import CostModel
-from fxzero.cost.measured import seconds_by_name, with_measured
+from fxzero.cost.measured import ends_of_runs, seconds_by_name, seconds_by_run, with_measured
 from fxzero.cost.model import GBIT, Cluster, Costs, Device, Link, roofline
 from fxzero.cost.timeline import Event, events, play, simulate
 from fxzero.graph.nodes import Role, members, role
 from fxzero.graph.recipe import Recipe
+from fxzero.graph.schedule_text import rows
 from fxzero.graph.sharding import Axis, Placement, Sharding
 from fxzero.graph.step import StepGraph
 from fxzero.graph.wire import WireFormat, gather_format
@@ -227,6 +228,24 @@ def test_measured_seconds_reach_the_nodes_of_another_plan() -> None:
     other = planned(step, Recipe(bucket_bytes=2**20, prefetch_bytes=2**24))
     again = with_measured(other, roofline(other, SLOW, GLOO), by_name, 0.5, 1e-9)
     assert sum(again.seconds.values()) == pytest.approx(sum(costs.seconds.values()), rel=1e-6)
+
+
+def test_seconds_of_runs_alone_are_those_of_all_lines_and_waits_may_stay_estimates() -> None:
+    step = planned(layers(*MODELS["wide"]), Recipe(bucket_bytes=2**20))
+    lines, ends = list(rows(step)), ends_of_runs(step)
+    assert len(ends) < len(lines)
+    every, run, runs = [float(i + 1) for i in range(len(lines))], 0.0, list[float]()
+    for i, seconds in enumerate(every):
+        run += seconds
+        runs.append(run if i in ends else 0.0)
+        run = 0.0 if i in ends else run
+    measured = seconds_by_run(step, every)
+    assert seconds_by_run(step, runs) == measured
+    estimated = roofline(step, SLOW, GLOO)
+    without = seconds_by_name(step, estimated, measured, counts_waits=False)
+    with_waits = seconds_by_name(step, estimated, measured)
+    assert without == {name: seconds for name, seconds in with_waits.items() if not name.startswith("wait ")}
+    assert without != with_waits
 
 
 def _runs_with_cost(step: StepGraph, estimated: Costs) -> list[float]:

@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import graph_module
 
 import fxzero
+from fxzero import torch_internals
 from fxzero.module import plan_cache
 
 
@@ -65,6 +66,7 @@ def test_new_kinds_of_calls_leave_nothing_behind(
 ) -> None:
     """`most_objects` for each: of a number that ranks pass alike, it is remembered that it was agreed on."""
     monkeypatch.setattr(plan_cache, "MAX_PLANS", 1)
+    monkeypatch.setattr(torch_internals, "MAX_FAKE_RESULTS", 0)
     zero = fxzero.compile(Net())
     numbers = iter(range(7))
     with warnings.catch_warnings():

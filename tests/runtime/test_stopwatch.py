@@ -83,3 +83,13 @@ def test_on_a_gpu_events_are_recorded_and_read_later() -> None:
     watch.read()
     assert watch.walls == watch.steps == [[0.001, 0.003, 0.007]]
     assert cuda.synchronized == 3
+
+
+def test_a_run_of_lines_has_one_mark_and_its_last_line_has_the_seconds() -> None:
+    cuda = FakeCuda()
+    watch = Stopwatch(cuda=cuda, ends={1, 2, 4})
+    watch.time_phase(lines, watch, 3, is_first=True, is_last=False)
+    watch.time_phase(lines, watch, 2, is_first=False, is_last=True)
+    assert len(cuda.recorded) == 2 + 3
+    watch.read()
+    assert watch.walls == [[0.0, 0.001, 0.003, 0.0, 0.007]]
