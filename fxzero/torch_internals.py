@@ -281,7 +281,7 @@ MAX_FAKE_RESULTS = 4096
 
 @contextlib.contextmanager
 def few_fake_results() -> Generator[None]:
-    """Drop what fake operators inside the block add to torch's cache, if it holds many: it lives as long as the process.
+    """Drop what fake operators inside the block add to torch's cache if it holds many: it lives as long as the process.
 
     `FakeTensorMode.cache`: 2.11 to 2.13.
     """

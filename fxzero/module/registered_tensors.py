@@ -59,7 +59,7 @@ class ParamTables:
     """The tables of parameters of some modules, and what they held when this object was made."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        tables = [torch_internals.tensor_tables(module)[0] for module in modules]
+        tables: list[Any] = [torch_internals.tensor_tables(module)[0] for module in modules]
         self._now = [table for table in tables if isinstance(table, dict) and table]  # a scripted module has none
         self._then = [dict(table) for table in self._now]
         self._of_one_element = [

@@ -13,6 +13,8 @@ from tests.distributed import fused_workers
     [
         (2, {}, False),
         (2, {}, True),
+        (2, {"loss_chunks": 3}, True),
+        (2, {"loss_chunks": 3}, False),
         pytest.param(3, {"recompute": "full", "reshard_after_forward": False}, False, marks=pytest.mark.exhaustive),
     ],
 )

@@ -179,6 +179,8 @@ def test_a_parameter_of_a_part_that_is_replaced_later_is_refused_by_name(change:
 @pytest.mark.parametrize("change", [lambda module: setattr(module, "scale", None), lambda m: delattr(m, "scale")])
 def test_a_buffer_that_is_removed_later_is_refused_by_name(change: Any) -> None:
     class Scaled(nn.Linear):
+        scale: torch.Tensor
+
         def forward(self, input: torch.Tensor) -> torch.Tensor:
             return super().forward(input) * self.scale
 
