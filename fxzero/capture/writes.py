@@ -207,11 +207,10 @@ class Before:
 
     def _is_forgotten(self, container: Any) -> bool:
         """True for a container that only this object holds any more: the forward made it, and it is over."""
-        known = {id(self.alive), id(self.met)}
+        known = {id(self.alive), id(self.met), id(self._containers.get(id(container)))}
         for each in gc.get_referrers(container):
             is_running = isinstance(each, types.FrameType) or getattr(each, "gi_code", None) is _CHANGES
-            is_entry = isinstance(each, tuple) and each[0] is container
-            if not (is_running or is_entry or id(each) in known):
+            if not (is_running or id(each) in known):
                 return False
         return True
 

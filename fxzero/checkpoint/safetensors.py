@@ -161,8 +161,8 @@ class _Writing:
 
 
 def _partial(path: Path) -> Path:
-    """Where a file is until it is complete."""
-    return path.with_name(path.name + ".partial")
+    """Where a file is until it is complete; processes that write the same one do not meet."""
+    return path.with_name(f"{path.name}.{os.getpid()}.partial")
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -448,7 +448,7 @@ class _OnlyOwn(TorchFunctionMode):
     def __init__(self, model: nn.Module, site: Site) -> None:
         super().__init__()
         self._own = {id(each) for each in site.stand_ins}
-        self._params = {id(each) for each in model.parameters()}
+        self._model = model
         self._others = {id(each) for each in model.buffers()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -462,5 +462,5 @@ class _OnlyOwn(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _has_gradient(self, param: nn.Parameter) -> bool:
-        """False for a frozen one that the model has not, as of a loss that is made in forward: it is as it is."""
-        return param.requires_grad or id(param) in self._params
+        """False for a frozen one that the model neither has nor gets, as of a loss that is made in forward."""
+        return param.requires_grad or any(param is each for each in self._model.parameters())

@@ -204,7 +204,14 @@ class Site:
             )
 
     def _note_rebound(self, buffers: list[Tensor]) -> None:
-        """Take the buffers that the modules hold now."""
+        """Take the buffers that the modules hold now; raise IslandError if they hold other parameters."""
+        stand_ins = self.stand_ins
+        for table, key, index in self._param_slots:
+            if key not in table or table[key] is not stand_ins[index]:
+                raise IslandError(
+                    f"{self} binds parameter {key} to another tensor. Parameters are sharded, so only the optimizer "
+                    "may change them. Compute the new value from it and use that, or make it a buffer."
+                )
         for table, key, index in self._buffer_slots:
             now = table[key] if key in table else None  # noqa: SIM401 (a scripted module's table has no `get`)
             before = buffers[index]

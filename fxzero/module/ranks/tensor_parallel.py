@@ -37,6 +37,8 @@ class LocalParameters:
         """
         found = {fqn: param for fqn, param in model.named_parameters() if is_dtensor(param)}
         _check_buffers(model)
+        if found:
+            _check_not_sharded(model, next(iter(found)))
         self.of = {fqn: _described(fqn, param, group) for fqn, param in found.items()}
         _check_one_mesh(self.of)
         local: dict[Tensor, nn.Parameter] = {param: _local(param) for param in found.values()}
@@ -80,6 +82,16 @@ class LocalParameters:
     def keep(self) -> None:
         """Forget what was before."""
         self._undo.clear()
+
+
+def _check_not_sharded(model: nn.Module, fqn: str) -> None:
+    from torch.distributed.fsdp import FSDPModule  # takes long to import
+
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise InputMismatchError(
+            f"{fqn} is a DTensor. Only plain tensors can be sharded, and FSDP2 shards this model already: compile one "
+            "that fully_shard has not seen."
+        )
 
 
 def _described(fqn: str, param: Any, group: Group | None) -> TensorParallel:

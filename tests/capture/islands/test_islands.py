@@ -619,3 +619,21 @@ def test_forwards_of_islands_may_come_before_their_backwards() -> None:
         for loss in reversed(losses):
             loss.backward()
     assert same_gradients(plain, zero)
+
+
+class Halves(nn.Module):
+    """Binds a frozen parameter anew when everything else is done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trained, self.frozen = nn.Linear(4, 4), nn.Linear(4, 4).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.trained(x) + self.frozen(x)
+        self.frozen.weight = nn.Parameter(self.frozen.weight * 0.5, requires_grad=False)
+        return y.sum()
+
+
+def test_no_island_forgets_a_parameter_that_is_bound_last() -> None:
+    with pytest.raises(CaptureError, match="binds parameter frozen.weight to another tensor"):
+        fxzero.compile(Halves())(torch.ones(2, 4))
