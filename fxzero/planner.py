@@ -103,6 +103,7 @@ def plan(
         layout, secondaries = layout_of(step, chosen, own_list), step.secondaries().values()
         return held_by(
             layout,
+            devices,
             state_per_element=state,
             buffers=buffers,
             secondaries=secondaries,

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fxzero.comm.backend import Backend
+from fxzero.graph.devices import Devices
 from fxzero.graph.layout import Layout, Payload
 from fxzero.graph.step import StepGraph
 from fxzero.memory.activations import Activations, activations_of
@@ -95,13 +96,14 @@ def footprint_of(step: StepGraph, backend: Backend, held: Held) -> Footprint:
 
 def held_by(
     layout: Layout,
+    devices: Devices,
     *,
     state_per_element: float,
     buffers: int,
     unsharded: bool = False,
     secondaries: Iterable[Payload] = (),
 ) -> Held:
-    """What a rank holds of a model.
+    """What a rank holds of a model on the device that computes.
 
     Args:
         state_per_element: elements of optimizer state for each element of a trained parameter (AdamW: 2).
@@ -111,10 +113,11 @@ def held_by(
     """
     trained = [bucket for bucket in layout.buckets if bucket.requires_grad]
     gradients = sum(bucket.shard_nbytes for bucket in trained)
+    has_state_here = devices.optimizer == devices.compute
     return Held(
         parameters=layout.shard_nbytes,
         gradients=gradients,
-        optimizer_state=round(gradients * state_per_element),
+        optimizer_state=round(gradients * state_per_element) if has_state_here else 0,
         buffers=buffers,
         unsharded_gradients=sum(bucket.sums.nbytes for bucket in trained) if unsharded else 0,
         secondaries=sum(payload.slice_nbytes for payload in secondaries),

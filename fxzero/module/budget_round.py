@@ -86,6 +86,7 @@ def held(sharded: ShardedModel, step: StepGraph) -> Held:
     layout = shards.layout if shards is not None else layout_of(step, sharded.recipe, sharded.passes)
     return held_by(
         layout,
+        sharded.devices,
         state_per_element=sharded.state_per_element,
         buffers=sum(buffer.nbytes for buffer in sharded.model.buffers()),
         unsharded=step.needs_unsharded,
