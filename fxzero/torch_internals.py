@@ -708,7 +708,8 @@ def decomposed(
 
     modes = [cast(Any, each).fake_mode for each in tensors if isinstance(each, FakeTensor)]
     with torch.no_grad(), modes[0] if modes else contextlib.nullcontext(), _use_lazy_graph_module(True):
-        return make_fx(run, decomposition_table=table)(*tensors)
+        distinct = [tensor.detach() for tensor in tensors]  # a tensor that is given twice has two placeholders
+        return make_fx(run, decomposition_table=table)(*distinct)
 
 
 _compiling = threading.Lock()

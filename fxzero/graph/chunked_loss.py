@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from fxzero import torch_internals
-from fxzero.graph.aliasing import is_view
+from fxzero.graph.aliasing import is_view, memory_of, written_by
 from fxzero.graph.nodes import META_KEY, NodeInfo, Role, info, new_value
 from fxzero.graph.step import StepGraph
 
@@ -52,7 +52,23 @@ class ChunkableLoss:
 def find_losses(step: StepGraph) -> list[ChunkableLoss]:
     """The losses of a step that can be computed in chunks of rows."""
     softmaxes = step.graph.find_nodes(op="call_function", target=aten._log_softmax.default)
-    return [loss for node in softmaxes if (loss := _find(node)) is not None]
+    found = [loss for node in softmaxes if (loss := _find(node)) is not None]
+    return [loss for loss in found if _has_rows(loss) and not _is_overwritten(step, loss.product)]
+
+
+def _has_rows(loss: ChunkableLoss) -> bool:
+    """True if there are rows, and one bias for all of them."""
+    logits, *read = (node.meta["val"] for node in (loss.product, *loss.product.all_input_nodes))
+    has_bias_of_rows = loss.product.target is aten.addmm.default and read[0].dim() > 1
+    return logits.shape[0] > 0 and not has_bias_of_rows
+
+
+def _is_overwritten(step: StepGraph, product: fx.Node) -> bool:
+    """True if the step writes to what a product reads, behind it: the product cannot run there."""
+    written = {step.param_nodes()[fqn] for fqn in step.written}
+    writers = [node for node in step.nodes(Role.COMPUTE) if product < node]
+    written |= {memory_of(target) for node in writers for target in written_by(node)}
+    return not written.isdisjoint(map(memory_of, product.all_input_nodes))
 
 
 def _find(softmax: fx.Node) -> ChunkableLoss | None:

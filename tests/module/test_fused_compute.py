@@ -129,8 +129,8 @@ def test_another_length_is_traced_and_compiles_regions_of_its_own(caplog: pytest
 def test_a_region_that_is_compiled_wrong_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FXZERO_CHECK", "1")
     zero, _ = pair()
-    with uncompiled():
-        monkeypatch.setattr(
+    with uncompiled(), monkeypatch.context() as patched:
+        patched.setattr(
             compile_regions, "_compile", lambda region: lambda inputs: [each * 1.01 for each in region(inputs)]
         )
         with pytest.raises(PassChangedNumbersError, match="fuse_compute, made a region that is compiled wrong"):

@@ -96,6 +96,34 @@ def test_what_is_no_plain_cross_entropy_stays_whole(caplog: pytest.LogCaptureFix
     assert "loss_chunks=4 has no effect" in caplog.text
 
 
+class Odd(Model):
+    """Logits with a bias of each row, or with a bias that is counted up behind them."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.register_buffer("shift", torch.zeros(WORDS))
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        rows = torch.tanh(self.embedding(ids)).view(-1, WIDTH)
+        bias = self.get_buffer("shift") if self.kind == "written" else rows.sum(1, keepdim=True).expand(-1, WORDS)
+        loss = F.cross_entropy(torch.addmm(bias, rows, self.head.weight.t()), labels.view(-1))
+        self.get_buffer("shift").add_(1)
+        return loss
+
+
+@pytest.mark.parametrize("kind", ["bias of rows", "written"])
+def test_logits_that_cannot_be_made_in_parts_or_later_stay_whole(kind: str) -> None:
+    assert any("softmax" in name for name in whole(planned(Odd(kind), loss_chunks=4)))
+
+
+def test_no_rows_at_all() -> None:
+    zero = fxzero.compile(Model(reduction="sum"), loss_chunks=4)
+    loss = zero(*(each[:0] for each in batch()))
+    loss.backward()
+    assert loss.item() == 0 and all(p.grad is not None and not p.grad.any() for p in zero.parameters())
+
+
 def test_refused() -> None:
     step = toy_step()
     for each in default_passes():

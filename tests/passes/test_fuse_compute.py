@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fxzero
+from fxzero import torch_internals
 from fxzero.errors import PassOrderError, RegionInputError
 from fxzero.graph.fusion.gaps import is_transparent
 from fxzero.graph.nodes import Role, is_random
@@ -155,6 +156,30 @@ def test_products_alone_stay_as_they_are() -> None:
     FuseCompute()(fused)
     assert not regions(fused)
     assert products(fused) == products(step)
+
+
+def test_one_tensor_given_twice_is_no_example_for_two_tensors() -> None:
+    x, y = torch.randn(3), torch.randn(3)
+    parts = torch_internals.decomposed(torch.ops.aten.mse_loss.default, (x, x), {})
+    assert parts is not None
+    torch.testing.assert_close(parts(x, y)[0], F.mse_loss(x, y))
+
+
+class Twins(nn.Module):
+    """Returns equal values twice, and computes them once more for itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h = self.inner(x)
+        return (h * 2).exp(), (h * 2).exp(), (h * 2).exp().sum()
+
+
+def test_equal_outputs_stay_two_tensors() -> None:
+    outputs = planned(Twins(), batch(BATCH, WIDTH)[:1]).model_outputs
+    assert len(set(outputs)) == 3
 
 
 def test_refused_behind_gathers() -> None:

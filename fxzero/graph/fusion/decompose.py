@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from fxzero import torch_internals
+from fxzero.graph.aliasing import memory_of
 from fxzero.graph.fusion.by_sigmoid import by_sigmoid
 from fxzero.graph.fusion.operators import COMPOSITES, is_free
 from fxzero.graph.nodes import META_KEY, Role
@@ -83,7 +84,7 @@ def _splice(step: StepGraph, node: fx.Node, parts: fx.GraphModule) -> set[fx.Nod
 
 
 def share_equal(step: StepGraph, fusable: set[fx.Node], across: set[fx.Node]) -> None:
-    """Let equal fusable operators, and views, of one phase be computed once.
+    """Let equal fusable operators, and views, of one phase be computed once; two outputs stay two tensors.
 
     Args:
         fusable: nodes that read no memory which is written.
@@ -91,6 +92,7 @@ def share_equal(step: StepGraph, fusable: set[fx.Node], across: set[fx.Node]) ->
             purpose.
     """
     first: dict[Any, fx.Node] = {}
+    returned = {memory_of(each) for each in step.model_outputs if isinstance(each, fx.Node)}
     phase_of = step.phase_of()
     for node in step.nodes(Role.COMPUTE):
         is_taken = node.target is operator.getitem and node.args[0] in fusable
@@ -100,8 +102,10 @@ def share_equal(step: StepGraph, fusable: set[fx.Node], across: set[fx.Node]) ->
         here = phase_of[node]
         there = first.get((*what, Phase.FORWARD)) if here is Phase.BACKWARD and node in across else None
         known = there or first.setdefault((*what, here), node)
-        if known is node:
+        if known is node or returned.issuperset((known, node)):
             continue
+        if node in returned:
+            returned.add(known)
         node.replace_all_uses_with(known)
         step.graph.erase_node(node)
         fusable.discard(node)
