@@ -28,6 +28,7 @@ from torch import Tensor, fx, nn
 from torch._prims_common import make_channels_last_strides_for, make_contiguous_strides_for
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import in_kernel_invocation_manager
+from torch.autograd import forward_ad
 from torch.distributed._composable.contract import REGISTRY_KEY
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.utils import _apply_to_tensors  # pyright: ignore[reportPrivateUsage]
@@ -1030,6 +1031,14 @@ def function_mode_of_user() -> str | None:
 def in_function_transform() -> bool:
     """True inside torch.func.grad, vmap and the like. `torch._C._functorch`: 2.11 to 2.13."""
     return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
+
+
+def in_forward_ad() -> bool:
+    """True inside a level of forward-mode AD, also of torch.func.jvp.
+
+    `torch.autograd.forward_ad._current_level`: 2.11 to 2.13.
+    """
+    return forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
 
 
 def wrap_engine_run(wrapper: Callable[..., Any]) -> None:

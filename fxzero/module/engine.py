@@ -103,11 +103,7 @@ class Engine:
     def _call(self, arguments: Arguments, method: Method | None, replaced: Replaced) -> Any:
         sharded, tuning = self.sharded, self.maker.tuning
         sharded.check_params()
-        if (mode := torch_internals.function_mode_of_user()) is not None:
-            raise CaptureError(
-                f"A compiled step runs inside of {mode}, a TorchFunctionMode, which sees none of its operators. Leave "
-                "the mode before the call, or enter it inside of forward."
-            )
+        _check_modes()
         if tuning.is_due and torch.is_grad_enabled() and self.synchronize and self.maker.tune_again():
             self.plans.clear()
         inputs, signature, executable = self.prepare(arguments, method)
@@ -336,3 +332,23 @@ class Engine:
             self.last = executable = bound.executable(synchronize=synchronize)
         running = executable if pattern == wanted else executable.narrowed(pattern)
         return executable, running, again, state
+
+
+def _check_modes() -> None:
+    """Refuse to run where torch would have the operators do more than they say.
+
+    Raises:
+        CaptureError: names the mode.
+    """
+    if torch_internals.in_forward_ad():
+        raise CaptureError(
+            "A compiled step runs inside of forward-mode AD (torch.func.jvp or jacfwd, forward_ad.dual_level), whose "
+            "tangents it would lose. Use torch.func.jvp inside of forward, where it is traced."
+        )
+    if torch_internals.in_function_transform():
+        raise CaptureError("A compiled module cannot be called inside torch.func transforms. Use loss.backward().")
+    if (mode := torch_internals.function_mode_of_user()) is not None:
+        raise CaptureError(
+            f"A compiled step runs inside of {mode}, a TorchFunctionMode, which sees none of its operators. Leave "
+            "the mode before the call, or enter it inside of forward."
+        )

@@ -15,7 +15,6 @@ from fxzero import torch_internals
 from fxzero.capture import Captured, capture
 from fxzero.capture.islands.marks import Islands
 from fxzero.comm import agree
-from fxzero.errors import CaptureError
 from fxzero.graph.layout import ParamSpec
 from fxzero.graph.needs import needs_of
 from fxzero.graph.recipe import Needs, Recipe
@@ -91,8 +90,6 @@ class PlanMaker:
         """
         began = time.process_time()
         self.sharded.look_at_modules()
-        if torch_internals.in_function_transform():
-            raise CaptureError("A compiled module cannot be called inside torch.func transforms. Use loss.backward().")
         with (
             torch.inference_mode(False),
             torch_internals.outside_of_autograd_modes(),

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations
 from torch.optim import Adam
 from torch.overrides import TorchFunctionMode
@@ -115,6 +116,34 @@ def test_function_transforms_are_refused() -> None:
     zero, _ = pair()
     with pytest.raises(CaptureError, match="cannot be called inside torch.func transforms"):
         torch.func.grad(lambda x: zero(x).loss)(points())
+    zero = fxzero.compile(net(4, 1))
+    with torch.no_grad():
+        zero(torch.ones(2, 4))
+        with pytest.raises(CaptureError, match="cannot be called inside torch.func transforms"):
+            torch.func.vmap(zero)(torch.ones(3, 2, 4))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")
+def test_forward_mode_differentiation_is_refused_around_the_call_and_right_inside() -> None:
+    class Slope(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            value, slope = torch.func.jvp(self.net, (x,), (torch.ones_like(x),))
+            return (value - slope).square().sum()
+
+    model = Slope()
+    plain, zero, x = copy.deepcopy(model), fxzero.compile(model), torch.ones(3, 4)
+    for module in (zero, plain):
+        module(x).backward()
+    assert_same(zero, plain)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), pytest.raises(CaptureError, match="inside of forward-mode AD"):
+            torch.func.jvp(zero, (x,), (x,))
+        with torch.set_grad_enabled(grad), forward_ad.dual_level(), pytest.raises(CaptureError, match="forward_ad"):
+            zero(forward_ad.make_dual(x, x))
 
 
 def test_a_function_mode_around_the_call_is_refused_and_a_default_device_is_not() -> None:
