@@ -593,6 +593,7 @@ def argument(node: Any, name: str) -> Any:
     return named_arguments(node.target, node.args, node.kwargs).get(name)
 
 
+@functools.cache
 def written_names(overload: Any) -> tuple[str, ...]:
     """The names of arguments that an operator writes to. `OpOverload._schema`: 2.11 to 2.13."""
     declared = overload._schema.arguments
@@ -601,9 +602,16 @@ def written_names(overload: Any) -> tuple[str, ...]:
 
 def named_arguments(overload: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Maps names of an operator's arguments to values in a call, defaults included. `_schema`: 2.11 to 2.13."""
+    names, defaults = _declared(overload)
+    return {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+
+
+@functools.cache
+def _declared(overload: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The names of an operator's arguments, and the defaults by name. `OpOverload._schema`: 2.11 to 2.13."""
     declared = overload._schema.arguments
     defaults = {each.name: each.default_value for each in declared if each.has_default_value()}
-    return {**defaults, **{each.name: value for each, value in zip(declared, args, strict=False)}, **kwargs}
+    return tuple(each.name for each in declared), defaults
 
 
 @functools.cache
@@ -620,6 +628,7 @@ def gives_tensors(overload: Any) -> bool:
     return bool(returns) and all(str(each.type) == "Tensor" and (is_view or not each.alias_info) for each in returns)
 
 
+@functools.cache
 def num_results(overload: Any) -> int:
     """Number of values that an operator returns. `OpOverload._schema`: 2.11 to 2.13."""
     return len(overload._schema.returns)
@@ -888,6 +897,13 @@ def tensor_tables(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     """The tables of a module that map attributes to its own parameters and to its own buffers; both may be written."""
     private = vars(module)
     return private[TENSOR_TABLES[0]], private[TENSOR_TABLES[1]]
+
+
+def first_parameter(module: nn.Module) -> Any:
+    """What `next(module.parameters(), None)` gives, found at once where it is the module's own: 2.11 to 2.13."""
+    table = object.__getattribute__(module, "__dict__")[TENSOR_TABLES[0]]  # also in a trace, which sees other ways
+    own = next((each for each in table.values() if each is not None), None)
+    return next(module.parameters(), None) if own is None else own
 
 
 def share_tables(module: nn.Module, source: nn.Module) -> None:

@@ -68,7 +68,7 @@ class Draws:
                 f"{op} draws from a torch.Generator of its own, whose state a compiled step cannot follow. "
                 "Draw from the default generator (no generator=), or draw before the call and pass the tensor in."
             )
-        if any(arguments.get(name) in idle for name, idle in _IDLE_ARGUMENTS.items()):
+        if _is_idle(arguments):
             return op(*args, **kwargs)
         if op is aten.native_dropout.default:
             return self._fused_dropout(*args, **kwargs)
@@ -131,9 +131,18 @@ class Draws:
         return key
 
 
+def draws(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """True if a call of an operator draws."""
+    return _may_draw(op) and not _is_idle(torch_internals.named_arguments(op, args, kwargs))
+
+
 @functools.cache
 def _may_draw(op: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in op.tags
+
+
+def _is_idle(arguments: dict[str, Any]) -> bool:
+    return any(arguments.get(name) in idle for name, idle in _IDLE_ARGUMENTS.items())
 
 
 def python_states(others: Sequence[Any] = ()) -> tuple[Any, ...]:

@@ -41,6 +41,7 @@ from fxzero.capture.numbers import PinnedNumberError, StandIns
 from fxzero.capture.outputs import OutputSpec, flatten_output, loss_index
 from fxzero.capture.provenance import Recorder, runs_python
 from fxzero.capture.reads import Reads
+from fxzero.capture.repeats.arguments import Arguments
 from fxzero.capture.repeats.known_results import KnownResults
 from fxzero.capture.repeats.record import Record
 from fxzero.capture.slots import Read, Slot
@@ -86,7 +87,7 @@ class Watch(Protocol):
     def begin(self, given: Sequence[Tensor], reads: Reads) -> None:
         """A forward begins, on these parameters, buffers and inputs."""
 
-    def ran(self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    def ran(self, operator: Any, arguments: Arguments, result: Any) -> None:
         """An operator has run."""
 
     def end(self, output: Sequence[Tensor], spec: OutputSpec) -> None:
@@ -513,15 +514,14 @@ class _Interceptor(torch_internals.DispatchMode):
                 raise CaptureError(f"A hook reads the values of a tensor ({func}).")
             args = with_equal_strides(func, args)
             run = run_declared if writes_undeclared(func) else self._draws.run
-            if self._results is None:
-                result = run(func, args, kwargs or {})
-            else:
-                result = self._results.run(func, args, kwargs or {}, run)
+            arguments = Arguments(args, kwargs or {})
+            known = self._results
+            result = run(func, args, kwargs or {}) if known is None else known.run(func, arguments, run)
             result = with_real_strides(func, args, result)
             if self._record is not None:
-                self._record.add(func, args, kwargs or {}, result)
+                self._record.add(func, arguments, result)
             if self.watch is not None:
-                self.watch.ran(func, args, kwargs or {}, result)
+                self.watch.ran(func, arguments, result)
             if self.values is not None:
                 self.values.ran(func, args, kwargs or {}, result)
             self._recorder.label_line()

@@ -90,6 +90,8 @@ class Reads:
         """Maps slots, and ids of containers, that hooks change for which this is no trace, to the ids of the hooks."""
         self.conflicts: set[int] = set()
         """The hooks among them whose changes the forward reads, or makes too."""
+        self._behind: Reads | None = None
+        """What another forward has met, to be taken over."""
         self._seen: set[Any] | None = None
         self._model, self._on_object, self._on_store = model, on_object, on_store
         self._alive = alive
@@ -131,6 +133,9 @@ class Reads:
 
         Called before anything is followed.
         """
+        self._behind = other
+
+    def _take_over(self, other: "Reads") -> None:
         for slot, read in other.found.items():
             self._add(slot, read)
         for value in other.met:
@@ -153,8 +158,12 @@ class Reads:
         with gc_paused():  # callbacks of the collector are no part of the model
             gc.collect(0)  # from here on, the youngest objects are those of the forward
             try:
-                with self._patches(), self._calls():
-                    yield
+                with self._patches():
+                    if self._behind is not None:
+                        self._take_over(self._behind)
+                        self._behind = None
+                    with self._calls():
+                        yield
             finally:
                 for code, space in list(self._incomplete):  # it has imported what was missing
                     self._scan(code, space)

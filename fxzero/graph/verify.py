@@ -1,7 +1,7 @@
 """Prove a schedule safe, before the first pass and after each.
 
-There are two levels: rules of any graph (`verify_graph`), and rules of a complete plan (`verify_plan`), such as a
-reduction of each gradient and a release of each bucket.
+There are two levels: rules of any graph (`verify_graph`), and rules of a complete plan (`verify_complete`), such as a
+reduction of each gradient and a release of each bucket. `verify_plan` checks both.
 """
 
 from collections import Counter
@@ -206,6 +206,16 @@ def _describe_tensor(tensor: torch.Tensor) -> str:
 
 
 def verify_plan(step: StepGraph) -> None:
+    """Check the rules of any graph, and those of a complete plan.
+
+    Raises:
+        ScheduleError: the subclass names the broken rule, and the message names the pass to run.
+    """
+    verify_graph(step)
+    verify_complete(step)
+
+
+def verify_complete(step: StepGraph) -> None:
     """Check the rules of a complete plan, beside those of any graph.
 
     - A parameter is read behind its gather, never from its shard.
@@ -216,7 +226,6 @@ def verify_plan(step: StepGraph) -> None:
     Raises:
         ScheduleError: the subclass names the broken rule, and the message names the pass to run.
     """
-    verify_graph(step)
     for fqn, param in step.param_nodes().items():
         for reader in param.users:
             if role(reader) is not Role.ALL_GATHER:

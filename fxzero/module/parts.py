@@ -88,7 +88,9 @@ def _call(held: _Held, at: _At, path: str, *args: Any, **kwargs: Any) -> Any:
         return own(*args, **kwargs)
     run = sharded.method_run
     all_are_whole = len(sharded.whole) == len(sharded.params)
-    if (all_are_whole and not torch.is_grad_enabled()) or id(next(module.parameters(), None)) not in sharded.ids:
+    if all_are_whole and not torch.is_grad_enabled():
+        return own(*args, **kwargs)
+    if id(torch_internals.first_parameter(module)) not in sharded.ids:  # stand-ins of a trace, say
         return own(*args, **kwargs)
     needs_graph = torch.is_grad_enabled() and _may_get_grad(module, (args, kwargs))
     fqns = fqns_of(sharded, module)

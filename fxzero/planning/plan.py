@@ -22,7 +22,7 @@ from fxzero.graph.recipe import Recipe
 from fxzero.graph.schedule_text import rows
 from fxzero.graph.step import Pass, StepGraph
 from fxzero.graph.variant import HOLDING, ONLY_FORWARD, SYNCHRONIZING, Variant
-from fxzero.graph.verify import verify_plan
+from fxzero.graph.verify import verify_complete, verify_plan
 from fxzero.graph.wire import WireFormat
 from fxzero.host.gc_pause import gc_paused
 from fxzero.memory.activations import Activations, activations_of
@@ -151,7 +151,7 @@ def make_plan(
     with gc_paused():
         step = captured.step.under(recipe)
         run_passes(step, chosen, observers=observers)
-        verify_plan(step)
+        verify_complete(step)
         if not step.grads and not step.nodes(Role.REDUCE_SCATTER):
             return Plan(captured, recipe, devices, {ONLY_FORWARD: _variants(step, backend, devices)[False]})
         reducing = _variants(step, backend, devices)
@@ -175,7 +175,7 @@ def _holding(captured: Captured, recipe: Recipe, passes: Sequence[Pass], observe
             return step
     step = captured.step.under(recipe, synchronize=False)
     run_passes(step, passes, observers=observers, dump=False)
-    verify_plan(step)
+    verify_complete(step)
     return step
 
 

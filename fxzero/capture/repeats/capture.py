@@ -89,6 +89,7 @@ def _stamped(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the rehearsal has warned
         traced, tracing = Record(blocks), make()
+        tracing.reads.begin_behind(rehearsal.reads)
         with _left_out(model, {str(paths[index]) for run in runs for index in run.skipped}, traced):
             root = _run(tracing, traced, rehearses=False)
     check_traced(whole, traced, runs)

@@ -13,17 +13,12 @@ import torch
 from torch import Tensor
 
 from fxzero import torch_internals
+from fxzero.capture.draws import draws
+from fxzero.capture.repeats.arguments import Arguments, UnknownArgumentError
 
-_PLAIN = (type(None), str, torch.dtype, torch.device, torch.layout, torch.memory_format)
-_NUMBERS = (int, float, bool)
 _NEVER = (
-    torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded,
-    torch.Tag.inplace_view,
+    torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view,
 )  # fmt: skip
-
-
-class _UnknownArgumentError(Exception):
-    """An operator has an argument that is in no key."""
 
 
 class KnownResults:
@@ -38,19 +33,23 @@ class KnownResults:
         self._known: dict[Any, tuple[bool, list[Any]] | None] = {}
         """Whether a result lies in the memory of the first tensor, and geometries; None where none is made again."""
 
-    def run(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any]) -> Any:
+    def run(self, op: Any, arguments: Arguments, run: Callable[..., Any]) -> Any:
         """The result of an operator.
 
         Args:
             run: runs it, where the result is not known.
         """
-        if not _may_be_known(op):
+        args, kwargs = arguments.args, arguments.kwargs
+        if not _may_be_known(op) or draws(op, args, kwargs):
             return run(op, args, kwargs)
-        tensors: list[Tensor] = []
         try:
-            key = op, _key(args, tensors), _key(kwargs, tensors), torch.get_default_dtype()
-        except _UnknownArgumentError:
+            structure, tensors = arguments.structure, arguments.tensors
+        except UnknownArgumentError:
             return run(op, args, kwargs)
+        geometries = [torch_internals.fake_geometry(each) for each in tensors]
+        if None in geometries:
+            return run(op, args, kwargs)
+        key = op, structure, tuple(geometries), torch.get_default_dtype()
         if key not in self._known:
             result = run(op, args, kwargs)
             self._known[key] = _described(op, result, tensors)
@@ -69,25 +68,6 @@ def _may_be_known(op: Any) -> bool:
     if op.namespace != "aten" or "lift" in op.name() or torch_internals.is_mutable(op):
         return False
     return not any(tag in op.tags for tag in _NEVER) and torch_internals.gives_tensors(op)
-
-
-def _key(value: Any, tensors: list[Tensor]) -> Any:
-    kind = type(value)
-    if kind is list or kind is tuple:
-        return kind, *[_key(each, tensors) for each in value]
-    if isinstance(value, Tensor):
-        geometry = torch_internals.fake_geometry(value)
-        if geometry is None:
-            raise _UnknownArgumentError
-        tensors.append(value)
-        return geometry
-    if kind in _NUMBERS:
-        return kind, value
-    if isinstance(value, _PLAIN):
-        return value
-    if kind is dict:
-        return tuple([(name, _key(each, tensors)) for name, each in value.items()])
-    raise _UnknownArgumentError
 
 
 def _described(op: Any, result: Any, tensors: list[Tensor]) -> tuple[bool, list[Any]] | None:

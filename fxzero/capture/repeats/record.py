@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fxzero import torch_internals
 from fxzero.capture.fake_tensors import FakeState
 from fxzero.capture.provenance import around_forwards, autograd_nodes
+from fxzero.capture.repeats.arguments import Arguments, UnknownArgumentError, plain
 from fxzero.torch_internals import is_fake
 
 Place: TypeAlias = tuple[Any, ...]
@@ -25,7 +26,6 @@ numbers."""
 OWN, GIVEN, CONSTANT, UNKNOWN = "own", "given", "constant", "unknown"
 _LARGEST_CONSTANT = 1024
 """Elements of a constant that is compared by its values."""
-_PLAIN = (str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
 class NotRepeatedError(Exception):
@@ -95,7 +95,7 @@ class Record:
         finally:
             self._is_on = False
 
-    def add(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    def add(self, op: Any, arguments: Arguments, result: Any) -> None:
         """Record an operator that ran."""
         if not self._is_on or self.why_not is not None:
             return
@@ -108,17 +108,17 @@ class Record:
         segment, index = self._segment, len(self.segments) - 1
         position = len(segment.operators)
         try:
-            arguments = self._written((args, kwargs), segment)
+            written = arguments.structure, *[self._note_read(tensor, segment) for tensor in arguments.tensors]
             results = list(result) if isinstance(result, (list, tuple)) else [result]
-            made = tuple(_geometry(each) if isinstance(each, Tensor) else _plain(each) for each in results)
-        except NotRepeatedError as error:
+            made = tuple(_geometry(each) if isinstance(each, Tensor) else plain(each, []) for each in results)
+        except UnknownArgumentError as error:
             self.why_not = str(error)
             return
         for number, each in enumerate(results):
             if isinstance(each, Tensor) and id(each) not in self._own:
                 self._places.setdefault(id(each), (index, position, number))
         self._alive.append(result)
-        segment.operators.append((op, arguments, made, torch.is_grad_enabled()))
+        segment.operators.append((op, written, made, torch.is_grad_enabled()))
 
     def end(self, tensors: Sequence[Tensor], differentiated: Sequence[int]) -> None:
         """Give what the forward returned."""
@@ -153,20 +153,13 @@ class Record:
         self.last_output = output
         self._changes.append((torch_internals.next_sequence_number(), f"{path}*"))
 
-    def _written(self, value: Any, segment: Segment) -> Any:
-        """An argument with a mark in the place of each tensor, whose place is noted."""
-        if isinstance(value, Tensor):
-            place, needs_grad = self._place_of(value, segment.path), value.requires_grad
-            segment.reads.append(place)
-            if needs_grad and place[0] != OWN and place[0] not in (len(self.segments) - 1, len(self.segments) - 2):
-                segment.shares_grad = True
-            return Tensor, needs_grad
-        kind = type(value)
-        if kind is list or kind is tuple:
-            return kind, *[self._written(each, segment) for each in value]
-        if kind is dict:
-            return dict, *[(key, self._written(each, segment)) for key, each in value.items()]
-        return _plain(value)
+    def _note_read(self, tensor: Tensor, segment: Segment) -> bool:
+        """Note the place of a tensor that a segment reads; True if it requires grad."""
+        place, needs_grad = self._place_of(tensor, segment.path), tensor.requires_grad
+        segment.reads.append(place)
+        if needs_grad and place[0] != OWN and place[0] not in (len(self.segments) - 1, len(self.segments) - 2):
+            segment.shares_grad = True
+        return needs_grad
 
     def _place_of(self, tensor: Tensor, block: str | None) -> Place:
         own = self._own.get(id(tensor))
@@ -186,18 +179,6 @@ class Record:
         ):
             return CONSTANT, _geometry(tensor), repr(torch_internals.values_of(tensor))
         return UNKNOWN, id(self), id(tensor)
-
-
-def _plain(value: Any) -> Any:
-    """A value that equals another one only if it is of the same type and, for floats, of the same bits."""
-    kind = type(value)
-    if kind is int or isinstance(value, _PLAIN):
-        return value
-    if kind is bool:
-        return bool, value
-    if kind is float:
-        return float, value.hex()
-    raise NotRepeatedError(f"an operator has an argument or a result of type {kind.__name__}")
 
 
 def _geometry(tensor: Tensor) -> Any:

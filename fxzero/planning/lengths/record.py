@@ -10,13 +10,14 @@ Two forwards with equal skeletons and tensors run the same operators on the same
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from fxzero import torch_internals
 from fxzero.capture.reads import Reads
+from fxzero.capture.repeats.arguments import Arguments, UnknownArgumentError
 
 _PLAIN = (str, torch.dtype, torch.device, torch.layout, torch.memory_format, bytes, complex)
 _SMALL_NUMEL = 4096
@@ -137,6 +138,8 @@ class Recording:
     _running: ForwardRecord | None = None
     _known: KnownTensors = field(default_factory=KnownTensors)
     _shared: dict[Any, Any] = field(default_factory=dict[Any, Any])
+    _skeletons: dict[Any, tuple[Any, tuple[int, ...]]] = field(default_factory=dict[Any, Any])
+    """Skeletons and integers of arguments that are known tensors and plain values."""
 
     def begin(self, given: Sequence[Tensor], reads: Reads) -> None:
         """A forward begins.
@@ -150,23 +153,41 @@ class Recording:
         for tensor in given:
             self._known.add(tensor)
 
-    def ran(self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    def ran(self, operator: Any, arguments: Arguments, result: Any) -> None:
         """An operator has run."""
-        running, flatten = self._running, self._known.flatten
+        running = self._running
         if running is None:
             return
-        if (number := self._known.unchanged_by(operator, args)) is not None:
+        if (number := self._known.unchanged_by(operator, arguments.args)) is not None:
             return self._known.share(result, number)
-        taken, made, of_taken, of_made = list[int](), list[int](), list[int](), list[int]()
+        made, of_made = list[int](), list[int]()
         try:
-            arguments = flatten(args, taken, of_taken), flatten(kwargs, taken, of_taken)
-            event = Event(operator, arguments, flatten(result, made, of_made))
+            skeleton, taken, of_taken = self._taken(arguments)
+            event = Event(operator, skeleton, self._known.flatten(result, made, of_made))
         except NotRecordedError:
             self._running = None
             return
         running.events.append(self._shared.setdefault(event, event))
-        running.tensors.append((tuple(taken), tuple(made)))
-        running.integers.append((tuple(of_taken), tuple(of_made)))
+        running.tensors.append((taken, tuple(made)))
+        running.integers.append((of_taken, tuple(of_made)))
+
+    def _taken(self, arguments: Arguments) -> tuple[Any, tuple[int, ...], tuple[int, ...]]:
+        """The skeleton of arguments, the numbers of their tensors, and their integers."""
+        known = self._known
+        try:
+            structure, numbers = arguments.structure, tuple(map(known.number_of, arguments.tensors))
+        except UnknownArgumentError:
+            structure, numbers = None, (None,)
+        is_plain = None not in numbers
+        if is_plain and structure in self._skeletons:
+            skeleton, integers = self._skeletons[structure]
+            return skeleton, cast("tuple[int, ...]", numbers), integers
+        taken, of_taken = list[int](), list[int]()
+        skeleton = tuple(known.flatten(each, taken, of_taken) for each in (arguments.args, arguments.kwargs))
+        integers = tuple(of_taken)
+        if is_plain:
+            self._skeletons[structure] = skeleton, integers
+        return skeleton, tuple(taken), integers
 
     def end(self, output: Sequence[Tensor], spec: Any) -> None:
         """The forward is over.

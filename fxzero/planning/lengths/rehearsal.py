@@ -76,6 +76,7 @@ class Rehearsal(Tracing):
         with fake:
             state, inputs = self._fake_state(), fake_inputs(self.spec, self.inputs, self.device)
         self._values = KnownValues(inputs, self.inputs)
+        self.reads.begin_behind(known)
         actor = _Actor(expected, fake, self.reads, self._values)
         actor.know([*state.params.values(), *state.buffers.values(), *inputs])
         set_data = SetData(state, inputs)
@@ -101,9 +102,6 @@ class Rehearsal(Tracing):
                     ForwardMode(set_data, self.observers),
                     noted_checks(_refuse_check),
                 ):
-                    self.reads.pause()
-                    self.reads.begin_behind(known)
-                    self.reads.go_on()
                     output = call_module(self.module, self.forward, args, kwargs)
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # the trace has warned of what it returns beside tensors

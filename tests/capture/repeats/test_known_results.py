@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fxzero import torch_internals
+from fxzero.capture.repeats.arguments import Arguments
 from fxzero.capture.repeats.known_results import KnownResults
 
 aten = torch.ops.aten
@@ -30,7 +31,9 @@ def _run(call: Callable[[Callable[..., Any], Tensor], Any]) -> tuple[int, list[A
     known = KnownResults(mode)
     with mode:
         given = [torch.empty(4, 6) for _ in range(2)]
-        results = [call(lambda op, *args, **kwargs: known.run(op, args, kwargs, runs), each) for each in given]
+        results = [
+            call(lambda op, *args, **kwargs: known.run(op, Arguments(args, kwargs), runs), each) for each in given
+        ]
     return runs.num, results, given
 
 
@@ -97,11 +100,11 @@ def test_other_geometry_number_or_default_dtype_is_another_key() -> None:
     with mode:
         x, ints = torch.empty(4, 4), torch.empty(4, 4, dtype=torch.int64)
         for args in ((ints, 1), (ints, True), (ints, 1.0), (x, 1), (x.t(), 1), (x[:, :2], 1)):
-            result = known.run(aten.mul.Tensor, args, {}, runs)
+            result = known.run(aten.mul.Tensor, Arguments(args, {}), runs)
             assert torch_internals.fake_geometry(result) == torch_internals.fake_geometry(args[0] * args[1])
         torch.set_default_dtype(torch.float64)
         try:
-            assert known.run(aten.mul.Tensor, (ints, 1.0), {}, runs).dtype is torch.float64
+            assert known.run(aten.mul.Tensor, Arguments((ints, 1.0), {}), runs).dtype is torch.float64
         finally:
             torch.set_default_dtype(torch.float32)
     assert runs.num == 7
