@@ -508,6 +508,7 @@ def test_the_hidden_state_of_the_last_call_whose_history_is_cut_off(form: str) -
         assert_same(zero, plain)
         with torch.no_grad():
             for param in (*plain.parameters(), *zero.parameters()):
+                assert param.grad is not None
                 param -= 0.1 * param.grad
                 param.grad = None
     assert len(engine_of(zero).plans) <= 5
