@@ -1049,6 +1049,11 @@ def in_function_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
 
 
+def is_of_parameter(tensor: Tensor) -> bool:
+    """True for a parameter, and for a view of one. `Tensor._base`: 2.11 to 2.13."""
+    return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)  # pyright: ignore
+
+
 def in_forward_ad() -> bool:
     """True inside a level of forward-mode AD, also of torch.func.jvp.
 

@@ -87,6 +87,12 @@ def _check_constants(constants: dict[str, Tensor], module: nn.Module, graph: fx.
                 f"A tensor that was made while the model was traced before is read again{_line_of(graph, target)}. "
                 "Keep no tensor in functools.cache, a global or a closure; make it a buffer."
             )
+        if constant.grad_fn is not None:
+            raise CaptureError(
+                f"The forward computes with a tensor of an earlier call, {list(constant.shape)}, that has a gradient"
+                f"{_line_of(graph, target)}. A backward would have to go on through that call. Cut the history off "
+                "(self.h.detach()), in a tensor, or a tuple, list or dict of tensors, that an attribute holds."
+            )
         if constant.requires_grad:
             names = [name for name, param in module.named_parameters() if param is constant]
             what = f"parameter {names[0]}" if names else f"a tensor that requires grad, {list(constant.shape)},"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fxzero import torch_internals
 from fxzero.capture.code.users_code import is_guarded_class
-from fxzero.capture.places import attributes_of, names_of_slots, slots_of
+from fxzero.capture.places import ItemsIn, attributes_of, items_in, names_of_slots, slots_of
 from fxzero.capture.slots import (
     ABSENT,
     BUFFERS,
@@ -95,6 +95,8 @@ class Guards:
         self._contents: set[int] = set()
         """Ids of the containers whose content is guarded."""
         self._inputs = inputs
+        self._with_inputs = {owner for owner, _ in inputs}
+        """Ids of what holds inputs."""
         self._paths = _paths(model, reads)
         self.values: dict[str, Any] = {}
         """Maps the label of each guarded slot to what it must hold."""
@@ -210,12 +212,23 @@ class Guards:
     ) -> Iterator[str]:
         now = f"{self._name(owner)}[{key!r}]" if type(key) in (str, int) else f"{self._name(owner)}[{self._name(key)}]"
         given = self._inputs.get((id(owner), key), ABSENT)
-        if given is ABSENT:
+        items = items_in(owner, key) if isinstance(value, (tuple, list, dict)) else None
+        if items is not None and id(items) in self._with_inputs:
+            yield from self._of_items(now, items, value, content, depth)
+        elif given is ABSENT:
             yield from self._of_value(now, value, content, depth)
         elif isinstance(given, Tensor):
             yield f"({now} is {self._name(given)} or same_geometry({now}, {self._name(given)}))"
         else:
             yield f"type({now}) is {self._name(type(given))}"
+
+    def _of_items(self, now: str, items: ItemsIn, value: Any, content: Any, depth: int) -> Iterator[str]:
+        """That a tuple, list or dict, which may be another each time, has items in the place of those that it had."""
+        is_dict = isinstance(content, dict)
+        yield f"type({now}) is {self._name(type(value))}"
+        yield f"{now}.keys() == {self._name(set(content))}" if is_dict else f"len({now}) == {len(content)}"
+        for key, each in cast("Mapping[Any, Any]", content).items() if is_dict else enumerate(content):
+            yield from self._of_entry(items, key, each, content_of(each), depth - 1)
 
     def _of_value(self, now: str, value: Any, content: Any, depth: int = _DEPTH) -> Iterator[str]:
         constant = repr(value) if value is None or isinstance(value, bool) else self._name(value)

@@ -8,9 +8,11 @@ Every tensor is fake and of full size. A trace uses no memory, draws nothing, an
 
 import contextlib
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any, Protocol, cast
 
 import torch
@@ -39,12 +41,12 @@ from fxzero.capture.kernels.collectives import run_functional, writes_across_ran
 from fxzero.capture.kernels.strides import with_equal_strides
 from fxzero.capture.numbers import PinnedNumberError, StandIns
 from fxzero.capture.outputs import OutputSpec, flatten_output, loss_index
-from fxzero.capture.provenance import Recorder, runs_python
+from fxzero.capture.provenance import Recorder, reached_by_gradients, runs_python
 from fxzero.capture.reads import Reads
 from fxzero.capture.repeats.arguments import Arguments
 from fxzero.capture.repeats.known_results import KnownResults
 from fxzero.capture.repeats.record import Record
-from fxzero.capture.slots import Read, Slot
+from fxzero.capture.slots import Read, Slot, items_of
 from fxzero.capture.state import tensors_read
 from fxzero.capture.values.branches import Branch, KnownValues
 from fxzero.capture.values.checks import noted_checks
@@ -130,6 +132,8 @@ class Tracing:
         self.before.met = self.reads.met
         self.observers = Observers(self.reads, self.before, self.device.type)
         self._recorder: Recorder | None = None
+        self._without_gradient: set[int] = set()
+        """Ids of tensors of the Python state that require grad, and to which no gradient goes from the outputs."""
         self._of_islands: set[Slot] = set()
         """Slots of numbers that islands read, as they are."""
         if self.marks is not None:
@@ -159,7 +163,10 @@ class Tracing:
             torch_internals.checkpoints_without_backward(),
             torch_internals.conversions_if_needed(),
             fake,
+            warnings.catch_warnings(),
         ):
+            # A fake tensor in the place of the hidden state of the call before looks at its `.grad`.
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
             if self.rehearses:
                 traced([], [], inputs, [])
                 return fx.GraphModule({}, fx.Graph())
@@ -181,7 +188,8 @@ class Tracing:
         """
         graph = root.graph
         constants = {node.target: getattr(root, node.target) for node in graph.find_nodes(op="get_attr")}
-        slots = tensors_read(reads, {k: each for k, each in constants.items() if not each.requires_grad})
+        known = {k: c for k, c in constants.items() if not c.requires_grad or id(c) in self._without_gradient}
+        slots = tensors_read(reads, known, self.joint.writes)
         for index, (target, (_, key)) in enumerate(slots.items()):
             with self._fake_mode:
                 value = _fake_like(str(key), constants[target], self.device)
@@ -261,6 +269,7 @@ class Tracing:
                 interceptor.watch = None
             returned = len(tensors)
             writes, observers, left_behind = self._left_behind(state, tensors, given)
+            self._without_gradient = _without_gradient(self.reads.found.values(), tensors)
             differentiable = tuple(i for i, tensor in enumerate(tensors) if self.with_backward and tensor.requires_grad)
             loss = loss_index(output, tensors[:returned])
             runs_once = self.marks is not None and bool(self.marks.sites)  # so it saves for whatever may be asked
@@ -404,6 +413,17 @@ def _check_no_gradients(state: FakeState, inputs: Sequence[Tensor]) -> None:
             "backward, behind its forward. Return the loss, and call backward on that; for the gradient of something "
             "inside use torch.autograd.grad."
         )
+
+
+def _without_gradient(reads: Iterable[Read], outputs: Sequence[Tensor]) -> set[int]:
+    """The ids of real tensors among what was read that require grad, and to which no gradient goes from the outputs.
+
+    Such is the hidden state of the call before, whose history forward cuts off by `detach()` or `no_grad()`.
+    """
+    values = chain.from_iterable((read.value, *items_of(read.content)) for read in reads)
+    held = [each for each in values if isinstance(each, Tensor) and each.requires_grad]
+    real = [each for each in held if not torch_internals.is_fake(each) and not torch_internals.is_of_parameter(each)]
+    return {*map(id, real)}.difference(map(id, reached_by_gradients(outputs, real))) if real else set()
 
 
 def _check_unchanged(objects: Sequence[Any], was: Sequence[tuple[list[Any], Any]]) -> None:

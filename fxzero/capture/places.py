@@ -111,7 +111,31 @@ class ContextValue(Place):
         self._variable.set(value)
 
 
-_known = weakref.WeakValueDictionary[tuple[Any, int], Place]()
+class ItemsIn(Place):
+    """The items of a tuple, list or dict that an entry holds, whichever one that is; keys are indices, or its keys."""
+
+    def __init__(self, owner: dict[Any, Any], key: Any) -> None:
+        super().__init__()
+        self._owner, self._key = owner, key
+
+    def __contains__(self, key: object) -> bool:
+        items = self._owner.get(self._key)
+        return key in items if isinstance(items, dict) else items is not None and key in range(len(items))
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._owner[self._key][key]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Let the entry hold a copy with another item."""
+        items = self._owner[self._key]
+        if isinstance(items, dict):
+            self._owner[self._key] = {**items, key: value}
+        else:
+            others = [value if index == key else each for index, each in enumerate(items)]
+            self._owner[self._key] = type(items)(*others) if hasattr(items, "_fields") else type(items)(others)
+
+
+_known = weakref.WeakValueDictionary[tuple[Any, Any], Place]()
 """Places by their class and the id of what they stand for, which they hold: a place is known by its own id."""
 
 
@@ -140,6 +164,15 @@ def attributes_of(kind: type) -> ClassAttributes:
 def slots_of(obj: Any) -> SlotsOf:
     """The attributes that an object has in `__slots__`."""
     return _place_of(SlotsOf, obj)
+
+
+def items_in(owner: dict[Any, Any], key: Any) -> ItemsIn:
+    """The items of the tuple, list or dict that an entry holds."""
+    known = ItemsIn, (id(owner), key)
+    place = _known.get(known)
+    if place is None:
+        _known[known] = place = ItemsIn(owner, key)
+    return cast("ItemsIn", place)
 
 
 def names_of_slots(kind: type) -> list[str]:

@@ -12,7 +12,7 @@ import functools
 import linecache
 import os
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -156,8 +156,12 @@ class Recorder:
         return prehook
 
 
-def autograd_nodes(outputs: list[Tensor]) -> list[Any]:
-    """Every node of the autograd graph of these tensors, except those that accumulate gradients of leaves."""
+def autograd_nodes(outputs: Iterable[Tensor], *, with_leaves: bool = False) -> list[Any]:
+    """Every node of the autograd graph of these tensors.
+
+    Args:
+        with_leaves: also those that accumulate gradients of leaves.
+    """
     found: dict[Any, None] = dict.fromkeys(output.grad_fn for output in outputs if output.grad_fn is not None)
     pending = list(found)
     while pending:
@@ -166,7 +170,15 @@ def autograd_nodes(outputs: list[Tensor]) -> list[Any]:
             if following is not None and following not in found:
                 found[following] = None
                 pending.append(following)
-    return [node for node in found if node.name() != "torch::autograd::AccumulateGrad"]
+    return [node for node in found if with_leaves or node.name() != "torch::autograd::AccumulateGrad"]
+
+
+def reached_by_gradients(outputs: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Those of some tensors to which gradients go from the outputs."""
+    nodes = autograd_nodes(outputs, with_leaves=True)
+    leaves = [node.variable for node in nodes if node.name() == "torch::autograd::AccumulateGrad"]
+    reached = set(map(id, (*nodes, *leaves, *outputs)))
+    return [each for each in tensors if not reached.isdisjoint((id(each), id(each.grad_fn)))]
 
 
 def runs_python(outputs: list[Tensor]) -> bool:

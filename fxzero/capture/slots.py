@@ -9,7 +9,7 @@ import ctypes
 import enum
 import gc
 import types
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -101,6 +101,13 @@ def content_of(value: Any) -> Any:
     if isinstance(value, BUFFERS):
         return bytes(cast("Buffer", value))
     return value.copy() if isinstance(value, np.ndarray) else None
+
+
+def items_of(content: Any) -> Iterable[Any]:
+    """The values in what `content_of` gave; none for what is no container."""
+    if isinstance(content, dict):
+        return cast("dict[Any, Any]", content).values()
+    return cast("tuple[Any, ...]", content) if isinstance(content, tuple) else ()
 
 
 def behind_proxy(proxy: types.MappingProxyType[Any, Any]) -> Any:

@@ -7,15 +7,17 @@ state.replay(tensors, values)           after a forward that succeeded
 
 import contextlib
 import functools
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
 from fxzero.capture.guards import Guards
 from fxzero.capture.hooks.observer import Observer
 from fxzero.capture.numbers import Numbers, NumberSlot
+from fxzero.capture.places import items_in
 from fxzero.capture.slots import ABSENT, Read
 from fxzero.capture.writes import Write, put
 
@@ -73,7 +75,7 @@ class PythonState:
             return _NOTHING
         numbers = self.numbers.read()
         lifted, left_behind = self.numbers.compute(*numbers)
-        return Values([*(owner[key] for owner, key in self.tensors), *lifted], left_behind, numbers)
+        return Values([*(_without_history(owner[key]) for owner, key in self.tensors), *lifted], left_behind, numbers)
 
     def replay(self, tensors: Sequence[Any], values: Values) -> None:
         """Leave behind what the model's own forward would."""
@@ -87,12 +89,18 @@ class PythonState:
         """Let slots that the step wrote hold what they held before it, for a trace that comes later."""
         entries = [(each.owner, each.key, each.before) for each in self.writes if isinstance(each.owner, dict)]
         entries += [(s.owner, s.key, number) for s, number in zip(self.numbers.slots, values.numbers, strict=True)]
+        entries += [(*slot, tensor) for slot, tensor in zip(self.tensors, values.inputs, strict=False)]
         now = [(owner, key, owner.get(key, ABSENT)) for owner, key, _ in entries]
         put(entries)
         try:
             yield
         finally:
             put(now)
+
+
+def _without_history(tensor: Tensor) -> Tensor:
+    """The tensor, but no calls before that computed it, each of which would hold the one before."""
+    return tensor if tensor.grad_fn is None else tensor.detach().requires_grad_()
 
 
 def state_of(
@@ -115,19 +123,42 @@ def state_of(
     return PythonState(guards, numbers, tuple(tensors), writes, observers, tuple(candidates.values()))
 
 
-def tensors_read(reads: Sequence[Read], constants: Mapping[str, Tensor]) -> dict[str, tuple[dict[Any, Any], Any]]:
+def tensors_read(
+    reads: Sequence[Read], constants: Mapping[str, Tensor], writes: Sequence[Write]
+) -> dict[str, tuple[dict[Any, Any], Any]]:
     """The dict and the key that hold each tensor which a traced graph reads, by the target of its get_attr.
+
+    Of a tuple, list or dict these are its items, if forward makes it anew (`self.state =
+    h, c`) or sets them.
 
     Args:
         constants: the real tensors that the traced graph reads, by target.
+        writes: what forward leaves behind.
     """
     targets = {id(constant): target for target, constant in constants.items()}
+    written = {(id(each.owner), each.key) for each in writes}
     slots: dict[str, tuple[dict[Any, Any], Any]] = {}
     for read in reads:
         owner = read.place
-        if owner is not None and isinstance(read.value, Tensor) and id(read.value) in targets:
-            slots.setdefault(targets[id(read.value)], (owner, read.name))
+        if owner is None:
+            continue
+        held = [(owner, read.name, read.value), *_items_written(owner, read, written)]
+        for place, key, value in held:
+            if isinstance(value, Tensor) and id(value) in targets:
+                slots.setdefault(targets[id(value)], (place, key))
     return slots
+
+
+def _items_written(owner: dict[Any, Any], read: Read, written: AbstractSet[Any]) -> Iterator[tuple[Any, Any, Any]]:
+    """The place, key and value of each item of a container that forward makes anew, or whose item it sets."""
+    if not isinstance(read.value, (tuple, list, dict)):
+        return
+    is_dict = isinstance(read.content, dict)
+    entries = cast("Mapping[Any, Any]", read.content).items() if is_dict else enumerate(read.content)
+    if (id(owner), read.name) in written:
+        yield from ((items_in(owner, read.name), key, value) for key, value in entries)
+    elif is_dict:
+        yield from ((read.value, key, value) for key, value in entries if (id(read.value), key) in written)
 
 
 def _number_slots(reads: Sequence[Read], guards: Guards) -> Generator[NumberSlot]:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxzero
+from fxzero.errors import CaptureError
 from fxzero.testing import engine_of
 from tests.helpers.pairs import assert_same, sgd
 
@@ -467,3 +468,54 @@ def test_a_copy_of_a_config_that_forward_changes_is_no_state(caplog: pytest.LogC
             plain.config.scale = zero.config.scale = scale
             assert torch.equal(zero(torch.ones(2, 4)), plain(torch.ones(2, 4)))
     assert len([each for each in caplog.messages if "traced anew" in each]) == 1
+
+
+class Recurrent(nn.Module):
+    """Keeps its hidden state for the next call, which cuts off its history: truncated back-propagation."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.cell, self.head, self.form = nn.Linear(6, 3), nn.Linear(3, 1), form
+        self.state: Any = {} if form == "entries" else None
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if not isinstance(self.state, torch.Tensor) and not self.state:
+            h, c = x.new_zeros(len(x), 3), x.new_zeros(len(x), 3)
+        elif self.form in ("tensor", "whole"):
+            h, c = self.state if self.form == "whole" else self.state.detach(), self.state.detach()
+        else:
+            items = self.state.values() if isinstance(self.state, dict) else self.state
+            h, c = (each.detach() for each in items)
+        h = torch.tanh(self.cell(torch.cat([x, h], 1)) + c)
+        if self.form == "entries":
+            self.state["h"], self.state["c"] = h, h * c
+        else:
+            self.state = {"tuple": (h, h * c), "list": [h, h * c], "dict": {"h": h, "c": h * c}}.get(self.form, h)
+        return self.head(h).square().mean(), self.head(h * x).sum()
+
+
+@pytest.mark.parametrize(
+    "form", ["tensor", "tuple", "entries", *(pytest.param(f, marks=pytest.mark.exhaustive) for f in ("list", "dict"))]
+)
+def test_the_hidden_state_of_the_last_call_whose_history_is_cut_off(form: str) -> None:
+    torch.manual_seed(0)
+    model = Recurrent(form)
+    plain, zero = copy.deepcopy(model), fxzero.compile(model)
+    for step in range(6):
+        x = torch.randn(2, 3)
+        for module in (plain, zero):
+            module(x)[step > 3].backward()
+        assert_same(zero, plain)
+        with torch.no_grad():
+            for param in (*plain.parameters(), *zero.parameters()):
+                assert param.grad is not None
+                param -= 0.1 * param.grad
+                param.grad = None
+    assert len(engine_of(zero).plans) <= 5
+
+
+def test_a_hidden_state_with_its_history_is_refused() -> None:
+    zero = fxzero.compile(Recurrent("whole"))
+    zero(torch.ones(2, 3))[0].backward()
+    with pytest.raises(CaptureError, match=r"tensor of an earlier call, \[2, 3\].*Cut the history off"):
+        zero(torch.ones(2, 3))

@@ -131,8 +131,8 @@ def test_forward_mode_differentiation_is_refused_around_the_call_and_right_insid
             self.net = net(4, 2)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            value, slope = torch.func.jvp(self.net, (x,), (torch.ones_like(x),))
-            return (value - slope).square().sum()
+            value_and_slope = torch.func.jvp(self.net, (x,), (torch.ones_like(x),))
+            return (value_and_slope[0] - value_and_slope[1]).square().sum()
 
     model = Slope()
     plain, zero, x = copy.deepcopy(model), fxzero.compile(model), torch.ones(3, 4)
