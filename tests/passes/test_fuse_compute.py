@@ -165,6 +165,23 @@ def test_one_tensor_given_twice_is_no_example_for_two_tensors() -> None:
     torch.testing.assert_close(parts(x, y)[0], F.mse_loss(x, y))
 
 
+class Lossy(Net):
+    """Differences of nearly equal numbers, and integers of quotients."""
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        small = x * 1e-6
+        return (torch.expm1(small * 0.5) / small + (x + 1) // 0.1 + (x + 1) % 0.1).sum() + super().forward(x, labels)
+
+
+def test_what_loses_digits_in_a_region_runs_by_itself() -> None:
+    with torch.device("meta"):
+        step = planned(Lossy(1), batch(BATCH, WIDTH))
+    in_regions = {str(node.target) for region in regions(step) for node in region.body.nodes}
+    alone = {str(node.target) for node in step.nodes(Role.COMPUTE)}
+    for name in ("expm1", "floor", "remainder"):
+        assert any(name in each for each in alone) and not any(name in each for each in in_regions), name
+
+
 class Twins(nn.Module):
     """Returns equal values twice, and computes them once more for itself."""
 

@@ -57,9 +57,15 @@ _OTHERS = _overloads(
     "fill.Scalar threshold_backward.default"
 ) | {prims.convert_element_type.default}
 _COSTLY = _overloads(
-    "tanh.default log.default log1p.default expm1.default pow.Tensor_Scalar pow.Tensor_Tensor pow.Scalar "
+    "tanh.default log.default log1p.default pow.Tensor_Scalar pow.Tensor_Tensor pow.Scalar "
     "softplus.default erfc.default atan2.default atan.default"
 )
+_LOSSY = _overloads(
+    "expm1.default atanh.default remainder.Tensor remainder.Scalar remainder.Scalar_Tensor "
+    "floor_divide.default floor_divide.Scalar div.Tensor_mode div.Scalar_mode"
+)
+"""Operators of which Inductor makes others that are far from them: exp(x) - 1, which is 0 where x is small, and
+floor(x / y), which may be the next integer."""
 MASKS = _overloads("bernoulli.p")
 """Draws of zeros and ones."""
 _COPIES = _overloads("clone.default _to_copy.default copy.default") | {prims.convert_element_type.default}
@@ -101,6 +107,11 @@ def _is_faster_alone(node: fx.Node) -> bool:
     return node.target is aten.tanh.default and value.dtype is torch.float32 and value.device.type in ("cpu", "meta")
 
 
+def _loses_digits(node: fx.Node) -> bool:
+    """True for an operator on floating point that is right within rounding only if it runs by itself."""
+    return node.target in _LOSSY and node.meta["val"].is_floating_point()
+
+
 def fusable(step: StepGraph) -> set[fx.Node]:
     """The compute nodes of a step that may stand in regions.
 
@@ -122,7 +133,7 @@ def fusable(step: StepGraph) -> set[fx.Node]:
 def _may_stand(node: fx.Node) -> bool:
     if not torch_internals.is_overload(node.target) or is_in_place(node) or is_random(node) or is_free(node):
         return False
-    if _is_faster_alone(node):
+    if _loses_digits(node) or _is_faster_alone(node):
         return False
     if not (is_pointwise(node) or is_reduction(node) or node.target in _OTHERS):
         return False
