@@ -37,6 +37,11 @@ def _run(call: Callable[[Callable[..., Any], Tensor], Any]) -> tuple[int, list[A
     return runs.num, results, given
 
 
+def _attention(run: Callable[..., Any], x: Tensor, dropout: float) -> Any:
+    heads = x[None, None]
+    return run(aten._scaled_dot_product_flash_attention_for_cpu.default, heads, heads, heads, dropout)
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -46,6 +51,7 @@ def _run(call: Callable[[Callable[..., Any], Tensor], Any]) -> tuple[int, list[A
         lambda run, x: run(aten.native_layer_norm.default, x, [6], None, None, 1e-5),
         lambda run, x: run(aten._to_copy.default, run(aten.expand.default, x, [2, 4, 6]), dtype=torch.bfloat16),
         lambda run, x: run(aten.cat.default, [x, x], 1),
+        lambda run, x: _attention(run, x, dropout=0.0),
     ],
 )
 def test_second_call_is_not_run_and_gives_the_same(call: Callable[..., Any]) -> None:
@@ -85,6 +91,7 @@ def test_view_that_is_made_again_shares_the_memory_of_its_own_argument(call: Cal
     [
         lambda run, x: run(aten.add_.Tensor, x, 1),
         lambda run, x: run(aten.bernoulli.p, x, 0.5),
+        lambda run, x: _attention(run, x, dropout=0.5),
         lambda run, x: run(aten.lift_fresh.default, x),
         lambda run, x: run(aten.split.Tensor, x, 2),
         lambda run, x: run(aten.lift_fresh_copy.default, x),
