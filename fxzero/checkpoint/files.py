@@ -160,9 +160,17 @@ def remove_old(root: Path, keep: int) -> None:
 
 
 def numbered(root: Path) -> list[Path]:
-    """The checkpoints in a folder, the newest last."""
+    """The checkpoints in a folder, the newest last; empty folders are none."""
     found = [path for path in root.iterdir() if _NAME.fullmatch(path.name)] if root.is_dir() else []
-    return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name))
+    return sorted((path for path in found if _has_files(path)), key=lambda path: int(path.name))
+
+
+def _has_files(path: Path) -> bool:
+    """True for a folder with something in it; one that another process has just removed is none."""
+    try:
+        return any(path.iterdir())
+    except OSError:
+        return False
 
 
 def newest(path: Path) -> Path | None:

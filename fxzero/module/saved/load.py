@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,9 +73,9 @@ def load_newest(engine: Engine, path: Path, optimizers: Optimizers) -> Any:
 def _load(engine: Engine, found: Path, optimizers: Optimizers) -> Any:
     sharded = engine.sharded
     refuse_parts(sharded)
-    with sharded.phases.phase("load"):
+    with sharded.phases.phase("load"), ExitStack() as stack:
         with agree.reporting_failure(sharded.group, TOPIC):
-            saved = Saved(found)
+            saved = stack.enter_context(closing(Saved(found)))
             _check_tensors(sharded, saved)
         if sharded.shards is None:
             _fix_layout_as(engine, saved)
@@ -89,7 +90,6 @@ def _load(engine: Engine, found: Path, optimizers: Optimizers) -> Any:
             if _has_tensors_inside(saved, number) and not has_state(optimizer):
                 torch_internals.make_optimizer_state(optimizer)
             optimizer.load_state_dict(state | {"state": put_together(optimizer, state["state"])})
-        saved.close()
         return _own_values(engine, saved)
 
 
