@@ -1,7 +1,7 @@
 """Bytes a second of `fxzero.save` and `fxzero.load` against plain writes and reads, and torch's own checkpoints.
 
     OMP_NUM_THREADS=1 python -m benchmarks.checkpoint --folder /a/folder/on/the/disk
-    OMP_NUM_THREADS=1 python -m benchmarks.checkpoint --folder /dev/shm --num-params 2000 --numel 500
+    OMP_NUM_THREADS=1 python -m benchmarks.checkpoint --folder /a/folder/on/the/disk --small
 
 Two ranks save a model with AdamW's state. In turns: each rank writes and syncs its bytes to one file, and reads it;
 fxzero saves and loads; torch.distributed.checkpoint does. Before each read the files' pages are dropped from the cache.
@@ -116,24 +116,30 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--num-params", type=int, default=100)
     parser.add_argument("--numel", type=int, default=1_000_000)
+    parser.add_argument("--small", action="store_true", help="2,000 parameters of 500 elements")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    num_params, numel = (2000, 500) if options.small else (options.num_params, options.numel)
     root = options.folder / "fxzero-benchmark"
     root.mkdir(parents=True)
     try:
-        arguments = (root, options.num_params, options.numel, options.rounds)
+        arguments = (root, num_params, numel, options.rounds)
         found = run_ranks(2, measure, *arguments, timeout=3600, group_timeout=600)[0]
     finally:
         shutil.rmtree(root)
     (nbytes,) = found.pop("bytes")
-    plain = {kind: statistics.median(found[f"plain {kind}"]) for kind in ("write", "read")}
-    rows: list[tuple[str, float, float, float, float]] = []
-    for name, seconds in found.items():
-        baseline = plain["write" if "write" in name or "save" in name else "read"]
-        median = statistics.median(seconds)
-        rows.append((name, median, min(seconds), nbytes / median / 1e6, baseline / median))
-    print(heading("python -m benchmarks.checkpoint"))
-    print(tabulate(rows, headers=("", "median s", "best s", "MB/s", "of plain"), floatfmt=".3g"))
+    medians = {name: statistics.median(seconds) for name, seconds in found.items()}
+    rows: list[tuple[str, float, float, float, float, float]] = []
+    for name, median in medians.items():
+        writes = "write" in name or "save" in name
+        plain, torchs = (
+            medians["plain write" if writes else "plain read"],
+            medians["dcp.save" if writes else "dcp.load"],
+        )
+        rows.append((name, median, min(found[name]), nbytes / median / 1e6, plain / median, torchs / median))
+    print(heading(f"python -m benchmarks.checkpoint{' --small' * options.small}"))
+    headers = ("", "median s", "best s", "MB/s", "of plain", "of torch's")
+    print(tabulate(rows, headers=headers, floatfmt=".3g"))
 
 
 if __name__ == "__main__":

@@ -313,6 +313,7 @@ def choose_device(model: nn.Module, device: torch.device | str | None, mesh: Dev
     found = {tensor.device for tensor in [*model.parameters(), *model.buffers()] if not tensor.is_meta}
     if device is not None:
         chosen = torch.device(device)
+        chosen = torch.device("cpu") if chosen.type == "cpu" else chosen  # "cpu:0" differs from where tensors are
     elif len({d.type for d in found}) > 1:
         raise InputMismatchError(f"The model lies on several devices: {sorted(map(str, found))}. Pass device=.")
     elif found:

@@ -126,7 +126,7 @@ def export(
         _check_config(config)
     tied = {name: first for name, first in saved.manifest["further_names"].items() if first in announced}
     tensors = (
-        (name, saved.read(full_name).view(saved.shapes[full_name]).to(announced[name].dtype))
+        (name, saved.read(full_name).view(saved.shape_of(full_name)).to(announced[name].dtype))
         for full_name, name in _weights_of(saved).items()
     )
     save_weights(target, announced, tensors, tied, max_bytes)
@@ -144,7 +144,7 @@ def _weights_of(saved: Saved) -> dict[str, str]:
 
 def _announced(saved: Saved, name: str, dtype: torch.dtype | None) -> Tensor:
     own = saved.dtype_of(name)
-    return torch.empty(saved.shapes[name], dtype=dtype if dtype and own.is_floating_point else own, device="meta")
+    return torch.empty(saved.shape_of(name), dtype=dtype if dtype and own.is_floating_point else own, device="meta")
 
 
 def _refuse_adapters(folder: Path, names: Iterable[str]) -> None:

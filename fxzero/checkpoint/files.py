@@ -23,7 +23,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,12 +33,19 @@ from fxzero.checkpoint.values import DTYPES, bytes_of
 from fxzero.errors import CheckpointError
 
 MANIFEST = "manifest.json"
+CHECKPOINTS = "checkpoints"
+"""The name of the folder of checkpoints in the folder of a run of `fxzero train`."""
 _FORMAT, _VERSION = "fxzero checkpoint", 1
 _BLOCK_BYTES = 4 << 20
 """Bytes that have a checksum of their own, so that a part of a tensor is checked without reading all of it."""
 _ALIGNMENT = 64
 _BUFFER_BYTES = 1 << 20
 """Small tensors go to the disk together; larger ones are written as they lie."""
+_PIECE_BYTES = 256 << 10
+"""Bytes that are read at a time, so few that they are in the processor's cache for their checksum."""
+_APART_BYTES = 64 << 10
+"""Blocks of this size and more are read in threads."""
+_MOST_THREADS = 4
 _NAME = re.compile(r"\d{6,}")
 
 
@@ -58,7 +66,7 @@ class Block:
 def new_folder(root: Path, num_ranks: int) -> Path:
     """Make a folder for the next checkpoint, named as one that is not complete, and in it a file for each rank."""
     root.mkdir(parents=True, exist_ok=True)
-    number = max((int(path.name) for path in complete_ones(root)), default=0) + 1
+    number = max((int(path.name) for path in numbered(root)), default=0) + 1
     folder = root / f".{number:06}.{uuid.uuid4().hex[:8]}.partial"
     folder.mkdir()
     for rank in range(num_ranks):
@@ -141,7 +149,7 @@ def sync_folder(path: Path) -> None:
 
 def remove_old(root: Path, keep: int) -> None:
     """Remove all checkpoints but the newest, and what saves left that did not come to their end."""
-    for path in complete_ones(root)[:-keep]:
+    for path in numbered(root)[:-keep]:
         doomed = path.rename(root / f".{path.name}.removed.partial")  # a rename is whole, a removal is not
         shutil.rmtree(doomed, ignore_errors=True)
     for path in root.glob(".*.partial"):
@@ -151,15 +159,35 @@ def remove_old(root: Path, keep: int) -> None:
 # -- reading -------------------------------------------------------------------------------------------------------
 
 
-def complete_ones(root: Path) -> list[Path]:
-    """The checkpoints in a folder, the newest last."""
+def numbered(root: Path) -> list[Path]:
+    """The checkpoints in a folder, the newest last; empty folders are none."""
     found = [path for path in root.iterdir() if _NAME.fullmatch(path.name)] if root.is_dir() else []
-    return sorted((path for path in found if (path / MANIFEST).exists()), key=lambda path: int(path.name))
+    return sorted((path for path in found if _has_files(path)), key=lambda path: int(path.name))
+
+
+def _has_files(path: Path) -> bool:
+    """True for a folder with something in it; one that another process has just removed is none."""
+    try:
+        return any(path.iterdir())
+    except OSError:
+        return False
 
 
 def newest(path: Path) -> Path | None:
-    """The checkpoint that a path means: itself, or the newest in the folder; None if there is none."""
-    return path if (path / MANIFEST).exists() else next(reversed(complete_ones(path)), None)
+    """The checkpoint that a path means: itself, or the newest of a folder or of a run; None if there is none.
+
+    Raises:
+        CheckpointError: the newest has lost its manifest, with which it got its name.
+    """
+    if (path / MANIFEST).exists():
+        return path
+    found = next(reversed(numbered(path) or numbered(path / CHECKPOINTS)), None)
+    if found is not None and not (found / MANIFEST).exists():
+        raise CheckpointError(
+            f"{found / MANIFEST} is missing: the newest checkpoint is damaged. Remove {found} to go on from the one "
+            "before."
+        )
+    return found
 
 
 def read_json(path: Path) -> Any:
@@ -182,7 +210,15 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path} has version {facts.get('version')} of the format; this fxzero reads {_VERSION}.")
     if facts.get("crc32") != zlib.crc32(body):
         raise CheckpointError(f"{path} is damaged: its checksum is not that of its content.")
-    return json.loads(body)
+    try:
+        return json.loads(body)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: its content is no JSON.") from error
+
+
+def _num_threads() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(_MOST_THREADS, cores)
 
 
 class Saved:
@@ -195,6 +231,8 @@ class Saved:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest: dict[str, Any] = read_json(folder / MANIFEST)
+        if not isinstance(self.manifest, dict) or not self.manifest.keys() >= {"indices", "tensors"}:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise CheckpointError(f"{folder / MANIFEST} is no manifest, but another file of a checkpoint.")
         self.values: list[Any] = []
         """What each rank wrote of its own."""
         self.blocks: dict[str, list[Block]] = {}
@@ -209,13 +247,19 @@ class Saved:
                 found += [Block(start, stop, index["file"], begin, crc) for start, stop, begin, crc in blocks]
         for blocks in self.blocks.values():
             blocks.sort(key=lambda block: block.start)
-        self._files: dict[str, BinaryIO] = {}
-        self._checksums = ThreadPoolExecutor(1)
+        self._files: dict[str, int] = {}
+        self._opening = Lock()
+        self._pool = ThreadPoolExecutor(_num_threads())
+        self._reads: list[Future[None]] = []
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor."""
         return {name: tuple(shape) for name, (_, shape) in self.manifest["tensors"].items()}
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        return tuple(self.manifest["tensors"][name][1])
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype of a tensor."""
@@ -223,49 +267,70 @@ class Saved:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """The elements `[start, stop)` of a flattened tensor, on the CPU."""
-        stop = math.prod(self.shapes[name]) if stop is None else stop
-        dtype, at = self.dtype_of(name), start
-        flat = torch.empty(stop - start, dtype=dtype)
-        checks: list[tuple[Block, Future[int]]] = []
+        flat = self.begin_read(name, start, stop)
+        self.finish_reads()
+        return flat
+
+    def begin_read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """As `read`, but the elements are there only after `finish_reads`."""
+        stop = math.prod(self.shape_of(name)) if stop is None else stop
+        flat, at = torch.empty(stop - start, dtype=self.dtype_of(name)), start
+        size, data = flat.element_size(), bytes_of(flat)
         blocks = self.blocks.get(name, [])
         for block in blocks[max(0, bisect_right(blocks, start, key=lambda block: block.start) - 1) :]:
             if block.start > at or at >= stop:
                 break
             end = min(block.stop, stop)
             if end > at:
-                is_whole = at == block.start and end == block.stop
-                elements = flat[at - start : end - start] if is_whole else flat.new_empty(block.stop - block.start)
-                data = bytes_of(elements)
-                self._read_into(data, name, block)
-                checks.append((block, self._checksums.submit(zlib.crc32, data)))  # while the next one is read
-                if not is_whole:
-                    flat[at - start : end - start].copy_(elements[at - block.start : end - block.start])
+                wanted = data[(at - start) * size : (end - start) * size]
+                before, num_bytes = (at - block.start) * size, (block.stop - block.start) * size
+                if num_bytes < _APART_BYTES:
+                    self._read_block(name, block, wanted, before, num_bytes)
+                else:
+                    self._reads.append(self._pool.submit(self._read_block, name, block, wanted, before, num_bytes))
                 at = end
         if at < stop:
             raise CheckpointError(f"{self.folder} has no elements of {name} from {at} on.")
-        for block, crc32 in checks:
-            if crc32.result() != block.crc32:
-                path = self.folder / block.file
-                raise CheckpointError(f"{path} is damaged: bytes of {name} have changed since they were saved.")
         return flat
 
-    def _read_into(self, data: memoryview, name: str, block: Block) -> None:
-        path, got = self.folder / block.file, 0
+    def finish_reads(self) -> None:
+        """Wait for all that `begin_read` began."""
+        reads, self._reads = self._reads, []
+        for each in reads:
+            each.result()
+
+    def _read_block(self, name: str, block: Block, wanted: memoryview, before: int, num_bytes: int) -> None:
+        """Read a block and check it; `wanted` gets its bytes from `before` on."""
+        data = wanted if len(wanted) == num_bytes else memoryview(bytearray(num_bytes))
+        if self._read_into(data, name, block) != block.crc32:
+            path = self.folder / block.file
+            raise CheckpointError(f"{path} is damaged: bytes of {name} have changed since they were saved.")
+        if data is not wanted:
+            wanted[:] = data[before : before + len(wanted)]
+
+    def _read_into(self, data: memoryview, name: str, block: Block) -> int:
+        """Fill `data` with the bytes of a block; their crc32, taken while they are in the processor's cache."""
+        got, crc32 = 0, 0
         try:
-            if block.file not in self._files:
-                self._files[block.file] = path.open("rb", buffering=0)
-            file = self._files[block.file]
-            file.seek(block.begin)
-            while got < len(data) and (count := file.readinto(data[got:])):  # type: ignore[attr-defined]
+            file = self._file(block.file)
+            while got < len(data) and (count := os.preadv(file, [data[got : got + _PIECE_BYTES]], block.begin + got)):
+                crc32 = zlib.crc32(data[got : got + count], crc32)
                 got += count
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+            raise CheckpointError(f"{self.folder / block.file} cannot be read: {error.strerror}.") from error
         if got < len(data):
-            raise CheckpointError(f"{path} is truncated: it ends inside of {name}.")
+            raise CheckpointError(f"{self.folder / block.file} is truncated: it ends inside of {name}.")
+        return crc32
+
+    def _file(self, name: str) -> int:
+        with self._opening:
+            if name not in self._files:
+                self._files[name] = os.open(self.folder / name, os.O_RDONLY)
+            return self._files[name]
 
     def close(self) -> None:
         """Close the files."""
-        self._checksums.shutdown()
+        self._pool.shutdown(cancel_futures=True)
         for file in self._files.values():
-            file.close()
+            os.close(file)
         self._files.clear()

@@ -216,13 +216,22 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     """
     index = path / INDEX
     if index.is_file():
-        names = sorted({*json.loads(index.read_text())["weight_map"].values()})
-        files = [path / Path(name).name for name in names]
+        files = [path / name for name in _files_of(index)]
     else:
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files:
         raise CheckpointError(f"There is no safetensors file in {path}.")
     return {name: tensor for file in files for name, tensor in _stored_in(file).items()}
+
+
+def _files_of(index: Path) -> list[str]:
+    """The names of the files that an index of Hugging Face counts."""
+    try:
+        return sorted({Path(name).name for name in json.loads(index.read_text())["weight_map"].values()})
+    except OSError as error:
+        raise CheckpointError(f"{index} cannot be read: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is truncated, or no index of safetensors files ({error!r}).") from error
 
 
 def _stored_in(path: Path) -> dict[str, StoredTensor]:
@@ -247,6 +256,6 @@ def _stored_in(path: Path) -> dict[str, StoredTensor]:
             raise ValueError(length)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is truncated, or no safetensors file of known dtypes ({error!r}).") from error
     return found

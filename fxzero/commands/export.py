@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.description = _DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("checkpoint", type=Path, metavar="DIR", help="a checkpoint, or a folder of them: the newest")
+    parser.add_argument("checkpoint", type=Path, metavar="DIR", help="a checkpoint; of a folder or a run the newest")
     parser.add_argument("target", type=Path, metavar="TARGET", help="a file NAME.safetensors, or a folder")
     parser.add_argument("--max-shard-size", metavar="SIZE", help="several files of at most this size, such as 5GB")
     parser.add_argument("--config", type=Path, metavar="DIR", help="copy all but weights from this folder of a model")

@@ -46,7 +46,7 @@ def shard_shape(shape: Sequence[int], numel: int) -> tuple[int, ...]:
 
     A scalar's slice has one dimension, since a rank may hold none of it.
     """
-    return (numel, *(1 for _ in shape[1:]))
+    return (numel,) + (1,) * (len(shape) - 1)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import nn
 
 import fxzero
 from fxzero.host.extras import require
+from fxzero.module.registered_tensors import standing_in
 
 require("fxzero.stacks.transformers", "hf", "transformers")
 require("fxzero.stacks.transformers", "stacks", "accelerate")
@@ -41,6 +42,8 @@ class ZeroTrainerMixin:
 
     zero: fxzero.ZeroModule | None = None
     """The compiled model: there from the first `train()` or `evaluate()` on."""
+    _weights_to_load: str | None = None
+    """A checkpoint of another Trainer, whose weights the compiled model is about to get."""
 
     def __init__(self, *args: Any, compile_options: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         self.compile_options = dict(compile_options or {})
@@ -58,7 +61,9 @@ class ZeroTrainerMixin:
             model: the plain model.
             optimizer: that of the training; None where evaluation comes first.
         """
-        return fxzero.compile(model, optimizer=optimizer, **self.compile_options)
+        trainer: Any = self
+        placed = {"device": trainer.args.device} if is_on_meta(model) else {}
+        return fxzero.compile(model, optimizer=optimizer, **(placed | self.compile_options))
 
     # -- what the Trainer calls ----------------------------------------------------------------------------------
 
@@ -71,7 +76,7 @@ class ZeroTrainerMixin:
         return self.zero
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        if not any(param.is_meta for param in model.parameters()):
+        if not is_on_meta(model):
             super()._move_model_to_device(model, device)  # type: ignore[misc]
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -90,7 +95,8 @@ class ZeroTrainerMixin:
             return
         weights = self.zero.state_dict(rank0_only=not trainer.args.save_on_each_node)
         if trainer.args.should_save:
-            trainer._save(output_dir, state_dict=weights)
+            with standing_in(self.zero._fxzero_model, weights):  # peft asks modules for more than their names
+                trainer._save(output_dir, state_dict=weights)
         if trainer.args.push_to_hub and not _internal_call:
             trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
 
@@ -102,11 +108,20 @@ class ZeroTrainerMixin:
             torch.save(trainer.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not has_slices(resume_from_checkpoint):  # else they are loaded with the optimizer
+        trainer: Any = self
+        if has_slices(resume_from_checkpoint):  # they are loaded with the optimizer
+            return
+        if self.zero is not None or is_on_meta(trainer.model):
+            self._weights_to_load = resume_from_checkpoint  # once the model is compiled
+        else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         trainer: Any = self
+        if self._weights_to_load is not None:
+            assert self.zero is not None
+            fxzero.load_pretrained(self.zero, self._weights_to_load)
+            self._weights_to_load = None
         if checkpoint is None or not has_slices(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
             return
@@ -128,6 +143,11 @@ class ZeroTrainerMixin:
 
 class Trainer(ZeroTrainerMixin, transformers.Trainer):
     """`transformers.Trainer` on a compiled model; takes `compile_options=` beside its arguments."""
+
+
+def is_on_meta(model: nn.Module) -> bool:
+    """True if parameters of a model have no values yet."""
+    return any(param.is_meta for param in model.parameters())
 
 
 def unwrapped(optimizer: Any) -> Any:

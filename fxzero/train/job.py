@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from fxzero.checkpoint.files import CHECKPOINTS
 from fxzero.checkpoint.safetensors import give_back_room, reserve_room, save_stream
 from fxzero.commands.errors import CommandError
 from fxzero.commands.progress import Progress
@@ -28,7 +29,7 @@ from fxzero.train.report import (
     peak_memory_bytes,
     read_metrics,
 )
-from fxzero.train.resume import CHECKPOINTS, checkpoint_of, run_folder, write_options
+from fxzero.train.resume import checkpoint_of, run_folder, write_options
 from fxzero.train.stopping import AgreedStop
 from fxzero.train.subject import TOKENIZER_FILE, Subject, make_subject
 from fxzero.train.text import Text, read_text

@@ -8,12 +8,11 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from fxzero.checkpoint.files import newest
+from fxzero.checkpoint.files import CHECKPOINTS, newest
 from fxzero.commands.errors import CommandError
+from fxzero.errors import CheckpointError
 from fxzero.train.toml_files import read_toml, write_toml
 
-CHECKPOINTS = "checkpoints"
-"""The name of the folder of checkpoints in the folder of a run."""
 AUTO = "auto"
 _OPTIONS_FILE = "options.toml"
 
@@ -31,13 +30,16 @@ def checkpoint_of(out: Path | None, resume: str | None) -> Path | None:
     """The checkpoint to go on from; None to begin.
 
     Raises:
-        CommandError: one was asked for, and there is none.
+        CommandError: one was asked for, and there is none, or the newest is damaged.
     """
     if resume is None:
         return None
-    if resume == AUTO:
-        return newest(Path(out or "") / CHECKPOINTS)
-    found = newest(Path(resume)) or newest(Path(resume) / CHECKPOINTS)
+    try:
+        if resume == AUTO:
+            return newest(Path(out or "") / CHECKPOINTS)
+        found = newest(Path(resume))
+    except CheckpointError as error:
+        raise CommandError(str(error)) from error
     if found is None:
         what = "has no checkpoint" if Path(resume).exists() else "does not exist"
         raise CommandError(

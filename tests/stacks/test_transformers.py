@@ -100,6 +100,70 @@ def train_as_ddp(rank: int, world_size: int, folder: str) -> None:
             make_trainer(Trainer, folder, model=resumed.zero)
 
 
+def make_adapted() -> Any:
+    import peft
+
+    torch.manual_seed(1)
+    return peft.get_peft_model(make_model(), peft.LoraConfig(r=2, modules_to_save=["lm_head"], task_type="CAUSAL_LM"))
+
+
+def train_adapters(rank: int, world_size: int, folder: str) -> None:
+    import transformers
+    from safetensors.torch import load_file
+
+    from fxzero.stacks.transformers import Trainer
+
+    transformers.trainer.logger.setLevel(logging.ERROR)
+    with launched(rank, world_size):
+        for name, cls in (("ddp", transformers.Trainer), ("zero", Trainer)):
+            trainer = make_trainer(cls, f"{folder}/{name}", make_adapted())
+            trainer.train()
+            trainer.save_model()
+            torch.distributed.barrier()
+        files = [load_file(f"{folder}/{name}/adapter_model.safetensors") for name in ("ddp", "zero")]
+        torch.testing.assert_close(files[1], files[0], rtol=1e-5, atol=1e-5)
+
+
+def train_from_meta(rank: int, world_size: int, folder: str) -> None:
+    import transformers
+
+    import fxzero
+    from fxzero.stacks.transformers import Trainer
+
+    class Loading(Trainer):
+        def compile_model(self, model: Any, optimizer: Any) -> fxzero.ZeroModule:
+            zero = super().compile_model(model, optimizer)
+            fxzero.load_pretrained(zero, f"{folder}/base")
+            return zero
+
+    transformers.trainer.logger.setLevel(logging.ERROR)
+    with launched(rank, world_size):
+        model = make_model()
+        model.save_pretrained(f"{folder}/base")
+        with torch.device("meta"):
+            first, second = (transformers.GPT2LMHeadModel(model.config) for _ in range(2))
+        expected = make_trainer(transformers.Trainer, f"{folder}/plain")
+        expected.train()
+        trainer = make_trainer(Loading, f"{folder}/meta", first)
+        trainer.train()
+        torch.testing.assert_close(numbers(trainer), numbers(expected), rtol=1e-5, atol=1e-6)
+
+        resumed = make_trainer(Trainer, f"{folder}/resumed", second)
+        resumed.train(resume_from_checkpoint=f"{folder}/plain/checkpoint-2")
+        weights = resumed.zero.state_dict()
+        own = {name: tensor.detach() for name, tensor in expected.model.named_parameters()}
+        torch.testing.assert_close({name: weights[name] for name in own}, own, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(find_spec("peft") is None, reason="needs peft")
+def test_adapters_are_saved_as_with_ddp(tmp_path: Path) -> None:
+    run_ranks(2, train_adapters, str(tmp_path), timeout=240)
+
+
+def test_a_model_on_meta_trains_as_with_its_weights(tmp_path: Path) -> None:
+    run_ranks(1, train_from_meta, str(tmp_path), timeout=240)
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_trainer_does_as_with_ddp(world_size: int, tmp_path: Path) -> None:
     run_ranks(world_size, train_as_ddp, str(tmp_path), timeout=240)

@@ -3,7 +3,7 @@
 import itertools
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def _save_adapters(sharded: ShardedModel, folder: Path, options: dict[str, Any])
     copies = full_copies(sharded, rank0_only=True, of=_parts_of_adapters(sharded), phase="save_pretrained")
     names = {**{fqn: fqn for fqn in copies}, **further_names(sharded)}
     state = {name: copies[fqn] for name, fqn in names.items() if fqn in copies}
-    _on_rank0(sharded, lambda: _call_own_method(sharded, folder, state, options), iter(()))
+    _on_rank0(sharded, lambda: _call_own_method(sharded, folder, state, options, copies), iter(()))
 
 
 def _parts_of_adapters(sharded: ShardedModel) -> set[str]:
@@ -91,10 +91,20 @@ def _parts_of_adapters(sharded: ShardedModel) -> set[str]:
     return parts | {fqn for fqn, param in sharded.params.items() if id(param) in ids}
 
 
-def _call_own_method(sharded: ShardedModel, folder: Path, state: dict[str, Tensor], options: dict[str, Any]) -> None:
-    """Call `save_pretrained` of the model's class, which looks at shapes and names, and saves what is in the state."""
+def _call_own_method(
+    sharded: ShardedModel,
+    folder: Path,
+    state: dict[str, Tensor],
+    options: dict[str, Any],
+    copies: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Call `save_pretrained` of the model's class, which looks at shapes and names, and saves what is in the state.
+
+    Args:
+        copies: full parameters that the method may compute with, as peft does for the embeddings of prompts.
+    """
     model: Any = sharded.model
-    with standing_in(model, _without_values(sharded)):
+    with standing_in(model, {**_without_values(sharded), **(copies or {})}):
         model.save_pretrained(folder, state_dict=state, **options)
 
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,15 +73,16 @@ def load_newest(engine: Engine, path: Path, optimizers: Optimizers) -> Any:
 def _load(engine: Engine, found: Path, optimizers: Optimizers) -> Any:
     sharded = engine.sharded
     refuse_parts(sharded)
-    with sharded.phases.phase("load"):
+    with sharded.phases.phase("load"), ExitStack() as stack:
         with agree.reporting_failure(sharded.group, TOPIC):
-            saved = Saved(found)
+            saved = stack.enter_context(closing(Saved(found)))
             _check_tensors(sharded, saved)
         if sharded.shards is None:
             _fix_layout_as(engine, saved)
         with agree.reporting_failure(sharded.group, TOPIC):
             tensors = _read(sharded, saved)
             states = [_read_state(saved, number, each, sharded.held_by(each)) for number, each in enumerate(optimizers)]
+            saved.finish_reads()
         agree.agree(sharded.group, TOPIC, [f"read {found}"], timeout=sharded.timeout)
         _take_in(sharded, saved, tensors)
         for number, (optimizer, state) in enumerate(zip(optimizers, states, strict=True)):
@@ -88,7 +90,6 @@ def _load(engine: Engine, found: Path, optimizers: Optimizers) -> Any:
             if _has_tensors_inside(saved, number) and not has_state(optimizer):
                 torch_internals.make_optimizer_state(optimizer)
             optimizer.load_state_dict(state | {"state": put_together(optimizer, state["state"])})
-        saved.close()
         return _own_values(engine, saved)
 
 
@@ -148,14 +149,14 @@ def _is_as_saved(buckets: Sequence[Bucket], ranks: int, layout: str, manifest: M
 
 
 def _read(sharded: ShardedModel, saved: Saved) -> dict[str, Tensor]:
-    """What this rank will hold, flat, by the name of the parameter or buffer."""
+    """What this rank will hold, flat, by the name of the parameter or buffer; there after `finish_reads`."""
     read: dict[str, Tensor] = {}
     shards = sharded.held_shards()
     for fqn, param in sharded.params.items():
         part = shards[id(param)].part
-        read[fqn] = saved.read(f"model/{fqn}", part.start, part.stop)
+        read[fqn] = saved.begin_read(f"model/{fqn}", part.start, part.stop)
     for fqn in buffers(sharded):
-        read[fqn] = saved.read(f"buffer/{fqn}")
+        read[fqn] = saved.begin_read(f"buffer/{fqn}")
     return read
 
 
@@ -172,7 +173,7 @@ def _take_in(sharded: ShardedModel, saved: Saved, tensors: Mapping[str, Tensor])
 def _read_state(
     saved: Saved, number: int, optimizer: torch.optim.Optimizer, shards: dict[int, ParamShard]
 ) -> dict[str, Any]:
-    """A state dict of this rank's slices for an optimizer."""
+    """A state dict of this rank's slices for an optimizer, of which those on the CPU are there after `finish_reads`."""
     described = saved.manifest["optimizers"]
     if number >= len(described):
         raise CheckpointError(f"{saved.folder} has the state of {len(described)} optimizers; {number + 1} were given.")
@@ -199,11 +200,13 @@ def _value(saved: Saved, own: OptimizerState, shard: ParamShard, key: str, value
     if value is not None:
         return decode(value[0])
     name = own.tensor(key, shard.spec.fqn)
+    shape = saved.shape_of(name)
+    read = saved.begin_read if shard.device.type == "cpu" else saved.read
     if shard.owner is not None:
-        return saved.read(name).view(saved.shapes[name]).to(shard.device)
-    if saved.shapes[name] != shard.spec.shape:
-        raise CheckpointError(f"{name} is {saved.shapes[name]} in {saved.folder}; its parameter is {shard.spec.shape}.")
-    return saved.read(name, shard.part.start, shard.part.stop).view(shard.shape).to(shard.device)
+        return read(name).view(shape).to(shard.device)
+    if shape != shard.spec.shape:
+        raise CheckpointError(f"{name} is {shape} in {saved.folder}; its parameter is {shard.spec.shape}.")
+    return read(name, shard.part.start, shard.part.stop).view(shard.shape).to(shard.device)
 
 
 def _check_groups(saved: Saved, own: OptimizerState, facts: Mapping[str, Any]) -> None:
