@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import math
+import itertools
 import os
 import types
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -50,10 +50,12 @@ from fxzero.options import (
     Options,
     Without,
     check_divide_factor,
+    check_ignored,
     check_mesh,
     choose_cuda_graph,
     choose_device,
     choose_group,
+    choose_ignored,
     choose_islands,
     choose_precision,
     choose_recipe,
@@ -97,6 +99,7 @@ def compile(
     islands: Sequence[str] | Literal["auto"] = "auto",
     mp_policy: MixedPrecisionPolicy | Mapping[str, MixedPrecisionPolicy] | None = None,
     cuda_graph: bool = False,
+    ignored_params: Collection[nn.Parameter] | None = None,
     resume: str | os.PathLike[str] | None = None,
 ) -> ZeroModule:
     """Take a model over and train it by ZeRO stage 3 on a schedule that is written before it runs.
@@ -179,6 +182,9 @@ def compile(
         cuda_graph: replay forward and backward of a plan, collectives included, as CUDA graphs after the first steps,
             with equal results. A plan that cannot be captured runs as without it, and a warning says why. On a CPU it
             has no effect, which a warning says too. See `docs/gpu.md`.
+        ignored_params: parameters of the model that stay as they are, as in FSDP2: each rank has them whole, and they
+            are not sent, cast or initialised. Their gradients are those of this rank alone, which nobody averages. See
+            `docs/parameters.md`.
         resume: a folder of `fxzero.save`. Its newest checkpoint is loaded into the model and the optimizers, as
             `fxzero.load` does before the layout is fixed, and `resumed` of the module has its extra. Where there is
             none yet, training begins as without it.
@@ -236,12 +242,14 @@ def compile(
             precision=choose_precision(mp_policy, recipe),
             gradient_divide_factor=gradient_divide_factor,
             cuda_graph=choose_cuda_graph(cuda_graph, chosen, recipe),
+            ignored=(ignored := choose_ignored(model, ignored_params, chosen)),
         )
         parallel = LocalParameters()
         with parallel.given_back_on_failure():
             parallel.take(model, group, optimizers)
             if parallel.of and recipe.without:
                 raise ValueError("without= measures optimizations of data parallelism alone; drop it.")
+            check_ignored(ignored, recipe, mesh, cuda_graph=options.cuda_graph, parallel=parallel.of)
             engine = options.make_engine(model, group, optimizers, parallel=parallel.of)
             zero = _class_for(type(model))(model, engine, options, elementwise_optimizer=elementwise_optimizer)
     if resume is not None:
@@ -506,8 +514,11 @@ class ZeroModule(nn.Module):
         engine = self._fxzero_engine
         sharded = engine.sharded
         sharded.bring_in()
+        beside = [sharded.ignored_gradients()] if sharded.ignored else []
         with sharded.phases.phase(norms.phase_of_clip(max_norm, norm_type)):
-            return engine.clip_grad_norm(sharded.gradients, sharded.comm, max_norm, norm_type, error_if_nonfinite)
+            return engine.clip_grad_norm(
+                sharded.gradients, sharded.comm, max_norm, norm_type, error_if_nonfinite, *beside
+            )
 
     def grad_norms(self, norm_type: float = 2.0) -> dict[str, torch.Tensor]:
         """The norm of each parameter's whole gradient by name, with one all-reduce; a collective.
@@ -516,7 +527,8 @@ class ZeroModule(nn.Module):
             norm_type: the order of the norms: 2.0, infinity or another positive number.
 
         Returns:
-            Tensors `[]` in fp32 or wider, equal on all ranks, of the parameters that have a gradient.
+            Tensors `[]` in fp32 or wider, equal on all ranks, of the parameters that have a gradient, but for those of
+            `ignored_params`, whose gradients are whole.
 
         Raises:
             ValueError: norm_type is not positive.
@@ -534,13 +546,16 @@ class ZeroModule(nn.Module):
             only_trainable: leave out those that need no gradient.
         """
         sharded = self._fxzero_engine.sharded
-        params = sharded.params
-        trained = [spec for fqn, spec in sharded.specs.items() if params[fqn].requires_grad or not only_trainable]
-        return sum(math.prod(spec.whole_shape) for spec in trained)
+        params = sharded.params | sharded.ignored
+        shapes = self.parameter_shapes()
+        return sum(each.numel() for fqn, each in shapes.items() if params[fqn].requires_grad or not only_trainable)
 
     def parameter_shapes(self) -> dict[str, torch.Size]:
         """The whole shape of each parameter by name, as of the model before it was sharded; tied ones once."""
-        return {fqn: torch.Size(spec.whole_shape) for fqn, spec in self._fxzero_engine.sharded.specs.items()}
+        sharded = self._fxzero_engine.sharded
+        shapes = {fqn: torch.Size(spec.whole_shape) for fqn, spec in sharded.specs.items()}
+        shapes |= {fqn: param.shape for fqn, param in sharded.ignored.items()}
+        return {fqn: shapes[fqn] for fqn, _ in self._fxzero_model.named_parameters()} if sharded.ignored else shapes
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -658,7 +673,9 @@ class ZeroModule(nn.Module):
         sharded = self._fxzero_engine.sharded
         with sharded.phases.phase("iter_full_params"):
             fix_layout_without_trace(sharded)
-        return weights.full_params(sharded, rank0_only=rank0_only)
+        is_given = sharded.is_rank0 or not rank0_only
+        beside = ((fqn, param.detach() if is_given else None) for fqn, param in sharded.ignored.items())
+        return itertools.chain(weights.full_params(sharded, rank0_only=rank0_only), beside)
 
     @contextmanager
     def summon_full_params(

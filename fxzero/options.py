@@ -3,7 +3,7 @@
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from fxzero.capture.dtensors import is_dtensor
 from fxzero.capture.islands.marks import Islands
 from fxzero.comm.groups import Group, group_of_mesh
 from fxzero.comm.make import make_comm
@@ -69,6 +70,8 @@ class Options:
     precision: Precision = OF_THE_MODEL
     gradient_divide_factor: float | None = None
     """By which sums of gradients over ranks are divided; None: their number."""
+    ignored: tuple[str, ...] = ()
+    """The canonical names of the parameters that stay as they are."""
     cuda_graph: bool = False
     """Forward and backward are replayed as CUDA graphs where they can be."""
 
@@ -94,6 +97,7 @@ class Options:
             "tuned": self.is_tuned,
             "islands": "auto" if self.islands is None else ", ".join(self.islands) or "none",
             "mp_policy": self.precision,
+            "ignored_params": ", ".join(self.ignored) or "none",
             "torch": torch.__version__.split("+")[0],
         }
 
@@ -133,6 +137,7 @@ class Options:
             precision=self.precision,
             specs=dict(specs or {}),
             parallel=parallel or {},
+            ignored_names=self.ignored,
         )
         tuning = TuningRounds(self.is_tuned, self.keeps_free, self.cluster)
         islands = Islands(model, self.islands)
@@ -198,6 +203,53 @@ def choose_cuda_graph(cuda_graph: object, device: torch.device, recipe: Recipe) 
             stacklevel=3,
         )
     return cuda_graph and device.type == "cuda"
+
+
+def choose_ignored(model: nn.Module, ignored: Collection[nn.Parameter] | None, device: torch.device) -> tuple[str, ...]:
+    """The canonical names of the parameters that are to stay as they are.
+
+    Raises:
+        TypeError: it has something else than parameters.
+        ValueError: one is no parameter of the model, lies on another device than the model's, is a DTensor, or all are.
+    """
+    if ignored is None:
+        return ()
+    given = list[Any](ignored)
+    if wrong := [each for each in given if not isinstance(each, nn.Parameter)]:
+        raise TypeError(f"ignored_params has a {type(wrong[0]).__name__}; it must have parameters of the model.")
+    names = {id(param): fqn for fqn, param in model.named_parameters()}
+    for each in given:
+        if id(each) not in names:
+            raise ValueError(f"ignored_params has a parameter {tuple(each.shape)} that is not of this model.")
+        if each.device != device or is_dtensor(each):
+            where = "a DTensor" if is_dtensor(each) else f"on {each.device}, and the model is trained on {device}"
+            raise ValueError(f"{names[id(each)]} of ignored_params is {where}. Give it values there before compile.")
+    if given and any(param.is_meta for param in model.parameters()):
+        raise ValueError("ignored_params of a model on the meta device: give all parameters values before compile.")
+    chosen = set(map(id, given))
+    if given and len(chosen) == len(names):
+        raise ValueError("ignored_params has all parameters of the model, so that nothing is left to shard.")
+    return tuple(fqn for key, fqn in names.items() if key in chosen)
+
+
+def check_ignored(
+    ignored: Sequence[str],
+    recipe: Recipe,
+    mesh: DeviceMesh | None,
+    *,
+    cuda_graph: bool,
+    parallel: Mapping[str, TensorParallel],
+) -> None:
+    """Raise ValueError if another option does not know parameters that stay as they are."""
+    others = {
+        "without=": bool(recipe.without),
+        "cuda_graph=True": cuda_graph,
+        "loss_chunks=": recipe.loss_chunks != 1,
+        "a mesh of two dimensions": mesh is not None and mesh.ndim > 1,
+        "parameters that tensor parallelism has cut": bool(parallel),
+    }
+    if ignored and (found := [name for name, is_there in others.items() if is_there]):
+        raise ValueError(f"ignored_params ({ignored[0]}) does not go with {found[0]}. Drop one of the two.")
 
 
 def choose_islands(islands: Sequence[str] | str | None) -> tuple[str, ...] | None:

@@ -13,6 +13,7 @@ explains why a model cannot be traced.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -73,6 +74,7 @@ def capture(
     stamps: bool = True,
     is_method: bool = False,
     watch: Watch | None = None,
+    ignored: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> Captured:
     """Trace one call of a module.
 
@@ -91,6 +93,7 @@ def capture(
         stamps: False to trace every block, also those that repeat.
         is_method: `forward` is another method, which runs without the hooks of the module.
         watch: sees the operators of each forward that is traced.
+        ignored: parameters by canonical name that are inputs, after those of the call, and not among `params`.
 
     Raises:
         PinnedNumberError: the trace needs one of these numbers itself.
@@ -101,12 +104,12 @@ def capture(
     inputs, spec = flatten_call(args, kwargs)
     make = partial(
         Tracing, module, forward, args, kwargs, inputs, spec, params, device, with_backward, differentiated,
-        is_method=is_method,
+        is_method=is_method, ignored=ignored,
     )  # fmt: skip
     stand_ins = StandIns(numbers) if numbers else None
     parts = Islands(module) if islands is None else islands
     parts.without_grad = not with_backward
-    may_stamp = stamps and not numbers and not parts.paths
+    may_stamp = stamps and not numbers and not parts.paths and not ignored
     repeated = stamped(partial(make, None), module, params, sharding, watch) if may_stamp else None
     if repeated is not None:
         joint = repeated.joint

@@ -141,6 +141,11 @@ def _format(leaf: TensorLeaf | PlainLeaf) -> str:
     return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)} on {leaf.device}"
 
 
+def geometry_of(tensor: Tensor) -> TensorLeaf:
+    """The geometry of a tensor that has strides."""
+    return TensorLeaf(tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad)
+
+
 def _leaf_of(value: Any) -> TensorLeaf | PlainLeaf | None:
     """The leaf of an argument; None if it is neither a tensor nor a plain value.
 
@@ -149,7 +154,7 @@ def _leaf_of(value: Any) -> TensorLeaf | PlainLeaf | None:
     """
     if isinstance(value, Tensor):
         try:
-            return TensorLeaf(value.shape, value.stride(), value.dtype, value.device, value.requires_grad)
+            return geometry_of(value)
         except RuntimeError as error:  # from stride()
             raise InputMismatchError(f"An input has no strides: {error}. Pass it dense (to_dense()).") from error
     if isinstance(value, float):
@@ -223,6 +228,11 @@ def own_objects(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         found.append(waiting.pop())
         waiting += [leaf for leaf in tree_leaves(vars(found[-1])) if can_be_opened(leaf)]
     return found
+
+
+def name_of_ignored(fqn: str) -> str:
+    """The name of an ignored parameter among the inputs of a step, which no argument has."""
+    return f"self.{fqn}"
 
 
 def replace_numbers(

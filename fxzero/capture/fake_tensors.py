@@ -24,6 +24,8 @@ class FakeState:
     rebound: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     """Maps names of buffers to other tensors that the traced code bound to them (`self.buf = self.buf + 1`), and names
     of parameters and buffers whose data it has set (`param.data = ...`) to themselves."""
+    ignored: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """Parameters that are inputs of the step."""
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -38,7 +40,8 @@ def swapped_tensors(module: nn.Module, state: FakeState) -> Generator[None]:
     Raises:
         CaptureError: the block bound a parameter anew, or a buffer to a tensor of another shape or dtype.
     """
-    stand_ins = {id(param): (name, state.params[name]) for name, param in module.named_parameters()}
+    params = state.params | state.ignored
+    stand_ins = {id(param): (name, params[name]) for name, param in module.named_parameters()}
     stand_ins |= {id(buffer): (name, state.buffers[name]) for name, buffer in module.named_buffers()}
     slots: list[tuple[str, dict[str, Any], str, Any]] = []
     tables = [torch_internals.tensor_tables(owner) for owner in module.modules()]
@@ -55,10 +58,10 @@ def swapped_tensors(module: nn.Module, state: FakeState) -> Generator[None]:
             name, stand_in = stand_ins[id(value)]
             now: Any = table[key] if key in table else None  # noqa: SIM401 (a scripted module's has no `get`)
             if now is not stand_in:
-                _check_rebound(f"{prefix}.{key}".removeprefix("."), stand_in, now, name in state.params)
+                _check_rebound(f"{prefix}.{key}".removeprefix("."), stand_in, now, name in params)
                 state.rebound[name] = now
     finally:
-        own = set(map(id, state.params.values()))
+        own = set(map(id, params.values()))
         for table, before in names:
             for key in [key for key, value in table.items() if key not in before and id(value) in own]:
                 del table[key]
@@ -67,7 +70,7 @@ def swapped_tensors(module: nn.Module, state: FakeState) -> Generator[None]:
 
 
 def _check_new_names(names: list[tuple[dict[str, Any], set[str]]], state: FakeState) -> None:
-    own = {id(stand_in): name for name, stand_in in state.params.items()}
+    own = {id(stand_in): name for name, stand_in in (state.params | state.ignored).items()}
     for table, before in names:
         for key in set(table.keys()) - before:
             if (name := own.get(id(table[key]))) is not None:

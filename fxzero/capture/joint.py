@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from fxzero import torch_internals
-from fxzero.capture.call import CallSpec, own_objects, replace_numbers, replace_tensors
+from fxzero.capture.call import CallSpec, name_of_ignored, own_objects, replace_numbers, replace_tensors
 from fxzero.capture.code.users_code import is_followed_file
 from fxzero.capture.draws import Draws, generators_of, no_draws_of_python, numbered_draws
 from fxzero.capture.dtensors import (
@@ -122,6 +122,8 @@ class Tracing:
     """`forward` is another method, which runs without the hooks of the module."""
     watch: Watch | None = None
     """Sees the forward."""
+    ignored: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """Parameters by canonical name that are inputs, behind those of the call."""
     joint: Joint = field(init=False)
     """Outputs of the graph; set by `run`."""
 
@@ -150,7 +152,7 @@ class Tracing:
         numbers = [] if self.stand_ins is None else self.stand_ins.numbers
         with fake:
             state = self._fake_state()
-            inputs = fake_inputs(self.spec, self.inputs, self.device)
+            inputs = [*fake_inputs(self.spec, self.inputs, self.device), *state.ignored.values()]
         traced = partial(self._traced, state, torch.is_autocast_cache_enabled())
         with (
             torch.inference_mode(False),
@@ -202,10 +204,20 @@ class Tracing:
                 graph.erase_node(node)
         return list(slots.values())
 
+    @property
+    def _real_inputs(self) -> list[Tensor]:
+        return [*self.inputs, *self.ignored.values()]
+
     def _fake_state(self) -> FakeState:
         """Fake parameters and buffers; to be called under the fake mode."""
         buffers = {name: _fake_like(name, buffer, self.device) for name, buffer in self.module.named_buffers()}
-        return FakeState(fake_params(self.params, self.device), buffers)
+        return FakeState(fake_params(self.params, self.device), buffers, ignored=self._fake_ignored())
+
+    def _fake_ignored(self) -> dict[str, Tensor]:
+        return {
+            name: torch_internals.as_parameter(_fake_like(name, each, self.device, each.requires_grad))
+            for name, each in self.ignored.items()
+        }
 
     def _traced(
         self,
@@ -225,7 +237,7 @@ class Tracing:
         recorder, draws = Recorder(graph, self.module), Draws()
         self._recorder = recorder
         if self.marks is not None:
-            real = list(zip(inputs, self.inputs, strict=True))
+            real = list(zip(inputs, self._real_inputs, strict=True))
             self.marks.begin(state, self.params, real, draws, self.device, self.reads, self.before, self.forward)
         if self.record is not None:
             self.record.begin(state, inputs)
@@ -233,7 +245,7 @@ class Tracing:
         results = KnownResults(self._fake_mode) if self.rehearses else None
         leaves: dict[str | int, Tensor] = {}
         grads_of_leaves: list[Any] = []
-        values = KnownValues(inputs, self.inputs)
+        values = KnownValues(inputs, self._real_inputs)
         # A checkpoint runs modules in backward, so the stand-ins stay until its end.
         with (
             _Interceptor(draws, recorder, self.reads, self.marks, self.record, results) as interceptor,
@@ -345,7 +357,7 @@ class Tracing:
         Their tensors are added to the model's outputs.
         """
         numbers: list[Any] = []
-        params = {id(stand_in): name for name, stand_in in state.params.items()}
+        params = {id(stand_in): name for name, stand_in in (state.params | state.ignored).items()}
 
         def index_of(leaf: Any) -> Output | None:
             if id(leaf) in params:
@@ -366,6 +378,7 @@ class Tracing:
         infos = [NodeInfo(Role.PARAM, name) for name in state.params]
         infos += [NodeInfo(Role.BUFFER, name) for name in state.buffers]
         infos += [NodeInfo(Role.INPUT, path) for path in self.spec.tensor_paths]
+        infos += [NodeInfo(Role.INPUT, name_of_ignored(name)) for name in state.ignored]
         infos += [NodeInfo(Role.STATE)] * (0 if self.stand_ins is None else len(self.stand_ins.slots))
         for node, info in zip(graph.nodes, infos, strict=True):
             node.meta[META_KEY] = info

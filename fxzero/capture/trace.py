@@ -172,6 +172,7 @@ class Tracer:
         if tracing is None or any(
             param.is_meta or tracing.params[name].parallel or param.shape != tracing.params[name].shape
             for name, param in tracing.module.named_parameters()
+            if name not in tracing.ignored
         ):
             return None
         args, kwargs = tracing.args, dict(tracing.kwargs)

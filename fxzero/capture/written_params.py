@@ -41,6 +41,7 @@ class SetData:
     def __init__(self, state: FakeState, inputs: Sequence[Tensor]) -> None:
         self._state, self._inputs = state, inputs
         self._names = {id(tensor): name for name, tensor in (state.params | state.buffers).items()}
+        self._ignored = {id(tensor): name for name, tensor in state.ignored.items()}
         self._first: dict[str, Tensor] = {}
         """The data that each tensor had when it was set first."""
         self._after_forward: list[Any] = []
@@ -48,7 +49,7 @@ class SetData:
 
     def name_of(self, tensor: Any) -> str | None:
         """The name of a parameter or a buffer; None for any other tensor."""
-        return self._names.get(id(tensor))
+        return self._names.get(id(tensor)) or self._ignored.get(id(tensor))
 
     def set(self, name: str, tensor: Tensor, data: Any) -> None:
         """Set the data of a parameter or a buffer.
@@ -56,6 +57,11 @@ class SetData:
         Raises:
             CaptureError: it is trained, the data does not fit, or is memory of what is there after the call.
         """
+        if name in self._state.ignored:
+            raise CaptureError(
+                f"The forward sets {name}.data, and {name} is one of ignored_params, an input of the step. Write into "
+                f"it under torch.no_grad(), {name}.copy_(...), or change it between steps."
+            )
         if name in self._state.params and tensor.requires_grad:
             raise refuse_trained(name)
         self._check_geometry(name, tensor, data)

@@ -88,7 +88,7 @@ def held(sharded: ShardedModel, step: StepGraph) -> Held:
         layout,
         sharded.devices,
         state_per_element=sharded.state_per_element,
-        buffers=sum(buffer.nbytes for buffer in sharded.model.buffers()),
+        buffers=sum(tensor.nbytes for tensor in sharded.plain_tensors().values()),
         unsharded=step.needs_unsharded,
         secondaries={*step.secondaries().values(), *(shards.secondaries.parts if shards else ())},
     )

@@ -46,6 +46,14 @@ class Signature:
     """Whether autocast is on for the device that computes, and its dtype then."""
     settings: tuple[Any, ...]
     """Settings of torch that choose kernels; see `settings()`."""
+    ignored: tuple[TensorLeaf, ...] = ()
+    """The geometry of each ignored parameter."""
+
+    @property
+    def may_have_backward(self) -> bool:
+        """True if some parameter or some input needs a gradient, where gradients are enabled."""
+        needs_grad = any(leaf.requires_grad for leaf in (*self.tensor_leaves, *self.ignored))
+        return self.grad and (needs_grad or any(self.trained))
 
     @property
     def called(self) -> str:

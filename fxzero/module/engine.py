@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fxzero import torch_internals
-from fxzero.capture.call import CallSpec, flatten_call
+from fxzero.capture.call import CallSpec, flatten_call, geometry_of
 from fxzero.capture.numbers import PinnedNumberError
 from fxzero.capture.state import Values
 from fxzero.comm import agree
@@ -62,7 +62,7 @@ class Engine:
         self, arguments: Arguments, method: Method | None = None
     ) -> tuple[list[torch.Tensor], Signature, Executable]:
         """The tensors, the signature and the executable of a call, which is planned if its kind is new."""
-        inputs, own = flatten_call(*arguments)
+        inputs, own = self._flatten(arguments)
         signature = self._signature(self.maker.numbers.arguments.generalized(own), method)
         pattern = self.plans.pattern_of(signature)
         bound = self.plans.find(signature, pattern, inputs)
@@ -75,6 +75,11 @@ class Engine:
         executable = bound.executable(synchronize=not signature.grad or self._reduces_next)
         self.last = executable
         return inputs, signature, executable
+
+    def _flatten(self, arguments: Arguments) -> tuple[list[torch.Tensor], CallSpec]:
+        """The inputs of a step, ignored parameters last, and the spec of its call."""
+        inputs, spec = flatten_call(*arguments)
+        return [*inputs, *self.sharded.ignored.values()], spec
 
     @property
     def _reduces_next(self) -> bool:
@@ -289,6 +294,7 @@ class Engine:
             torch.is_grad_enabled(),
             (autocast, torch.get_autocast_dtype(device_type) if autocast else None),
             settings(),
+            tuple([geometry_of(param) for param in sharded.ignored.values()]),
         )
 
     def _make(self, signature: Signature, pattern: Pattern | None, arguments: Arguments) -> BoundPlan:
@@ -323,7 +329,7 @@ class Engine:
             if not self.sharded.comm.is_alone:
                 self.plans.clear()
             with executable.plan.captured.state.as_before(values):
-                bound = self.plans.find(signature, wanted, flatten_call(*arguments)[0])
+                bound = self.plans.find(signature, wanted, self._flatten(arguments)[0])
                 if bound is None:
                     with self.maker.as_in(signature):
                         bound = self._make(signature, wanted, arguments)

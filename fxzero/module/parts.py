@@ -88,9 +88,7 @@ def _call(held: _Held, at: _At, path: str, *args: Any, **kwargs: Any) -> Any:
         return own(*args, **kwargs)
     run = sharded.method_run
     all_are_whole = len(sharded.whole) == len(sharded.params)
-    if all_are_whole and not torch.is_grad_enabled():
-        return own(*args, **kwargs)
-    if id(torch_internals.first_parameter(module)) not in sharded.ids:  # stand-ins of a trace, say
+    if (all_are_whole and not torch.is_grad_enabled()) or not sharded.has_shards_in(module):
         return own(*args, **kwargs)
     needs_graph = torch.is_grad_enabled() and _may_get_grad(module, (args, kwargs))
     fqns = fqns_of(sharded, module)
@@ -189,7 +187,7 @@ def load_part(
     if shards is None:
         load(state, prefix, metadata, *rest)
         return
-    params = {name: param for name, param in table.items() if param is not None}
+    params = {name: param for name, param in table.items() if id(param) in sharded.ids}
     whole: dict[str, Tensor] = {}
     for name, param in params.items():
         spec = sharded.specs[sharded.fqn_of(param)]

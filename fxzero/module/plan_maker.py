@@ -115,7 +115,7 @@ class PlanMaker:
         is_example = any(leaf.device.type == "meta" for leaf in signature.tensor_leaves)
         if sharded.shards is None or is_example or self.budget.budget_bytes is not None or self.binder is not Binder:
             return None
-        if signature.method is not None or sharded.parallel:
+        if signature.method is not None or sharded.parallel or sharded.ignored:
             return None
 
         def accepts(bound: BoundPlan, needs: Needs, order: list[str]) -> bool:
@@ -129,8 +129,7 @@ class PlanMaker:
         self, signature: Signature, pattern: Pattern | None, arguments: Arguments
     ) -> tuple[BoundPlan, Pattern, bool]:
         sharded = self.sharded
-        needs_grad = any(signature.trained) or any(leaf.requires_grad for leaf in signature.tensor_leaves)
-        with_backward = signature.grad and needs_grad
+        with_backward = signature.may_have_backward
         fixes_layout = sharded.shards is None
         others_wait = fixes_layout or not self._orders.knows(Mode(with_backward, signature.trained, signature.called))
         topic = "layout" if fixes_layout else "mode"
@@ -174,7 +173,7 @@ class PlanMaker:
         nn.LSTM and its like hold such references, and a record holds what the forward read.
         """
         sharded = self.sharded
-        if sharded.parallel:  # a rehearsal has no DTensors
+        if sharded.parallel or sharded.ignored:  # a rehearsal has no DTensors, and a record knows shards alone
             return False
         return not (sharded.has_meta_params() and any(isinstance(each, nn.RNNBase) for each in sharded.modules))
 
@@ -213,6 +212,7 @@ class PlanMaker:
             with_backward=with_backward,
             islands=self.islands,
             is_method=signature.method is not None,
+            ignored=sharded.ignored,
             watch=self._recording if self._may_record() else None,
         )
         captured = self.numbers.captured(partial(trace, differentiated=pattern), signature.call)

@@ -1,7 +1,7 @@
 """A compiled model on this rank: parameters, buffers and optimizers, and the shards once the layout is fixed."""
 
 import weakref
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -85,9 +85,14 @@ class ShardedModel:
     timeout: timedelta = timedelta(minutes=5)
     parallel: Mapping[str, TensorParallel] = field(default_factory=dict[str, TensorParallel])
     """The parameters that were DTensors, by name; `specs` have the rest."""
+    ignored_names: Collection[str] = ()
+    """The canonical names of the parameters that stay as they are: see `ignored`."""
 
     def __post_init__(self) -> None:
-        self.params: dict[str, nn.Parameter] = dict(self.model.named_parameters())
+        self.ignored = {fqn: each for fqn, each in self.model.named_parameters() if fqn in self.ignored_names}
+        """Parameters that stay whole on each rank: inputs of a step, of whose gradients ranks know nothing."""
+        self.ignored_ids = frozenset(map(id, self.ignored.values()))
+        self.params = {fqn: each for fqn, each in self.model.named_parameters() if fqn not in self.ignored}
         self.param_list = list(self.params.values())
         self.ids = frozenset(map(id, self.param_list))
         """Ids of the Parameter objects."""
@@ -161,7 +166,8 @@ class ShardedModel:
             FxzeroError: a parameter was added, removed or replaced since compile.
         """
         now = dict(self.model.named_parameters())
-        changed = sorted(fqn for fqn in {*now, *self.params} if now.get(fqn) is not self.params.get(fqn))
+        then = self.params | self.ignored
+        changed = sorted(fqn for fqn in {*now, *then} if now.get(fqn) is not then.get(fqn))
         if changed:
             raise FxzeroError(
                 f"{changed[0]} was added, removed or replaced after fxzero.compile, which fixes the parameters of a "
@@ -214,6 +220,21 @@ class ShardedModel:
                     "write into it; or let it be an attribute that is no buffer before fxzero.compile."
                 )
 
+    def plain_tensors(self) -> dict[str, Tensor]:
+        """The buffers and the ignored parameters, which no rank has shards of, by canonical name."""
+        return {**dict(self.model.named_buffers()), **self.ignored}
+
+    def ignored_gradients(self) -> list[Tensor]:
+        """This rank's gradients of the ignored parameters that have one."""
+        return [param.grad for param in self.ignored.values() if param.grad is not None]
+
+    def has_shards_in(self, module: nn.Module) -> bool:
+        """True if the first parameter of a module that is not ignored is one of those that become shards."""
+        first = torch_internals.first_parameter(module)
+        if id(first) in self.ignored_ids:
+            first = next((each for each in module.parameters() if id(each) not in self.ignored_ids), None)
+        return id(first) in self.ids
+
     def fqn_of(self, param: Tensor) -> str:
         """The canonical name of a parameter."""
         return next(fqn for fqn, own in self.params.items() if own is param)
@@ -259,7 +280,7 @@ class ShardedModel:
         """Reset all gradients, also the unsharded ones of no_sync(); undo what forwards wrote since ranks met."""
         self.set_shards(self.in_flight.before_writes)
         self.in_flight.before_writes.clear()
-        for param in self.param_list:
+        for param in (*self.param_list, *self.ignored.values()):
             param.grad = None
         if self.gradients is not None:
             self.gradients.drop_held()

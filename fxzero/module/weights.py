@@ -70,6 +70,7 @@ def state_dict(
     with sharded.phases.phase("state_dict"):
         sharded.comm.meet()
         full |= _buffer_copies(sharded, rank0_only=rank0_only)
+    full |= {fqn: param.detach().clone() for fqn, param in sharded.ignored.items()}
     result: dict[str, Any] = OrderedDict() if destination is None else destination
     if sharded.is_rank0 or not rank0_only:
         with standing_in(sharded.model, full):
@@ -85,12 +86,15 @@ def trainable_state_dict(sharded: ShardedModel, *, rank0_only: bool, prefix: str
     """The full parameters that need a gradient; tied ones under each of their names. See `ZeroModule.state_dict`."""
     names = _trainable(sharded)
     copies = full_copies(sharded, rank0_only=rank0_only, of={*names.values()})
+    if sharded.is_rank0 or not rank0_only:
+        copies |= {fqn: param.detach().clone() for fqn, param in sharded.ignored.items()}
     return {f"{prefix}{name}": copies[fqn] for name, fqn in names.items() if fqn in copies}
 
 
 def _trainable(sharded: ShardedModel) -> dict[str, str]:
     """`_names` of the parameters that need a gradient."""
-    trained = {fqn for fqn, param in sharded.params.items() if param.requires_grad}
+    params = sharded.params | sharded.ignored
+    trained = {fqn for fqn, param in params.items() if param.requires_grad}
     return {name: fqn for name, fqn in _names(sharded).items() if fqn in trained}
 
 
@@ -211,7 +215,7 @@ def _describe(tensors: Mapping[str, torch.Tensor]) -> list[str]:
 def _load(sharded: ShardedModel, fqn: str, value: torch.Tensor) -> None:
     """Copy a value into a parameter or a buffer; gathers what is a DTensor, but no piece of this rank's slice."""
     if fqn not in sharded.params:
-        dict(sharded.model.named_buffers())[fqn].copy_(full_tensor(value))
+        sharded.plain_tensors()[fqn].copy_(full_tensor(value))
     elif sharded.pieces is None:
         sharded.params[fqn].copy_(sharded.specs[fqn].local_of(full_tensor(value)))
     else:
@@ -220,7 +224,7 @@ def _load(sharded: ShardedModel, fqn: str, value: torch.Tensor) -> None:
 
 def _names(sharded: ShardedModel) -> dict[str, str]:
     """Maps every name of a tensor in a state dict to the canonical name of its parameter or buffer."""
-    canonical = {id(tensor): fqn for fqn, tensor in [*sharded.params.items(), *sharded.model.named_buffers()]}
+    canonical = {id(tensor): fqn for fqn, tensor in (sharded.params | sharded.plain_tensors()).items()}
     names: dict[str, str] = {}
     for path, module in sharded.model.named_modules(remove_duplicate=False):
         params, buffers = torch_internals.tensor_tables(module)
@@ -255,7 +259,7 @@ def _run_load_hooks(sharded: ShardedModel, state: dict[str, Any]) -> tuple[list[
 
 
 def _check_tensors(sharded: ShardedModel, tensors: Mapping[str, Any], names: Mapping[str, str]) -> None:
-    shapes = {fqn: tuple(buffer.shape) for fqn, buffer in sharded.model.named_buffers()}
+    shapes = {fqn: tuple(tensor.shape) for fqn, tensor in sharded.plain_tensors().items()}
     shapes.update({fqn: spec.whole_shape for fqn, spec in sharded.specs.items()})
     for name, value in tensors.items():
         wanted = shapes[names[name]]

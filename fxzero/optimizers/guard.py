@@ -236,7 +236,8 @@ def _warn_of_others(optimizer: torch.optim.Optimizer, shards: Mapping[int, Param
     """Warn if an optimizer of shards steps parameters beside, of which nobody may have averaged the gradients."""
     if all(shard.part.numel == shard.spec.numel for shard in shards.values()):  # this rank is alone
         return
-    own = {key for guard in list(_guards.values()) for key in guard.shards()}
+    owners = [owner for owner, guard in list(_guards.items()) if guard.shards()]
+    own = {id(param) for owner in owners for _, param in nn.Module.named_parameters(owner)}
     params = [param for group in optimizer.param_groups for param in group["params"]]
     others = [param for param in params if id(param) not in own and param.requires_grad]
     if others:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxzero.capture.call import name_of_ignored
 from fxzero.graph.nodes import Role, info, role, tensor_bytes
 from fxzero.graph.step import StepGraph
 
@@ -21,14 +22,15 @@ def example_values(step: StepGraph, model: nn.Module, inputs: Sequence[Tensor]) 
     Args:
         step: a captured step, before or after any passes.
         model: the model whose call was captured.
-        inputs: the tensors of the call, in the order of `flatten_call`.
+        inputs: the tensors of the call, in the order of `flatten_call`; behind them the step has ignored parameters.
     """
     generator = torch.Generator().manual_seed(0)
     paths = (info(node).fqn for node in step.nodes(Role.INPUT))
     real: dict[tuple[Role, str], Any] = {
         **{(Role.PARAM, fqn): param.detach() for fqn, param in model.named_parameters()},
         **{(Role.BUFFER, fqn): buffer for fqn, buffer in model.named_buffers()},
-        **{(Role.INPUT, path): tensor for path, tensor in zip(paths, inputs, strict=True)},
+        **{(Role.INPUT, path): tensor for path, tensor in zip(paths, inputs, strict=False)},
+        **{(Role.INPUT, name_of_ignored(fqn)): param.detach() for fqn, param in model.named_parameters()},
     }
     values: dict[str, Any] = {}
     for node in step.graph.find_nodes(op="placeholder"):

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -26,15 +26,25 @@ class Reduces(Protocol):
 
 
 def clip_grad_norm_(
-    gradients: Gradients | None, comm: Comm, max_norm: float, norm_type: float, error_if_nonfinite: bool
+    gradients: Gradients | None,
+    comm: Comm,
+    max_norm: float,
+    norm_type: float,
+    error_if_nonfinite: bool,
+    ignored: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
-    """See ZeroModule.clip_grad_norm_. Padding is zero, so a norm over whole segments is that of the gradients."""
+    """See ZeroModule.clip_grad_norm_. Padding is zero, so a norm over whole segments is that of the gradients.
+
+    Args:
+        ignored: the gradients of ignored parameters, which are whole here.
+    """
     gradients, norm_type = checked(gradients, norm_type)
     segments = gradients.settle()
-    if not segments:  # no parameter is trained
+    if not segments and not ignored:  # no parameter is trained
         return torch.zeros(())
     if gradients.parallel is None:
-        total = across_ranks(comm, _norm_of(segments, norm_type), norm_type)
+        shares = [share_of(ignored, norm_type, comm.shard_ranks)] if ignored else []
+        total = across_ranks(comm, _norm_of(segments, norm_type, shares), norm_type)
     else:
         parts, zero = gradients.parts, torch.zeros((), dtype=torch.float64, device=segments[0].device)
         cut, rest = (_norm_of([zero.expand(_ROW_NUMEL), *parts(is_cut=each)], norm_type) for each in (True, False))
@@ -43,13 +53,28 @@ def clip_grad_norm_(
     if error_if_nonfinite and not bool(torch.isfinite(total)):
         raise not_finite(norm_type)
     scale = (max_norm / (total + 1e-6)).clamp_(max=1.0)
-    for segment in segments:
-        segment.mul_(scale)
+    for gradient in (*segments, *ignored):
+        gradient.mul_(scale)
     return total
 
 
-def _norm_of(tensors: Iterable[torch.Tensor], norm_type: float) -> torch.Tensor:
-    norms = [_norm(each, norm_type) for each in tensors]
+def share_of(gradients: Sequence[torch.Tensor], norm_type: float, num_ranks: int) -> torch.Tensor:
+    """What whole gradients of this rank add to a norm over ranks: the mean over ranks of their own norms' powers.
+
+    So each gradient counts once where ranks have equal ones, and all ranks get one norm where they have not.
+    """
+    norms = [
+        torch.linalg.vector_norm(each, norm_type, dtype=torch.promote_types(each.dtype, torch.float32))
+        for each in gradients
+    ]
+    norm = torch.linalg.vector_norm(torch.stack(norms), norm_type)
+    return norm if norm_type == math.inf else norm * num_ranks ** (-1 / norm_type)
+
+
+def _norm_of(
+    tensors: Iterable[torch.Tensor], norm_type: float, norms_beside: Sequence[torch.Tensor] = ()
+) -> torch.Tensor:
+    norms = [*(_norm(each, norm_type) for each in tensors), *norms_beside]
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), norm_type)
 
 

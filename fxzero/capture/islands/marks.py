@@ -323,6 +323,7 @@ class Marks:
             forward: the model's own.
         """
         self._params = {id(stand_in): specs[name] for name, stand_in in state.params.items()}
+        self._ignored = {id(stand_in): name for name, stand_in in state.ignored.items()}
         self._real_buffers = {id(stand_in): name for name, stand_in in state.buffers.items()}
         self._buffers = dict(self.islands.model.named_buffers())
         self._real = {id(stand_in): real for stand_in, real in inputs if not real.is_meta}
@@ -452,6 +453,13 @@ class Marks:
                 raise PinnedNumberError(f"a number is an argument of island {path}")
             if not isinstance(leaf, (Tensor, *_FIXED)):
                 raise CaptureError(f"island {path} is given a {type(leaf).__qualname__}, which is no plain value", path)
+        if ignored := [self._ignored[id(each)] for each in module.parameters() if id(each) in self._ignored]:
+            raise CaptureError(
+                f"{path or 'The model'} runs as it is, since it cannot be traced, and {ignored[0]} in it is one of "
+                "ignored_params, which is an input of traced code alone. Take it out of ignored_params, or keep it in "
+                "a module that can be traced.",
+                path,
+            )
         params, param_slots = _held(module, 0, lambda each: id(each) in self._params)
         buffers, buffer_slots = _held(module, 1, lambda each: True)
         device_type = self._device.type

@@ -10,7 +10,7 @@ from torch import Tensor
 from fxzero import torch_internals
 from fxzero.comm.tensor_parallel import Parts
 from fxzero.module.sharded_model import ShardedModel
-from fxzero.runtime.clip import across_parts, across_ranks, checked
+from fxzero.runtime.clip import across_parts, across_ranks, checked, share_of
 
 _sharded: list[weakref.ref[ShardedModel]] = []
 """The models of whose gradients this rank has slices only, in the order in which they were compiled."""
@@ -62,23 +62,29 @@ def _get_total_norm(
     own = [(sharded, each) for sharded in _models() if (each := _slices(sharded, tensors))]
     if not own:
         return original(tensors, norm_type, *args, **kw)
-    ids = {id(tensor) for _, each in own for tensor in each}
-    others = [tensor for tensor in tensors if id(tensor) not in ids]
+    ids, given = {id(tensor) for _, each in own for tensor in each}, set(map(id, tensors))
+    ignored = {id(tensor) for sharded, _ in own for tensor in sharded.ignored_gradients()}
+    others = [tensor for tensor in tensors if id(tensor) not in ids | ignored]
     norm_type = float(norm_type)
     totals = [_norm(others, norm_type, tensors[0].device)]
     for sharded, each in own:
         checked(sharded.gradients, norm_type)
+        beside = [gradient for gradient in sharded.ignored_gradients() if id(gradient) in given]
         with sharded.phases.phase(f"norm of order {norm_type} of gradients{clips_to}"):
-            totals.append(_total_of(sharded, each, norm_type))
+            totals.append(_total_of(sharded, each, beside, norm_type))
     # The last call checks that the norm is finite, if that is asked for.
     return original([total.to(tensors[0].device) for total in totals], norm_type, *args, **kw)
 
 
-def _total_of(sharded: ShardedModel, slices: Sequence[Tensor], norm_type: float) -> Tensor:
-    """The norm over all ranks of gradients of which this rank has slices."""
+def _total_of(sharded: ShardedModel, slices: Sequence[Tensor], ignored: Sequence[Tensor], norm_type: float) -> Tensor:
+    """The norm over all ranks of gradients of which this rank has slices, and of those of ignored parameters."""
     device = sharded.devices.compute
     if (parallel := sharded.cut_by) is None:
-        return across_ranks(sharded.comm, _norm(slices, norm_type, device), norm_type)
+        norm = _norm(slices, norm_type, device)
+        if ignored:
+            share = share_of(ignored, norm_type, sharded.comm.shard_ranks)
+            norm = torch.linalg.vector_norm(torch.stack([norm, share.to(norm)]), norm_type)
+        return across_ranks(sharded.comm, norm, norm_type)
     cut_ids = {id(sharded.params[fqn].grad) for fqn, spec in sharded.specs.items() if spec.is_cut}
     cut, rest = (
         _norm([each for each in slices if (id(each) in cut_ids) == is_cut], norm_type, device)

@@ -153,8 +153,8 @@ class Methods:
 
     def _is_outside(self) -> bool:
         """False while stand-ins are in the place of parameters."""
-        param = next(self._model.parameters(), None)
-        return param is None or id(param) in self._sharded.ids
+        sharded = self._sharded
+        return not sharded.ids or sharded.has_shards_in(self._model)
 
     def _kind_of(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
         values = *args, *kwargs.values()

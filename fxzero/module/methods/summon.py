@@ -46,7 +46,7 @@ def summon(engine: Engine, names: Iterable[str] | None, *, writeback: bool, rank
         if missing:
             _fail(sharded, name, error)
         raise
-    if sharded.ids.symmetric_difference(map(id, sharded.model.parameters())):
+    if (sharded.ids | sharded.ignored_ids).symmetric_difference(map(id, sharded.model.parameters())):
         engine.plans.clear()  # the next call looks at the modules, and says so
     if missing:
         changed = [fqn for fqn, grad in _gradients(sharded, whole).items() if grad != grads.get(fqn)]
@@ -61,14 +61,14 @@ def _chosen(sharded: ShardedModel, names: Iterable[str]) -> list[str]:
         join(path, name): sharded.fqn_of(param)
         for path, module in sharded.model.named_modules(remove_duplicate=False)
         for name, param in torch_internals.tensor_tables(module)[0].items()
-        if param is not None
+        if id(param) in sharded.ids
     }
     found: dict[str, None] = {}
     for name in [names] if isinstance(names, str) else list[Any](names):
         if not isinstance(name, str):
             raise TypeError(f"names has a {type(name).__name__}; it must have names of parameters or paths of modules.")
         fqns = [fqn for each, fqn in known.items() if each == name or each.startswith(f"{name}.")]
-        if not fqns:
+        if not fqns and not any(each == name or each.startswith(f"{name}.") for each in sharded.ignored):
             close = difflib.get_close_matches(name, known, 1)
             raise ValueError(
                 f"names has {name!r}, which is no parameter of the model, and no module with parameters."

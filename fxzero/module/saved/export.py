@@ -14,7 +14,7 @@ from fxzero.checkpoint.export import files_beside, save_weights
 from fxzero.comm import agree
 from fxzero.module.first_fill import fix_layout_without_trace
 from fxzero.module.registered_tensors import standing_in
-from fxzero.module.saved.parts import TOPIC, buffers, further_names, position
+from fxzero.module.saved.parts import TOPIC, buffers, further_names, position, refuse_ignored
 from fxzero.module.sharded_model import ShardedModel
 from fxzero.module.weights import full_copies, full_params
 
@@ -39,6 +39,7 @@ def _class_of(library: str, name: str) -> Any:
 
 def save_pretrained(sharded: ShardedModel, folder: Path, max_bytes: int | None, options: dict[str, Any]) -> None:
     """Write a folder for `from_pretrained`; a collective. See `ZeroModule.save_pretrained`."""
+    refuse_ignored(sharded, "save_pretrained", "zero.state_dict()")
     if has_adapters(sharded.model):
         _save_adapters(sharded, folder, options)
     else:

@@ -49,7 +49,7 @@ def num_positions(group: Group | None) -> int:
 
 
 def refuse_parts(sharded: ShardedModel) -> None:
-    """Refuse a model with tensor parallelism, of whose ranks each would write a checkpoint of its own parts.
+    """Refuse a model of which ranks have parameters of their own: parts of tensor parallelism, or ignored ones.
 
     Raises:
         CheckpointError: it is one.
@@ -58,6 +58,24 @@ def refuse_parts(sharded: ShardedModel) -> None:
         raise CheckpointError(
             f"{next(iter(sharded.parallel))} is cut by tensor parallelism, of which the checkpoints of fxzero.save "
             "know nothing. Save and load with torch.distributed.checkpoint: dcp.save(get_model_state_dict(zero), ...)."
+        )
+    refuse_ignored(sharded, "fxzero.save and fxzero.load", "dcp.save(get_model_state_dict(zero), ...)")
+
+
+def refuse_ignored(sharded: ShardedModel, what: str, instead: str) -> None:
+    """Refuse a model with ignored parameters.
+
+    Args:
+        what: what cannot take them.
+        instead: what can.
+
+    Raises:
+        CheckpointError: it has some.
+    """
+    if sharded.ignored:
+        raise CheckpointError(
+            f"{next(iter(sharded.ignored))} is one of ignored_params, of which each rank may have values of its own: "
+            f"{what} cannot tell which are wanted. Use {instead}, which has those of this rank."
         )
 
 

@@ -15,7 +15,7 @@ from fxzero.errors import CheckpointError
 from fxzero.graph.layout import ParamSpec, Slice
 from fxzero.module.first_fill import fix_layout_without_trace
 from fxzero.module.registered_tensors import entries
-from fxzero.module.saved.parts import TOPIC, buffers
+from fxzero.module.saved.parts import TOPIC, buffers, refuse_ignored
 from fxzero.module.sharded_model import ShardedModel
 
 logger = logging.getLogger(__name__)
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 def load_pretrained(sharded: ShardedModel, path: Path, *, strict: bool) -> Any:
     """See `fxzero.load_pretrained`; a collective."""
+    refuse_ignored(sharded, "fxzero.load_pretrained", "zero.load_state_dict(...)")
     with sharded.phases.phase("load_pretrained"):
         with agree.reporting_failure(sharded.group, TOPIC):
             given, unexpected = _by_canonical_name(sharded, stored_tensors(path))
