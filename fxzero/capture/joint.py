@@ -165,10 +165,8 @@ class Tracing:
             torch_internals.checkpoints_without_backward(),
             torch_internals.conversions_if_needed(),
             fake,
-            warnings.catch_warnings(),
+            _silent_about_history(self.module),
         ):
-            # A fake tensor in the place of the hidden state of the call before looks at its `.grad`.
-            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
             if self.rehearses:
                 traced([], [], inputs, [])
                 return fx.GraphModule({}, fx.Graph())
@@ -426,6 +424,21 @@ def _check_no_gradients(state: FakeState, inputs: Sequence[Tensor]) -> None:
             "backward, behind its forward. Return the loss, and call backward on that; for the gradient of something "
             "inside use torch.autograd.grad."
         )
+
+
+@contextlib.contextmanager
+def _silent_about_history(module: nn.Module) -> Generator[None]:
+    """Ignore that a fake tensor in the place of the hidden state of the call before looks at its `.grad`.
+
+    Only where there is such state: Python forgets which warnings it has shown whenever filters change.
+    """
+    values = [value for each in module.modules() for value in vars(each).values()]
+    if not any(isinstance(leaf, Tensor) and not leaf.is_leaf for leaf in torch_internals.tree_leaves(values)):
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
+        yield
 
 
 def _without_gradient(reads: Iterable[Read], outputs: Sequence[Tensor]) -> set[int]:

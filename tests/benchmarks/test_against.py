@@ -198,6 +198,7 @@ def test_a_worker_refuses_the_fxzero_of_another_tree(tmp_path: Path) -> None:
 # -- whole runs ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_a_process_of_each_tree_takes_turns(head: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "found.json"
     assert main(["HEAD", "single_rank", *TINY, "--starts", "1", "--rounds", "2", "--json", str(file)]) == 0

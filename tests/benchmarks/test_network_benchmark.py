@@ -341,6 +341,7 @@ def worlds(tmp_path: Path):
         world.close()
 
 
+@pytest.mark.exhaustive
 def test_ranks_of_different_systems_take_the_same_steps(worlds) -> None:
     losses: list[list[float]] = []
     for system in ("fxzero", "ddp"):

@@ -207,8 +207,8 @@ def full_disk(rank: int, world_size: int, folder: Path) -> None:
     optimizer.step()
     assert pending.result(20) == folder / "000003"
     torch.distributed.barrier()
-    names = [path.name for path in folder.iterdir()]
-    assert sorted(names) == ["000002", "000003"]
+    assert sorted(path.name for path in folder.iterdir()) == ["000002", "000003"]
+    torch.distributed.barrier()  # before rank 0 makes the next folder
     fxzero.async_save(folder, model, optimizer)
     assert fxzero.load(folder, model, optimizer) is None  # waits for the one that is being written
     assert fxzero.load(folder / "000003", model, optimizer) == rank

@@ -154,7 +154,7 @@ def train_fabric_as_ddp(rank: int, world_size: int, folder: str) -> None:
         torch.testing.assert_close(weights(fresh[1]._forward_module), weights(model))
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
 def test_lightning_does_as_with_ddp(world_size: int, tmp_path: Path) -> None:
     run_ranks(world_size, fit_as_ddp, str(tmp_path), timeout=240)
 

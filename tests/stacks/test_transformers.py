@@ -164,6 +164,6 @@ def test_a_model_on_meta_trains_as_with_its_weights(tmp_path: Path) -> None:
     run_ranks(1, train_from_meta, str(tmp_path), timeout=240)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
 def test_trainer_does_as_with_ddp(world_size: int, tmp_path: Path) -> None:
     run_ranks(world_size, train_as_ddp, str(tmp_path), timeout=240)

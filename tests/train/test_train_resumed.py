@@ -69,6 +69,7 @@ def test_alone_it_goes_on_bit_for_bit(data: Path, tmp_path: Path, monkeypatch: A
     assert "its --seq was 32, and is 16" in capsys.readouterr().err
 
 
+@pytest.mark.exhaustive
 def test_two_ranks_one_and_three_go_on_with_the_same_samples(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     given = {**SMALL, "model": "llama", "data": data, "batch": 3, "accumulate": 3, "eval_batches": 3}
