@@ -111,6 +111,9 @@ def send_a_parameter(rank: int, world_size: int) -> str:
 class WritesAcrossRanks(nn.Module):
     """Calls functions of torch.distributed that write into their arguments, and those with a backward."""
 
+    other: dist.ProcessGroup | None = None
+    """A further group, whose gloo has another name."""
+
     def __init__(self, call: str) -> None:
         super().__init__()
         self.head, self.call = nn.Linear(8, 8), call
@@ -138,6 +141,8 @@ class WritesAcrossRanks(nn.Module):
                 dist.scatter(pair, fixed if rank == 1 else None, 1)
             case "reduce_scatter":
                 dist.reduce_scatter(pair, fixed)
+            case "reduce_scatter in another group":
+                dist.reduce_scatter(pair, fixed, group=self.other)
             case "all_to_all_single":
                 pair = torch.empty_like(pair.repeat(world_size, 1))
                 dist.all_to_all_single(pair, torch.cat(fixed))
@@ -150,6 +155,7 @@ class WritesAcrossRanks(nn.Module):
 
 def write_across_ranks(rank: int, world_size: int, calls: list[str]) -> None:
     """Train models beside eager ranks whose gradients are averaged in the order of ranks."""
+    WritesAcrossRanks.other = dist.new_group(backend="cpu:gloo")
     for call in calls:
         torch.manual_seed(0)
         model = WritesAcrossRanks(call)

@@ -61,6 +61,7 @@ def test_collectives_that_write_into_their_arguments_give_what_they_give_in_eage
 @pytest.mark.exhaustive
 def test_all_collectives_that_write_into_their_arguments() -> None:
     calls = ["all_gather", "all_reduce", "broadcast", "scatter", "reduce_scatter", "all_to_all_single", "with backward"]
+    calls.append("reduce_scatter in another group")
     run_ranks(3, collective_workers.write_across_ranks, calls)
 
 

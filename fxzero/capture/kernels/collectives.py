@@ -48,8 +48,12 @@ class _Group:
     def __init__(self, boxed: Any) -> None:
         group = torch_internals.unboxed_group(boxed)
         self.size, self.rank, self._name = group.size(), group.rank(), group.group_name
-        self.is_gloo = torch.distributed.get_backend(group) == "gloo"
+        self._group = group
         self._ops = torch_internals.FUNCTIONAL_COLLECTIVES
+
+    def is_gloo_for(self, tensor: Tensor) -> bool:
+        """True if gloo moves a tensor."""
+        return torch_internals.backend_name(self._group, tensor.device) == "gloo"
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return self._wait(self._ops.all_reduce.default(x.contiguous(), _reduction(), self._name))
@@ -128,7 +132,7 @@ def _all_gather_base(group: _Group, arguments: dict[str, Any]) -> None:
 
 def _reduce_scatter(group: _Group, arguments: dict[str, Any]) -> None:
     for out, tensors in zip(arguments["output_tensors"], arguments["input_tensors"], strict=True):
-        if group.is_gloo:  # which reduces each of them on all ranks, in an order of its own
+        if group.is_gloo_for(out):  # which reduces each of them on all ranks, in an order of its own
             out.copy_([group.all_reduce(each) for each in tensors][group.rank])
         else:
             out.copy_(group.reduce_scatter(torch.cat([each.reshape(-1) for each in tensors])).view(out.shape))
