@@ -277,21 +277,24 @@ def has_symbolic_shape(value: Any) -> bool:
 
 
 MAX_FAKE_RESULTS = 4096
-"""Results of fake operators that are kept from one plan to the next."""
+"""Results of fake operators that are kept from one model to the next."""
 
 
 @contextlib.contextmanager
-def few_fake_results() -> Generator[None]:
-    """Drop what fake operators inside the block add to torch's cache if it holds many: it lives as long as the process.
+def few_fake_results(*, keep: bool) -> Generator[None]:
+    """Drop what fake operators inside the block add to torch's cache, which lives as long as the process.
 
     `FakeTensorMode.cache`: 2.11 to 2.13.
+
+    Args:
+        keep: keep what they add as long as it is not much.
     """
     cache: dict[Any, Any] = FakeTensorMode.cache
     before = len(cache)
     try:
         yield
     finally:
-        if len(cache) > MAX_FAKE_RESULTS:
+        if not keep or len(cache) > MAX_FAKE_RESULTS:
             while len(cache) > before:
                 cache.popitem()
 

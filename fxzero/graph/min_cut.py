@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import networkx as nx
 import torch
 from torch import fx
 
 from fxzero.graph.aliasing import memory_of, written_by
 from fxzero.graph.nodes import NodeInfo, Role, info, is_pure, role, tensor_bytes
 from fxzero.graph.step import Phase, StepGraph
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 
 class Copies:
@@ -105,6 +107,8 @@ def choose_saved(
     above = _all_above(needed)
     compute = [node for node in forward if role(node) is Role.COMPUTE and node in above]
     pinned = {node for node in compute if node not in can or is_pinned(node)}
+    import networkx as nx  # takes 10 MB, which most runs do not need
+
     network: nx.DiGraph[Any] = nx.DiGraph()
     for node in compute:
         # An edge without a capacity is never cut.
@@ -134,6 +138,8 @@ def _recomputed(piece: nx.DiGraph[Any], pinned: set[fx.Node], needed: set[fx.Nod
     nodes = [node for node, side in piece if side == "in"]
     if all(node in pinned for node in nodes) or not any(node in needed for node in nodes):
         return set()
+    import networkx as nx
+
     flow: nx.DiGraph[Any] = nx.DiGraph(piece)
     sources = [node for node in nodes if node in pinned]
     flow.add_nodes_from(("source", "sink"))

@@ -12,8 +12,6 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
-import networkx as nx
-
 from fxzero.graph.nodes import Role, members, role
 from fxzero.graph.recipe import Need, Needs
 from fxzero.graph.step import Phase, StepGraph
@@ -61,6 +59,11 @@ def merge_needs(lists: Sequence[Needs]) -> Needs:
 
 
 def _merge_phase(lists: Sequence[Sequence[Need]]) -> Iterable[Need]:
+    first, *others = lists
+    if all(needs == first for needs in others) and len(set(first)) == len(first):
+        return first
+    import networkx as nx  # takes 10 MB, which most runs do not need
+
     try:
         return list(_merge_in_order(lists))
     except nx.NetworkXUnfeasible:
@@ -77,6 +80,8 @@ def _in_phase(phase: Phase, lists: Sequence[Needs]) -> list[list[Need]]:
 
 def _merge_in_order(lists: Iterable[Sequence[Need]]) -> Iterable[Need]:
     """A topological order; of several needs that may come next, it takes the one that was seen first."""
+    import networkx as nx
+
     order: nx.DiGraph[Any] = nx.DiGraph()
     for needs in lists:
         order.add_nodes_from(needs)

@@ -13,7 +13,6 @@ import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import networkx as nx
 from torch import fx
 
 from fxzero.comm.wire_copies import casts
@@ -55,6 +54,8 @@ def plan_events(queues: Sequence[Queue], requires: Iterable[tuple[int, int]]) ->
         ScheduleError: the requirements contradict the order of a queue, or each other.
         ValueError: a requirement names an operation of no queue.
     """
+    import networkx as nx  # takes 10 MB, which runs on the CPU do not need
+
     requires = list(requires)
     queue_of = {op: index for index, queue in enumerate(queues) for op in queue.ops}
     named = {op for pair in requires for op in pair}

@@ -30,6 +30,15 @@ def test_names_of_the_package_are_there_without_torch_before() -> None:
     assert run.stdout == "fxzero.api fxzero.passes\n", run.stderr
 
 
+def test_a_plain_step_does_without_networkx_whose_import_takes_memory() -> None:
+    code = (
+        "import sys, torch, fxzero; fxzero.compile(torch.nn.Linear(2, 2))(torch.ones(1, 2)).sum().backward();"
+        "print('networkx' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert run.stdout == "False\n", run.stderr
+
+
 def test_a_stage_that_lasts_is_said_again(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(progress, "EVERY_SECONDS", 0.02)

@@ -66,7 +66,8 @@ def test_new_kinds_of_calls_leave_nothing_behind(
 ) -> None:
     """`most_objects` for each: of a number that ranks pass alike, it is remembered that it was agreed on."""
     monkeypatch.setattr(plan_cache, "MAX_PLANS", 1)
-    monkeypatch.setattr(torch_internals, "MAX_FAKE_RESULTS", 0)
+    if call is train_another_model:  # equal models share fake results, up to a number
+        monkeypatch.setattr(torch_internals, "MAX_FAKE_RESULTS", 0)
     zero = fxzero.compile(Net())
     numbers = iter(range(7))
     with warnings.catch_warnings():
