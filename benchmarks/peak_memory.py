@@ -29,7 +29,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import fxzero
 from benchmarks.network.model import Encoder, init_weights, make_batch
-from benchmarks.network.systems import Shape, adamw
+from benchmarks.network.systems import Shape, adamw, mixed_precision
 from benchmarks.resident import reset_peak, resident_mib
 from fxzero.passes import default_passes
 from fxzero.testing import engine_of
@@ -53,11 +53,11 @@ class System:
     parts: Callable[[], dict[str, int]]
 
 
-def build_fsdp2(model: Encoder, *, lean: bool) -> System:
+def build_fsdp2(model: Encoder, *, lean: bool, mixed: bool) -> System:
     """fully_shard per block; `lean` prefetches one block, by asynchronous gathers, which held the least memory."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for module in (*model.blocks, model):
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=mixed_precision(mixed=mixed))
     whole: Any = model
     if lean:
         blocks: list[Any] = list(model.blocks)
@@ -74,11 +74,14 @@ def build_fsdp2(model: Encoder, *, lean: bool) -> System:
     return System(model, optimizer, lambda: {"parameters": sum(p.to_local().nbytes for p in whole.parameters())})
 
 
-def build_fxzero(model: Encoder, *, keep: bool, **options: int) -> System:
+def build_fxzero(model: Encoder, *, keep: bool, mixed: bool, **options: int) -> System:
     optimizer = adamw(model.parameters())
     passes = default_passes(max_kept_bytes=None if keep else 0, **options)
     example = make_batch(SHAPE, 0, dist.get_rank())
-    zero = fxzero.compile(model, optimizer=optimizer, example=example, init_fn=init_weights, passes=passes)
+    policy = mixed_precision(mixed=True) if mixed else None
+    zero = fxzero.compile(
+        model, optimizer=optimizer, example=example, init_fn=init_weights, passes=passes, mp_policy=policy
+    )
     engine = engine_of(zero)
 
     def parts() -> dict[str, int]:
@@ -111,11 +114,11 @@ def run_rank(arguments: argparse.Namespace) -> dict[str, Any]:
     dist.barrier()
     (before,) = resident_mib("VmRSS")
     if arguments.system.startswith("fsdp2"):
-        system = build_fsdp2(model, lean=arguments.system == "fsdp2_async")
+        system = build_fsdp2(model, lean=arguments.system == "fsdp2_async", mixed=arguments.mixed)
     else:
         options = {} if arguments.bucket_mib is None else {"bucket_bytes": int(arguments.bucket_mib * MIB)}
         options |= {} if arguments.prefetch_mib is None else {"prefetch_bytes": int(arguments.prefetch_mib * MIB)}
-        system = build_fxzero(model, keep=arguments.system == "keep", **options)
+        system = build_fxzero(model, keep=arguments.system == "keep", mixed=arguments.mixed, **options)
     (built,) = resident_mib("VmRSS")
     loss = float("nan")
     for step in range(arguments.warmup + arguments.steps):
@@ -175,6 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--systems", nargs="+", default=list(WORDS), choices=list(WORDS))
     parser.add_argument("--malloc", choices=("default", "kept"), default="default", help="kept: keep_freed_memory()")
+    parser.add_argument("--mixed", action="store_true", help="parameters in bf16, sums of gradients in fp32")
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--bucket-mib", type=float, help="fxzero's bucket_bytes")

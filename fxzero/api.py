@@ -38,6 +38,7 @@ from fxzero.module.gradients import norms
 from fxzero.module.gradients.asked_gradients import watch_gradients
 from fxzero.module.methods.call import Methods
 from fxzero.module.methods.summon import summon
+from fxzero.module.precision import choose_precision
 from fxzero.module.ranks import copied_models
 from fxzero.module.ranks.step_together import step_together
 from fxzero.module.ranks.tensor_parallel import LocalParameters
@@ -57,7 +58,6 @@ from fxzero.options import (
     choose_group,
     choose_ignored,
     choose_islands,
-    choose_precision,
     choose_recipe,
 )
 from fxzero.planner import as_arguments

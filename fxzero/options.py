@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
@@ -36,9 +36,6 @@ from fxzero.module.tuning_rounds import TuningRounds
 from fxzero.planning.agreed_text import describe_passes
 from fxzero.planning.plan import recipe_of
 from fxzero.reference import ablation
-
-if TYPE_CHECKING:
-    from torch.distributed.fsdp import MixedPrecisionPolicy
 
 Without: TypeAlias = ablation.Without
 """The type of `compile(without=)`."""
@@ -158,23 +155,6 @@ def check_mesh(mesh: DeviceMesh | None, across: Placement, recipe: Recipe) -> No
         raise ValueError("On a 2-D mesh there are no collectives of lists of tensors; drop without='flat_collectives'.")
     if has_nodes and recipe.reduce_dtype is not None:
         raise ValueError("On a 2-D mesh gradients travel as they are; drop reduce_dtype.")
-
-
-def choose_precision(
-    mp_policy: "MixedPrecisionPolicy | Mapping[str, MixedPrecisionPolicy] | None", recipe: Recipe
-) -> Precision:
-    """The dtypes that were asked for.
-
-    Raises:
-        TypeError: it is no policy, and no mapping from patterns to policies.
-        ValueError: a policy has a dtype that is none to compute or to sum in, or contradicts another option.
-    """
-    precision = Precision.of(mp_policy)
-    if precision.policies and recipe.without:
-        raise ValueError("without= measures optimizations with dtypes as they are; drop mp_policy.")
-    if precision.policies and recipe.layout == "interleaved":
-        raise ValueError("The interleaved layout has one dtype for all roles; pass layout='contiguous' with mp_policy.")
-    return precision
 
 
 def check_divide_factor(factor: object) -> None:

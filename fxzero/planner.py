@@ -3,10 +3,11 @@
 `plan()` is the entry point for a cluster that is not there; the plans of a model that trains are made by its engine.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ from fxzero.graph.recipe import Recipe
 from fxzero.graph.sharding import Placement, Sharding
 from fxzero.graph.step import Pass, StepGraph
 from fxzero.memory.footprint import Held, held_by
+from fxzero.module.precision import Precision, choose_precision
 from fxzero.optimizers.classes import state_per_element
 from fxzero.planning.check_passes import pass_checks
 from fxzero.planning.fix_layout import layout_of
@@ -31,6 +33,9 @@ from fxzero.planning.plan import make_plan, recipe_of, with_collectives
 from fxzero.planning.saved_plan import SavedPlan, diff
 from fxzero.planning.schedule import Schedule
 from fxzero.runtime.shards import spec_of
+
+if TYPE_CHECKING:  # its import takes a second, and a user who has a policy has imported it
+    from torch.distributed.fsdp import MixedPrecisionPolicy
 
 __all__ = ["Recipe", "SavedPlan", "as_arguments", "diff", "plan"]
 
@@ -48,6 +53,7 @@ def plan(
     num_nodes: int = 1,
     across: Placement = "replicate",
     accumulate: int = 1,
+    mp_policy: "MixedPrecisionPolicy | Mapping[str, MixedPrecisionPolicy] | None" = None,
 ) -> Schedule:
     """The schedule of a model on ranks that are not there: no process group, no device, no memory for any tensor.
 
@@ -67,35 +73,40 @@ def plan(
         across: what nodes are to each other, as of `fxzero.compile`.
         accumulate: the number of micro-batches of one step of the optimizer, as of `fxzero.compile`. The schedule is
             that of a micro-batch which reduces gradients.
+        mp_policy: the dtypes of compute and of sums, as of `fxzero.compile`.
 
     Raises:
         CaptureError: the model cannot be traced.
         ScheduleError: a pass left the schedule unsafe.
         PlanError: the step needs more than memory_budget.
-        ValueError: another layout or relation of nodes, num_nodes does not divide world_size, or there is a
-            memory_budget for a list of passes that `default_passes()` did not make.
+        TypeError: mp_policy is neither a policy nor a mapping of such.
+        ValueError: another layout or relation of nodes, num_nodes does not divide world_size, mp_policy fits neither
+            the model nor another option, or there is a memory_budget for a list of passes that `default_passes()` did
+            not make.
     """
     start, own_list = recipe_of(passes, memory_budget)
     sharding, devices = Sharding.over(world_size, num_nodes, across), Devices.all(torch.device("cpu"))
-    backend = backend_for(devices.compute)
     chosen = replace(start, layout=layout)
     if accumulate != 1:
         chosen = replace(chosen, accumulate=accumulate)
     if sharding.is_alone:
         chosen = replace(chosen, unsharded=False)
     args, kwargs = as_arguments(example)
-    params = {fqn: spec_of(fqn, param) for fqn, param in model.named_parameters()}
-    captured = capture(
-        model,
-        model.forward,
-        args,
-        kwargs,
-        params,
-        device=devices.compute,
-        sharding=sharding,
-        with_backward=torch.is_grad_enabled() and any(param.requires_grad for param in params.values()),
-        islands=Islands(model, None),
-    )
+    precision, backend = choose_precision(mp_policy, chosen), backend_for(devices.compute)
+    roles = precision.roles(model, backend, sharding)
+    params = {fqn: spec_of(fqn, param, roles.get(fqn)) for fqn, param in model.named_parameters()}
+    with _casting(precision, model):
+        captured = capture(
+            model,
+            model.forward,
+            args,
+            kwargs,
+            params,
+            device=devices.compute,
+            sharding=sharding,
+            with_backward=torch.is_grad_enabled() and any(param.requires_grad for param in params.values()),
+            islands=Islands(model, None),
+        )
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     state = state_per_element([] if optimizer is None else [optimizer])
 
@@ -123,6 +134,17 @@ def plan(
     made = make_plan(captured, chosen, backend, devices, own_list, partial(pass_checks, model, args, kwargs))
     timing = None if costs is None else partial(costs.timing, made.step)
     return Schedule(made, lambda: made.report(held(made.step)), timing)
+
+
+@contextmanager
+def _casting(precision: Precision, model: nn.Module) -> Generator[None]:
+    """Let modules cast their inputs and outputs as the policy says inside of the block."""
+    handles = precision.install(model)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def as_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -24,6 +24,9 @@ from fxzero.graph.layout import Bucket, Payload
 from fxzero.graph.sharding import Sharding
 from fxzero.graph.wire import MAX_VALUE, SCALE_DTYPE, WireFormat, on_wire, split_rows
 
+SUMMED_NUMEL = 2**17
+"""Elements that are converted and summed at a time where sums have another dtype than what travels."""
+
 _LEAST_SCALE = torch.finfo(SCALE_DTYPE).tiny
 """Of a block of zeros, which would divide by zero."""
 
@@ -120,7 +123,7 @@ def reduce_scratch_nbytes(
     """Bytes that `bind_narrow_reduce` needs between its start and its wait."""
     travels = on_wire(bucket.gradients, format)
     if _sums_here(backend, sharding, bucket, format):
-        rooms = _num_rooms(bucket, accumulate=accumulate) * bucket.shard_numel * bucket.dtypes.sum.itemsize
+        rooms = _num_rooms(bucket, accumulate=accumulate) * _room_numel(bucket) * bucket.dtypes.sum.itemsize
         return (bucket.shard_ranks - 1) * travels.slice_nbytes + rooms
     inner = backend.reduce_scratch_numel(travels, sharding, accumulate=False)
     room = accumulate * bucket.shard_nbytes
@@ -170,8 +173,12 @@ def sums_here(comm: Comm, bucket: Bucket) -> bool:
     return _sums_here(comm.backend, comm.sharding, bucket, None)
 
 
+def _room_numel(bucket: Bucket) -> int:
+    return min(bucket.shard_numel, SUMMED_NUMEL)
+
+
 def _num_rooms(bucket: Bucket, *, accumulate: bool) -> int:
-    """Shards of the sum's dtype that it takes to sum: one to convert in, and one where the sum is not the shard."""
+    """Rooms of the sum's dtype that it takes to sum: one to convert in, and one where the sum is not the shard."""
     return 1 + (accumulate or bucket.dtypes.sum is not bucket.dtypes.shard)
 
 
@@ -210,10 +217,13 @@ def bind_narrow_reduce(
         return bound.then(partial(_bring, received[0], shard, room if accumulate else None))
     own = sent.split(travels.slice_numel)[comm.rank]
     terms = [*received[: comm.rank], own, *received[comm.rank :]]
-    rooms = scratch[end:].view(bucket.dtypes.sum).split(bucket.shard_numel)
-    total = rooms[1] if _num_rooms(bucket, accumulate=accumulate) > 1 else shard
-    average = partial(_average, terms, comm.divisor, rooms[0], total, shard, accumulate)
-    return comm.bind_exchange(travels, sent, terms).then(average)
+    rooms = scratch[end:].view(bucket.dtypes.sum).split(_room_numel(bucket))
+    is_elsewhere = _num_rooms(bucket, accumulate=accumulate) > 1
+    parts: list[tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor]] = []
+    for into, *of_terms in zip(*(each.split(SUMMED_NUMEL) for each in (shard, *terms)), strict=True):
+        room, *others = (each[: len(into)] for each in rooms)
+        parts.append((tuple(of_terms), room, others[0] if is_elsewhere else into, into))
+    return comm.bind_exchange(travels, sent, terms).then(partial(_average, parts, comm.divisor, accumulate))
 
 
 def bind_reduce_of_sums(
@@ -262,11 +272,16 @@ def _bring(total: Tensor, shard: Tensor, room: Tensor | None) -> None:
         shard.add_(room.view(shard.dtype)[: len(shard)].copy_(total))
 
 
-def _average(terms: list[Tensor], divisor: float, room: Tensor, total: Tensor, shard: Tensor, accumulate: bool) -> None:
-    """Sum terms in order, each converted in `room`, divide, and bring the average to the shard if it is not there."""
-    total.copy_(terms[0])
-    for term in terms[1:]:
-        total.add_(room.copy_(term))
-    total.div_(divisor)
-    if total is not shard:
-        _bring(total, shard, room if accumulate else None)
+def _average(parts: list[tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor]], divisor: float, accumulate: bool) -> None:
+    """Sum terms in order, each converted in a room, divide, and bring the average to the shard if it is not there.
+
+    Args:
+        parts: of each part of the shard the terms, the room, where the sum is made, and the part.
+    """
+    for terms, room, total, shard in parts:
+        total.copy_(terms[0])
+        for term in terms[1:]:
+            total.add_(room.copy_(term))
+        total.div_(divisor)
+        if total is not shard:
+            _bring(total, shard, room if accumulate else None)

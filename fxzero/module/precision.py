@@ -23,6 +23,7 @@ from fxzero import torch_internals
 from fxzero.comm.backend import Backend
 from fxzero.errors import InputMismatchError
 from fxzero.graph.layout import Dtypes
+from fxzero.graph.recipe import Recipe
 from fxzero.graph.sharding import Sharding
 
 if TYPE_CHECKING:  # its import takes a second, and a user who has a policy has imported it
@@ -127,6 +128,23 @@ class Precision:
 
 OF_THE_MODEL = Precision()
 """Everything has the dtypes of the model."""
+
+
+def choose_precision(
+    mp_policy: MixedPrecisionPolicy | Mapping[str, MixedPrecisionPolicy] | None, recipe: Recipe
+) -> Precision:
+    """The dtypes that were asked for.
+
+    Raises:
+        TypeError: it is no policy, and no mapping from patterns to policies.
+        ValueError: a policy has a dtype that is none to compute or to sum in, or contradicts another option.
+    """
+    precision = Precision.of(mp_policy)
+    if precision.policies and recipe.without:
+        raise ValueError("without= measures optimizations with dtypes as they are; drop mp_policy.")
+    if precision.policies and recipe.layout == "interleaved":
+        raise ValueError("The interleaved layout has one dtype for all roles; pass layout='contiguous' with mp_policy.")
+    return precision
 
 
 def _checked(pattern: object, policy: object) -> Policy:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import fxzero
+from fxzero.comm import wire_copies
 from fxzero.comm.base import Bound
 from fxzero.comm.gloo import GLOO, GlooComm
 from fxzero.comm.wire_copies import bind_narrow_reduce, pack, reduce_scratch_nbytes, unpack
@@ -127,11 +128,17 @@ class Exchanged(PlanningComm):
         return Bound(None, None)
 
 
+@pytest.mark.parametrize("summed_numel", [2**17, 1000])
 @pytest.mark.parametrize("accumulate", [False, True])
-def test_sums_are_of_rounded_terms_in_order_and_allocate_nothing(accumulate: bool) -> None:
+def test_sums_are_of_rounded_terms_in_order_and_allocate_nothing(
+    accumulate: bool, summed_numel: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire_copies, "SUMMED_NUMEL", summed_numel)
     bucket = bucket_of(2**16, 3)
     comm, travels = Exchanged(1, Sharding.over(3), GLOO), on_wire(bucket.gradients, BF16)
     nbytes = reduce_scratch_nbytes(GLOO, comm.sharding, bucket, BF16, accumulate=accumulate)
+    rooms = (1 + accumulate) * min(summed_numel, bucket.shard_numel)
+    assert nbytes == 2 * travels.slice_nbytes + 4 * rooms
     scratch = torch.zeros(nbytes, dtype=torch.uint8)
     terms = torch.randn(3, bucket.shard_numel, generator=torch.Generator().manual_seed(0)).bfloat16()
     others = scratch[: 2 * travels.slice_nbytes].view(torch.bfloat16)

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 import fxzero
 from fxzero.errors import CaptureError, InputMismatchError
 from fxzero.module.precision import Precision
+from fxzero.planner import plan
 from fxzero.testing import engine_of
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -95,6 +96,17 @@ def test_compute_reads_parameters_as_they_lie() -> None:
     memory = zero.schedule.memory.footprint.held
     assert memory.copies == memory.parameters // 2 == memory.gradients // 2 > 0
     assert "copies that compute reads" in str(zero.schedule.memory)
+
+
+def test_plans_of_absent_ranks_know_the_policy() -> None:
+    model, x = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)), torch.ones(3, 64)
+    planned, plain = (plan(model, x, world_size=2, mp_policy=policy) for policy in (POLICY, None))
+    assert planned.totals.gathered_bytes == plain.totals.gathered_bytes // 2
+    held, of_plain = planned.memory.footprint.held, plain.memory.footprint.held
+    assert (held.copies, held.gradients) == (of_plain.parameters // 2, of_plain.gradients)
+    assert not model._forward_pre_hooks and model(x).dtype is FP32
+    with pytest.raises(ValueError, match="the path of no module"):
+        plan(model, x, world_size=2, mp_policy={"nothing": POLICY})
 
 
 def test_inputs_stay_as_they_are_where_the_policy_says_so() -> None:
