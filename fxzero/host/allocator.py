@@ -33,7 +33,10 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_freed_memory() -> None:
-    """Give the pages that tracing and planning took and freed back to the system, where glibc holds on to them."""
+    """Give pages that were freed back to the system, where glibc holds on to them.
+
+    Tracing and planning leave such pages, and the first step of an optimizer, whose state is moved into one buffer.
+    """
     trim = getattr(_libc(), "malloc_trim", None)
     if trim is not None:
         trim(0)

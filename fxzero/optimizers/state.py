@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fxzero.errors import OptimizerError
 from fxzero.graph.layout import ALIGNMENT_BYTES, Layout, ParamSpec, Slice, align
+from fxzero.host.allocator import give_back_freed_memory
 from fxzero.runtime.storage import storage_view
 
 
@@ -20,7 +21,7 @@ def rehome_state(optimizer: torch.optim.Optimizer, params: Collection[int], *, o
     """Move every state tensor of a shard's shape into one buffer, one tensor at a time.
 
     On the CPU each tensor is freed before the next one is moved, and the pages of the buffer are mapped as they are
-    written, so that the peak is one tensor above the state.
+    written, so that the peak is little above the state.
 
     Args:
         params: the ids of the Parameter objects whose state is moved.
@@ -39,7 +40,7 @@ def rehome_state(optimizer: torch.optim.Optimizer, params: Collection[int], *, o
     nbytes = sum(align(state[key].nbytes, ALIGNMENT_BYTES) for state, key in found)
     device = devices.pop()
     storage = torch.empty(nbytes, dtype=torch.uint8, device=device).untyped_storage()
-    offset = 0
+    offset = num_freed = 0
     with torch.no_grad():
         for state, key in found:
             value = state[key]
@@ -47,8 +48,17 @@ def rehome_state(optimizer: torch.optim.Optimizer, params: Collection[int], *, o
             home.copy_(value)
             offset += align(value.nbytes, ALIGNMENT_BYTES)
             state[key] = home
+            num_freed += value.nbytes
             del value
+            if num_freed >= _GIVEN_BACK_BYTES and device.type == "cpu":
+                give_back_freed_memory()
+                num_freed = 0
+    give_back_freed_memory()
     return nbytes
+
+
+_GIVEN_BACK_BYTES = 64 * 2**20
+"""Freed state that may stay with the allocator, which keeps small tensors, and all of them if it was told so."""
 
 
 def _can_move(value: object, shape: torch.Size | None) -> bool:
