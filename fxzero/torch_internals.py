@@ -9,6 +9,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import operator
 import re
 import sys
 import threading
@@ -964,9 +965,12 @@ def incompatible_keys(missing: list[str], unexpected: list[str]) -> Any:
 # -- autograd ------------------------------------------------------------------------------------------------------
 
 
+_version_of = operator.attrgetter("_version")
+
+
 def num_changes(tensors: Iterable[torch.Tensor]) -> int:
     """Number of changes in place of all tensors together. `Tensor._version`: 2.11 to 2.13."""
-    return sum([tensor._version for tensor in tensors])  # pyright: ignore[reportPrivateUsage]
+    return sum(map(_version_of, tensors))
 
 
 def has_hooks_on_saved_tensors() -> bool:

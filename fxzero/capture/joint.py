@@ -239,7 +239,7 @@ class Tracing:
             self.marks.begin(state, self.params, real, draws, self.device, self.reads, self.before, self.forward)
         if self.record is not None:
             self.record.begin(state, inputs)
-        recording = contextlib.nullcontext() if self.record is None else self.record.following()
+        recording = contextlib.nullcontext() if self.record is None else self.record.following(self.reads.unseen)
         results = KnownResults(self._fake_mode) if self.rehearses else None
         leaves: dict[str | int, Tensor] = {}
         grads_of_leaves: list[Any] = []
@@ -248,7 +248,7 @@ class Tracing:
         with (
             _Interceptor(draws, recorder, self.reads, self.marks, self.record, results) as interceptor,
             torch_internals.known_to_libraries(values.is_known),
-            recorder.following(),
+            recorder.following(self.reads.unseen),
             swapped_tensors(self.module, state),
         ):
             args, kwargs = self._arguments(inputs, numbers)
@@ -477,6 +477,9 @@ def own_autocast_cache() -> Generator[None]:
         torch.clear_autocast_cache()
 
 
+_SET_DATA, _GET_GRAD_FN = cast(Any, Tensor.data).__set__, cast(Any, Tensor.grad_fn).__get__
+
+
 class ForwardMode(TorchFunctionMode):
     """Sees what no tracer does: `param.data = ...`; retain_grad(), which is refused; the hooks of tensors."""
 
@@ -484,16 +487,19 @@ class ForwardMode(TorchFunctionMode):
         super().__init__()
         self._set_data = set_data
         self._observers = observers
+        self._watched = {_SET_DATA, _GET_GRAD_FN, Tensor.register_hook, Tensor.retain_grad}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func == cast(Any, Tensor.data).__set__ and (name := self._set_data.name_of(args[0])) is not None:
+        if func not in self._watched:
+            return func(*args, **(kwargs or {}))
+        if func == _SET_DATA and (name := self._set_data.name_of(args[0])) is not None:
             self._observers.num_set_data += 1
             return self._set_data.set(name, *args)
         if func == Tensor.register_hook:
             self._observers.num_hooked += 1
             self._check_hooked(args[0])
             return func(args[0], self._observers.of_backward(args[1]))
-        if func == cast(Any, Tensor.grad_fn).__get__ and _is_called_by_user():
+        if func == _GET_GRAD_FN and _is_called_by_user():
             node = func(*args, **(kwargs or {}))
             return None if node is None else HookedNode.of(node, self._watched_on_node)
         if func == Tensor.retain_grad and not args[0].is_leaf:

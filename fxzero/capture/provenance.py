@@ -106,9 +106,13 @@ class Recorder:
         return ""
 
     @contextlib.contextmanager
-    def following(self) -> Generator[None]:
-        """Record the running module inside the block."""
-        with around_forwards(self._enter, self._leave):
+    def following(self, unseen: Callable[[Any], Any] = lambda function: function) -> Generator[None]:
+        """Record the running module inside the block.
+
+        Args:
+            unseen: makes the functions that do so invisible to who watches what the forward runs.
+        """
+        with around_forwards(unseen(self._enter), unseen(self._leave)):
             yield
 
     def _change(self) -> None:

@@ -90,6 +90,8 @@ class Reads:
         """Maps slots, and ids of containers, that hooks change for which this is no trace, to the ids of the hooks."""
         self.conflicts: set[int] = set()
         """The hooks among them whose changes the forward reads, or makes too."""
+        self._settled: set[Slot] = set()
+        """Slots of which nothing is learnt any more: they are found, or were set, or need no guard."""
         self._behind: Reads | None = None
         """What another forward has met, to be taken over."""
         self._seen: set[Any] | None = None
@@ -192,6 +194,7 @@ class Reads:
     def go_back_to(self, then: ReadsMoment) -> None:
         """Forget what was learnt since some time."""
         self.found, self.set_slots, self._codes = dict(then.found), set(then.set_slots), then.codes
+        self._settled.clear()
 
     def _touch(self, *keys: Any) -> None:
         """Code reads or sets slots, or meets containers."""
@@ -262,6 +265,20 @@ class Reads:
         self._is_on = True
         sys.settrace(self._on_event)
 
+    def unseen(self, function: Callable[..., object]) -> Callable[..., object]:
+        """The same function, but what it reads and calls is not seen: it is the tracer's own."""
+
+        @functools.wraps(function)
+        def run(*args: Any) -> object:
+            is_seen = self.pause()
+            try:
+                return function(*args)
+            finally:
+                if is_seen:
+                    self.go_on()
+
+        return run
+
     # -- attributes ----------------------------------------------------------------------------------------------
 
     def _patch(self, kind: type) -> None:
@@ -270,6 +287,7 @@ class Reads:
         names = ("__getattribute__", "__setattr__", "__init__")
         own = {name: vars(kind).get(name, ABSENT) for name in names}
         get, put, make = (getattr(kind, name) for name in names)
+        settled = self._settled
 
         def getattribute(obj: Any, name: str) -> Any:
             if name == "__class__":  # isinstance() asks for it, also in here
@@ -277,8 +295,11 @@ class Reads:
             try:
                 value = get(obj, name)
             except AttributeError:
-                self._on_read(obj, name, ABSENT)
+                if (id(obj), name) not in settled or self._seen is not None or self.observed:
+                    self._on_read(obj, name, ABSENT)
                 raise
+            if (id(obj), name) in settled and self._seen is None and not self.observed:
+                return value
             if name == "__dict__" and self._is_on and _is_called_by_user(inspect.currentframe()):
                 self._on_read_of_all(obj, value)
             self._on_read(obj, name, value)
@@ -317,18 +338,23 @@ class Reads:
         slot = (id(obj), name)
         if self._seen is not None or self.observed:
             self._touch(slot, id(value))
-        if slot in self.found or slot in self.set_slots or not self._counts(obj):
+        if not self._counts(obj):
             return
+        if name != "__dict__":
+            self._settled.add(slot)
+            self._alive.append(obj)
+        if slot not in self.found and slot not in self.set_slots and not self._needs_no_guard(obj, name):
+            with self.muted():
+                read = _locate(obj, name, value)
+                if read is not None:
+                    self._add(slot, read)
+
+    def _needs_no_guard(self, obj: Any, name: str) -> bool:
         if isinstance(obj, nn.Module) and (name in torch_internals.MODULE_ATTRIBUTES or name == "training"):
-            return
+            return True
         if name in torch_internals.RNN_CACHES:  # rebuilt from the parameters
-            return
-        if name == "forward" and (obj is self._model or id(obj) in self.replaced):  # which fxzero replaces
-            return
-        with self.muted():
-            read = _locate(obj, name, value)
-            if read is not None:
-                self._add(slot, read)
+            return True
+        return name == "forward" and (obj is self._model or id(obj) in self.replaced)  # which fxzero replaces
 
     def _on_read_of_all(self, obj: Any, attributes: dict[str, Any]) -> None:
         for name, value in list(attributes.items()):
@@ -500,7 +526,7 @@ class Reads:
         """Add the variables of the closures of those functions that ran, and set none of them."""
         codes = {code for code in self._codes if code.co_freevars and not self._stored[code] and self._new_calls(code)}
         functions = _functions_with(codes)
-        made_here = set(map(id, gc.get_objects(generation=0))) if functions else set[int]()
+        made_here = set(map(id, functions)).intersection(map(id, gc.get_objects(generation=0) if functions else ()))
         _made_in_forwards.update(each for each in functions if id(each) in made_here)
         self._with_functions |= {each.__code__ for each in functions if each not in _made_in_forwards}
         for function in functions:
@@ -550,7 +576,7 @@ def _users_calls(on_call: Callable[[types.FrameType], None]) -> Callable[[types.
 
 def _functions_with(codes: Collection[types.CodeType]) -> list[types.FunctionType]:
     """The functions that have one of some codes; none for those of comprehensions, whose functions are gone."""
-    codes = {code for code in codes if code.co_name not in _COMPREHENSIONS}
+    codes = {code for code in codes if code.co_name not in _COMPREHENSIONS and code.co_freevars != ("__class__",)}
     referrers = gc.get_referrers(*codes) if codes else []  # looks at every object of the process
     return [each for each in referrers if isinstance(each, types.FunctionType) and each.__code__ in codes]
 

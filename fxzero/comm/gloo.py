@@ -16,9 +16,9 @@ reduce-scatter is an all-reduce inside: twice the bytes, in no fixed order.
 import contextlib
 import math
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
-from functools import partial
+from functools import partial, reduce
 from typing import Literal
 
 import torch
@@ -121,11 +121,9 @@ class GlooComm(GroupComm):
 
     def all_reduce(self, tensor: Tensor, op: Literal["sum", "max"] = "sum") -> None:
         what = f"an all-reduce of {tensor.numel()} elements"
-        terms = self._exchange_with_all(what, f"all_reduce {op}", tensor)
-        total = terms[0].clone()
-        for term in terms[1:]:
-            torch.add(total, term, out=total) if op == "sum" else torch.maximum(total, term, out=total)
-        tensor.copy_(total)
+        *terms, last = self._exchange_with_all(what, f"all_reduce {op}", tensor)
+        combine: Callable[..., Tensor] = torch.add if op == "sum" else torch.maximum
+        combine(reduce(combine, terms), last, out=tensor)  # which may be a term: all of them are read by then
 
     def all_to_all(self, what: str, sent: Sequence[Tensor], received: Sequence[Tensor]) -> None:
         self._send_and_receive(what, "all_to_all", received, sent)

@@ -91,10 +91,11 @@ class Call:
         self._param_version = sharded.version()
         if executable.draws_random:
             self._rng_state = rng_state(sharded.devices.compute)
-        self._before = (
-            _copy_some(self._inputs, executable.written_inputs),
-            _copy_some(buffers, executable.written_buffers),
-        )
+        if executable.written_inputs or executable.written_buffers:
+            self._before = (
+                _copy_some(self._inputs, executable.written_inputs),
+                _copy_some(buffers, executable.written_buffers),
+            )
         if executable.written:
             self._params_before = [data.clone() for data in executable.written_params]
         outputs, saved = executable.forward(self._inputs, buffers)

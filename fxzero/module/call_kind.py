@@ -6,6 +6,7 @@ Pattern          its backward begins   outputs that receive a gradient; a forwar
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -48,6 +49,15 @@ class Signature:
     """Settings of torch that choose kernels; see `settings()`."""
     ignored: tuple[TensorLeaf, ...] = ()
     """The geometry of each ignored parameter."""
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        """Of hundreds of flags, for several lookups in each call."""
+        flags = self.method, self.training, self.trained, self.grad, self.autocast, self.settings
+        return hash((self.call, flags, self.ignored))
 
     @property
     def may_have_backward(self) -> bool:

@@ -37,7 +37,7 @@ class ReplacedData:
         self._addresses, self._offsets = self._places()
 
     def _places(self) -> tuple[list[int], list[int]]:
-        return [param.data_ptr() for param in self._held], [int(param.storage_offset()) for param in self._empty]
+        return [*map(Tensor.data_ptr, self._held)], [*map(Tensor.storage_offset, self._empty)]  # type: ignore[list-item]
 
     def find(self, whole: Collection[str] = ()) -> Replaced:
         """The parameters of which other data must be used now; empty in a usual step.

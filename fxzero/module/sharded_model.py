@@ -1,5 +1,6 @@
 """A compiled model on this rank: parameters, buffers and optimizers, and the shards once the layout is fixed."""
 
+import operator
 import weakref
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,6 +41,8 @@ from fxzero.runtime.held_gradients import reduce_held
 from fxzero.runtime.in_flight import InFlight
 from fxzero.runtime.shards import Shards, check_storage, spec_of
 from fxzero.runtime.storage import Arena
+
+_training_in = operator.itemgetter("training")
 
 
 class MethodRun(Protocol):
@@ -175,11 +178,20 @@ class ShardedModel:
             )
         self.modules = list(self.model.modules())
         self._param_tables = ParamTables(self.modules)
+        is_plain = ["training" in vars(each) and not hasattr(type(each), "training") for each in self.modules]
+        flagged = list(zip(self.modules, is_plain, strict=True))
+        self._flags = [vars(module) for module, plain in flagged if plain]
+        self._without_flag = [module for module, plain in flagged if not plain]
         self._buffer_owners = {
             join(path, name): (module, name)
             for path, module in self.model.named_modules()
             for name in torch_internals.buffers_of(module).keys()  # noqa: SIM118 (a scripted module's has no iterator)
         }
+
+    def training(self) -> tuple[bool, ...]:
+        """`training` of each module."""
+        others = [module.training for module in self._without_flag]  # a scripted module's is not its own
+        return *map(_training_in, self._flags), *others
 
     def check_params(self) -> None:
         """Refuse to go on with other parameters than those that were compiled.

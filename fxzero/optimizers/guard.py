@@ -94,7 +94,7 @@ class OptimizerGuard:
         """Bytes of the buffer that the state of each optimizer was moved to."""
         self.wholes = WholeSteps(pieces, phase)
         _install_hook()
-        _guards[owner] = self
+        _guards[weakref.ref(owner, _forget_guard)] = self
 
     @property
     def state_nbytes(self) -> int:
@@ -224,19 +224,29 @@ def _refuse_replaced(optimizer: torch.optim.Optimizer) -> None:
                 )
 
 
-_guards: weakref.WeakKeyDictionary[nn.Module, OptimizerGuard] = weakref.WeakKeyDictionary()
-"""Maps each compiled model to its guard.
+_guards: dict[weakref.ref[nn.Module], OptimizerGuard] = {}
+"""Maps each compiled model to its guard; a plain dict, since each step of an optimizer goes through it twice.
 
 The hooks serve all guards and are never removed: a hook that was removed with its model, in a garbage collection
 during a step, would break torch's loop over the hooks.
 """
 
 
+def _forget_guard(owner: weakref.ref[nn.Module]) -> None:
+    _guards.pop(owner, None)
+
+
+def _owners() -> list[tuple[nn.Module, OptimizerGuard]]:
+    """The compiled models that there are, and their guards."""
+    found = [(reference(), guard) for reference, guard in list(_guards.items())]
+    return [(owner, guard) for owner, guard in found if owner is not None]
+
+
 def _warn_of_others(optimizer: torch.optim.Optimizer, shards: Mapping[int, ParamShard]) -> None:
     """Warn if an optimizer of shards steps parameters beside, of which nobody may have averaged the gradients."""
     if all(shard.part.numel == shard.spec.numel for shard in shards.values()):  # this rank is alone
         return
-    owners = [owner for owner, guard in list(_guards.items()) if guard.shards()]
+    owners = [owner for owner, guard in _owners() if guard.shards()]
     own = {id(param) for owner in owners for _, param in nn.Module.named_parameters(owner)}
     params = [param for group in optimizer.param_groups for param in group["params"]]
     others = [param for param in params if id(param) not in own and param.requires_grad]
@@ -279,7 +289,7 @@ def _after_state_dict(optimizer: torch.optim.Optimizer, state_dict: StateDict) -
 def _before_load(optimizer: torch.optim.Optimizer, state_dict: StateDict) -> StateDict | None:
     if is_whole(state_dict):
         params = {id(param) for group in optimizer.param_groups for param in group["params"]}
-        for owner, guard in list(_guards.items()):
+        for owner, guard in _owners():
             if not guard.shards() and not params.isdisjoint(map(id, owner.parameters())):
                 guard.fix_layout()
     return before_load(optimizer, state_dict, _held())
@@ -317,7 +327,7 @@ def _before_step(
 def _is_ours(optimizer: torch.optim.Optimizer) -> bool:
     """True if an optimizer steps a parameter of a compiled model, sharded yet or not."""
     params = {id(param) for group in optimizer.param_groups for param in group["params"]}
-    return any(id(param) in params for owner in list(_guards) for param in owner.parameters())
+    return any(id(param) in params for owner, _ in _owners() for param in owner.parameters())
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:

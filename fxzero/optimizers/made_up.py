@@ -59,6 +59,8 @@ def is_unusable(optimizer: torch.optim.Optimizer) -> bool:
 
 def drop(optimizer: torch.optim.Optimizer) -> bool:
     """Drop the state before a step of the training, if it was made up and nothing was loaded; returns if it was."""
+    if not is_noted(optimizer):
+        return False
     is_as_made = _is_as_made(optimizer)
     if is_as_made:
         optimizer.state.clear()

@@ -73,7 +73,7 @@ class Executable:
         """The buckets that are there for the next micro-step, gathered or as secondary shards."""
         self.uncertain = [grad_fqn(slot) for slot in step.nodes(Role.WRITE_GRAD) if may_be_missing(slot)]
         """The parameters of islands, which a step may not reach."""
-        self.reached = [fqn for fqn in step.grads if fqn not in self.uncertain]
+        self.reached = tuple(fqn for fqn in step.grads if fqn not in self.uncertain)
         for fqn in step.grads:
             storage.gradients.view(fqn)
         self.reduced = {fqn for start in step.nodes(Role.REDUCE_SCATTER) for fqn in members(start)}
@@ -304,13 +304,14 @@ class Executable:
         return self._narrowed[pattern]
 
     def _bound(self, variant: Variant) -> dict[str, Callable[..., Any]]:
-        if variant not in self._functions:
+        functions = self._functions.get(variant)
+        if functions is None:
             with torch.inference_mode(False):  # views made in it could not be written outside
                 storage = self._storage
                 parts = storage.shards, storage.gradients, storage.comm, self._memory
                 planned = (self.plan.bindings or self.plan.variants)[variant]
-                self._functions[variant] = self._binder(planned, variant, *parts).bind()
-        return self._functions[variant]
+                functions = self._functions[variant] = self._binder(planned, variant, *parts).bind()
+        return functions
 
 
 def _with_strides(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:

@@ -47,7 +47,11 @@ class Gradients:
         self._shards = shards
         self._params = params
         self._views: dict[str, torch.Tensor] = {}
-        self._pairs: list[tuple[nn.Parameter, torch.Tensor]] = []
+        self._own_params: list[nn.Parameter] = []
+        """The parameters that have a view, in the order of `_views`."""
+        self._own_views: list[torch.Tensor] = []
+        self._published: tuple[tuple[str, ...], list[nn.Parameter], list[torch.Tensor]] = (), [], []
+        """The names whose gradients were published last, with the parameters and views that they stand for."""
         self._unsharded: FlatBuffer[Bucket] | None = None
         self._held: dict[str, tuple[torch.Tensor, int]] = {}
         """Parameters whose unsharded gradients wait for the next synchronised backward.
@@ -68,7 +72,8 @@ class Gradients:
         """The one tensor object that is ever `.grad` of a parameter."""
         if fqn not in self._views:
             self._views[fqn] = self._shards.grad_view(fqn).data  # with a count of changes of its own
-            self._pairs.append((self._params[fqn], self._views[fqn]))
+            self._own_params.append(self._params[fqn])
+            self._own_views.append(self._views[fqn])
         return self._views[fqn]
 
     @property
@@ -94,7 +99,7 @@ class Gradients:
     @property
     def each(self) -> list[torch.Tensor]:
         """This rank's slice of each gradient that there can be."""
-        return [view for _, view in self._pairs]
+        return [*self._own_views]
 
     def parts(self, *, is_cut: bool) -> Generator[torch.Tensor]:
         """This rank's slices of the gradient buffer, flat with their padding, of one kind of parameters.
@@ -108,7 +113,7 @@ class Gradients:
             yield from (shard[part.offset :][: align(part.numel, multiple)] for part in slices if part.numel)
 
     def _has_grad(self) -> bool:
-        for param, _ in self._pairs:  # noqa: SIM110 (a generator would be a call for each parameter)
+        for param in self._own_params:  # noqa: SIM110 (a generator would be a call for each parameter)
             if param.grad is not None:
                 return True
         return False
@@ -128,7 +133,7 @@ class Gradients:
 
     def publish(
         self,
-        reached: Sequence[str],
+        reached: tuple[str, ...],
         variant: Variant,
         unreached: Sequence[str] = (),
         reduced: AbstractSet[str] | None = None,
@@ -143,14 +148,16 @@ class Gradients:
         Raises:
             FxzeroError: a parameter has a hook on its gradient, which is nowhere whole.
         """
-        fqns, views = self.arrived(reached, variant, unreached, reduced), self._views
+        fqns = self.arrived(reached, variant, unreached, reduced)
         self.are_there = True
         if self.num_held:
             self._held_in -= self._held_in if reduced is None else reduced
             self.num_held = self.num_held if self._held_in else 0
-        params = [self._params[fqn] for fqn in fqns]
-        for fqn, param in zip(fqns, params, strict=True):
-            param.grad = views[fqn]
+        if fqns is not self._published[0]:  # most backwards of a plan publish the same ones
+            self._published = fqns, [self._params[fqn] for fqn in fqns], [self._views[fqn] for fqn in fqns]
+        _, params, views = self._published
+        for param, view in zip(params, views, strict=True):
+            param.grad = view
         for index, on_gradient, afterwards in torch_internals.gradient_hooks(params):
             if on_gradient:
                 raise FxzeroError(_HOOKED.format(fqns[index]))
@@ -159,19 +166,20 @@ class Gradients:
 
     def arrived(
         self,
-        reached: Sequence[str],
+        reached: tuple[str, ...],
         variant: Variant,
         unreached: Sequence[str] = (),
         reduced: AbstractSet[str] | None = None,
-    ) -> Sequence[str]:
+    ) -> tuple[str, ...]:
         """The parameters whose gradients a backward has written: see `publish`."""
         fqns = reached
         if variant.stash is Stash.FLUSH:
             left = {} if reduced is None else {fqn: held for fqn, held in self._held.items() if fqn not in reduced}
-            fqns = [*reached, *(fqn for fqn in self._held if fqn not in reached and fqn not in left)]
+            fqns = (*reached, *(fqn for fqn in self._held if fqn not in reached and fqn not in left))
             self._held = left
         if unreached:
-            fqns = [*fqns, *self._reached_elsewhere([fqn for fqn in unreached if fqn not in fqns])]
+            elsewhere = self._reached_elsewhere([fqn for fqn in unreached if fqn not in fqns])
+            fqns = (*fqns, *elsewhere) if elsewhere else fqns
         return fqns
 
     def check_hooks(self, fqns: Sequence[str]) -> None:
@@ -187,7 +195,7 @@ class Gradients:
     @contextmanager
     def set_aside(self) -> Generator[None]:
         """Let there be no gradients inside of the block, and those of now again behind it."""
-        grads = [(param, param.grad) for param, _ in self._pairs]
+        grads = [(param, param.grad) for param in self._own_params]
         values = [segment.clone() for segment in self._shards.grads.segments] if self._has_grad() else []
         for param, _ in grads:
             param.grad = None
@@ -220,7 +228,7 @@ class Gradients:
             The gradient buffer: one flat tensor per dtype.
         """
         missing: list[torch.Tensor] = []
-        for param, view in self._pairs:
+        for param, view in zip(self._own_params, self._own_views, strict=True):
             grad = param.grad
             if grad is None:
                 missing.append(view)

@@ -80,3 +80,27 @@ def test_new_kinds_of_calls_leave_nothing_behind(
         after = num_objects(), len(FakeTensorMode.cache), len(graph_module._loader.eval_cache)
     assert after[0] - before[0] <= 4 * most_objects
     assert after[1:] == before[1:]
+
+
+class Flagged(nn.Module):
+    """Keeps its flag in a place of its own."""
+
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        return bool(self.__dict__.get("is_training", True))
+
+    @training.setter
+    def training(self, value: bool) -> None:
+        self.__dict__["is_training"] = value
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if self.training else x
+
+
+def test_a_flag_that_is_a_property_chooses_the_plan_too() -> None:
+    zero = fxzero.compile(nn.Sequential(nn.Linear(4, 4), part := Flagged()))
+    trained = zero(torch.ones(2, 4))
+    part.eval()
+    assert torch.equal(2 * zero(torch.ones(2, 4)), trained)
+    part.train()
+    assert torch.equal(zero(torch.ones(2, 4)), trained)

@@ -6,7 +6,7 @@ have equal operators, and read values from places that lie equally far back.
 """
 
 import contextlib
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -86,11 +86,15 @@ class Record:
         self._alive += [state, inputs]
 
     @contextlib.contextmanager
-    def following(self) -> Generator[None]:
-        """Record the operators and the blocks that run in the block."""
+    def following(self, unseen: Callable[[Any], Any] = lambda function: function) -> Generator[None]:
+        """Record the operators and the blocks that run in the block.
+
+        Args:
+            unseen: makes functions invisible to who watches what the forward runs.
+        """
         self._is_on = True
         try:
-            with around_forwards(self._enter, self._leave):
+            with around_forwards(unseen(self._enter), unseen(self._leave)):
                 yield
         finally:
             self._is_on = False

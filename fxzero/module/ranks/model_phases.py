@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 import zlib
 from collections.abc import Callable, Generator, Mapping
@@ -18,12 +19,15 @@ from fxzero.optimizers.marks import PREFIX
 from fxzero.runtime.executable import Writes
 
 
+_requires_grad = operator.attrgetter("requires_grad")
+
+
 @dataclass
 class _Watched:
     """An optimizer whose options are compared."""
 
     reference: weakref.ref[torch.optim.Optimizer]
-    seen: list[list[Any]] | None = None
+    seen: list[dict[str, Any]] | None = None
     """The options of each group, as they were seen last."""
     lines: list[str] = field(default_factory=list[str])
     """Its description at that time."""
@@ -34,13 +38,13 @@ class _Watched:
 class _UntilTheEnd(AbstractContextManager[None]):
     """Ends the phase that began last with a block, and reports an error that leaves it."""
 
-    def __init__(self, phases: ModelPhases) -> None:
-        self._phases = weakref.proxy(phases)
+    def __init__(self, phases: ModelPhases, log: PhaseLog) -> None:
+        self._phases, self._log = weakref.proxy(phases), log
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is not None:
             self._phases.failed(error)
-        self._phases.end()
+        self._log.end()
 
 
 class ModelPhases:
@@ -85,7 +89,7 @@ class ModelPhases:
         self._watched: list[_Watched] = []
         self._digest = 0
         """Of all options that were seen, one after another."""
-        self._until_the_end = _UntilTheEnd(self)
+        self._until_the_end = _UntilTheEnd(self, log)
         self.block = ""
         """The block of the user's code that this rank is in, on whole parameters; empty outside of one."""
         self._may_gather = True
@@ -135,7 +139,7 @@ class ModelPhases:
             self._change = self._describe_change()
 
     def _trained_now(self) -> tuple[bool, ...]:
-        return tuple([param.requires_grad for param in self._params])
+        return tuple(map(_requires_grad, self._params))
 
     def _describe_change(self) -> str:
         first = self._trained_at_first or self.trained
@@ -241,15 +245,14 @@ class ModelPhases:
         optimizer = watched.reference()
         if optimizer is None:
             return
-        now = [[*group.values()] for group in optimizer.param_groups]  # most are the objects that they were
+        now: list[dict[str, Any]] = optimizer.param_groups  # most values are the objects that they were
         if watched.has_numbers:
-            now = [[_plain(value) for value in values] for values in now]
+            now = _without_tensors(now)
         if now == watched.seen:
             return
-        if any(_is_number(value) for values in now for value in values):
+        if any(_is_number(value) for group in now for value in group.values()):
             watched.has_numbers = True
-            now = [[_plain(value) for value in values] for values in now]
-        watched.seen = now
+        watched.seen = _without_tensors(now)
         lines = self.describe(optimizer)
         if lines == watched.lines:  # an option changed that is not compared
             return
@@ -287,6 +290,11 @@ def _is_compared(key: str, value: object) -> bool:
 def _is_number(value: object) -> bool:
     """True for a number in a tensor that can be read without waiting for a device."""
     return isinstance(value, torch.Tensor) and value.numel() == 1 and value.device.type == "cpu"
+
+
+def _without_tensors(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Copies of groups of parameters, with plain numbers in the place of those in tensors."""
+    return [{key: _plain(value) for key, value in group.items()} for group in groups]
 
 
 def _plain(value: Any) -> Any:
