@@ -17,6 +17,7 @@ from fxzero.capture.repeats.record import NotRepeatedError, Record
 from fxzero.capture.repeats.stamp import stamp
 from fxzero.capture.slots import Read
 from fxzero.capture.trace import functional
+from fxzero.capture.values.branches import are_equal
 from fxzero.capture.writes import Output, Write
 from fxzero.graph.layout import ParamSpec
 from fxzero.graph.sharding import Sharding
@@ -93,7 +94,8 @@ def _stamped(
         with _left_out(model, {str(paths[index]) for run in runs for index in run.skipped}, traced):
             root = _run(tracing, traced, rehearses=False)
     check_traced(whole, traced, runs)
-    if traced.why_not is not None or _described(tracing.joint) != _described(rehearsal.joint):
+    is_alike = are_equal(tracing.joint.branches, rehearsal.joint.branches)
+    if traced.why_not is not None or not is_alike or _described(tracing.joint) != _described(rehearsal.joint):
         raise NotRepeatedError("the forward leaves other things behind if blocks are left out")
     if tracing.read_as_inputs(root, list(tracing.reads.found.values())):
         raise NotRepeatedError("the forward reads tensors of the Python state")
@@ -134,8 +136,8 @@ def _has_tensors(write: Write) -> bool:
 
 
 def _described(joint: Joint) -> Any:
-    """What the graph of a step must agree with."""
-    return replace(joint, writes=(), observers=())
+    """What the graph of a step must agree with, beside branches."""
+    return replace(joint, writes=(), observers=(), branches=())
 
 
 @contextlib.contextmanager
