@@ -91,7 +91,9 @@ def _stamped(
         warnings.simplefilter("ignore")  # the rehearsal has warned
         traced, tracing = Record(blocks), make()
         tracing.reads.begin_behind(rehearsal.reads)
-        with _left_out(model, {str(paths[index]) for run in runs for index in run.skipped}, traced):
+        left_out = {str(paths[index]) for run in runs for index in run.skipped}
+        tracing.left_out = frozenset(name for name, spec in params.items() if _lies_in(name, left_out, spec))
+        with _left_out(model, left_out, traced):
             root = _run(tracing, traced, rehearses=False)
     check_traced(whole, traced, runs)
     is_alike = are_equal(tracing.joint.branches, rehearsal.joint.branches)
@@ -138,6 +140,14 @@ def _has_tensors(write: Write) -> bool:
 def _described(joint: Joint) -> Any:
     """What the graph of a step must agree with, beside branches."""
     return replace(joint, writes=(), observers=(), branches=())
+
+
+def _lies_in(name: str, paths: set[str], spec: ParamSpec) -> bool:
+    """True for a parameter of a block that is left out. Should anything else read it, the trace fails."""
+    path = name.rpartition(".")[0]
+    while path and path not in paths:
+        path = path.rpartition(".")[0]
+    return bool(path) and spec.parallel is None
 
 
 @contextlib.contextmanager
