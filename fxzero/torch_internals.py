@@ -230,6 +230,16 @@ def fake_of(mode: Any, shape: Sequence[int], stride: Sequence[int], offset: int,
     return FakeTensor(mode, meta, device)
 
 
+def fake_leaf(mode: Any, shape: Sequence[int], dtype: Any, device: Any, *, requires_grad: bool) -> torch.Tensor:
+    """What `torch.empty` gives under a fake mode, without that operator.
+
+    `in_kernel_invocation_manager`, `FakeTensor`: 2.11 to 2.13.
+    """
+    with in_kernel_invocation_manager(mode):
+        meta = torch.empty(shape, dtype=dtype, device="meta")
+    return FakeTensor(mode, meta, device).requires_grad_(requires_grad)
+
+
 def symbolic_fake_mode() -> tuple[Any, Any]:
     """An environment of symbolic numbers, and a fake mode for it whose shapes stay numbers. 2.11 to 2.13."""
     from torch.fx.experimental.symbolic_shapes import ShapeEnv  # takes seconds to import
@@ -305,12 +315,20 @@ def is_fake(value: object) -> TypeGuard[torch.Tensor]:
     return isinstance(value, FakeTensor)
 
 
+def has_known_values(tensor: Any) -> bool:
+    """True for a fake tensor that holds a small real one, which operators on such tensors alone compute with.
+
+    `FakeTensor.constant`: 2.11 to 2.13.
+    """
+    return type(tensor) is FakeTensor and tensor.constant is not None
+
+
 def fake_geometry(tensor: Any) -> tuple[Any, ...] | None:
     """Shape, strides, offset, dtype and device of a fake tensor; None for another one, or if they do not say it all.
 
-    `FakeTensor.fake_device`, `constant`: 2.11 to 2.13.
+    `FakeTensor.fake_device`: 2.11 to 2.13.
     """
-    if type(tensor) is not FakeTensor or tensor.constant is not None or tensor.layout is not torch.strided:
+    if type(tensor) is not FakeTensor or tensor.layout is not torch.strided:
         return None
     if tensor.dtype.is_complex or tensor.is_neg() or has_symbolic_shape(tensor):
         return None
@@ -577,6 +595,14 @@ attribute_key = pytree.GetAttrKey
 keystr = pytree.keystr
 """Formats the keys that lead to a leaf: `[1]['x'].y`. 2.11 to 2.13."""
 
+
+# -- nodes ---------------------------------------------------------------------------------------------------------
+
+input_nodes: Callable[[fx.Node], Mapping[fx.Node, None]] = operator.attrgetter("_input_nodes")
+"""`Node.all_input_nodes` as the keys of a mapping, which is not copied: for loops over all nodes of a graph.
+
+`Node._input_nodes`: 2.11 to 2.13.
+"""
 
 # -- operators -----------------------------------------------------------------------------------------------------
 

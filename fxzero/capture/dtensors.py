@@ -22,15 +22,15 @@ def is_dtensor(tensor: Tensor) -> bool:
     return torch_internals.has_dtensors((type(tensor),))
 
 
-def fake_params(specs: Mapping[str, ParamSpec], device: torch.device) -> dict[str, Tensor]:
+def fake_params(specs: Mapping[str, ParamSpec], device: torch.device, fake_mode: Any) -> dict[str, Tensor]:
     """Fake parameters, DTensors where the model had such; to be called under the fake mode."""
-    return {name: torch_internals.as_parameter(_fake_param(spec, device)) for name, spec in specs.items()}
+    return {name: torch_internals.as_parameter(_fake_param(spec, device, fake_mode)) for name, spec in specs.items()}
 
 
-def _fake_param(spec: ParamSpec, device: torch.device) -> Tensor:
+def _fake_param(spec: ParamSpec, device: torch.device, fake_mode: Any) -> Tensor:
     dtype, needs_grad, parallel = spec.dtypes.compute, spec.requires_grad, spec.parallel
     if parallel is None:
-        return torch.empty(spec.shape, dtype=dtype, device=device, requires_grad=needs_grad)
+        return torch_internals.fake_leaf(fake_mode, spec.shape, dtype, device, requires_grad=needs_grad)
     local = torch.empty(spec.shape, dtype=dtype, device=device)
     return torch_internals.dtensor_around(
         local, parallel.mesh, parallel.placement, parallel.shape, requires_grad=needs_grad

@@ -124,6 +124,8 @@ class Tracing:
     """Sees the forward."""
     ignored: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     """Parameters by canonical name that are inputs, behind those of the call."""
+    left_out: frozenset[str] = frozenset()
+    """Names of parameters that forward does not read, which are no part of the trace: of blocks that are left out."""
     joint: Joint = field(init=False)
     """Outputs of the graph; set by `run`."""
 
@@ -170,7 +172,11 @@ class Tracing:
             if self.rehearses:
                 traced([], [], inputs, [])
                 return fx.GraphModule({}, fx.Graph())
-            root = torch_internals.trace_fx(traced, state.inputs, [*state.buffers.values()], inputs, numbers)
+            params = zip(state.params, state.inputs, strict=True)
+            read = [tensor for name, tensor in params if name not in self.left_out]
+            root = torch_internals.trace_fx(traced, read, [*state.buffers.values()], inputs, numbers)
+        if self.left_out:
+            self._add_left_out(root.graph)
         _make_tangents_placeholders(root.graph)
         return root
 
@@ -209,7 +215,7 @@ class Tracing:
     def _fake_state(self) -> FakeState:
         """Fake parameters and buffers; to be called under the fake mode."""
         buffers = {name: _fake_like(name, buffer, self.device) for name, buffer in self.module.named_buffers()}
-        return FakeState(fake_params(self.params, self.device), buffers, ignored=self._fake_ignored())
+        return FakeState(fake_params(self.params, self.device, self._fake_mode), buffers, ignored=self._fake_ignored())
 
     def _fake_ignored(self) -> dict[str, Tensor]:
         return {
@@ -373,13 +379,27 @@ class Tracing:
         return writes, self.observers.found(index_of), numbers
 
     def _label_placeholders(self, graph: fx.Graph, state: FakeState) -> None:
-        infos = [NodeInfo(Role.PARAM, name) for name in state.params]
+        infos = [NodeInfo(Role.PARAM, name) for name in state.params if name not in self.left_out]
         infos += [NodeInfo(Role.BUFFER, name) for name in state.buffers]
         infos += [NodeInfo(Role.INPUT, path) for path in self.spec.tensor_paths]
         infos += [NodeInfo(Role.INPUT, name_of_ignored(name)) for name in state.ignored]
         infos += [NodeInfo(Role.STATE)] * (0 if self.stand_ins is None else len(self.stand_ins.slots))
         for node, info in zip(graph.nodes, infos, strict=True):
             node.meta[META_KEY] = info
+
+    def _add_left_out(self, graph: fx.Graph) -> None:
+        """Add the placeholders of parameters that are no part of the trace, each in its place."""
+        traced = iter([*graph.find_nodes(op="placeholder"), next(n for n in graph.nodes if n.op != "placeholder")])
+        behind = next(traced)
+        for name, spec in self.params.items():
+            if name not in self.left_out:
+                behind = next(traced)
+                continue
+            with graph.inserting_before(behind):
+                node = graph.placeholder(f"left_out_{behind.name}")
+            dtype = spec.dtypes.compute
+            value = torch_internals.fake_leaf(self._fake_mode, spec.shape, dtype, self.device, requires_grad=False)
+            node.meta = {"val": value, META_KEY: NodeInfo(Role.PARAM, name)}
 
     def _backward(self, outputs: list[Tensor], leaves: list[Tensor], recorder: Recorder) -> list[Tensor | None]:
         recorder.label()
@@ -527,7 +547,7 @@ def _is_called_by_user() -> bool:
     return is_followed_file(caller.f_code.co_filename)
 
 
-class _Interceptor(torch_internals.DispatchMode):
+class _Interceptor(torch_internals.QuickDispatchMode):
     """Runs every operator below autograd: draws go through `Draws`, and each node gets its source line."""
 
     def __init__(

@@ -49,6 +49,8 @@ _DEPTH = 64
 _NAMES_OF_CLASSES = frozenset({"type", "__class__", "super", "cls"})
 """Names that code has which reads attributes of a class."""
 _SIZE = "the number of attributes"
+_OF_MODULES = frozenset({*torch_internals.MODULE_ATTRIBUTES, "training"})
+"""Attributes of modules that are guarded otherwise."""
 _made_in_forwards: weakref.WeakSet[types.FunctionType] = weakref.WeakSet()
 """Functions that a forward made which was followed; others keep their variables from call to call."""
 
@@ -286,6 +288,7 @@ class Reads:
             return
         names = ("__getattribute__", "__setattr__", "__init__")
         own = {name: vars(kind).get(name, ABSENT) for name in names}
+        unread = _OF_MODULES if issubclass(kind, nn.Module) else frozenset[str]()
         get, put, make = (getattr(kind, name) for name in names)
         settled = self._settled
 
@@ -298,7 +301,8 @@ class Reads:
                 if (id(obj), name) not in settled or self._seen is not None or self.observed:
                     self._on_read(obj, name, ABSENT)
                 raise
-            if (id(obj), name) in settled and self._seen is None and not self.observed:
+            is_known = not self._is_on or name in unread or (id(obj), name) in settled
+            if is_known and self._seen is None and not self.observed:
                 return value
             if name == "__dict__" and self._is_on and _is_called_by_user(inspect.currentframe()):
                 self._on_read_of_all(obj, value)
@@ -350,7 +354,7 @@ class Reads:
                     self._add(slot, read)
 
     def _needs_no_guard(self, obj: Any, name: str) -> bool:
-        if isinstance(obj, nn.Module) and (name in torch_internals.MODULE_ATTRIBUTES or name == "training"):
+        if isinstance(obj, nn.Module) and name in _OF_MODULES:
             return True
         if name in torch_internals.RNN_CACHES:  # rebuilt from the parameters
             return True

@@ -38,14 +38,19 @@ def memory_of(node: fx.Node) -> fx.Node:
 def memories(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     """`memory_of` of all nodes of a graph."""
     found: dict[fx.Node, fx.Node] = {}
+    storages: dict[int, int] = {}
     for node in graph.nodes:
-        source = _given_memory(node) if node.op == "call_function" else None
+        source = _given_memory(node, storages) if node.op == "call_function" else None
         found[node] = node if source is None else found[source]
     return found
 
 
-def _given_memory(node: fx.Node) -> fx.Node | None:
-    """The argument whose memory the node returns; None if the node allocates its result."""
+def _given_memory(node: fx.Node, storages: dict[int, int] | None = None) -> fx.Node | None:
+    """The argument whose memory the node returns; None if the node allocates its result.
+
+    Args:
+        storages: those of values by their ids, as far as they are known; equal blocks have the same values.
+    """
     maker = node
     if node.target is operator.getitem:
         maker = cast(fx.Node, node.args[0])
@@ -61,12 +66,20 @@ def _given_memory(node: fx.Node) -> fx.Node | None:
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return None
-    storage = torch_internals.storage_id(value)
-    for source in maker.all_input_nodes:
+    known = {} if storages is None else storages
+    storage = _storage(value, known)
+    for source in torch_internals.input_nodes(maker):
         given = source.meta.get("val")
-        if isinstance(given, torch.Tensor) and torch_internals.storage_id(given) == storage:
+        if isinstance(given, torch.Tensor) and _storage(given, known) == storage:
             return source
     return None
+
+
+def _storage(value: torch.Tensor, known: dict[int, int]) -> int:
+    found = known.get(id(value))
+    if found is None:
+        found = known[id(value)] = torch_internals.storage_id(value)
+    return found
 
 
 @functools.cache

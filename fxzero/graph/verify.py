@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxzero import torch_internals
 from fxzero.errors import (
     BucketError,
     DoubleReleaseError,
@@ -100,7 +101,7 @@ class _Walk:
     def check(self) -> None:
         seen, guarded, checks = self.seen, self.guarded, self._checks
         for node in self.step.graph.nodes:
-            sources, operator = node.all_input_nodes, id(node.target)
+            sources, operator = torch_internals.input_nodes(node), id(node.target)
             if not seen.issuperset(sources):
                 self._check_order(node)
             if operator not in checks:

@@ -28,10 +28,14 @@ from fxzero.memory.lifetimes import Buffer, Kind
 def static_nodes(step: StepGraph) -> list[fx.Node]:
     """Constants, gathered parameters, gradient slots, and everything that is only a view of those, in order."""
     static: dict[fx.Node, None] = {}
+    views: dict[int, bool] = {}  # by the ids of operators, whose own hashes take longer
     for node in step.graph.nodes:
-        if node.target is operator.getitem or is_view(node):
-            sources = node.all_input_nodes
-            is_static = (bool(sources) and static.keys() >= {*sources}) or is_gathered_param(node)
+        is_a_view = views.get(id(node.target))
+        if is_a_view is None:
+            is_a_view = views[id(node.target)] = node.target is operator.getitem or is_view(node)
+        if is_a_view:
+            sources = torch_internals.input_nodes(node)
+            is_static = (bool(sources) and all(source in static for source in sources)) or is_gathered_param(node)
         else:
             is_static = role(node) in (Role.CONSTANT, Role.GRAD_SLOT)
         if is_static:
@@ -144,7 +148,7 @@ def _ends(
         if node.op == "output":
             continue
         until = max(at[until] for until in read_until(node))
-        for source in node.all_input_nodes:
+        for source in torch_internals.input_nodes(node):
             hold(source if node.target is operator.getitem and not is_view(source) else memory[source], until)
     for values, end in ((step.model_outputs, step.end_forward or step.output), (step.input_grads, step.output)):
         for value in values:

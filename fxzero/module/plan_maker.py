@@ -19,7 +19,7 @@ from fxzero.graph.layout import ParamSpec
 from fxzero.graph.needs import needs_of
 from fxzero.graph.recipe import Needs, Recipe
 from fxzero.host.allocator import give_back_freed_memory
-from fxzero.host.gc_pause import gc_paused
+from fxzero.host.gc_pause import collect_young, gc_paused
 from fxzero.module.budget_round import BudgetRound
 from fxzero.module.call_kind import Arguments, Pattern, Signature, set_to
 from fxzero.module.changing_numbers import ChangingNumbers
@@ -96,8 +96,9 @@ class PlanMaker:
             torch_internals.outside_of_autograd_modes(),
             torch_internals.few_fake_results(keep=is_first),
             agree.busy(self.sharded.group),
-            gc_paused(),
+            gc_paused(leaves_old=True),
         ):
+            collect_young()  # what the caller has left there is none of ours
             predicted = self._predict(signature, pattern, arguments)
             if predicted is None:
                 self._lengths.note_changes(signature, pattern, self.numbers)
@@ -137,6 +138,7 @@ class PlanMaker:
         reporting = partial(agree.reporting_failure, sharded.group, topic) if others_wait else nullcontext
         with reporting():
             captured = self._capture(signature, pattern, arguments, with_backward=with_backward)
+        collect_young()  # a trace leaves much garbage
         if fixes_layout:
             agree_on_options(sharded)
         self.tuning.choose(sharded, captured.step, topic)

@@ -119,7 +119,7 @@ def generate(
 def _saved(step: StepGraph, phases: dict[Phase, list[fx.Node]], static: dict[fx.Node, None]) -> tuple[fx.Node, ...]:
     """The nodes before backward that backward reads, in order; views of parameters are never among them."""
     backward = set(phases.get(Phase.BACKWARD, ()))
-    read = {source for node in backward for source in node.all_input_nodes}
+    read = {source for node in backward for source in torch_internals.input_nodes(node)}
     read |= {grad for grad in step.input_grads if isinstance(grad, fx.Node)}
     before = (Role.INPUT, Role.STATE, Role.BUFFER, Role.COMPUTE)
     return tuple(
@@ -170,7 +170,7 @@ class _Writer:
         for node in nodes:
             if role(node) is Role.COMPUTE and node not in self.static:
                 local.add(node)
-            sources = node.all_input_nodes
+            sources = torch_internals.input_nodes(node)
             last_use.update(dict.fromkeys(filter(self._is_read, sources) if node in self._in_place else sources, node))
         dies_at: dict[fx.Node, list[str]] = {}
         for source, reader in last_use.items():

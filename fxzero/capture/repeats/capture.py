@@ -17,6 +17,7 @@ from fxzero.capture.repeats.record import NotRepeatedError, Record
 from fxzero.capture.repeats.stamp import stamp
 from fxzero.capture.slots import Read
 from fxzero.capture.trace import functional
+from fxzero.capture.values.branches import are_equal
 from fxzero.capture.writes import Output, Write
 from fxzero.graph.layout import ParamSpec
 from fxzero.graph.sharding import Sharding
@@ -90,10 +91,13 @@ def _stamped(
         warnings.simplefilter("ignore")  # the rehearsal has warned
         traced, tracing = Record(blocks), make()
         tracing.reads.begin_behind(rehearsal.reads)
-        with _left_out(model, {str(paths[index]) for run in runs for index in run.skipped}, traced):
+        left_out = {str(paths[index]) for run in runs for index in run.skipped}
+        tracing.left_out = frozenset(name for name, spec in params.items() if _lies_in(name, left_out, spec))
+        with _left_out(model, left_out, traced):
             root = _run(tracing, traced, rehearses=False)
     check_traced(whole, traced, runs)
-    if traced.why_not is not None or _described(tracing.joint) != _described(rehearsal.joint):
+    is_alike = are_equal(tracing.joint.branches, rehearsal.joint.branches)
+    if traced.why_not is not None or not is_alike or _described(tracing.joint) != _described(rehearsal.joint):
         raise NotRepeatedError("the forward leaves other things behind if blocks are left out")
     if tracing.read_as_inputs(root, list(tracing.reads.found.values())):
         raise NotRepeatedError("the forward reads tensors of the Python state")
@@ -134,8 +138,16 @@ def _has_tensors(write: Write) -> bool:
 
 
 def _described(joint: Joint) -> Any:
-    """What the graph of a step must agree with."""
-    return replace(joint, writes=(), observers=())
+    """What the graph of a step must agree with, beside branches."""
+    return replace(joint, writes=(), observers=(), branches=())
+
+
+def _lies_in(name: str, paths: set[str], spec: ParamSpec) -> bool:
+    """True for a parameter of a block that is left out. Should anything else read it, the trace fails."""
+    path = name.rpartition(".")[0]
+    while path and path not in paths:
+        path = path.rpartition(".")[0]
+    return bool(path) and spec.parallel is None
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 FakeTensorMode has a cache of its own, but to make a key for it, and a result from it, takes longer than all else that a
 rehearsal does. Here keys are plain tuples, and what they leave out (symbolic shapes, complex or sparse tensors, tensors
-with known values, operators that draw, that write, or whose shapes follow from values) is run as ever.
+with known values alone, operators that draw, that write, or whose shapes follow from values) is run as ever.
 """
 
 import functools
@@ -30,7 +30,7 @@ class KnownResults:
 
     def __init__(self, fake_mode: Any) -> None:
         self._mode = fake_mode
-        self._known: dict[Any, tuple[bool, list[Any]] | None] = {}
+        self._known: dict[Any, tuple[bool, list[Any]] | None] = {}  # operators by id: their own hashes take longer
         """Whether a result lies in the memory of the first tensor, and geometries; None where none is made again."""
 
     def run(self, op: Any, arguments: Arguments, run: Callable[..., Any]) -> Any:
@@ -47,9 +47,9 @@ class KnownResults:
         except UnknownArgumentError:
             return run(op, args, kwargs)
         geometries = [torch_internals.fake_geometry(each) for each in tensors]
-        if None in geometries:
+        if None in geometries or all(map(torch_internals.has_known_values, tensors)):
             return run(op, args, kwargs)
-        key = op, structure, tuple(geometries), torch.get_default_dtype()
+        key = id(op), structure, tuple(geometries), torch.get_default_dtype()
         if key not in self._known:
             result = run(op, args, kwargs)
             self._known[key] = _described(op, result, tensors)
@@ -76,9 +76,9 @@ def _described(op: Any, result: Any, tensors: list[Tensor]) -> tuple[bool, list[
     Some are views that no schema declares (of `_unsafe_view`, say); the storages tell.
     """
     results: list[Any] = [result] if isinstance(result, Tensor) else list(result)
-    if not tensors or any(torch_internals.fake_geometry(each) is None for each in results):
-        return None
     geometries = [torch_internals.fake_geometry(each) for each in results]
+    if not tensors or None in geometries or any(map(torch_internals.has_known_values, results)):
+        return None
     if len(results) == 1 and torch_internals.same_storage(results[0], tensors[0]):
         return True, geometries
     storages = {torch_internals.storage_id(each) for each in (*tensors, *results)}

@@ -128,6 +128,30 @@ class KnownValues:
         return not known.has_inputs or len(self.branches) < MOST_BRANCHES
 
 
+def are_equal(some: Sequence[Branch], others: Sequence[Branch]) -> bool:
+    """True if branches ask the same of the same inputs, in one order, and were decided alike."""
+    equal = set[tuple[int, int]]()  # a value may be part of many others
+
+    def is_same(a: Any, b: Any) -> bool:
+        if type(a) is not type(b):
+            return False
+        if isinstance(a, Known):
+            if (id(a), id(b)) not in equal:
+                if (a.operator, a.index, a.has_inputs) != (b.operator, b.index, b.has_inputs):
+                    return False
+                if not (is_same(a.args, b.args) and is_same(a.kwargs, b.kwargs)):
+                    return False
+                equal.add((id(a), id(b)))
+            return True
+        if isinstance(a, list | tuple):
+            return len(a) == len(b) and all(map(is_same, a, b))
+        if isinstance(a, dict):
+            return a.keys() == b.keys() and all(is_same(each, b[key]) for key, each in a.items())
+        return bool(a == b)
+
+    return is_same(list(some), list(others))
+
+
 def _decided(condition: Known, inputs: Sequence[Tensor]) -> bool:
     with torch_internals.without_dispatch():
         return bool(_computed(condition, inputs, {}).item())

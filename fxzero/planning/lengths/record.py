@@ -95,7 +95,7 @@ class KnownTensors:
             return geometry(tensor, integers)
         if tensor.numel() > _SMALL_NUMEL or tensor.device.type != "cpu":
             raise NotRecordedError("a large tensor that is none of the model's")
-        return tensor.dtype, tuple(tensor.shape), repr(tensor.tolist())
+        return tensor.dtype, tuple(tensor.shape), repr(torch_internals.values_of(tensor))
 
 
 def geometry(tensor: Tensor, integers: list[int]) -> Any:

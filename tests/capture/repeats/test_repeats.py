@@ -101,6 +101,16 @@ def test_graph_is_that_of_a_whole_trace_for_hugging_face(family: str, caplog: An
     assert "are stamped from" in log[0]
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_mask_on_whose_values_forward_branches_is_no_reason_to_trace_all_blocks(caplog: Any) -> None:
+    mask = torch.ones_like(IDS)
+    mask[0, 4:] = 0
+    found, log = _check(_transformer("llama"), caplog, input_ids=IDS, labels=IDS, attention_mask=mask)
+    assert "are stamped from" in log[0]
+    assert found.fits([IDS, IDS, mask])
+    assert not found.fits([IDS, IDS, torch.ones_like(IDS)])
+
+
 class Block(nn.Module):
     """A block whose forward can differ in many ways."""
 
