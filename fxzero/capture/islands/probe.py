@@ -26,7 +26,7 @@ from fxzero import torch_internals
 from fxzero.capture.draws import restoring, same_draws_of_python
 from fxzero.capture.fake_tensors import FakeState, swapped_tensors
 from fxzero.capture.islands.facts import UNKNOWN, Facts
-from fxzero.capture.islands.geometry import Geometry
+from fxzero.capture.islands.geometry import Geometry, dense_stride
 from fxzero.capture.islands.run import Run
 from fxzero.capture.islands.saved import NotingSaved
 from fxzero.capture.islands.site import Site
@@ -122,6 +122,7 @@ def _learn(model: nn.Module, site: Site, values: _Values, state: Before, reads: 
         facts,
         written_in_backward=written,
         held_bytes=held,
+        grad_strides=tuple(None if each is None else dense_stride(each) for each in clean[: site.num_input_grads]),
         flops=(forward.total, backward.total),
     )
     facts = replace(facts, escapes=_escapes(site, facts, before, clean))
