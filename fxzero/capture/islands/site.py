@@ -391,7 +391,7 @@ class Site:
         return self.modes.autocast and self.modes.caches_casts and is_trained and spec.dtypes.compute == torch.float32
 
     def declared_grads(self, tensors: Sequence[Tensor]) -> tuple[Geometry, ...]:
-        """The geometry of gradients: those of inputs have the strides that autograd gives them, as sums may follow them.
+        """The geometry of gradients. Those of inputs have the strides that autograd gives them: sums may follow.
 
         Args:
             tensors: inputs and parameters.
