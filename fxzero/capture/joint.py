@@ -250,6 +250,8 @@ class Tracing:
         leaves: dict[str | int, Tensor] = {}
         grads_of_leaves: list[Any] = []
         values = KnownValues(inputs, self._real_inputs)
+        if self.marks is not None:
+            self.marks.values = values
         # A checkpoint runs modules in backward, so the stand-ins stay until its end.
         with (
             _Interceptor(draws, recorder, self.reads, self.marks, self.record, results) as interceptor,

@@ -50,6 +50,15 @@ class Divides(Net):
         return self.second(x) / x.shape[1]
 
 
+class ReturnsTable(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = [torch.arange(400.0)]
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), self.tables[0]
+
+
 def steps(zero: nn.Module, length: int, rows: int = 3) -> list[Tensor]:
     torch.manual_seed(length)
     x = torch.randn(rows, length, 8)
@@ -134,6 +143,16 @@ def test_constants_that_depend_on_the_length_are_right() -> None:
     zero, plain = pair(Divides)
     for length in (4, 5, 7, 6, 13):
         assert both(zero, plain, length)
+
+
+def test_a_large_tensor_of_the_python_state_is_returned_at_every_length() -> None:
+    zero, plain = pair(ReturnsTable)
+    for length in (4, 5, 7, 6):
+        x = torch.randn(3, length, 8)
+        torch.manual_seed(length)
+        loss, table = zero(x)
+        torch.manual_seed(length)
+        assert torch.equal(loss, plain(x)[0]) and torch.equal(table, torch.arange(400.0))
 
 
 def test_predicted_plans_accumulate_evaluate_and_narrow() -> None:

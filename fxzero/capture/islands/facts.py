@@ -33,11 +33,13 @@ class Facts:
     """Backward reads a weight or an input where no hook sees it, so that forward works on copies of its own."""
     held_bytes: int
     """Bytes between forward and backward, beside the inputs."""
+    grad_strides: tuple[tuple[int, ...] | None, ...]
+    """Those of the gradients of inputs that require grad; None where there was none."""
     flops: tuple[int, int]
     """Floating-point operations of forward and of backward, on the data of the probe."""
 
 
-UNKNOWN = Facts(OutputSpec(tree_flatten(None)[1], ()), (), {}, (), (), (), (), (), (), False, 0, (0, 0))
+UNKNOWN = Facts(OutputSpec(tree_flatten(None)[1], ()), (), {}, (), (), (), (), (), (), False, 0, (), (0, 0))
 """Facts of a call before its probe."""
 
 

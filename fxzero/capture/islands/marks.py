@@ -27,6 +27,7 @@ from fxzero.capture.islands.site import Site, Slots
 from fxzero.capture.numbers import PinnedNumberError
 from fxzero.capture.reads import Reads
 from fxzero.capture.slots import PLAIN, Read, Slot
+from fxzero.capture.values.branches import KnownValues
 from fxzero.capture.writes import Before
 from fxzero.errors import CaptureError
 from fxzero.graph.layout import ParamSpec
@@ -299,6 +300,8 @@ class Marks:
     modules: Mapping[str, nn.Module]
     """The islands by path."""
     sites: list[Site] = field(default_factory=list[Site])
+    values: KnownValues | None = None
+    """Knows which arguments of islands follow from inputs and constants."""
     _numbers: Counter[str] = field(default_factory=Counter[str])
     _handles: dict[int, tuple[Site, Tensor]] = field(default_factory=dict[int, tuple[Site, Tensor]])
     """The sites and handles of calls by the keys of their draws."""
@@ -428,18 +431,24 @@ class Marks:
         self, path: str, site: Site, tensors: Sequence[Tensor], params: Sequence[Tensor], buffers: Sequence[Tensor]
     ) -> _Call:
         modes = site.modes, site.requires_grad, tuple(map(repr, site.leaves)), site.module.training
+        real = {index: self._real[id(each)] for index, each in enumerate(tensors) if id(each) in self._real}
+        fixed: dict[int, int] = {}
+        for index, each in enumerate(tensors):
+            if index not in real and self.values is not None and (found := self.values.value_of(each)) is not None:
+                real[index], is_constant = found
+                if is_constant:
+                    fixed[index] = _digest(found[0])
         key = (
             (path, self._numbers[path]), pattern_of(path), type(site.module), geometries(tensors), geometries(params),
-            modes, repr(site.structure),
+            modes, repr(site.structure), tuple(fixed.items()),
         )  # fmt: skip
-        real = {index: self._real[id(each)] for index, each in enumerate(tensors) if id(each) in self._real}
         of_buffers = [
             self._buffers[self._real_buffers[id(each)]] if id(each) in self._real_buffers else each for each in buffers
         ]
         known = tuple(
             torch.empty_like(each, device="meta") if torch_internals.is_fake(each) else each for each in of_buffers
         )
-        return _Call(key, site, Example(geometries(tensors), real, known))
+        return _Call(key, site, Example(geometries(tensors), real, known, frozenset(fixed)))
 
     def _site(
         self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -483,6 +492,11 @@ class Marks:
             self._device,
         )
         return site, tensors, params, buffers
+
+
+def _digest(tensor: Tensor) -> int:
+    with torch_internals.without_dispatch():
+        return hash(tensor.cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
 
 
 def _is_plain(read: Read) -> bool:

@@ -142,7 +142,10 @@ def _add_inside(graph: fx.Graph, backward: fx.Node) -> None:
         others = [each for each in adds[0].args if each is not gradient]
         older = others[0] if len(others) == 1 else None
         if isinstance(older, fx.Node) and older < backward and _is_alike(older, gradient) and _is_alike(adds[0], older):
-            sums[cast(int, gradient.args[1])] = older
+            index = cast(int, gradient.args[1])
+            sums[index] = older
+            gradient.meta["val"] = adds[0].meta["val"]
+            cast(Site, backward.args[0]).declare_sum(index, gradient.meta["val"])
             adds[0].replace_all_uses_with(gradient)
             graph.erase_node(adds[0])
     backward.args = (*backward.args[:-1], sums)

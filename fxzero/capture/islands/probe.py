@@ -26,7 +26,7 @@ from fxzero import torch_internals
 from fxzero.capture.draws import restoring, same_draws_of_python
 from fxzero.capture.fake_tensors import FakeState, swapped_tensors
 from fxzero.capture.islands.facts import UNKNOWN, Facts
-from fxzero.capture.islands.geometry import Geometry
+from fxzero.capture.islands.geometry import Geometry, dense_stride
 from fxzero.capture.islands.run import Run
 from fxzero.capture.islands.saved import NotingSaved
 from fxzero.capture.islands.site import Site
@@ -49,8 +49,10 @@ class Example:
 
     inputs: tuple[Geometry, ...]
     real: Mapping[int, Tensor]
-    """The values of those that are arguments of the model itself."""
+    """The values of those that are arguments of the model itself, or follow from some."""
     buffers: tuple[Tensor, ...]
+    fixed: frozenset[int] = frozenset()
+    """Which of the inputs are constants."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def learn(model: nn.Module, site: Site, example: Example) -> tuple[Facts, frozen
     for values in _made_up(site, example):
         with _undone(model, site.module) as (before, reads), torch.inference_mode(False):
             try:
-                facts, written = _learn(model, site, values, before, reads)
+                facts, written = _learn(model, site, values, example.fixed, before, reads)
             except NotAnIslandError:
                 raise
             except Exception as failed:  # not values that the module takes
@@ -105,7 +107,9 @@ def error_of(model: nn.Module, call: Callable[[], object]) -> Exception | None:
     return None
 
 
-def _learn(model: nn.Module, site: Site, values: _Values, state: Before, reads: Reads) -> tuple[Facts, frozenset[Any]]:
+def _learn(
+    model: nn.Module, site: Site, values: _Values, fixed: frozenset[int], state: Before, reads: Reads
+) -> tuple[Facts, frozenset[Any]]:
     before = values.copies()
     forward, backward = _Flops(), _Flops()
     with forward, _OnlyOwn(model, site), reads.following():
@@ -122,10 +126,11 @@ def _learn(model: nn.Module, site: Site, values: _Values, state: Before, reads: 
         facts,
         written_in_backward=written,
         held_bytes=held,
+        grad_strides=tuple(None if each is None else dense_stride(each) for each in clean[: site.num_input_grads]),
         flops=(forward.total, backward.total),
     )
     facts = replace(facts, escapes=_escapes(site, facts, before, clean))
-    facts = replace(facts, outs=_with_grad(site, facts, _run_on_other_values(site, facts, before)))
+    facts = replace(facts, outs=_with_grad(site, facts, _run_on_other_values(site, facts, before, fixed)))
     return facts, frozenset(written_state)
 
 
@@ -265,14 +270,15 @@ def _with_grad(site: Site, facts: Facts, other: Run | None) -> tuple[Geometry, .
     return tuple(replace(out, requires_grad=needs) for out, needs in zip(facts.outs, found, strict=True))
 
 
-def _run_on_other_values(site: Site, facts: Facts, before: _Values) -> Run | None:
-    """A run on other values; None if the module does not take them.
+def _run_on_other_values(site: Site, facts: Facts, before: _Values, fixed: frozenset[int]) -> Run | None:
+    """A run on other values, but for constants; None if the module does not take them.
 
     Raises:
         NotAnIslandError: it gives results of another shape, or other plain values.
     """
     with _seeded():
-        other = _Values([_other(each) for each in before.inputs], before.params, before.copies().buffers)
+        inputs = [_copy(each) if index in fixed else _other(each) for index, each in enumerate(before.inputs)]
+        other = _Values(inputs, before.params, before.copies().buffers)
     try:
         run = _run(site, other)
     except Exception:  # not values that the module takes

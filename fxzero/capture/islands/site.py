@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -81,6 +82,11 @@ class Site:
         """Their addresses."""
         self._places: dict[tuple[int, ...], tuple[Spans, set[int]]] = {}
         """Where values of parameters lie, and the addresses of their storages, by the addresses of all."""
+
+    @property
+    def num_input_grads(self) -> int:
+        """The number of inputs that require grad, whose gradients come first."""
+        return sum(self.requires_grad[: self.num_inputs])
 
     @property
     def stand_ins(self) -> list[nn.Parameter]:
@@ -385,12 +391,22 @@ class Site:
         return self.modes.autocast and self.modes.caches_casts and is_trained and spec.dtypes.compute == torch.float32
 
     def declared_grads(self, tensors: Sequence[Tensor]) -> tuple[Geometry, ...]:
-        """The geometry of gradients.
+        """The geometry of gradients. Those of inputs have the strides that autograd gives them: sums may follow.
 
         Args:
             tensors: inputs and parameters.
         """
-        return tuple(Geometry.dense(each) for each in tensors if each.requires_grad)
+        found = [Geometry.dense(each) for each in tensors if each.requires_grad]
+        for index, stride in enumerate(self.facts.grad_strides):
+            if stride is not None:
+                found[index] = replace(found[index], stride=stride)
+        return tuple(found)
+
+    def declare_sum(self, index: int, result: Tensor) -> None:
+        """Let a gradient that is added to an older one have the geometry of their sum."""
+        grads = list(self.grads)
+        grads[index] = replace(Geometry.dense(result), requires_grad=grads[index].requires_grad)
+        self.grads = tuple(grads)
 
     def __repr__(self) -> str:
         return f"<island {self.fqn}>"

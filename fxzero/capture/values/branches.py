@@ -2,8 +2,9 @@
 
     if attention_mask.all(): attention_mask = None        a plan for masks of ones, another for all others
 
-A value counts if integers and booleans that the call is given, and constants, make it: masks, positions, ids. How it
-follows from them is kept, so that each later call of this kind is asked the same question before its plan is chosen.
+A value counts if integers and booleans that the call is given, and constants, make it: masks, positions, ids; floating
+ones if constants alone do. How it follows from them is kept, so that each later call of this kind is asked the same
+question before its plan is chosen.
 """
 
 import functools
@@ -58,13 +59,15 @@ class KnownValues:
         self.branches: list[Branch] = []
         self._inputs = inputs
         self._known: dict[int, tuple[weakref.ref[Tensor], Known]] = {}
+        self._constants: dict[int, tuple[weakref.ref[Tensor], Known]] = {}
+        """Floating ones, which a forward writes more often: then only these are forgotten."""
         for index, (stand_in, tensor) in enumerate(zip(stand_ins, inputs, strict=True)):
             if _counts(tensor) and tensor.device.type != "meta":
                 self._add(stand_in, Known(index=index))
 
     def is_known(self, tensor: Any) -> bool:
         """True if the values of a traced tensor follow from inputs, and may decide a branch."""
-        known = self._known_of(tensor)
+        known = None if id(tensor) in self._constants else self._known_of(tensor)
         return known is not None and self._may_decide(known)
 
     def decide(self, operator: Any, args: tuple[Any, ...]) -> bool | None:
@@ -82,20 +85,36 @@ class KnownValues:
             self.branches.append(Branch(known, outcome))
         return outcome
 
+    def value_of(self, tensor: Tensor) -> tuple[Tensor, bool] | None:
+        """The value of a traced tensor, and whether it is a constant; None if it is not known."""
+        known = self._known_of(tensor)
+        if known is None:
+            return None
+        try:
+            with torch_internals.without_dispatch(), torch.no_grad():
+                return _computed(known, self._inputs, {}), not known.has_inputs
+        except RuntimeError:
+            return None
+
     def ran(self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """An operator has run."""
         if torch_internals.is_mutable(operator):
             given = torch_internals.named_arguments(operator, args, kwargs)
-            written = [given[name] for name in torch_internals.written_names(operator)]
-            if any(map(_counts, torch_internals.tree_leaves(written))):
-                self._known.clear()  # views of it are not told apart
-        elif _counts(result) and not _is_random(operator):
+            written = torch_internals.tree_leaves([given[name] for name in torch_internals.written_names(operator)])
+            if any(id(each) in self._constants for each in written):
+                self._constants.clear()  # views of it are not told apart
+            if any(map(_counts, written)):
+                self._known.clear()
+                self._constants.clear()
+        elif isinstance(result, Tensor) and not _is_random(operator):
             found = list[Known]()
             try:
                 of_args, of_kwargs = self._followed(args, found), self._followed(kwargs, found)
             except LookupError:
                 return
-            self._add(result, Known(operator, of_args, of_kwargs, has_inputs=any(each.has_inputs for each in found)))
+            has_inputs = any(each.has_inputs for each in found)
+            if _counts(result) or not has_inputs:
+                self._add(result, Known(operator, of_args, of_kwargs, has_inputs=has_inputs))
 
     def _followed(self, value: Any, found: list[Known]) -> Any:
         """An argument with `Known` in the place of its tensors, which `found` receives.
@@ -118,10 +137,10 @@ class KnownValues:
         return value
 
     def _add(self, tensor: Tensor, known: Known) -> None:
-        self._known[id(tensor)] = weakref.ref(tensor), known
+        (self._known if _counts(tensor) else self._constants)[id(tensor)] = weakref.ref(tensor), known
 
     def _known_of(self, tensor: Any) -> Known | None:
-        entry = self._known.get(id(tensor))
+        entry = self._known.get(id(tensor)) or self._constants.get(id(tensor))
         return None if entry is None or entry[0]() is not tensor else entry[1]
 
     def _may_decide(self, known: Known) -> bool:

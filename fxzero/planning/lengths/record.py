@@ -196,9 +196,12 @@ class Recording:
             output: its flat tensors.
             spec: its plain values.
         """
-        if self._running is not None:
+        running, self._running = self._running, None
+        if running is not None:
             tensors, integers = list[int](), list[int]()
-            skeleton = self._known.flatten(list(output), tensors, integers)
+            try:
+                skeleton = self._known.flatten(list(output), tensors, integers)
+            except NotRecordedError:  # it returns a large tensor of the Python state
+                return
             outputs = skeleton, tuple(tensors), tuple(integers), repr(spec)
-            running, self._running = self._running, None
             self.record = ForwardRecord(running.events, running.tensors, running.integers, outputs, running.reads)

@@ -154,7 +154,10 @@ class _Actor(torch_internals.QuickDispatchMode):
         if self._failed is not None:  # the model may have caught it
             raise self._failed
         tensors, integers = list[int](), list[int]()
-        skeleton = self._known.flatten(list(output), tensors, integers)
+        try:
+            skeleton = self._known.flatten(list(output), tensors, integers)
+        except NotRecordedError as error:
+            raise OtherForwardError(str(error)) from error
         found = skeleton, tuple(tensors), tuple(integers), repr(spec)
         if self._position != len(self._expected.forms) or found != self._expected.outputs:
             raise OtherForwardError("it returns something else")

@@ -197,6 +197,50 @@ def test_results_of_every_kind() -> None:
     assert islands_of(train_both(ReadsMany())) == ["part"]
 
 
+class Transposes(nn.Module):
+    """Images whose pixels are the tokens of an island: its input is transposed, and the gradient of that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.branch = nn.Conv2d(1, WIDTH, 3), nn.BatchNorm2d(WIDTH), Branch()
+
+    def forward(self, x: Tensor) -> Tensor:
+        images = self.norm(self.conv(x.repeat(12, 5).view(12, 1, -1, WIDTH)))
+        tokens = images.flatten(2).transpose(1, 2)
+        return (self.branch(tokens) + tokens * self.conv.bias).square().mean()
+
+
+def test_the_gradient_of_a_transposed_input_lies_as_in_eager() -> None:
+    seed_all(0)
+    train_both(Transposes())
+
+
+class PicksPixels(nn.Module):
+    """As many rows as a mask has ones, which the model makes itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pick = Picks()
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.arange(len(x)).clamp(max=1).float()
+        return self.pick(x, torch.ones(len(x))).square().mean() + self.pick(x, mask).mean()
+
+
+class Picks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.linear(x)[torch.nonzero(mask)[:, 0]] if mask.sum().item() else x
+
+
+def test_shapes_that_follow_constants_may_leave_an_island() -> None:
+    seed_all(0)
+    assert islands_of(train_both(PicksPixels())) == ["pick"]
+
+
 def test_gradients_of_gradients_inside() -> None:
     seed_all(0)
     train_both(Around(Part(penalty)))
