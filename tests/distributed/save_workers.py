@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import resource
 from pathlib import Path
 from typing import Any
@@ -230,3 +231,51 @@ def killed(rank: int, world_size: int, folder: Path, dies: int) -> None:
     with pytest.raises(FxzeroError):
         fxzero.save(folder, model, optimizer)
     assert json.loads((folder / "000001" / "manifest.json").read_text().splitlines()[1])["shard_ranks"] == world_size
+
+
+def nearly_full_disk(rank: int, world_size: int, folder: Path, num_files: int) -> None:
+    """A disk that has room for so many more files fails the save, and leaves nothing behind; then it has room again."""
+    model, optimizer = _saved(folder / "run")
+    before = full_state(model, optimizer)
+    torch.distributed.barrier()
+    if rank == 0:
+        for number in range(os.statvfs(folder).f_favail - num_files):
+            (folder / f"other{number}").touch()
+    torch.distributed.barrier()
+    for save in (fxzero.save, _saved_apart):
+        with pytest.raises((FxzeroError, OSError), match=r"No space left|could not be written by rank"):
+            save(folder / "run", model, optimizer)
+        torch.distributed.barrier()
+        assert sorted(path.name for path in (folder / "run").iterdir()) == ["000001"], save
+        torch.distributed.barrier()  # before rank 0 makes the next folder
+    if rank == 0:
+        for path in folder.glob("other*"):
+            path.unlink()
+    torch.distributed.barrier()
+    assert _saved_apart(folder / "run", model, optimizer) == folder / "run" / "000002"
+    fxzero.load(folder / "run", model, optimizer)
+    assert differences(before, full_state(model, optimizer)) == []
+
+
+def _saved_apart(folder: Path, model: fxzero.ZeroModule, optimizer: torch.optim.Optimizer) -> Path:
+    return fxzero.async_save(folder, model, optimizer).result(20)
+
+
+def fails_to_copy(rank: int, world_size: int, folder: Path) -> None:
+    """A rank that cannot say what it has, or cannot copy it, fails the save on all, and leaves no folder behind."""
+    model, optimizer = _saved(folder)
+    torch.distributed.barrier()
+    with pytest.raises(FxzeroError, match="extra is a builtins.object"):
+        fxzero.async_save(folder, model, optimizer, extra=object() if rank == 1 else None)
+    param = next(param for param in model.parameters() if param.numel())
+    data = param.data
+    if rank == 1:
+        param.data = data.new_zeros(data.numel() + 1)
+        with pytest.raises(FxzeroError, match="shape"):
+            fxzero.async_save(folder, model, optimizer)
+    else:
+        with pytest.raises(FxzeroError, match="could not be written by rank 1"):
+            _saved_apart(folder, model, optimizer)
+    param.data = data
+    torch.distributed.barrier()
+    assert [path.name for path in folder.iterdir()] == ["000001"]

@@ -1,5 +1,7 @@
 """fxzero.save and fxzero.load between numbers of ranks; damage, kills and what does not fit."""
 
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,27 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
 
 def test_a_full_disk_fails_the_save_alone(tmp_path: Path) -> None:
     run_ranks(2, save_workers.full_disk, tmp_path)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for few files, which only root can make."""
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m,nr_inodes=30", "tmpfs", tmp_path], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("cannot mount a file system")
+    yield tmp_path
+    subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
+@pytest.mark.parametrize("num_files", [3, 2, 5, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (0, 1, 4, 6))])
+def test_a_disk_without_room_for_another_file_is_left_as_it_was(small_disk: Path, num_files: int) -> None:
+    run_ranks(2, save_workers.nearly_full_disk, small_disk, num_files)
+
+
+def test_a_rank_that_cannot_copy_leaves_no_folder(tmp_path: Path) -> None:
+    run_ranks(2, save_workers.fails_to_copy, tmp_path)
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
