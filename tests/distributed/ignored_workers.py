@@ -203,7 +203,7 @@ def other_uses(rank: int, world_size: int, folder: str) -> None:
 
 
 def steps_of_their_own(rank: int, world_size: int) -> None:
-    """An optimizer of ignored parameters alone skips the steps that others skip, with a scaler and in step_together()."""
+    """An optimizer of ignored parameters alone skips what others skip, with a scaler and in step_together()."""
     model = _model(0)
     zero = fxzero.compile(model, ignored_params=(ignored := model.ignored()))
     shards = [param for param in zero.parameters() if all(param is not each for each in ignored)]
@@ -225,7 +225,7 @@ def steps_of_their_own(rank: int, world_size: int) -> None:
     assert scaler.get_scale() == 2.0
 
     before = [param.detach().clone() for param in zero.parameters()]
-    with pytest.raises((StepLeftOutError, KeyError)), zero.step_together():  # noqa: PT012
+    with pytest.raises((StepLeftOutError, KeyError)), zero.step_together():
         zero(torch.randn(4, 12)).backward()
         if rank == 1:
             raise KeyError
