@@ -1,5 +1,6 @@
 """fxzero.save and fxzero.load between numbers of ranks; damage, kills and what does not fit."""
 
+import random
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,3 +84,17 @@ def _weights(rank: int, world_size: int, folder: Path) -> dict[str, object]:
     assert isinstance(model, fxzero.ZeroModule)
     fxzero.load(folder, model, optimizer)
     return checkpoint_workers.full_state(model, optimizer)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("is_apart", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_kill_at_any_moment_loses_nothing_that_was_saved(tmp_path: Path, world_size: int, is_apart: bool) -> None:
+    draws = random.Random(world_size)
+    for _ in range(4):
+        dies = draws.randrange(world_size)
+        arguments = tmp_path, dies, draws.uniform(0.0, 0.3), is_apart
+        run_ranks(world_size, save_workers.saves_until_killed, *arguments, dies=[dies])
+        saved = [int(line) for path in tmp_path.glob("saved_*") for line in path.read_text().splitlines()]
+        if saved:
+            assert run_ranks(1, save_workers.newest_number, tmp_path)[0] >= max(saved)
