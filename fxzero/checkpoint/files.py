@@ -69,8 +69,12 @@ def new_folder(root: Path, num_ranks: int) -> Path:
     number = max((int(path.name) for path in numbered(root)), default=0) + 1
     folder = root / f".{number:06}.{uuid.uuid4().hex[:8]}.partial"
     folder.mkdir()
-    for rank in range(num_ranks):
-        data_file(folder, rank).touch()
+    try:
+        for rank in range(num_ranks):
+            data_file(folder, rank).touch()
+    except OSError:  # a disk may have room for a folder, and not for a file
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return folder
 
 
@@ -105,13 +109,50 @@ def index_file(folder: Path, rank: int) -> Path:
     return folder / f"rank_{rank:05}.json"
 
 
-def give_up(folder: Path, rank: int) -> None:
-    """Remove the files of one rank of a checkpoint that will not be complete; the last rank removes the folder."""
-    own = [data_file(folder, rank), index_file(folder, rank)] + [folder / MANIFEST] * (rank == 0)
-    for path in own:
+def post(folder: Path, rank: int, text: str) -> None:
+    """Let other ranks read in the folder what one says."""
+    aside = _post_file(folder, rank).with_suffix(".aside")
+    aside.write_text(text)
+    aside.replace(_post_file(folder, rank))
+
+
+def posts(folder: Path, num_ranks: int) -> list[str | None]:
+    """What ranks have posted, or that they have given up; None for those of which nothing is known yet."""
+    return [_posted(folder, rank) for rank in range(num_ranks)]
+
+
+def _posted(folder: Path, rank: int) -> str | None:
+    has_data = data_file(folder, rank).exists()  # looked at first: who gives up posts, and then removes it
+    try:
+        return _post_file(folder, rank).read_text()
+    except FileNotFoundError:
+        return None if has_data else f"rank {rank}, which could not say why"
+
+
+def remove_posts(folder: Path, num_ranks: int) -> None:
+    """Remove what ranks have posted."""
+    for rank in range(num_ranks):
+        _post_file(folder, rank).unlink()
+
+
+def _post_file(folder: Path, rank: int) -> Path:
+    return folder / f"rank_{rank:05}.written"
+
+
+def give_up(folder: Path, rank: int, reason: str) -> None:
+    """Remove the files of one rank of a checkpoint that will not be complete; the last rank removes the folder.
+
+    A full disk may have room for no further file. So it is the missing data that tells other ranks, and the reason is
+    posted only if it can be.
+    """
+    for path in [index_file(folder, rank)] + [folder / MANIFEST] * (rank == 0):
         path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
-        folder.rmdir()
+        os.truncate(data_file(folder, rank), 0)  # room for the reason
+        post(folder, rank, reason)
+    data_file(folder, rank).unlink(missing_ok=True)
+    if not any(folder.glob("rank_*.bin")):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_json(path: Path, content: Any) -> int:

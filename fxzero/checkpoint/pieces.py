@@ -121,11 +121,12 @@ class Pieces:
         if self._mesh is None:
             kind, group = self._device.type, self._group
             if isinstance(group, Hierarchy) and group.shards_across:
-                self._mesh = DeviceMesh(kind, list(group.ranks))
+                # other ranks, of another row of tensor parallelism say, may make a group of their own, or none
+                sharing = dist.new_group(list(group.ranks), use_local_synchronization=True)
             else:
-                inside = group.inside if isinstance(group, Hierarchy) else group or dist.group.WORLD
-                assert inside is not None
-                self._mesh = DeviceMesh.from_group(inside, kind)
+                sharing = group.inside if isinstance(group, Hierarchy) else group or dist.group.WORLD
+            assert isinstance(sharing, dist.ProcessGroup)
+            self._mesh = DeviceMesh.from_group(sharing, kind)
         return self._mesh
 
     def _gather(self, flat: Tensor, whole: "Whole") -> Tensor:

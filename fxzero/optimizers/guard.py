@@ -5,7 +5,7 @@ import functools
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -38,7 +38,8 @@ class OptimizerGuard:
                                first step; groups were added;    checks the optimizer, and compares its state with
                                state was loaded                  other ranks; its state will move
     before_unscaling           it holds shards                   lets its gradients be reduced, if they are held
-    after_unscaling            it holds shards                   lets ranks agree on infinities that a scaler has found
+    after_unscaling            it holds shards, or ignored       lets ranks agree on infinities that a scaler has found,
+                               parameters                        since they have one scale
     after_step                 its state is to move              moves it into one buffer
 
     A step in which torch.distributed.checkpoint lets an optimizer make its state (`made_up.py`) is not one of training.
@@ -48,6 +49,7 @@ class OptimizerGuard:
         shards: returns this rank's part of each parameter as `param_shards` does, and nothing before there are shards.
             It must not hold the owner.
         elementwise_optimizer: see `check_optimizer`.
+        ignored: returns the ids of the ignored parameters. It must not hold the owner.
         pieces: returns what shows slices to torch.distributed.checkpoint, once there are shards. It must not hold the
             owner.
         compare: compares between ranks what state an optimizer has before its first step, and after a load; raises
@@ -57,7 +59,9 @@ class OptimizerGuard:
         fix_layout: makes the shards where there are none, on all ranks; must not hold the owner.
         on_begin: called before each step of any optimizer; must not hold the owner.
         on_step: called after each step of any optimizer with its seconds; must not hold the owner.
-        before_own_step: called before each step of an optimizer that holds shards; must not hold the owner.
+        is_together: returns whether all ranks take a step or none. It must not hold the owner.
+        before_own_step: called before each step of an optimizer that holds shards, and inside of such a step that holds
+            ignored parameters; must not hold the owner.
         after_own_step: called after such a step; must not hold the owner.
         phase: begins a phase of all ranks inside of an optimizer's step; must not hold the owner.
     """
@@ -68,11 +72,13 @@ class OptimizerGuard:
         shards: Callable[[], Mapping[int, ParamShard]],
         *,
         elementwise_optimizer: bool,
+        ignored: Callable[[], Collection[int]] = lambda: (),
         pieces: Callable[[], Pieces | None] = lambda: None,
         compare: Callable[[str], object] = lambda state: None,
         agree_on_found: Callable[[Sequence[torch.Tensor]], object] = lambda found: None,
         on_begin: Callable[[torch.optim.Optimizer], object] = lambda optimizer: None,
         on_step: Callable[[float], object] = lambda seconds: None,
+        is_together: Callable[[], bool] = lambda: False,
         before_own_step: Callable[[torch.optim.Optimizer], object] = lambda optimizer: None,
         after_own_step: Callable[[], object] = lambda: None,
         phase: Callable[[str], AbstractContextManager[object]] = lambda word: contextlib.nullcontext(),
@@ -83,6 +89,7 @@ class OptimizerGuard:
         self._before_own_step, self._after_own_step = before_own_step, after_own_step
         self._began_s = 0.0
         self.shards, self.pieces, self.fix_layout = shards, pieces, fix_layout
+        self._ignored, self._is_together = ignored, is_together
         self.elementwise_optimizer = elementwise_optimizer
         self._checked: weakref.WeakKeyDictionary[Any, tuple[list[Any], int]] = weakref.WeakKeyDictionary()
         """The list of groups that was checked, which a load replaces, and its length."""
@@ -132,7 +139,7 @@ class OptimizerGuard:
                     self._own.add(optimizer)
                     hook_state_dicts(optimizer)
                     _warn_of_others(optimizer, shards)
-        if optimizer in self._own and is_training:
+        if is_training and self._is_own(optimizer):
             self._before_own_step(optimizer)
         self.wholes.before_step(optimizer, is_training=is_training)
 
@@ -141,7 +148,7 @@ class OptimizerGuard:
         self.wholes.after_step(optimizer)
         if is_training:
             self._on_step(time.perf_counter() - self._began_s)
-            if optimizer in self._own:
+            if self._is_own(optimizer):
                 self._after_own_step()
         if optimizer in self._to_rehome:
             self._to_rehome.discard(optimizer)
@@ -149,14 +156,18 @@ class OptimizerGuard:
                 optimizer, self.shards().keys(), of_wholes=steps_wholes(optimizer)
             )
 
+    def _is_own(self, optimizer: torch.optim.Optimizer) -> bool:
+        """True if an optimizer holds shards, or if all ranks step or none and it holds ignored parameters."""
+        return optimizer in self._own or (self._is_together() and _holds(optimizer, self._ignored()))
+
     def before_unscaling(self, optimizer: torch.optim.Optimizer) -> None:
         """A scaler is about to look at the gradients of an optimizer, and to change them."""
-        if next(parameters_of(optimizer, self.shards()), None) is not None:
+        if _holds(optimizer, self.shards()):
             self._on_begin(optimizer)
 
     def after_unscaling(self, optimizer: torch.optim.Optimizer, found: Sequence[torch.Tensor]) -> None:
-        """Let all ranks find what a scaler has found in the shards of one of them, so that they skip the same steps."""
-        if next(parameters_of(optimizer, self.shards()), None) is not None:
+        """Let all ranks find what a scaler has found on one of them, so that they skip the same steps."""
+        if _holds(optimizer, self.shards()) or _holds(optimizer, self._ignored()):
             self._agree_on_found(found)
 
     def check(self, optimizer: torch.optim.Optimizer, shards: Mapping[int, ParamShard]) -> None:
@@ -206,6 +217,11 @@ class OptimizerGuard:
         if pieces is None or not steps_wholes(optimizer):
             return shards
         return owned_shards(optimizer, shards, pieces.layout, pieces.rank)
+
+
+def _holds(optimizer: torch.optim.Optimizer, ids: Collection[int]) -> bool:
+    """True if an optimizer steps a parameter with one of these ids."""
+    return bool(ids) and any(id(param) in ids for group in optimizer.param_groups for param in group["params"])
 
 
 def _refuse_replaced(optimizer: torch.optim.Optimizer) -> None:

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import fxzero
-from fxzero.errors import CheckpointError, RankMismatchError
+from fxzero.errors import CheckpointError, RankMismatchError, StepLeftOutError
 
 
 class Block(nn.Module):
@@ -121,7 +121,8 @@ def norms(rank: int, world_size: int) -> None:
             zero = fxzero.compile(model, ignored_params=(ignored := model.ignored()))
             torch.manual_seed(rank)
             zero(torch.randn(4, 12)).backward()
-            for param in ignored if is_synchronised else ():
+            named = [param for param in model.parameters() if param in ignored]  # in one order on all ranks
+            for param in named if is_synchronised else ():
                 assert param.grad is not None
                 dist.all_reduce(param.grad)
                 param.grad /= world_size
@@ -199,3 +200,41 @@ def other_uses(rank: int, world_size: int, folder: str) -> None:
         with pytest.raises(RankMismatchError, match="ignored_params"):
             differing(x)
     assert ignored
+
+
+def steps_of_their_own(rank: int, world_size: int) -> None:
+    """An optimizer of ignored parameters alone skips what others skip, with a scaler and in step_together()."""
+    model = _model(0)
+    zero = fxzero.compile(model, ignored_params=(ignored := model.ignored()))
+    shards = [param for param in zero.parameters() if all(param is not each for each in ignored)]
+    optimizers = [torch.optim.AdamW(each, lr=0.05) for each in (list(ignored), shards)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for step in range(2):
+        scaler.scale(zero(torch.randn(4, 12))).backward()
+        gradient = next(iter(ignored)).grad
+        assert gradient is not None
+        if step == 1 and rank == 1:
+            gradient.view(-1)[0] = float("inf")
+        before = [param.detach().clone() for param in ignored]
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+        scaler.update()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        assert all(torch.equal(*pair) == (step == 1) for pair in zip(before, ignored, strict=True))
+    assert scaler.get_scale() == 2.0
+
+    before = [param.detach().clone() for param in zero.parameters()]
+    with pytest.raises((StepLeftOutError, KeyError)), zero.step_together():
+        zero(torch.randn(4, 12)).backward()
+        if rank == 1:
+            raise KeyError
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(torch.equal(*pair) for pair in zip(before, zero.parameters(), strict=True))
+    assert all(param.grad is None for param in zero.parameters())
+    with zero.step_together():
+        zero(torch.randn(4, 12)).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert not any(torch.equal(*pair) for pair in zip(before, zero.parameters(), strict=True) if pair[0].numel())

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import fxzero
 from fxzero.comm.base import Bound
@@ -357,3 +358,19 @@ def refuse(rank: int, world_size: int) -> list[str]:
         except ValueError as error:
             texts.append(str(error))
     return texts
+
+
+def give_states_on_some_ranks(rank: int, world_size: int) -> None:
+    """The last rank has no part in the model, nor in what its ranks do to give its weights and optimizer's state."""
+    mesh = DeviceMesh("cpu", [[0, 1], [2, 3]])
+    if rank < 4:
+        zero = fxzero.compile(Net(), mesh=mesh, across="shard")
+        optimizer = torch.optim.AdamW(zero.parameters())
+        zero(points(rank)).loss.backward()
+        optimizer.step()
+        weights, state = get_state_dict(zero, optimizer)
+        full = zero.state_dict()
+        for name, _ in zero.named_parameters():
+            assert torch.equal(weights[name].full_tensor(), full[name])
+        assert state["state"]["head.weight"]["exp_avg"].shape == (5, 8)
+    dist.barrier()

@@ -1,8 +1,12 @@
 """fxzero.save and fxzero.load on ranks: other numbers of them, other layouts, bit for bit at the same ones."""
 
+import contextlib
 import json
 import logging
+import os
 import resource
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -217,9 +221,6 @@ def full_disk(rank: int, world_size: int, folder: Path) -> None:
 
 def killed(rank: int, world_size: int, folder: Path, dies: int) -> None:
     """A rank dies: rank 1 while its slices are written, or rank 0 before the checkpoint has its name."""
-    import os
-    import signal
-
     import fxzero.checkpoint.files as files
     import fxzero.module.saved.save as saving
 
@@ -230,3 +231,85 @@ def killed(rank: int, world_size: int, folder: Path, dies: int) -> None:
     with pytest.raises(FxzeroError):
         fxzero.save(folder, model, optimizer)
     assert json.loads((folder / "000001" / "manifest.json").read_text().splitlines()[1])["shard_ranks"] == world_size
+
+
+def nearly_full_disk(rank: int, world_size: int, folder: Path, num_files: int) -> None:
+    """A disk that has room for so many more files fails the save, and leaves nothing behind; then it has room again."""
+    model, optimizer = _saved(folder / "run")
+    before = full_state(model, optimizer)
+    torch.distributed.barrier()
+    if rank == 0:
+        for number in range(os.statvfs(folder).f_favail - num_files):
+            (folder / f"other{number}").touch()
+    torch.distributed.barrier()
+    for save in (fxzero.save, _saved_apart):
+        with pytest.raises((FxzeroError, OSError), match=r"No space left|could not be written by rank"):
+            save(folder / "run", model, optimizer)
+        torch.distributed.barrier()
+        assert sorted(path.name for path in (folder / "run").iterdir()) == ["000001"], save
+        torch.distributed.barrier()  # before rank 0 makes the next folder
+    if rank == 0:
+        for path in folder.glob("other*"):
+            path.unlink()
+    torch.distributed.barrier()
+    assert _saved_apart(folder / "run", model, optimizer) == folder / "run" / "000002"
+    fxzero.load(folder / "run", model, optimizer)
+    assert differences(before, full_state(model, optimizer)) == []
+
+
+def _saved_apart(folder: Path, model: fxzero.ZeroModule, optimizer: torch.optim.Optimizer, **options: Any) -> Path:
+    return fxzero.async_save(folder, model, optimizer, **options).result(20)
+
+
+def fails_to_copy(rank: int, world_size: int, folder: Path) -> None:
+    """A rank that cannot say what it has, or cannot copy it, fails the save on all, and leaves no folder behind."""
+    model, optimizer = _saved(folder)
+    torch.distributed.barrier()
+    with pytest.raises(FxzeroError, match="extra is a builtins.object"):
+        fxzero.async_save(folder, model, optimizer, extra=object() if rank == 1 else None)
+    param = next(param for param in model.parameters() if param.numel())
+    data = param.data
+    if rank == 1:
+        param.data = data.new_zeros(data.numel() + 1)
+        with pytest.raises(FxzeroError, match="shape"):
+            fxzero.async_save(folder, model, optimizer)
+    else:
+        with pytest.raises(FxzeroError, match="could not be written by rank 1"):
+            _saved_apart(folder, model, optimizer)
+    param.data = data
+    torch.distributed.barrier()
+    assert [path.name for path in folder.iterdir()] == ["000001"]
+
+
+def saves_until_killed(rank: int, world_size: int, folder: Path, dies: int, seconds: float, is_apart: bool) -> None:
+    """Go on with what is there, and save again and again, until a rank is killed at some moment."""
+    model, optimizer = _saved(folder / "other")
+    number = 0
+    if any(folder.glob("run/0*")):
+        number = fxzero.load(folder / "run", model, optimizer)
+    torch.distributed.barrier()
+    if rank == dies:
+        threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    save = _saved_apart if is_apart else fxzero.save
+    with contextlib.suppress(FxzeroError, OSError):
+        while True:
+            number += 1
+            _fill(model, number)
+            save(folder / "run", model, optimizer, extra=number, keep=2)
+            with (folder / f"saved_{rank}").open("a") as file:
+                file.write(f"{number}\n")
+
+
+def newest_number(rank: int, world_size: int, folder: Path) -> int:
+    """The number of the newest checkpoint of `saves_until_killed`, whose weights are of the same save."""
+    model, optimizer = build("lazy", 3)
+    assert isinstance(model, fxzero.ZeroModule)
+    number = fxzero.load(folder / "run", model, optimizer)
+    assert all(bool((param == number).all()) for param in model.parameters())
+    return number
+
+
+def _fill(model: nn.Module, value: float) -> None:
+    with torch.no_grad():
+        for param in model.parameters():
+            param.fill_(value)

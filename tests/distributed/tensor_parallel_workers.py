@@ -137,11 +137,11 @@ def train(rank: int, world_size: int, folder: str) -> str:
     assert bool(zero.state_dict(rank0_only=True)) == (rank == 0)
     of_model, of_optimizer = get_state_dict(zero, optimizers[0])
     dcp.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=Path(folder))
-    plain = _load_into(Net(), folder)
+    plain = load_into(Net(), folder)
     for name, value in plain.state_dict().items():
         assert torch.equal(value, state[name]), name
     other, _ = both(mesh, cuts_sequences=False)
-    again = _load_into(fxzero.compile(other, mesh=mesh["dp"]), folder)
+    again = load_into(fxzero.compile(other, mesh=mesh["dp"]), folder)
     for name, value in again.state_dict().items():
         assert torch.equal(value, state[name]), name
     again.load_state_dict(reference.state_dict())
@@ -153,7 +153,7 @@ def train(rank: int, world_size: int, folder: str) -> str:
     return str(zero.schedule)
 
 
-def _load_into(model: Any, folder: str) -> Any:
+def load_into(model: Any, folder: str) -> Any:
     """Let a model and an optimizer of it have what a checkpoint has."""
     optimizer = adamw(model)
     of_model, of_optimizer = get_state_dict(model, optimizer)

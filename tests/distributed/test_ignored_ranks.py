@@ -22,6 +22,10 @@ def test_ranks_clip_by_one_norm() -> None:
     run_ranks(2, workers.norms)
 
 
+def test_an_optimizer_of_them_alone_skips_what_others_skip() -> None:
+    run_ranks(2, workers.steps_of_their_own)
+
+
 def test_checkpoints_parts_and_refusals(tmp_path: Path) -> None:
     run_ranks(2, workers.other_uses, str(tmp_path))
 

@@ -165,3 +165,7 @@ def test_nodes_that_disagree_are_named_on_every_rank() -> None:
 def test_what_is_no_mesh_of_nodes_is_refused() -> None:
     texts = run_ranks(2, workers.refuse)[0]
     assert len(texts) == 2 and all(text.startswith('across="shard" is about the nodes') for text in texts)
+
+
+def test_states_are_given_on_some_of_all_ranks() -> None:
+    run_ranks(5, workers.give_states_on_some_ranks)

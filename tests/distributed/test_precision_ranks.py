@@ -7,6 +7,7 @@ import torch
 
 from fxzero.errors import RankMismatchError
 from fxzero.testing import RankError, run_ranks
+from tests.distributed import policies_workers
 from tests.distributed import precision_workers as workers
 from tests.distributed.precision_workers import BF16, FP32, Policy
 
@@ -85,6 +86,28 @@ def test_nodes_sum_in_the_dtype_of_sums(across: str) -> None:
 
 def test_losses_are_those_of_fsdp2() -> None:
     run_ranks(2, workers.train_as_fsdp2)
+
+
+_NARROW, _WIDE = Policy(BF16, FP32), Policy(FP32, output_dtype=BF16)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize(
+    ("policies", "options"),
+    [
+        ({"*": _NARROW, "*norm*": _WIDE}, {"recompute": "full", "stage": 2}),
+        ({"*norm*": _WIDE, "*": _NARROW}, {}),  # the last one that matches
+        ({"": _NARROW, "blocks.1": _WIDE}, {"memory_budget": 400_000}),
+        ({"*": _NARROW, "blocks.[!1].mlp": _WIDE, "blocks.2.mlp.?": _NARROW}, {"recompute": 20_000}),
+        ({"*": _NARROW, "*.gate": Policy(torch.float32), "*.experts.*": Policy(torch.bfloat16)}, {}),
+        ({"blocks.0.mlp": Policy(torch.float16, torch.float32, output_dtype=torch.float32)}, {"stage": 2}),
+    ],
+)
+def test_policies_by_pattern_give_the_losses_of_fsdp2(
+    world_size: int, policies: dict[str, Policy], options: dict[str, Any]
+) -> None:
+    run_ranks(world_size, policies_workers.train_as_fsdp2, policies, options, timeout=120)
 
 
 def test_half_the_bytes_travel() -> None:

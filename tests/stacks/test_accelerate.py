@@ -76,7 +76,7 @@ def train_as_ddp(rank: int, world_size: int, folder: str) -> None:
     reset()
     if world_size > 1:
         lonely = Accelerator(cpu=True)
-        with pytest.raises(InputMismatchError, match="has 2 ranks, and the Accelerator 1"):
+        with pytest.raises(InputMismatchError, match=f"has {world_size} ranks, and the Accelerator 1"):
             lonely.prepare(fxzero.compile(make_model()))
     reset()
     with launched(rank, world_size):
@@ -130,7 +130,7 @@ def train_under_autocast(rank: int, world_size: int) -> None:
     reset()
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_training_saving_and_loading_are_those_of_ddp(world_size: int, tmp_path: Path) -> None:
     run_ranks(world_size, train_as_ddp, str(tmp_path))
 

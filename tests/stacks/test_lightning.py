@@ -154,11 +154,11 @@ def train_fabric_as_ddp(rank: int, world_size: int, folder: str) -> None:
         torch.testing.assert_close(weights(fresh[1]._forward_module), weights(model))
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
+@pytest.mark.parametrize("world_size", [2, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (1, 3))])
 def test_lightning_does_as_with_ddp(world_size: int, tmp_path: Path) -> None:
     run_ranks(world_size, fit_as_ddp, str(tmp_path), timeout=240)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_fabric_does_as_with_ddp(world_size: int, tmp_path: Path) -> None:
     run_ranks(world_size, train_fabric_as_ddp, str(tmp_path), timeout=240)

@@ -156,14 +156,15 @@ def train_from_meta(rank: int, world_size: int, folder: str) -> None:
 
 
 @pytest.mark.skipif(find_spec("peft") is None, reason="needs peft")
-def test_adapters_are_saved_as_with_ddp(tmp_path: Path) -> None:
-    run_ranks(2, train_adapters, str(tmp_path), timeout=240)
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
+def test_adapters_are_saved_as_with_ddp(world_size: int, tmp_path: Path) -> None:
+    run_ranks(world_size, train_adapters, str(tmp_path), timeout=240)
 
 
 def test_a_model_on_meta_trains_as_with_its_weights(tmp_path: Path) -> None:
     run_ranks(1, train_from_meta, str(tmp_path), timeout=240)
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
+@pytest.mark.parametrize("world_size", [2, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (1, 3))])
 def test_trainer_does_as_with_ddp(world_size: int, tmp_path: Path) -> None:
     run_ranks(world_size, train_as_ddp, str(tmp_path), timeout=240)

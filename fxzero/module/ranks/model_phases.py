@@ -203,6 +203,10 @@ class ModelPhases:
         """A micro-batch is over."""
         self._num_backwards += 1
 
+    def is_together(self) -> bool:
+        """True inside of `step_together()`."""
+        return self._log.is_together
+
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer is about to step parameters of the model."""
         if not self._log.members:
@@ -210,10 +214,10 @@ class ModelPhases:
         if self._log.stepping_depth:
             self._log.stepping_depth += 1
             return
-        self._note_options(self._watched_of(optimizer))
         if self._log.is_together:
             with self.phase("optimizer's step"):
                 self._meet()
+        self._note_options(self._watched_of(optimizer))  # of a step that is left out ranks need not have the same
         self._log.stepping_depth = 1
         self._log.num_steps += 1
         self.num_steps += 1

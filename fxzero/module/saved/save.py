@@ -15,7 +15,18 @@ from typing import Any
 
 from torch import Tensor
 
-from fxzero.checkpoint.files import MANIFEST, complete, give_up, new_folder, remove_old, sync_folder, write_rank
+from fxzero.checkpoint.files import (
+    MANIFEST,
+    complete,
+    give_up,
+    new_folder,
+    post,
+    posts,
+    remove_old,
+    remove_posts,
+    sync_folder,
+    write_rank,
+)
 from fxzero.checkpoint.values import encode, name_of_dtype
 from fxzero.comm import agree
 from fxzero.comm.groups import Hierarchy
@@ -71,10 +82,11 @@ class Prepared:
         sync_folder(self.folder)
         return crc32
 
-    def give_up(self) -> None:
-        """Remove what this rank has written, on a full disk to make room."""
+    def give_up(self, error: BaseException) -> None:
+        """Remove what this rank has written, and let other ranks see it."""
+        own = f"rank {self.position}, {type(error).__name__}: {error}"
         with contextlib.suppress(OSError):
-            give_up(self.folder, self.position)
+            give_up(self.folder, self.position, error.posted if isinstance(error, _OtherRankError) else own)
 
     def complete(self, indices: Sequence[int], keep: int | None) -> Path:
         """Give it its name, once all ranks have written, and remove old ones."""
@@ -100,8 +112,8 @@ def save(engine: Engine, root: Path, optimizers: Optimizers, extra: Any, keep: i
                 if prepared.is_first:
                     folder = prepared.complete([int(line) for (line,) in written], keep)
             return Path(agree.exchange(group, TOPIC, [str(folder)], timeout=timeout)[0][0])
-        except BaseException:
-            prepared.give_up()
+        except BaseException as error:
+            prepared.give_up(error)
             raise
 
 
@@ -110,7 +122,11 @@ def async_save(engine: Engine, root: Path, optimizers: Optimizers, extra: Any, k
     wait_for_pending(engine)
     with engine.sharded.phases.phase("save"):
         prepared = _prepare(engine, root, optimizers, extra)
-        parts = [(name, start, flat.detach().to("cpu", copy=True)) for name, start, flat in prepared.parts]
+        try:
+            parts = [(name, start, flat.detach().to("cpu", copy=True)) for name, start, flat in prepared.parts]
+        except BaseException as error:
+            prepared.give_up(error)
+            raise
     engine.pending_save = in_background(replace(prepared, parts=parts), keep, engine.sharded.timeout)
     return engine.pending_save
 
@@ -137,7 +153,12 @@ def _prepare(engine: Engine, root: Path, optimizers: Optimizers, extra: Any) -> 
     with agree.reporting_failure(group, TOPIC):
         manifest = _manifest(engine, states) | {"optimizers": [state.described() for state in states]}
         folder = new_folder(root, num_positions(group)) if own_position == 0 else root
-    folder = Path(agree.exchange(group, TOPIC, [str(folder)], timeout=sharded.timeout)[0][0])
+    try:
+        folder = Path(agree.exchange(group, TOPIC, [str(folder)], timeout=sharded.timeout)[0][0])
+    except BaseException:
+        if own_position == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     parts = _parts(sharded, states)
     return Prepared(root, folder, own_position, num_positions(group), parts, own, manifest)
 
@@ -175,18 +196,13 @@ def _write_apart(prepared: Prepared, keep: int | None, timeout_s: float) -> Path
     """Write a checkpoint while ranks do other things: they meet in the folder, and send no messages.
 
     Each rank posts the checksum of its index, or its error; rank 0 waits for all, and gives the folder its name. After
-    an error of one all post one, and the last removes the folder.
+    an error of one all give up, and the last removes the folder.
     """
     try:
-        _post(prepared, f"{prepared.write()}")
+        post(prepared.folder, prepared.position, str(prepared.write()))
         return _await_others(prepared, keep, timeout_s)
     except BaseException as error:
-        prepared.give_up()
-        reason = f"rank {prepared.position}, {type(error).__name__}: {error}"
-        with contextlib.suppress(OSError):
-            _post(prepared, error.posted if isinstance(error, _OtherRankError) else reason)
-        if not any(post is None or post.isdecimal() for post in _posts(prepared)):
-            shutil.rmtree(prepared.folder, ignore_errors=True)
+        prepared.give_up(error)
         raise
 
 
@@ -195,42 +211,17 @@ def _await_others(prepared: Prepared, keep: int | None, timeout_s: float) -> Pat
     named = prepared.folder.with_name(prepared.folder.name.split(".")[1])
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        posts = _posts(prepared)
-        for number, post in enumerate(posts):
-            if post is not None and not post.isdecimal():
-                raise _OtherRankError(prepared.folder, post or f"rank {number}, without room for its reason")
-        if prepared.is_first and None not in posts:
-            for number in range(prepared.num_positions):
-                _post_of(prepared, number).unlink()
-            return prepared.complete([int(post) for post in posts if post is not None], keep)
-        if (named / MANIFEST).exists():
+        posted = posts(prepared.folder, prepared.num_positions)
+        if (named / MANIFEST).exists() and not prepared.is_first:  # before posts, of which it has none any more
             return named
+        failure = next((text for text in posted if text is not None and not text.isdecimal()), None)
+        if failure is not None:
+            raise _OtherRankError(prepared.folder, failure)
+        if prepared.is_first and None not in posted:
+            remove_posts(prepared.folder, prepared.num_positions)
+            return prepared.complete([int(text) for text in posted if text is not None], keep)
         time.sleep(_LOOK_S)
     raise CheckpointError(f"{prepared.folder} did not become complete within {timeout_s:.0f} s.")
-
-
-def _post(prepared: Prepared, text: str) -> None:
-    path = _post_of(prepared, prepared.position)
-    aside = path.with_suffix(".aside")
-    with contextlib.suppress(OSError):  # on a full disk it stays empty, which is no checksum
-        aside.write_text(text)
-    aside.replace(path)
-
-
-def _posts(prepared: Prepared) -> list[str | None]:
-    """What ranks have posted; None for one that has not."""
-    return [_posted(_post_of(prepared, number)) for number in range(prepared.num_positions)]
-
-
-def _posted(path: Path) -> str | None:
-    try:
-        return path.read_text()
-    except FileNotFoundError:
-        return None
-
-
-def _post_of(prepared: Prepared, number: int) -> Path:
-    return prepared.folder / f"rank_{number:05}.written"
 
 
 def _refuse_made_up(optimizers: Optimizers) -> None:
