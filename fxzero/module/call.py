@@ -1,7 +1,7 @@
 """One call of a compiled module as a torch.autograd.Function, whose backward writes gradients into the shards."""
 
 import weakref
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol, TypeAlias
 
@@ -196,14 +196,28 @@ class Call:
         """
         for index, reference in zip(self.executable.tensor_outputs, self._outputs, strict=True):
             output = reference()
-            if output is None or not torch_internals.is_gradient_wanted(output):
-                continue
-            if any(other in pattern for other in self.executable.outputs_computed_from(index)):
-                raise FxzeroError(
-                    "An output of the model has a hook or retain_grad(), and the loss was computed from it inside of "
-                    "the model: a compiled step does not return its gradient. Register the hook inside of forward, or "
-                    "compute the loss from the output outside of the model."
-                )
+            if output is not None and torch_internals.is_gradient_wanted(output):
+                self._check_computed_outside(index, pattern, "has a hook or retain_grad()")
+
+    def check_asked(self, number: int, numbers: Collection[int]) -> None:
+        """Refuse to give a part of the gradient of an output that torch.autograd.grad asks for.
+
+        Args:
+            number: of the output, among the tensors that forward returned.
+            numbers: those that what is differentiated was computed from, outside of the model.
+        """
+        indices = self.executable.tensor_outputs
+        self._check_computed_outside(
+            indices[number], {indices[each] for each in numbers}, "is one by which torch.autograd.grad differentiates"
+        )
+
+    def _check_computed_outside(self, index: int, pattern: Collection[int], what: str) -> None:
+        if not self.executable.outputs_computed_from(index).isdisjoint(pattern):
+            raise FxzeroError(
+                f"An output of the model {what}, and the loss was computed from it inside of the model: a compiled "
+                "step does not return its gradient. Register a hook on it inside of forward (tensor.register_hook), or "
+                "compute the loss from the output outside of the model."
+            )
 
     def _drop(self) -> None:
         self._saved, self._inputs, self._before, self._settle = None, [], ([], []), None

@@ -15,7 +15,7 @@ from fxzero.capture.state import Values
 from fxzero.comm import agree
 from fxzero.comm.tensor_parallel import Parts
 from fxzero.errors import CaptureError, FxzeroError, InputMismatchError, PlanError
-from fxzero.graph.variant import Stash
+from fxzero.graph.variant import ONLY_FORWARD, Stash
 from fxzero.host.memory_in_use import MemoryInUse
 from fxzero.module.call import Call, StepFunction
 from fxzero.module.call_kind import Arguments, Method, Pattern, Signature, settings
@@ -165,6 +165,8 @@ class Engine:
         """
         gradients = self.sharded.gradients
         assert gradients is not None
+        if not executable.has_gradients:
+            return executable.backward(ONLY_FORWARD, saved, tangents)
         synchronize = executable.step.synchronize
         if gradients.num_held or not (synchronize or self.sharded.recipe.keeps_unsharded):
             raise PlanError(
@@ -197,6 +199,8 @@ class Engine:
         """
         gradients, in_flight = self.sharded.gradients, self.sharded.in_flight
         assert gradients is not None
+        if not executable.has_gradients:
+            return executable.backward(ONLY_FORWARD, saved, tangents)
         if executable.leaves_buckets:
             in_flight.before_backward()
         synchronize = executable.step.synchronize
@@ -220,6 +224,8 @@ class Engine:
         """
         accumulate, gradients = self.sharded.recipe.accumulate, self.sharded.gradients
         if accumulate == 1 or not self.synchronize or gradients is None or not gradients.num_held:
+            return
+        if not executable.has_gradients:  # it is no micro-batch of the cycle
             return
         if executable.step.synchronize or gradients.num_held >= accumulate:
             self.sharded.reduce_held()
