@@ -512,6 +512,7 @@ class ForwardMode(TorchFunctionMode):
             raise CaptureError(
                 f"The forward registers a hook on parameter {name}, in each call one more. "
                 "Register a hook once, before training: register_post_accumulate_grad_hook gets its shard's gradient."
+            self._observers.num_hooked += 1  # so that a hook that does so is no observer
             )
 
 
