@@ -81,6 +81,8 @@ class Call:
         self._rng_state: torch.Tensor | None = None
         self._before: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         """Copies of the inputs and of the buffers that forward writes, made before it."""
+        self._late_values: list[Any] | None = None
+        """What the Python state held after forward that code in backward reads; None if it reads none."""
         self._params_before: list[torch.Tensor] = []
         """Copies of this rank's slices of the parameters that forward writes, made before it."""
 
@@ -109,6 +111,10 @@ class Call:
     def watch(self, outputs: Sequence[torch.Tensor]) -> None:
         """Note the tensors that forward returned, in whose gradients a user may take an interest."""
         self._outputs = [weakref.ref(output) for output in outputs]
+
+    def note_state(self) -> None:
+        """Note the Python state that code in backward reads, once forward has left behind what it sets."""
+        self._late_values = self.executable.plan.captured.state.late_values()
 
     def backward(self, arriving: tuple[torch.Tensor | None, ...], anchor: Any) -> list[torch.Tensor | None]:
         """Run backward.
@@ -181,6 +187,15 @@ class Call:
                 f"A later forward has written {', '.join(self.executable.step.written)}, which this backward reads. "
                 "Call backward before the next forward."
             )
+        if self._late_values is not None:
+            changed = self.executable.plan.captured.state.changed_since(self._late_values)
+            if changed is not None:
+                self._drop()
+                raise StaleBackwardError(
+                    f"{changed} has changed between this forward and its backward, which reads it (in a hook that "
+                    "returns a value, or an autograd.Function). A compiled step reads Python state at its forward. "
+                    "Change it before the forward, or behind the backward."
+                )
         if self._versions != torch_internals.changes_of_each(self._saved, self.executable.reachable):
             self._drop()
             raise StaleBackwardError(
@@ -221,7 +236,7 @@ class Call:
 
     def _drop(self) -> None:
         self._saved, self._inputs, self._before, self._settle = None, [], ([], []), None
-        self._replaced, self._params_before = [], []
+        self._replaced, self._params_before, self._late_values = [], [], None
 
     def _run_again(self, before: Executable, state: list[Any]) -> None:
         """Repeat forward under another plan than before, with equal draws, inputs and buffers.

@@ -122,12 +122,14 @@ class Engine:
         device_type = sharded.devices.compute.type
         if torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
-                tensors = self._run(executable, inputs, values, signature, arguments, replaced)
+                tensors, call = self._run(executable, inputs, values, signature, arguments, replaced)
         else:
-            tensors = self._run(executable, inputs, values, signature, arguments, replaced)
+            tensors, call = self._run(executable, inputs, values, signature, arguments, replaced)
         sharded.phases.note_writes(executable.writes(values.inputs))
         if captured.state.leaves_behind:
             captured.state.replay(tensors, values)
+        if call is not None and captured.state.read_late:
+            call.note_state()
         return captured.output.rebuild(tensors)
 
     def _run(
@@ -138,16 +140,17 @@ class Engine:
         signature: Signature,
         arguments: Arguments,
         replaced: Replaced,
-    ) -> Sequence[Any]:
+    ) -> tuple[Sequence[Any], Call | None]:
+        """The tensors that forward returns, and the call, if a backward may follow."""
         if executable.has_backward:
             settle = partial(self._settle, signature, arguments, values)
             call = Call(self.sharded, self, executable, [*inputs, *values.inputs], settle, replaced, signature.called)
             returned = StepFunction.apply(call, self.anchor, *[x for x in inputs if x.requires_grad])
             call.watch(returned)  # type: ignore[arg-type]
-            return returned  # type: ignore[return-value]
+            return returned, call  # type: ignore[return-value]
         with torch.no_grad():
             outputs, _ = executable.forward([*inputs, *values.inputs], self.sharded.buffers(executable))
-        return [outputs[index] for index in executable.tensor_outputs]
+        return [outputs[index] for index in executable.tensor_outputs], None
 
     def gradients_are_asked_for(self, anchor: Any) -> bool:
         """True in a backward that leaves `.grad` alone, as torch.autograd.grad asks for some gradients.

@@ -277,6 +277,8 @@ class Observers:
             call = self._begin(hook, arguments)
             result, error, seen, printed = self._try(call)
             if self._is_traced(call) or result is not None:
+                if self._reads.in_backward is not None:
+                    self._reads.in_backward.update(seen)
                 return _as_tried(result, error, printed)
             self._reads.observed.update(dict.fromkeys(self._before.changes_since(call.then), id(hook)))
             self._go_back(call)
