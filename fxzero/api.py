@@ -36,6 +36,7 @@ from fxzero.module.engine import Engine
 from fxzero.module.first_fill import fix_layout_without_trace
 from fxzero.module.gradients import norms
 from fxzero.module.gradients.asked_gradients import watch_gradients
+from fxzero.module.loading import has_hooks_after_load, run_hooks_after_load
 from fxzero.module.methods.call import Methods
 from fxzero.module.methods.summon import summon
 from fxzero.module.ranks import copied_models
@@ -629,7 +630,8 @@ class ZeroModule(nn.Module):
         if assign:
             raise ValueError("assign=True would replace the shards. Load with assign=False.")
         sharded = self._fxzero_engine.sharded
-        return weights.load_state_dict(sharded, state_dict, strict=strict, trainable_only=trainable_only)
+        then = partial(run_hooks_after_load, sharded) if has_hooks_after_load(self._fxzero_model) else None
+        return weights.load_state_dict(sharded, state_dict, strict=strict, trainable_only=trainable_only, then=then)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, max_shard_size: int | str = "50GB", **options: Any
