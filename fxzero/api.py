@@ -335,6 +335,7 @@ class ZeroModule(nn.Module):
         ownership.take_over(model)
         refuse_wrappers(self)
         parts.watch_parts(engine.sharded, self)
+        parts.watch_initialisers(engine.sharded)
         norms.watch_norms(engine.sharded)
         watch_gradients(engine)
         engine.sharded.casts = engine.sharded.precision.install(model)
