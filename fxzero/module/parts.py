@@ -81,7 +81,7 @@ _INITIALISE = (
 
 def _shard_of(tensor: Tensor) -> tuple[ShardedModel, str] | None:
     """The model and the name of the parameter whose shard a tensor is, or is a view of; None if it is none."""
-    if not isinstance(tensor, Tensor) or torch_internals.is_fake(tensor) or tensor.is_meta:
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
         return None
     for each in _initialised:
         sharded = each()
