@@ -150,6 +150,10 @@ def state_of(
     """
     inputs = {(id(owner), key): owner[key] for owner, key in tensors}
     inputs |= {each.slot: each.value for each in numbers.slots}
+    # A tensor that is set anew, and that the graph does not read, may be any other: its geometry alone is guarded.
+    known = {id(read.place) for read in reads} | {id(read.value) for read in reads}
+    replaced = [each for each in writes if each.sets_entry and id(each.owner) in known]
+    inputs |= {(id(each.owner), each.key): each.before for each in replaced if isinstance(each.before, Tensor)}
     guards = Guards(model, reads, inputs)
     candidates = {each.slot: each for each in _number_slots(reads, guards) if each.slot not in inputs}
     read_late = tuple((guards.label(each), place, each.name) for each in late if (place := each.place) is not None)

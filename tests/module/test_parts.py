@@ -188,7 +188,7 @@ def initialisers(rank: int, world_size: int) -> None:
     zero(points(rank)).sum().backward()
     weight = zero.get_parameter("0.weight")
     by_shape: list[Callable[[], object]] = [
-        lambda: nn.init.xavier_uniform_(weight), lambda: nn.init.kaiming_normal_(weight.data),
+        lambda: nn.init.xavier_uniform_(weight), lambda: nn.init.xavier_normal_(weight.data),
         lambda: nn.init.orthogonal_(weight), lambda: nn.init.eye_(weight), lambda: zero[0].reset_parameters(),
         lambda: zero.apply(lambda each: nn.init.xavier_uniform_(each.weight) if hasattr(each, "weight") else None),
     ]  # fmt: skip
@@ -204,7 +204,7 @@ def initialisers(rank: int, world_size: int) -> None:
         torch.manual_seed(4)
         with whole:
             module.apply(lambda each: each.reset_parameters() if isinstance(each, nn.Linear) else None)
-            nn.init.orthogonal_(module.get_parameter("2.weight"))
+            nn.init.orthogonal_(module.get_parameter("3.weight"))
     assert_same_weights(zero.state_dict(), plain.state_dict())
 
 

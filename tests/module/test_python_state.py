@@ -605,6 +605,8 @@ class Moves(nn.Module):
             y = y + self.items[0] - self.items[1]
             self.items[1] = self.items[0]
             self.items[0] = mean
+        elif self.how == "log":
+            self.named["now"] = self.items[1] = mean
         elif self.how == "queue":
             y = y + self.last[0] - self.last[1]
             self.last.append(mean)
@@ -619,7 +621,7 @@ class Moves(nn.Module):
         return [self.a, self.b, *self.items, *self.last, *self.named.values(), *map(torch.tensor, self.calls)]
 
 
-@pytest.mark.parametrize("how", ["attributes", "exchange", "dict", "new list", "items", "queue", "counter"])
+@pytest.mark.parametrize("how", ["attributes", "exchange", "dict", "new list", "items", "log", "queue", "counter"])
 def test_values_of_earlier_calls_are_moved(how: str) -> None:
     plain = Moves(how)
     model = copy.deepcopy(plain)
