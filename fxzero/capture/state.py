@@ -152,7 +152,8 @@ def state_of(
     inputs |= {each.slot: each.value for each in numbers.slots}
     # A tensor that is set anew, and that the graph does not read, may be any other: its geometry alone is guarded.
     known = {id(read.place) for read in reads} | {id(read.value) for read in reads}
-    replaced = [each for each in writes if each.sets_entry and id(each.owner) in known]
+    used = set(map(id, inputs.values()))  # it may lie in several places, of which the graph reads one
+    replaced = [each for each in writes if each.sets_entry and id(each.owner) in known and id(each.before) not in used]
     inputs |= {(id(each.owner), each.key): each.before for each in replaced if isinstance(each.before, Tensor)}
     guards = Guards(model, reads, inputs)
     candidates = {each.slot: each for each in _number_slots(reads, guards) if each.slot not in inputs}

@@ -205,7 +205,7 @@ def initialisers(rank: int, world_size: int) -> None:
         with whole:
             module.apply(lambda each: each.reset_parameters() if isinstance(each, nn.Linear) else None)
             nn.init.orthogonal_(module.get_parameter("3.weight"))
-    assert_same_weights(zero.state_dict(), plain.state_dict())
+    assert_same_weights(zero, plain)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

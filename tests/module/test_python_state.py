@@ -582,6 +582,8 @@ class Moves(nn.Module):
         torch.manual_seed(0)
         self.linear, self.how, self.calls = nn.Linear(4, 4), how, [0, 0]
         self.a, self.b = torch.ones(4), torch.full((4,), 2.0)
+        if how == "one tensor":
+            self.b = self.a
         self.items: Any = [torch.ones(4), torch.zeros(4)]
         self.last: Any = deque([torch.ones(4), torch.zeros(4)], maxlen=2)
         self.named = {"now": torch.ones(4), "old": torch.zeros(4)}
@@ -589,7 +591,7 @@ class Moves(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x)
         mean = y.mean(0).detach()
-        if self.how == "attributes":
+        if self.how in ("attributes", "one tensor"):
             y = y + self.a * 2 + self.b
             self.a, self.b = mean, self.a
         elif self.how == "exchange":
@@ -621,7 +623,9 @@ class Moves(nn.Module):
         return [self.a, self.b, *self.items, *self.last, *self.named.values(), *map(torch.tensor, self.calls)]
 
 
-@pytest.mark.parametrize("how", ["attributes", "exchange", "dict", "new list", "items", "log", "queue", "counter"])
+@pytest.mark.parametrize(
+    "how", ["attributes", "one tensor", "exchange", "dict", "new list", "items", "log", "queue", "counter"]
+)
 def test_values_of_earlier_calls_are_moved(how: str) -> None:
     plain = Moves(how)
     model = copy.deepcopy(plain)
