@@ -360,6 +360,11 @@ def _check_modes() -> None:
             "A compiled step runs inside of forward-mode AD (torch.func.jvp or jacfwd, forward_ad.dual_level), whose "
             "tangents it would lose. Use torch.func.jvp inside of forward, where it is traced."
         )
+    if torch.jit.is_tracing():
+        raise CaptureError(
+            "torch.jit.trace would see nothing of a compiled step. Trace the plain model, with the weights of "
+            "zero.state_dict() or inside of `with zero.summon_full_params():`."
+        )
     if torch_internals.in_function_transform():
         raise CaptureError("A compiled module cannot be called inside torch.func transforms. Use loss.backward().")
     if (mode := torch_internals.function_mode_of_user()) is not None:

@@ -86,7 +86,7 @@ def _shard_of(tensor: Tensor) -> tuple[ShardedModel, str] | None:
     for each in _initialised:
         sharded = each()
         shards = None if sharded is None else sharded.shards
-        if sharded is None or shards is None:
+        if sharded is None or shards is None or sharded.method_run is not None:  # which gathers what it touches
             continue
         place = tensor.untyped_storage().data_ptr()
         if place in {segment.untyped_storage().data_ptr() for segment in shards.params.segments}:
