@@ -382,7 +382,7 @@ class ZeroModule(nn.Module):
             return self.__dict__["_fxzero_methods"].attribute(name)
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *dir(self._fxzero_model)})
+        return sorted({*dir(type(self)), *super().__dir__(), *dir(self._fxzero_model)})
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_fxzero") or name in self.__dict__ or hasattr(type(self), name):
