@@ -158,6 +158,7 @@ def test_a_function_mode_around_the_call_is_refused_and_a_default_device_is_not(
         zero(torch.ones(2, 4))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
 def test_a_trace_of_torchscript_is_refused() -> None:
     zero, x = fxzero.compile(net(4, 1)), torch.ones(2, 4)
     zero(x)
