@@ -1084,6 +1084,11 @@ def is_of_parameter(tensor: Tensor) -> bool:
     return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)  # pyright: ignore
 
 
+def in_jit_trace() -> bool:
+    """True while torch.jit.trace runs. `torch.jit.is_tracing`: 2.11 to 2.13."""
+    return cast(Any, torch.jit).is_tracing()
+
+
 def in_forward_ad() -> bool:
     """True inside a level of forward-mode AD, also of torch.func.jvp.
 

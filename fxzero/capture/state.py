@@ -207,4 +207,4 @@ def _number_slots(reads: Sequence[Read], guards: Guards) -> Generator[NumberSlot
         elif isinstance(read.value, (dict, list, collections.deque)):
             for key, value in read.content.items() if isinstance(read.value, dict) else enumerate(read.content):
                 if type(value) in (int, float):
-                    yield NumberSlot(read.value, key, f"{guards.label(read)}[{key!r}]", value)
+                    yield NumberSlot(cast("Any", read.value), key, f"{guards.label(read)}[{key!r}]", value)

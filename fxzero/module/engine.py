@@ -360,7 +360,7 @@ def _check_modes() -> None:
             "A compiled step runs inside of forward-mode AD (torch.func.jvp or jacfwd, forward_ad.dual_level), whose "
             "tangents it would lose. Use torch.func.jvp inside of forward, where it is traced."
         )
-    if torch.jit.is_tracing():
+    if torch_internals.in_jit_trace():
         raise CaptureError(
             "torch.jit.trace would see nothing of a compiled step. Trace the plain model, with the weights of "
             "zero.state_dict() or inside of `with zero.summon_full_params():`."

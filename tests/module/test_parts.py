@@ -187,9 +187,10 @@ def initialisers(rank: int, world_size: int) -> None:
         nn.init.xavier_normal_(module.get_parameter("0.weight"))  # nothing is sharded yet
     zero(points(rank)).sum().backward()
     weight = zero.get_parameter("0.weight")
-    by_shape: list[Callable[[], object]] = [
+    by_shape: list[Callable[[], Any]] = [
         lambda: nn.init.xavier_uniform_(weight), lambda: nn.init.xavier_normal_(weight.data),
-        lambda: nn.init.orthogonal_(weight), lambda: nn.init.eye_(weight), lambda: zero[0].reset_parameters(),
+        lambda: nn.init.orthogonal_(weight), lambda: nn.init.eye_(weight),
+        lambda: cast("Any", zero)[0].reset_parameters(),
         lambda: zero.apply(lambda each: nn.init.xavier_uniform_(each.weight) if hasattr(each, "weight") else None),
     ]  # fmt: skip
     for initialise in by_shape:

@@ -646,8 +646,8 @@ def test_a_tensor_with_a_gradient_is_not_moved() -> None:
     class Model(nn.Linear):
         kept = last = torch.zeros(2, 4)
 
-        def forward(self, x: Tensor) -> Tensor:
-            y = super().forward(x) + self.kept.detach()
+        def forward(self, input: Tensor) -> Tensor:
+            y = super().forward(input) + self.kept.detach()
             self.kept, self.last = self.last, y
             return y
 

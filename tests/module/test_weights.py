@@ -213,10 +213,11 @@ def test_hooks_after_a_load_see_whole_parameters_and_change_what_is_missing() ->
 class Transposing(nn.Linear):
     """Loads weights of another layout, and does without a bias."""
 
-    def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, strict: bool, *lists: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:  # type: ignore[override]
+        state = state_dict
         state[f"{prefix}weight"] = state.pop(f"{prefix}kernel").t()
         state.setdefault(f"{prefix}bias", torch.full((3,), 0.5))
-        super()._load_from_state_dict(state, prefix, metadata, strict, *lists)
+        super()._load_from_state_dict(state, prefix, *rest)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
