@@ -36,6 +36,7 @@ from fxzero.module.engine import Engine
 from fxzero.module.first_fill import fix_layout_without_trace
 from fxzero.module.gradients import norms
 from fxzero.module.gradients.asked_gradients import watch_gradients
+from fxzero.module.loading import has_hooks_after_load, run_hooks_after_load
 from fxzero.module.methods.call import Methods
 from fxzero.module.methods.summon import summon
 from fxzero.module.precision import choose_precision
@@ -336,6 +337,7 @@ class ZeroModule(nn.Module):
         ownership.take_over(model)
         refuse_wrappers(self)
         parts.watch_parts(engine.sharded, self)
+        parts.watch_initialisers(engine.sharded)
         norms.watch_norms(engine.sharded)
         watch_gradients(engine)
         engine.sharded.casts = engine.sharded.precision.install(model)
@@ -380,6 +382,9 @@ class ZeroModule(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return self.__dict__["_fxzero_methods"].attribute(name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*dir(type(self)), *super().__dir__(), *dir(self._fxzero_model)})
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_fxzero") or name in self.__dict__ or hasattr(type(self), name):
@@ -631,7 +636,8 @@ class ZeroModule(nn.Module):
         if assign:
             raise ValueError("assign=True would replace the shards. Load with assign=False.")
         sharded = self._fxzero_engine.sharded
-        return weights.load_state_dict(sharded, state_dict, strict=strict, trainable_only=trainable_only)
+        then = partial(run_hooks_after_load, sharded) if has_hooks_after_load(self._fxzero_model) else None
+        return weights.load_state_dict(sharded, state_dict, strict=strict, trainable_only=trainable_only, then=then)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, max_shard_size: int | str = "50GB", **options: Any

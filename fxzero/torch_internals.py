@@ -899,6 +899,12 @@ MODULE_TABLE = "_modules"
 """Attribute in which a module holds its submodules: 2.11 to 2.13."""
 RNN_CACHES = ("_flat_weights", "_flat_weight_refs")
 """Attributes that an nn.RNNBase rebuilds from its parameters in every call: 2.11 to 2.13."""
+_HOOKS_OF_STATE_DICTS = (
+    "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
+"""Attributes in which a module holds its hooks of state dicts: 2.11 to 2.13."""
+_SHARED_TABLES = (*TENSOR_TABLES, MODULE_TABLE, "_non_persistent_buffers_set", *_HOOKS_OF_STATE_DICTS)
+"""Attributes in which a module holds what `share_tables` shares: 2.11 to 2.13."""
 EXTRA_STATE = "_extra_state"
 """Key, behind the module's name, of the result of `Module.get_extra_state` in a state dict: 2.11 to 2.13."""
 
@@ -937,12 +943,20 @@ def first_parameter(module: nn.Module) -> Any:
 
 
 def share_tables(module: nn.Module, source: nn.Module) -> None:
-    """Let a module share the tables of parameters, buffers and submodules of another module.
-
-    `Module._non_persistent_buffers_set`: 2.11 to 2.13.
-    """
-    for table in (*TENSOR_TABLES, MODULE_TABLE, "_non_persistent_buffers_set"):
+    """Let a module share the tables of parameters, buffers, submodules and hooks of state dicts of another module."""
+    for table in _SHARED_TABLES:
         vars(module)[table] = vars(source)[table]
+
+
+@contextlib.contextmanager
+def without_hooks_of_state_dicts(module: nn.Module) -> Generator[None]:
+    """Let a module have no hooks of state dicts in the block, which may hold what stands for the module."""
+    own = {name: vars(module)[name] for name in _HOOKS_OF_STATE_DICTS}
+    vars(module).update({name: type(table)() for name, table in own.items()})
+    try:
+        yield
+    finally:
+        vars(module).update(own)
 
 
 def own_initialiser(module: nn.Module) -> Callable[[], object] | None:
@@ -971,6 +985,22 @@ def buffers_of(module: nn.Module) -> dict[str, torch.Tensor | None]:
 def load_hooks(module: nn.Module) -> list[Callable[..., object]]:
     """The hooks that run before a module loads a state dict. `Module._load_state_dict_pre_hooks`: 2.11 to 2.13."""
     return list(module._load_state_dict_pre_hooks.values())  # pyright: ignore[reportPrivateUsage]
+
+
+def hooks_after_load(module: nn.Module) -> list[Callable[..., object]]:
+    """The hooks that run when a module has loaded a state dict. `Module._load_state_dict_post_hooks`: 2.11 to 2.13."""
+    return list(module._load_state_dict_post_hooks.values())  # pyright: ignore[reportPrivateUsage]
+
+
+def loads_in_its_own_way(module: nn.Module) -> bool:
+    """True if the class of a module has a `_load_from_state_dict` of its own."""
+    return getattr(type(module), LOAD) is not getattr(nn.Module, LOAD)
+
+
+def metadata_of(state: Any, path: str) -> dict[str, Any]:
+    """What a state dict says of a module's version. The attribute `_metadata` of state dicts: 2.11 to 2.13."""
+    metadata = getattr(state, "_metadata", None)
+    return {} if metadata is None else dict(metadata.get(path, {}))
 
 
 def forget_flat_weights(module: nn.Module) -> None:
@@ -1087,6 +1117,11 @@ def is_of_parameter(tensor: Tensor) -> bool:
     return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)  # pyright: ignore
 
 
+def in_jit_trace() -> bool:
+    """True while torch.jit.trace runs. `torch.jit.is_tracing`: 2.11 to 2.13."""
+    return cast(Any, torch.jit).is_tracing()
+
+
 def in_forward_ad() -> bool:
     """True inside a level of forward-mode AD, also of torch.func.jvp.
 
@@ -1143,7 +1178,9 @@ def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
 
 def copy_hooks(module: nn.Module, copied: nn.Module, memo: dict[int, Any]) -> None:
     """Give a copy of a module the hooks of the module: 2.11 to 2.13."""
-    shared = {*TENSOR_TABLES, MODULE_TABLE, "_non_persistent_buffers_set", "_compiled_call_impl"}
+    for name in _HOOKS_OF_STATE_DICTS:
+        vars(copied)[name].update(copy.deepcopy(vars(module)[name], memo))
+    shared = {*_SHARED_TABLES, "_compiled_call_impl"}
     for name in MODULE_ATTRIBUTES - shared:
         if name in vars(module):
             vars(copied)[name] = copy.deepcopy(vars(module)[name], memo)
@@ -1215,6 +1252,31 @@ def _unwrapped_cell(function: Callable[..., Any]) -> Any:
 
 
 _in_place_of_norms: dict[str, Any] = {}
+
+
+def wrap_initialisers(refuse_shape: Callable[[Tensor], object], refuse_draw: Callable[[Tensor], object]) -> None:
+    """Let functions of `torch.nn.init` that look at the shape of a tensor, and those that draw, call others before.
+
+    `_calculate_fan_in_and_fan_out`, which Xavier's and Kaiming's and `reset_parameters` of torch's layers call, and
+    `_no_grad_uniform_`, `_no_grad_normal_`, `_no_grad_trunc_normal_`: 2.11 to 2.13.
+    """
+    init = cast(Any, torch.nn.init)
+    of_shape = "_calculate_fan_in_and_fan_out", "orthogonal_", "eye_", "dirac_", "sparse_"
+    of_draw = "_no_grad_uniform_", "_no_grad_normal_", "_no_grad_trunc_normal_"
+    for names, before in ((of_shape, refuse_shape), (of_draw, refuse_draw)):
+        for name in names:
+            setattr(init, name, _behind(before, getattr(init, name)))
+
+
+def _behind(before: Callable[[Tensor], object], function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of a tensor that calls another one with the tensor first."""
+
+    @functools.wraps(function)
+    def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        before(tensor)
+        return function(tensor, *args, **kwargs)
+
+    return call
 
 
 def wrap_norms(total_norm: Callable[..., Tensor], before_clip: Callable[[Any, Any], object]) -> None:

@@ -57,6 +57,7 @@ def test_attributes_and_methods_reach_the_model() -> None:
     assert isinstance(zero, type(plain)) and isinstance(zero, fxzero.ZeroModule) and not isinstance(zero, nn.Linear)
     assert zero.config == {"hidden": 8}
     assert zero.head_size() == 5
+    assert {"config", "head_size", "no_sync"} <= {*dir(zero)}
     zero.calls = 3
     zero.new = "x"
     model = zero._fxzero_model

@@ -113,7 +113,7 @@ def capture(
     repeated = stamped(partial(make, None), module, params, sharding, watch) if may_stamp else None
     if repeated is not None:
         joint = repeated.joint
-        state = state_of(module, repeated.reads, (), NO_NUMBERS, joint.writes, ())
+        state = state_of(module, repeated.reads, (), (), NO_NUMBERS, joint.writes, ())
         return Captured(repeated.step, joint.output, joint.differentiable, joint.differentiated, state, joint.branches)
     try:
         tracer = Tracer(partial(make, watch=watch), stand_ins, parts, with_backward=with_backward)
@@ -129,6 +129,7 @@ def capture(
         if explained is None or explained is error:
             raise
         raise explained from error
-    state = state_of(module, traced.reads, traced.tensors, computed, joint.writes, joint.observers)
+    late = traced.tracing.reads.read_in_backward()
+    state = state_of(module, traced.reads, late, traced.tensors, computed, joint.writes, joint.observers)
     step = assemble(root, joint, module, params, sharding)
     return Captured(step, joint.output, joint.differentiable, joint.differentiated, state, joint.branches)

@@ -252,9 +252,9 @@ class Guards:
         values: tuple[Any, ...] = tuple(content.values()) if is_dict else tuple(content)
         if not isinstance(container, tuple):
             yield f"len({name}) == {len(values)}"
-        has_inputs = is_dict and any((id(container), key) in self._inputs for key in content)
-        if is_dict and (len(values) <= _MAX_NAMED or has_inputs):
-            for key, value in cast("dict[Any, Any]", content).items():
+        has_inputs = any((id(container), key) in self._inputs for key in (content if is_dict else range(len(values))))
+        if has_inputs or (is_dict and len(values) <= _MAX_NAMED):
+            for key, value in cast("dict[Any, Any]", content).items() if is_dict else enumerate(values):
                 yield from self._of_entry(cast("dict[Any, Any]", container), key, value, content_of(value), depth)
             return
         if is_dict:

@@ -303,6 +303,7 @@ class Tracing:
                 then = self.before.now()
                 outputs = [tensors[index] for index in chosen]
                 follows = self.reads.following() if runs_python(outputs) else contextlib.nullcontext()
+                self.reads.in_backward = set()
                 with follows, self.observers.watching(self.module):  # a checkpoint runs hooks of forward again
                     grads_of_leaves = self._backward(outputs, [*leaves.values()], recorder)
                 self._check_state_of_backward(then)
@@ -364,6 +365,7 @@ class Tracing:
         """
         numbers: list[Any] = []
         params = {id(stand_in): name for name, stand_in in (state.params | state.ignored).items()}
+        held = _tensors_held(self.reads.found.values())
 
         def index_of(leaf: Any) -> Output | None:
             if id(leaf) in params:
@@ -372,7 +374,13 @@ class Tracing:
                     "an attribute of its module (self.weight) where it is used."
                 )
             is_number = torch_internals.is_symbolic(leaf)
-            if not is_number and not torch_internals.is_fake(leaf):
+            if id(leaf) in held:  # moved from one slot to another; another call finds another tensor in the first
+                if leaf.requires_grad:
+                    raise CaptureError(
+                        "The forward moves a tensor with a gradient, of an earlier call, from one attribute, list or "
+                        "dict to another. Cut its gradient off where it is moved: .detach()."
+                    )
+            elif not is_number and not torch_internals.is_fake(leaf):
                 return None
             return output_in(numbers if is_number else tensors, leaf, is_number=is_number)
 
@@ -474,6 +482,13 @@ def _without_gradient(reads: Iterable[Read], outputs: Sequence[Tensor]) -> set[i
     return {*map(id, real)}.difference(map(id, reached_by_gradients(outputs, real))) if real else set()
 
 
+def _tensors_held(reads: Iterable[Read]) -> set[int]:
+    """The ids of real tensors among what was read, but for those of parameters."""
+    values = chain.from_iterable((read.value, *items_of(read.content)) for read in reads)
+    tensors = [each for each in values if isinstance(each, Tensor)]
+    return {id(t) for t in tensors if not torch_internals.is_fake(t) and not torch_internals.is_of_parameter(t)}
+
+
 def _check_unchanged(objects: Sequence[Any], was: Sequence[tuple[list[Any], Any]]) -> None:
     """Refuse a forward that has set an attribute of an argument, which a step makes anew.
 
@@ -525,6 +540,7 @@ class ForwardMode(TorchFunctionMode):
             node = func(*args, **(kwargs or {}))
             return None if node is None else HookedNode.of(node, self._watched_on_node)
         if func == Tensor.retain_grad and not args[0].is_leaf:
+            self._observers.num_hooked += 1  # so that a hook that does so is no observer
             raise CaptureError(
                 "The forward calls retain_grad() on a tensor inside of the model, whose gradient the backward of a "
                 "compiled step does not keep. Use tensor.register_hook(function) to see it."

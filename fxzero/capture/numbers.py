@@ -70,7 +70,10 @@ class NumberSlot:
 
     @property
     def value(self) -> Any:
-        return self.owner.get(self.key)
+        try:
+            return self.owner[self.key]
+        except (KeyError, IndexError, AttributeError, ValueError):  # it is there no more
+            return None
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import numpy as np
 from torch import Tensor, nn
 
 from fxzero import torch_internals
@@ -97,6 +98,8 @@ class Reads:
         self._behind: Reads | None = None
         """What another forward has met, to be taken over."""
         self._seen: set[Any] | None = None
+        self.in_backward: set[Any] | None = None
+        """Slots, and ids of values of globals and of variables of closures, that code in backward reads."""
         self._model, self._on_object, self._on_store = model, on_object, on_store
         self._alive = alive
         self._followed: set[int] = set()
@@ -188,6 +191,20 @@ class Reads:
         """True while the block of a trial runs."""
         return self._seen is not None
 
+    @property
+    def _notes(self) -> bool:
+        """True while somebody wants to know which slots are read."""
+        return self._seen is not None or self.in_backward is not None or bool(self.observed)
+
+    def read_in_backward(self) -> list[Read]:
+        """What code in backward reads of values that may change until it runs: numbers, tensors, containers."""
+        noted, found = self.in_backward or set(), self.found
+        return [
+            read
+            for slot, read in found.items()
+            if (slot in noted or (read.kind is Kind.CELL and id(read.value) in noted)) and _may_change(read)
+        ]
+
     def now(self) -> ReadsMoment:
         """What is known now."""
         codes = {code: list(calls) for code, calls in self._codes.items()}
@@ -204,7 +221,10 @@ class Reads:
             return
         if self._seen is not None:
             self._seen.update(keys)
-        elif self.observed:
+            return
+        if self.in_backward is not None:
+            self.in_backward.update(keys)
+        if self.observed:
             self.conflicts.update(self.observed[key] for key in keys if key in self.observed)
 
     @contextlib.contextmanager
@@ -340,7 +360,7 @@ class Reads:
 
     def _on_read(self, obj: Any, name: str, value: Any) -> None:
         slot = (id(obj), name)
-        if self._seen is not None or self.observed:
+        if self._notes:
             self._touch(slot, id(value))
         if not self._counts(obj):
             return
@@ -451,7 +471,7 @@ class Reads:
         code = frame.f_code
         if not self._is_on or threading.get_ident() != self._thread:
             return
-        if self._seen is not None or self.observed:
+        if self._notes:
             self._touch_names(frame)
         with self.muted():
             if code not in self._codes:
@@ -618,6 +638,13 @@ def _is_of_class(name: str, value: Any) -> bool:
     """True for an attribute of a class that is a value, no method and nothing of Python's own."""
     is_code = callable(value) or isinstance(value, (staticmethod, classmethod)) or hasattr(type(value), "__set__")
     return value is not ABSENT and not name.startswith("__") and not is_code
+
+
+def _may_change(read: Read) -> bool:
+    """True for a slot whose value code sets as it runs, as opposed to functions, modules and the like."""
+    value = read.value
+    is_value = isinstance(value, (*PLAIN, tuple, Tensor, np.ndarray, np.generic)) or is_container(value)
+    return read.place is not None and (is_value or torch_internals.is_symbolic(value))
 
 
 def _size_of(attributes: dict[str, Any], name: str) -> Read:

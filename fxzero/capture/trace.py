@@ -12,7 +12,7 @@ from torch import fx
 from fxzero.capture.assemble import check_lstm
 from fxzero.capture.draws import PythonDrawError
 from fxzero.capture.failures import explain
-from fxzero.capture.hooks.observers import TracedHooksError
+from fxzero.capture.hooks.observers import RemovedHookError, TracedHooksError
 from fxzero.capture.hooks.operators import bind as bind_hooks
 from fxzero.capture.in_place.functional import functionalize
 from fxzero.capture.in_place.temporaries import make_temporaries_functional
@@ -79,7 +79,7 @@ class Tracer:
                 if self._islands.are_settled():
                     self._islands.announce()
                     return traced
-            except PinnedNumberError:
+            except (PinnedNumberError, RemovedHookError):  # what is no matter of a part
                 raise
             except TracedHooksError as error:
                 if error.hooks <= self._traced_hooks:

@@ -3,7 +3,7 @@
 left behind                                        each step that succeeds
 a plain value (a counter, a flag)                  sets it: what it came from is guarded, or it is a number of the graph
 a tensor, or a list, tuple or dict of tensors      sets it to tensors that are outputs of the graph
-items added to a list, entries set in a dict       adds or sets them
+items added to a list, entries set in it or a dict adds or sets them
 a hook, a submodule, a function or a class         nothing: it stays from the first trace, and the model is traced again
 any other object that holds a tensor               refused
 """
@@ -68,16 +68,21 @@ class Write:
     owner: Any
     """A dict (`vars` of an object, or one that the user made), a list, a deque or a set."""
     key: Any
-    """The key of a dict; None for items that are added."""
+    """The key of a dict, the index of an item of a list; None for items that are added."""
     template: Template
     before: Any
     """What the slot held before the trace; for items that are added, how many there were."""
     name: str
 
+    @property
+    def sets_entry(self) -> bool:
+        """True for an entry that is set, False for items that are added."""
+        return isinstance(self.owner, dict) or self.key is not None
+
     def replay(self, tensors: Sequence[Any], numbers: Sequence[Any]) -> None:
         """Leave behind what eager would."""
         value = self.template.filled(tensors, numbers)
-        if isinstance(self.owner, dict):
+        if self.sets_entry:
             self.owner[self.key] = value
         elif isinstance(self.owner, set):
             self.owner.update(value)
@@ -226,12 +231,15 @@ class Before:
         elif isinstance(container, set) and before <= container:
             if now := container - before:
                 yield container, None, sorted(now, key=str), len(before)
-        elif isinstance(container, (list, collections.deque)) and _begins_with(container, before):
+        elif isinstance(container, (list, collections.deque)) and len(container) >= len(before):
+            for index, (now, held) in enumerate(zip(container, before, strict=False)):
+                if now is not given.get((id(container), index), held):
+                    yield container, index, now, held
             if now := list(container)[len(before) :]:
                 yield container, None, now, len(before)
         else:
             raise CaptureError(
-                f"The forward removes or replaces items of {self._name_of(container, None)}, which a compiled step "
+                f"The forward removes items of {self._name_of(container, None)}, which a compiled step "
                 "cannot do again. Let forward make a new list, or return the items."
             )
 
@@ -383,12 +391,19 @@ def _deletes(name: str) -> str:
 
 
 def put(entries: Iterable[tuple[dict[Any, Any], Any, Any]]) -> None:
-    """Let entries of dicts hold values; none where the value is ABSENT."""
+    """Let entries of dicts and lists hold values; none where the value is ABSENT."""
     for owner, key, value in entries:
         if value is ABSENT:
             owner.pop(key, None)
-        elif owner.get(key, ABSENT) is not value:
+        elif entry_of(owner, key) is not value:
             owner[key] = value
+
+
+def entry_of(owner: Any, key: Any) -> Any:
+    """What an entry of a dict or an item of a list holds; ABSENT if there is none."""
+    if isinstance(owner, dict):
+        return cast("dict[Any, Any]", owner).get(key, ABSENT)
+    return owner[key] if key < len(owner) else ABSENT
 
 
 def _differs(container: Any, content: Any) -> bool:
@@ -415,10 +430,6 @@ def _fill(container: Any, content: Any) -> None:
             container[key] = value
     else:
         (container.update if isinstance(container, set) else container.extend)(content)
-
-
-def _begins_with(container: Sequence[Any], before: Sequence[Any]) -> bool:
-    return len(container) >= len(before) and all(map(_is, container, before))
 
 
 def _template(value: Any, name: str, index_of: Callable[[Any], Output | None]) -> Template:

@@ -28,6 +28,7 @@ from torch.distributed.distributed_c10d import Store
 from fxzero import torch_internals
 from fxzero.comm.peers import Peers, describe_error, entry_of, is_gone, name_of_group
 from fxzero.comm.phases import PhaseLog, Stop
+from fxzero.errors import CommunicationError
 
 TICK_S = 0.5
 """Seconds between two looks at this rank's own wait."""
@@ -127,11 +128,13 @@ class Heartbeat:
     def explain(self, log: PhaseLog, within_s: float = LINGER_S) -> Stop | None:
         """The reason why connections were closed: a rank says it before it closes them, or has died."""
         peers, deadline = Peers(log), time.monotonic() + within_s
-        with contextlib.suppress(RuntimeError):
+        try:
             while log.stop is None and time.monotonic() < deadline:
                 if (stop := self.look(peers)) is not None:
                     return stop
                 time.sleep(0.05)
+        except RuntimeError as error:
+            return log.stop or Stop("end", f"{_lost_store(error)}; rank {self.rank} waits in {log.what}.")
         return log.stop
 
     def stop(self, log: PhaseLog, stop: Stop) -> None:
@@ -219,8 +222,18 @@ def heartbeat() -> Heartbeat:
     global _current
     store = torch_internals.default_store()
     if _current is None or not _current.is_of(store):
-        _current = Heartbeat(store, dist.get_rank())
+        try:
+            _current = Heartbeat(store, dist.get_rank())
+        except RuntimeError as error:
+            raise CommunicationError(f"Rank {dist.get_rank()} cannot begin: {_lost_store(error)}.") from error
     return _current
+
+
+def _lost_store(error: RuntimeError) -> str:
+    return (
+        f"the store of the process group does not answer ({str(error).strip().splitlines()[0]}), so the process that "
+        "hosts it (rank 0, where torchrun does not) has died or ended: its own error says why"
+    )
 
 
 def log_of(members: tuple[int, ...]) -> PhaseLog:
@@ -241,5 +254,5 @@ def report(log: PhaseLog, error: BaseException) -> None:
         when = "in" if log.is_inside else "after"
         heartbeat().stop(log, Stop("failure", f"rank {log.rank} failed {when} {log.what}: {log.failed[1]}"))
     else:
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError, CommunicationError):
             heartbeat().publish()

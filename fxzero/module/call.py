@@ -1,7 +1,7 @@
 """One call of a compiled module as a torch.autograd.Function, whose backward writes gradients into the shards."""
 
 import weakref
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol, TypeAlias
 
@@ -81,6 +81,8 @@ class Call:
         self._rng_state: torch.Tensor | None = None
         self._before: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         """Copies of the inputs and of the buffers that forward writes, made before it."""
+        self._late_values: list[Any] | None = None
+        """What the Python state held after forward that code in backward reads; None if it reads none."""
         self._params_before: list[torch.Tensor] = []
         """Copies of this rank's slices of the parameters that forward writes, made before it."""
 
@@ -110,6 +112,10 @@ class Call:
     def watch(self, outputs: Sequence[torch.Tensor]) -> None:
         """Note the tensors that forward returned, in whose gradients a user may take an interest."""
         self._outputs = [weakref.ref(output) for output in outputs]
+
+    def note_state(self) -> None:
+        """Note the Python state that code in backward reads, once forward has left behind what it sets."""
+        self._late_values = self.executable.plan.captured.state.late_values()
 
     def backward(self, arriving: tuple[torch.Tensor | None, ...], anchor: Any) -> list[torch.Tensor | None]:
         """Run backward.
@@ -182,6 +188,15 @@ class Call:
                 f"A later forward has written {', '.join(self.executable.step.written)}, which this backward reads. "
                 "Call backward before the next forward."
             )
+        if self._late_values is not None:
+            changed = self.executable.plan.captured.state.changed_since(self._late_values)
+            if changed is not None:
+                self._drop()
+                raise StaleBackwardError(
+                    f"{changed} has changed between this forward and its backward, which reads it (in a hook that "
+                    "returns a value, or an autograd.Function). A compiled step reads Python state at its forward. "
+                    "Change it before the forward, or behind the backward."
+                )
         if self._versions != torch_internals.changes_of_each(self._saved, self.executable.reachable):
             self._drop()
             raise StaleBackwardError(
@@ -197,18 +212,32 @@ class Call:
         """
         for index, reference in zip(self.executable.tensor_outputs, self._outputs, strict=True):
             output = reference()
-            if output is None or not torch_internals.is_gradient_wanted(output):
-                continue
-            if any(other in pattern for other in self.executable.outputs_computed_from(index)):
-                raise FxzeroError(
-                    "An output of the model has a hook or retain_grad(), and the loss was computed from it inside of "
-                    "the model: a compiled step does not return its gradient. Register the hook inside of forward, or "
-                    "compute the loss from the output outside of the model."
-                )
+            if output is not None and torch_internals.is_gradient_wanted(output):
+                self._check_computed_outside(index, pattern, "has a hook or retain_grad()")
+
+    def check_asked(self, number: int, numbers: Collection[int]) -> None:
+        """Refuse to give a part of the gradient of an output that torch.autograd.grad asks for.
+
+        Args:
+            number: of the output, among the tensors that forward returned.
+            numbers: those that what is differentiated was computed from, outside of the model.
+        """
+        indices = self.executable.tensor_outputs
+        self._check_computed_outside(
+            indices[number], {indices[each] for each in numbers}, "is one by which torch.autograd.grad differentiates"
+        )
+
+    def _check_computed_outside(self, index: int, pattern: Collection[int], what: str) -> None:
+        if not self.executable.outputs_computed_from(index).isdisjoint(pattern):
+            raise FxzeroError(
+                f"An output of the model {what}, and the loss was computed from it inside of the model: a compiled "
+                "step does not return its gradient. Register a hook on it inside of forward (tensor.register_hook), or "
+                "compute the loss from the output outside of the model."
+            )
 
     def _drop(self) -> None:
         self._saved, self._inputs, self._before, self._settle = None, [], ([], []), None
-        self._replaced, self._params_before = [], []
+        self._replaced, self._params_before, self._late_values = [], [], None
 
     def _run_again(self, before: Executable, state: list[Any]) -> None:
         """Repeat forward under another plan than before, with equal draws, inputs and buffers.

@@ -15,7 +15,7 @@ from fxzero.capture.state import Values
 from fxzero.comm import agree
 from fxzero.comm.tensor_parallel import Parts
 from fxzero.errors import CaptureError, FxzeroError, InputMismatchError, PlanError
-from fxzero.graph.variant import Stash
+from fxzero.graph.variant import ONLY_FORWARD, Stash
 from fxzero.host.memory_in_use import MemoryInUse
 from fxzero.module.call import Call, StepFunction
 from fxzero.module.call_kind import Arguments, Method, Pattern, Signature, settings
@@ -124,12 +124,14 @@ class Engine:
         device_type = sharded.devices.compute.type
         if torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
-                tensors = self._run(executable, inputs, values, signature, arguments, replaced)
+                tensors, call = self._run(executable, inputs, values, signature, arguments, replaced)
         else:
-            tensors = self._run(executable, inputs, values, signature, arguments, replaced)
+            tensors, call = self._run(executable, inputs, values, signature, arguments, replaced)
         sharded.phases.note_writes(executable.writes(values.inputs))
         if captured.state.leaves_behind:
             captured.state.replay(tensors, values)
+        if call is not None and captured.state.read_late:
+            call.note_state()
         return captured.output.rebuild(tensors)
 
     def _run(
@@ -140,16 +142,17 @@ class Engine:
         signature: Signature,
         arguments: Arguments,
         replaced: Replaced,
-    ) -> Sequence[Any]:
+    ) -> tuple[Sequence[Any], Call | None]:
+        """The tensors that forward returns, and the call, if a backward may follow."""
         if executable.has_backward:
             settle = partial(self._settle, signature, arguments, values)
             call = Call(self.sharded, self, executable, [*inputs, *values.inputs], settle, replaced, signature.called)
             returned = StepFunction.apply(call, self.anchor, *[x for x in inputs if x.requires_grad])
             call.watch(returned)  # type: ignore[arg-type]
-            return returned  # type: ignore[return-value]
+            return returned, call  # type: ignore[return-value]
         with torch.no_grad():
             outputs, _ = executable.forward([*inputs, *values.inputs], self.sharded.buffers(executable))
-        return [outputs[index] for index in executable.tensor_outputs]
+        return [outputs[index] for index in executable.tensor_outputs], None
 
     def gradients_are_asked_for(self, anchor: Any) -> bool:
         """True in a backward that leaves `.grad` alone, as torch.autograd.grad asks for some gradients.
@@ -167,6 +170,8 @@ class Engine:
         """
         gradients = self.sharded.gradients
         assert gradients is not None
+        if not executable.has_gradients:
+            return executable.backward(ONLY_FORWARD, saved, tangents)
         synchronize = executable.step.synchronize
         if gradients.num_held or not (synchronize or self.sharded.recipe.keeps_unsharded):
             raise PlanError(
@@ -199,6 +204,8 @@ class Engine:
         """
         gradients, in_flight = self.sharded.gradients, self.sharded.in_flight
         assert gradients is not None
+        if not executable.has_gradients:
+            return executable.backward(ONLY_FORWARD, saved, tangents)
         if executable.leaves_buckets:
             in_flight.before_backward()
         synchronize = executable.step.synchronize
@@ -222,6 +229,8 @@ class Engine:
         """
         accumulate, gradients = self.sharded.recipe.accumulate, self.sharded.gradients
         if accumulate == 1 or not self.synchronize or gradients is None or not gradients.num_held:
+            return
+        if not executable.has_gradients:  # it is no micro-batch of the cycle
             return
         if executable.step.synchronize or gradients.num_held >= accumulate:
             self.sharded.reduce_held()
@@ -355,6 +364,11 @@ def _check_modes() -> None:
         raise CaptureError(
             "A compiled step runs inside of forward-mode AD (torch.func.jvp or jacfwd, forward_ad.dual_level), whose "
             "tangents it would lose. Use torch.func.jvp inside of forward, where it is traced."
+        )
+    if torch_internals.in_jit_trace():
+        raise CaptureError(
+            "torch.jit.trace would see nothing of a compiled step. Trace the plain model, with the weights of "
+            "zero.state_dict() or inside of `with zero.summon_full_params():`."
         )
     if torch_internals.in_function_transform():
         raise CaptureError("A compiled module cannot be called inside torch.func transforms. Use loss.backward().")

@@ -41,6 +41,62 @@ def watch_parts(sharded: ShardedModel, compiled: nn.Module) -> None:
             module.__dict__[torch_internals.LOAD] = functools.partial(_load, held, at, path)
 
 
+_initialised: list[weakref.ref[ShardedModel]] = []
+"""The models whose shards no initialiser of torch may fill."""
+
+
+def watch_initialisers(sharded: ShardedModel) -> None:
+    """Refuse `torch.nn.init` on the shards of a model, where it depends on shapes, or draws on several ranks."""
+    _initialised[:] = [each for each in _initialised if each() is not None]
+    _initialised.append(weakref.ref(sharded))
+    _wrap_initialisers()
+
+
+@functools.cache
+def _wrap_initialisers() -> None:
+    """Two functions serve all models, and are never removed."""
+    torch_internals.wrap_initialisers(_refuse_shape, _refuse_draw)
+
+
+def _refuse_shape(tensor: Tensor) -> None:
+    if (found := _shard_of(tensor)) is not None:
+        raise FxzeroError(
+            f"An initialiser looks at the shape of {found[1]}, which is a shard here, flat. {_INITIALISE}"
+        )
+
+
+def _refuse_draw(tensor: Tensor) -> None:
+    if (found := _shard_of(tensor)) is not None and not found[0].comm.is_alone:
+        raise FxzeroError(
+            f"An initialiser draws values of {found[1]} on each rank, for this rank's slice alone: with equal seeds "
+            f"the slices would have equal values. {_INITIALISE}"
+        )
+
+
+_INITIALISE = (
+    "Initialise a model before fxzero.compile, by compile(init_fn=...) where it is on the meta device, or inside of "
+    "`with zero.summon_full_params():`, with equal seeds on all ranks."
+)
+
+
+def _shard_of(tensor: Tensor) -> tuple[ShardedModel, str] | None:
+    """The model and the name of the parameter whose shard a tensor is, or is a view of; None if it is none."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
+        return None
+    for each in _initialised:
+        sharded = each()
+        shards = None if sharded is None else sharded.shards
+        if sharded is None or shards is None or sharded.method_run is not None:  # which gathers what it touches
+            continue
+        place = tensor.untyped_storage().data_ptr()
+        if place in {segment.untyped_storage().data_ptr() for segment in shards.params.segments}:
+            return sharded, next((n for n, p in sharded.params.items() if p is tensor), "a parameter")
+        fqn = next((n for n, p in sharded.params.items() if p is tensor and n not in sharded.whole), None)
+        if fqn is not None:
+            return sharded, fqn
+    return None
+
+
 def forget_parts(model: nn.Module) -> None:
     """Undo `watch_parts`."""
     for module in model.modules():

@@ -4,11 +4,12 @@ Each of these functions is a collective.
 """
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from fxzero import torch_internals
 from fxzero.checkpoint.callers import is_asked_by_checkpoint
@@ -173,23 +174,34 @@ def full_copies(
 
 
 def load_state_dict(
-    sharded: ShardedModel, state: Mapping[str, Any], *, strict: bool, trainable_only: bool = False
+    sharded: ShardedModel,
+    state: Mapping[str, Any],
+    *,
+    strict: bool,
+    trainable_only: bool = False,
+    then: Callable[[Any], None] | None = None,
 ) -> Any:
-    """Load a state dict that every rank passes; each keeps its slices. See `ZeroModule.load_state_dict`."""
+    """Load a state dict that every rank passes; each keeps its slices. See `ZeroModule.load_state_dict`.
+
+    Args:
+        then: called with the missing and the unexpected names when what fits is loaded; it may change them, so that
+            these are refused behind it.
+    """
+    source = state
     with sharded.phases.phase("load_state_dict"):
         with agree.reporting_failure(sharded.group, _TOPIC):
             names, extra = (_trainable(sharded), {}) if trainable_only else (_names(sharded), _extra_states(sharded))
             state = dict(state)
-            missing, unexpected = _run_load_hooks(sharded, state)
+            missing, unexpected, own = _run_load_hooks(sharded, state, source, converts=not trainable_only)
+            extra = {name: module for name, module in extra.items() if name.rpartition(".")[0] not in own}
             given = {names[name] for name in state if name in names}
-            missing += [name for name, fqn in names.items() if name not in state and fqn not in given]
+            lacking = [name for name, fqn in names.items() if name not in state and fqn not in given]
+            missing += [name for name in lacking if name.rpartition(".")[0] not in own]
             missing += [name for name in extra if name not in state]
-            unexpected += [name for name in state if name not in names and name not in extra]
-            if strict and (missing or unexpected):
-                raise CheckpointError(
-                    f"The state dict does not fit: missing {missing or 'nothing'}, unexpected "
-                    f"{unexpected or 'nothing'}. Pass strict=False to load what fits."
-                )
+            others = [name for name in state if name not in names and name not in extra]
+            unexpected += [name for name in others if name.rpartition(".")[0] not in own]
+            if strict and then is None:
+                _check_fits(missing, unexpected)
             tensors = {name: state[name] for name in names if name in state}
             _check_tensors(sharded, tensors, names)
         if sharded.shards is not None or sharded.has_meta_params():
@@ -201,7 +213,20 @@ def load_state_dict(
     for name, module in extra.items():
         if name in state:
             module.set_extra_state(state[name])
-    return torch_internals.incompatible_keys(missing, unexpected)
+    keys = torch_internals.incompatible_keys(missing, unexpected)
+    if then is not None:
+        then(keys)
+        if strict:
+            _check_fits(missing, unexpected)
+    return keys
+
+
+def _check_fits(missing: Sequence[str], unexpected: Sequence[str]) -> None:
+    if missing or unexpected:
+        raise CheckpointError(
+            f"The state dict does not fit: missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}. Pass "
+            "strict=False to load what fits."
+        )
 
 
 _TOPIC = "state dict to load"
@@ -243,19 +268,66 @@ def _extra_states(sharded: ShardedModel) -> dict[str, nn.Module]:
     }
 
 
-def _run_load_hooks(sharded: ShardedModel, state: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """Run the load hooks of the modules, which rename and convert entries of older state dicts.
+def _run_load_hooks(
+    sharded: ShardedModel, state: dict[str, Any], source: Any, *, converts: bool
+) -> tuple[list[str], list[str], set[str]]:
+    """Run the load hooks of the modules, and what modules have to load in their own way: renaming, converting.
+
+    Args:
+        state: is changed.
+        source: the state dict that it is a copy of.
+        converts: let modules load in their own way.
 
     Returns:
-        The names that the hooks report as missing, and those that they report as unexpected.
+        The names reported as missing, those reported as unexpected, and the paths of the modules that have looked for
+        these themselves.
     """
-    missing, unexpected, errors = list[str](), list[str](), list[str]()
+    missing, unexpected, errors, own = list[str](), list[str](), list[str](), set[str]()
     for path, module in sharded.model.named_modules():
+        prefix, metadata = join(path, ""), torch_internals.metadata_of(source, path)
+        rest = prefix, metadata, True, missing, unexpected, errors
+        if converts and torch_internals.loads_in_its_own_way(module) and not _has_dtensors(state, prefix):
+            _convert(sharded, module, state, *rest)
+            own.add(path)
+            continue
         for hook in torch_internals.load_hooks(module):
-            hook(state, f"{path}." if path else "", {}, True, missing, unexpected, errors)
+            hook(state, *rest)
     if errors:
         raise CheckpointError(f"The state dict does not fit: {'; '.join(errors)}")
-    return missing, unexpected
+    return missing, unexpected, own
+
+
+def _has_dtensors(state: Mapping[str, Any], prefix: str) -> bool:
+    return any(isinstance(value, DTensor) for name, value in state.items() if name.startswith(prefix))
+
+
+def _convert(sharded: ShardedModel, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Let a module load its own tensors in its own way, into others, and put those into the state dict."""
+    params, buffers = torch_internals.tensor_tables(module)
+    device = sharded.devices.shards
+    held = [(params, name, each) for name, each in params.items() if id(each) in sharded.ids]
+    held += [(buffers, n, b) for n, b in buffers.items() if b is not None and torch_internals.is_persistent(module, n)]
+    others: list[torch.Tensor] = []
+    for table, name, tensor in held:
+        if table is params:
+            spec = sharded.specs[sharded.fqn_of(tensor)]
+            value = torch.empty(spec.whole_shape, dtype=spec.dtype, device=device if tensor.is_meta else tensor.device)
+            others.append(nn.Parameter(value, requires_grad=tensor.requires_grad))
+        else:
+            others.append(torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.detach().clone())
+        table[name] = others[-1]
+    before = torch_internals.changes_of_each(others, range(len(others)))
+    try:
+        torch_internals.own_method(module, torch_internals.LOAD)(state, prefix, *rest)
+    finally:
+        for (table, name, tensor), other in zip(held, others, strict=True):
+            if table.get(name) is other:
+                table[name] = tensor
+    after = torch_internals.changes_of_each(others, range(len(others)))
+    for (_, name, _), other, was, now in zip(held, others, before, after, strict=True):
+        state.pop(f"{prefix}{name}", None)
+        if was != now:
+            state[f"{prefix}{name}"] = other.detach()
 
 
 def _check_tensors(sharded: ShardedModel, tensors: Mapping[str, Any], names: Mapping[str, str]) -> None:

@@ -55,6 +55,8 @@ def clip_grad_norm_(
     scale = (max_norm / (total + 1e-6)).clamp_(max=1.0)
     for gradient in (*segments, *ignored):
         gradient.mul_(scale)
+    if scale.device.type != "cpu" or not math.isfinite(scale.item()):  # 0 * NaN is NaN, in this norm and all later ones
+        gradients.clear_padding()
     return total
 
 

@@ -78,6 +78,8 @@ class Executable:
             storage.gradients.view(fqn)
         self.reduced = {fqn for start in step.nodes(Role.REDUCE_SCATTER) for fqn in members(start)}
         """The parameters in the buckets that backward reduces."""
+        self.has_gradients = bool(step.grads or self.reduced)
+        """False for a backward that gives gradients to inputs alone, since all parameters are frozen."""
         self.reduced_outside = self.reduced
         """Those that the plan reduces where gradients are reduced."""
         if not step.synchronize:

@@ -63,6 +63,8 @@ class Gradients:
 
         A copy of it where these gradients are of another dtype than the parameter.
         """
+        self._gaps: tuple[tuple[int, int], list[torch.Tensor]] | None = None
+        """How many buckets and parameters have gradients, and all else in the gradient buffer."""
         self.are_there = False
         """True once a backward has reduced gradients."""
         self.parallel = next((spec.parallel for spec in shards.layout.params if spec.is_cut), None)
@@ -111,6 +113,22 @@ class Gradients:
             multiple = ALIGNMENT_BYTES // shard.itemsize
             slices = [bucket.slice_of(spec, self._shards.rank) for spec in bucket.params if spec.is_cut == is_cut]
             yield from (shard[part.offset :][: align(part.numel, multiple)] for part in slices if part.numel)
+
+    def clear_padding(self) -> None:
+        """Let all that is no gradient in the gradient buffer be zeros again; a factor that is NaN has made it NaN."""
+        size = len(self._shards.grads.parts), len(self._views)
+        if self._gaps is None or self._gaps[0] != size:
+            self._gaps = size, [gap for gap in self._padding() if gap.numel()]
+        torch_internals.zero_all(self._gaps[1])
+
+    def _padding(self) -> Generator[torch.Tensor]:
+        for bucket, shard in self._shards.grads.parts.items():
+            has_view = [spec for spec in bucket.params if spec.fqn in self._views]  # others are never looked at
+            end, slices = 0, [bucket.slice_of(spec, self._shards.rank) for spec in has_view]
+            for part in sorted((part for part in slices if part.numel), key=lambda part: part.offset):
+                yield shard[end : part.offset]
+                end = part.offset + part.numel
+            yield shard[end:]
 
     def _has_grad(self) -> bool:
         for param in self._own_params:  # noqa: SIM110 (a generator would be a call for each parameter)

@@ -1,6 +1,7 @@
 """Ranks of which one does something else than the others; each returns the error that it met."""
 
 import os
+import time
 from contextlib import nullcontext, suppress
 from typing import Any
 
@@ -162,6 +163,21 @@ def die_before_compile(rank: int, world_size: int) -> str:
         os._exit(3)
     zero = fxzero.compile(words())
     return error_of(lambda: zero(ids_of(rank, 0)))
+
+
+def rank_0_dies() -> None:
+    """A process that is a rank by its environment; rank 0 hosts the store, and dies."""
+    dist.init_process_group("gloo")
+    dist.barrier()
+    is_early, is_first = os.environ["WHEN"] == "before compile", dist.get_rank() == 0
+    if is_early and is_first:
+        os._exit(3)
+    time.sleep(1.0 if is_early else 0.0)  # until it is gone
+    zero = fxzero.compile(words())
+    for step in range(5):
+        if is_first and step == 2:
+            os._exit(3)
+        zero(ids_of(dist.get_rank(), step)).backward()
 
 
 def call_equal_models_in_another_order(rank: int, world_size: int) -> str:

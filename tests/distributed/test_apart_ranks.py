@@ -1,5 +1,10 @@
 """Ranks that do different things, fail, end or die: all are told within seconds, with the rank and the difference."""
 
+import os
+import socket
+import sys
+from subprocess import PIPE, Popen
+
 import pytest
 
 from fxzero.testing import run_ranks
@@ -89,6 +94,18 @@ def test_a_rank_that_died_in_its_trace_is_named() -> None:
 def test_a_rank_that_died_before_it_compiled_anything_is_named() -> None:
     error = run_ranks(2, apart_workers.die_before_compile, dies=(1,))[0]
     assert error.startswith("CommunicationError: rank 1 has died or ended before it compiled a model"), error
+
+
+@pytest.mark.parametrize("when", ["before compile", "between steps"])
+def test_rank_0_that_died_with_the_store_is_named(when: str) -> None:
+    with socket.socket() as chosen:
+        chosen.bind(("127.0.0.1", 0))
+        port = chosen.getsockname()[1]
+    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "WHEN": when}
+    command = [sys.executable, "-c", "from tests.distributed.apart_workers import rank_0_dies; rank_0_dies()"]
+    ranks = [Popen(command, env={**env, "RANK": str(rank)}, stderr=PIPE, text=True) for rank in range(2)]
+    errors = [rank.communicate()[1] for rank in ranks]
+    assert "CommunicationError" in errors[1] and "(rank 0, where torchrun does not) has died or ended" in errors[1]
 
 
 def test_equal_models_that_are_called_in_another_order_are_named() -> None:

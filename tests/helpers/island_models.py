@@ -181,6 +181,14 @@ class Sequences(nn.Module):
         return self.lstm(x[None])[0][0]
 
 
+class Expanded(Sequences):
+    """Gives its kernel a tensor of which several elements are one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One row is one step of both sequences, which are equal."""
+        return self.lstm(x[None].expand(2, -1, -1))[0].sum(0)
+
+
 class Checkpointed(nn.Module):
     """A part in a checkpoint, and a checkpoint in a part."""
 
@@ -256,6 +264,7 @@ CASES: dict[str, Case] = {
     "a tied weight": Case(Tied, ("part",)),
     "an input written": Case(ReadsWhatIsWritten, ("part",)),
     "LSTM": Case(lambda: Around(Sequences()), ("part.lstm",)),
+    "LSTM on an expanded tensor": Case(lambda: Around(Expanded()), ("part.lstm",)),
     "checkpoints": Case(lambda: Around(Checkpointed(reentrant=False)), ("part",)),
     "reentrant checkpoints": Case(lambda: Around(Checkpointed(reentrant=True)), ("part",)),
     "CTC": Case(Speech, ("",)),

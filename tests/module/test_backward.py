@@ -122,6 +122,63 @@ def test_gradients_that_cannot_be_asked_for_are_refused() -> None:
     assert all(param.grad is None for param in params)
 
 
+class Features(nn.Module):
+    """Returns what it computes its last output from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = torch.tanh(self.body(x))
+        return self.head(hidden), hidden
+
+
+def test_a_part_of_the_gradient_of_an_output_is_not_given() -> None:
+    zero, plain = pair(Features())
+    found = [
+        torch.autograd.grad((module(points())[1] * 3).sum(), module(points())[1], allow_unused=True)[0]
+        for module in (zero, plain)
+    ]
+    assert found == [None, None]
+    for outputs in ((0,), (0, 1)):  # with the second, torch would give the part of it that goes past the model
+        results = zero(points())
+        with pytest.raises(FxzeroError, match="An output of the model is one by which torch.autograd.grad"):
+            torch.autograd.grad(sum(results[index].sum() for index in outputs), results[1])
+        results = zero(points())
+        with pytest.raises(FxzeroError, match="the loss was computed from it inside of the model"):
+            sum(results[index].sum() for index in outputs).backward(inputs=[results[1]])  # type: ignore[union-attr]
+    grads = []
+    for module in (zero, plain):
+        hidden = module(points())[1]
+        grads.append(torch.autograd.grad((hidden * 3).sum(), hidden)[0])
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2}])
+def test_the_gradient_of_an_input_of_a_model_that_was_frozen_for_it(options: dict[str, Any]) -> None:
+    zero, plain = pair(**options)
+    for step in range(4):
+        for output in both(zero, plain, points(step)):
+            output.loss.backward()
+        for module in (zero, plain):
+            module.requires_grad_(False)
+        inputs = points(step).requires_grad_(), points(step).requires_grad_()
+        for module, x, is_asked in zip((zero, plain), inputs, (step % 2, 0), strict=True):
+            torch.manual_seed(0)
+            loss = module(x).loss
+            if is_asked:
+                x.grad = torch.autograd.grad(loss, x)[0]
+            else:
+                loss.backward()
+            module.requires_grad_(True)
+        assert torch.equal(inputs[0].grad, inputs[1].grad)  # type: ignore[arg-type]
+        if step % 2:
+            zero.reduce_gradients()
+            assert_same(zero, plain)
+
+
 @pytest.mark.parametrize("what", ["input", "output"])
 def test_a_backward_after_what_it_needs_was_overwritten_is_refused_as_in_eager(what: str) -> None:
     zero, plain = pair()

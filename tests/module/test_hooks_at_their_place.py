@@ -324,6 +324,45 @@ def test_what_a_hook_must_not_do_is_refused() -> None:
         fxzero.compile(model)(torch.ones(3, 4))
 
 
+def test_a_hook_that_changes_values_and_removes_itself_is_refused_and_stays() -> None:
+    torch.manual_seed(0)
+    model, calls = Net(), list[int]()
+
+    def once(module: Any, args: Any, out: Tensor) -> Tensor:
+        calls.append(1)
+        handle.remove()
+        return out * 2
+
+    handle = model.first.register_forward_hook(once)
+    zero = fxzero.compile(model)
+    for _ in range(2):
+        with pytest.raises(CaptureError, match=r"once is removed while it runs.*handle.remove\(\)"):
+            zero(torch.ones(3, 4))
+    handle.remove()
+    zero(torch.ones(3, 4)).backward()
+    assert not calls
+
+
+def test_retain_grad_in_a_hook_is_no_observation() -> None:
+    found: list[list[Tensor]] = []
+    for compiled in (True, False):
+        torch.manual_seed(0)
+        model, kept = Net(), list[Tensor]()
+
+        def keep(module: Any, args: Any, out: Tensor, kept: list[Tensor] = kept) -> None:
+            out.retain_grad()
+            kept.append(out)
+
+        model.first.register_forward_hook(keep)
+        called = fxzero.compile(model) if compiled else model
+        with pytest.warns(UserWarning, match="calls retain_grad") if compiled else contextlib.nullcontext():
+            called(torch.ones(3, 4)).backward()
+        called(torch.ones(3, 4) * 2).backward()
+        found.append([tensor.grad for tensor in kept if tensor.grad is not None])
+    assert len(found[1]) == 2
+    assert all(map(torch.equal, *found))
+
+
 def test_no_gradient_is_lost_through_what_a_hook_keeps() -> None:
     model, kept = Net(), queue.SimpleQueue[Tensor]()
     model.first.register_forward_hook(keep_unseen(kept))

@@ -1,5 +1,6 @@
 """What belongs to a compiled model outside of a step: parts are refused by name, state dicts are whole."""
 
+import contextlib
 import copy
 from collections import OrderedDict
 from collections.abc import Callable
@@ -177,3 +178,37 @@ def load_parts(rank: int, world_size: int) -> None:
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_whole_tensors_are_loaded_from_around_and_into_parts(world_size: int) -> None:
     run_ranks(world_size, load_parts)
+
+
+def initialisers(rank: int, world_size: int) -> None:
+    plain, zero = net(), fxzero.compile(net())
+    for module in (plain, zero):
+        torch.manual_seed(3)
+        nn.init.xavier_normal_(module.get_parameter("0.weight"))  # nothing is sharded yet
+    zero(points(rank)).sum().backward()
+    weight = zero.get_parameter("0.weight")
+    by_shape: list[Callable[[], Any]] = [
+        lambda: nn.init.xavier_uniform_(weight), lambda: nn.init.xavier_normal_(weight.data),
+        lambda: nn.init.orthogonal_(weight), lambda: nn.init.eye_(weight),
+        lambda: cast("Any", zero)[0].reset_parameters(),
+        lambda: zero.apply(lambda each: nn.init.xavier_uniform_(each.weight) if hasattr(each, "weight") else None),
+    ]  # fmt: skip
+    for initialise in by_shape:
+        with pytest.raises(FxzeroError, match="looks at the shape of .*summon_full_params"):
+            initialise()
+    nn.init.constant_(zero.get_parameter("0.bias"), 0.5)
+    nn.init.constant_(plain.get_parameter("0.bias"), 0.5)
+    if world_size > 1:
+        with pytest.raises(FxzeroError, match="draws values of 0.weight on each rank"):
+            nn.init.normal_(weight)
+    for module, whole in ((plain, contextlib.nullcontext()), (zero, zero.summon_full_params())):
+        torch.manual_seed(4)
+        with whole:
+            module.apply(lambda each: each.reset_parameters() if isinstance(each, nn.Linear) else None)
+            nn.init.orthogonal_(module.get_parameter("3.weight"))
+    assert_same_weights(zero, plain)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_initialisers_of_torch_are_refused_where_they_would_fill_shards(world_size: int) -> None:
+    run_ranks(world_size, initialisers)

@@ -5,6 +5,7 @@ import enum
 import logging
 import math
 import warnings
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxzero
-from fxzero.errors import CaptureError
+from fxzero.errors import CaptureError, StaleBackwardError
 from fxzero.testing import engine_of
 from tests.helpers.pairs import assert_same, sgd
 
@@ -519,3 +520,138 @@ def test_a_hidden_state_with_its_history_is_refused() -> None:
     zero(torch.ones(2, 3))[0].backward()
     with pytest.raises(CaptureError, match=r"tensor of an earlier call, \[2, 3\].*Cut the history off"):
         zero(torch.ones(2, 3))
+
+
+class Reversed(torch.autograd.Function):
+    """Reverses gradients, by the strength that its module has then."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: nn.Module) -> Tensor:
+        ctx.module = module
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return -ctx.module.config["strength"] * grads[0], None
+
+
+class ReadsLate(nn.Module):
+    """Reads state in its backward: in a Function, or in a hook."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.where, self.config, self.scale = nn.Linear(4, 4), where, {"strength": 1.0}, 1.0
+        self.unused = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        if self.where == "function":
+            return Reversed.apply(y, self)
+        if y.requires_grad:
+            y.register_hook(lambda grad: grad * self.scale)
+        return y
+
+
+@pytest.mark.parametrize("where", ["function", "hook"])
+def test_what_a_backward_reads_must_not_change_behind_its_forward(where: str) -> None:
+    x, model = torch.ones(2, 4), ReadsLate(where)
+    zero, plain = fxzero.compile(copy.deepcopy(model)), model
+
+    def change(module: Any, value: float) -> None:
+        module.config["strength"] = module.scale = value
+
+    for value in (1.0, 2.0, 3.0, 4.0):  # constants of plans, and then an input
+        for module in (zero, plain):
+            change(module, value)
+            loss = module(x).sum()
+            module.unused += 1
+            loss.backward()
+        assert_same(zero, plain)
+        late = zero(x).sum()
+        change(zero, value + 0.5)
+        with pytest.raises(StaleBackwardError, match="has changed between this forward and its backward, which reads"):
+            late.backward()
+
+
+class Moves(nn.Module):
+    """Moves tensors and numbers of earlier calls from one place to another."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.how, self.calls = nn.Linear(4, 4), how, [0, 0]
+        self.a, self.b = torch.ones(4), torch.full((4,), 2.0)
+        if how == "one tensor":
+            self.b = self.a
+        self.items: Any = [torch.ones(4), torch.zeros(4)]
+        self.last: Any = deque([torch.ones(4), torch.zeros(4)], maxlen=2)
+        self.named = {"now": torch.ones(4), "old": torch.zeros(4)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        mean = y.mean(0).detach()
+        if self.how in ("attributes", "one tensor"):
+            y = y + self.a * 2 + self.b
+            self.a, self.b = mean, self.a
+        elif self.how == "exchange":
+            y = y + self.a * 2 + self.b
+            self.a, self.b = self.b, self.a
+        elif self.how == "dict":
+            y = y + self.named["now"] - self.named["old"]
+            self.named["old"], self.named["now"] = self.named["now"], mean
+        elif self.how == "new list":
+            y = y + self.items[0] - self.items[1]
+            self.items = [mean, self.items[0]]
+        elif self.how == "items":
+            y = y + self.items[0] - self.items[1]
+            self.items[1] = self.items[0]
+            self.items[0] = mean
+        elif self.how == "log":
+            self.named["now"] = self.items[1] = mean
+        elif self.how == "queue":
+            y = y + self.last[0] - self.last[1]
+            self.last.append(mean)
+            self.items.pop(0)
+            self.items.append(mean)
+        else:
+            self.calls[0] += 1
+            y = y * self.calls[0]
+        return y.sum()
+
+    def state(self) -> list[Any]:
+        return [self.a, self.b, *self.items, *self.last, *self.named.values(), *map(torch.tensor, self.calls)]
+
+
+@pytest.mark.parametrize(
+    "how", ["attributes", "one tensor", "exchange", "dict", "new list", "items", "log", "queue", "counter"]
+)
+def test_values_of_earlier_calls_are_moved(how: str) -> None:
+    plain = Moves(how)
+    model = copy.deepcopy(plain)
+    zero = fxzero.compile(model)
+    for step in range(6):
+        x = torch.arange(8.0).view(2, 4) * (step + 1)
+        losses = [zero(x), plain(x)]
+        for loss in losses:
+            loss.backward()
+        assert torch.equal(*losses)
+        for own, other in zip(model.state(), plain.state(), strict=True):
+            assert torch.equal(own, other)
+        assert_same(zero, plain)
+    assert len(engine_of(zero).plans) <= 3  # constants, and then inputs
+
+
+def test_a_tensor_with_a_gradient_is_not_moved() -> None:
+    class Model(nn.Linear):
+        kept = last = torch.zeros(2, 4)
+
+        def forward(self, input: Tensor) -> Tensor:
+            y = super().forward(input) + self.kept.detach()
+            self.kept, self.last = self.last, y
+            return y
+
+    zero = fxzero.compile(Model(4, 4))
+    zero(torch.ones(2, 4))
+    with pytest.raises(CaptureError, match="moves a tensor with a gradient, of an earlier call.*detach"):
+        zero(torch.ones(2, 4))

@@ -158,6 +158,14 @@ def test_a_function_mode_around_the_call_is_refused_and_a_default_device_is_not(
         zero(torch.ones(2, 4))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+def test_a_trace_of_torchscript_is_refused() -> None:
+    zero, x = fxzero.compile(net(4, 1)), torch.ones(2, 4)
+    zero(x)
+    with pytest.raises(CaptureError, match="torch.jit.trace would see nothing of a compiled step"):
+        torch.jit.trace(zero, x)
+
+
 def test_a_parameter_belongs_to_one_compiled_model() -> None:
     first, second = net(2, 2), net(2, 2)
     second[0].weight = first[0].weight

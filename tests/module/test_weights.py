@@ -179,6 +179,66 @@ def test_hooks_of_the_model_rename_what_is_loaded() -> None:
     assert torch.equal(zero.state_dict()["0.weight"], torch.eye(2))
 
 
+def test_hooks_of_the_compiled_module_itself_run() -> None:
+    zero, calls = fxzero.compile(nn.Sequential(nn.Linear(2, 2)), example=torch.ones(1, 2)), list[Any]()
+    zero.register_state_dict_pre_hook(lambda module, prefix, keep_vars: calls.append("before"))
+    zero.register_state_dict_post_hook(lambda module, state, prefix, metadata: state.update(extra=torch.ones(1)))
+    zero.register_load_state_dict_pre_hook(lambda module, state, *_: state.pop("extra"))
+    zero.register_load_state_dict_post_hook(lambda module, keys: calls.append(keys.missing_keys))
+    state = zero.state_dict()
+    assert list(state) == ["0.weight", "0.bias", "extra"]
+    zero.load_state_dict(state)
+    assert calls == ["before", []]
+    copied = copy.deepcopy(zero)
+    assert list(copied.state_dict()) == list(state)
+
+
+def test_hooks_after_a_load_see_whole_parameters_and_change_what_is_missing() -> None:
+    shapes: list[Any] = []
+
+    def forgive(module: nn.Module, keys: Any) -> None:
+        shapes.append([tuple(param.shape) for param in module.parameters()])
+        keys.missing_keys.clear()
+
+    model = nn.Sequential(nn.Linear(2, 3))
+    model[0].register_load_state_dict_post_hook(forgive)
+    zero = fxzero.compile(model, example=torch.ones(1, 2))
+    zero.load_state_dict({"0.weight": torch.ones(3, 2)})
+    assert shapes == [[(3, 2), (3,)]]
+    assert torch.equal(zero.state_dict()["0.weight"], torch.ones(3, 2))
+    with pytest.raises(CheckpointError, match="unexpected \\['other'\\]"):
+        zero.load_state_dict({"0.weight": torch.ones(3, 2), "other": torch.ones(1)})
+
+
+class Transposing(nn.Linear):
+    """Loads weights of another layout, and does without a bias."""
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:  # type: ignore[override]
+        state = state_dict
+        state[f"{prefix}weight"] = state.pop(f"{prefix}kernel").t()
+        state.setdefault(f"{prefix}bias", torch.full((3,), 0.5))
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("is_called", [False, True])
+def test_a_module_loads_in_its_own_way(device: str, is_called: bool) -> None:
+    with torch.device(device):
+        zero = fxzero.compile(nn.Sequential(Transposing(2, 3), nn.BatchNorm1d(3)), device="cpu")
+    if is_called and device == "cpu":
+        zero(torch.ones(4, 2))
+    state = {"0.kernel": torch.arange(6.0).view(2, 3), "1.weight": torch.ones(3), "1.bias": torch.zeros(3)}
+    state |= {"1.running_mean": torch.full((3,), 2.0), "1.running_var": torch.ones(3)}  # of before num_batches_tracked
+    plain = nn.Sequential(Transposing(2, 3), nn.BatchNorm1d(3))
+    assert not any(plain.load_state_dict(dict(state)))
+    assert not any(zero.load_state_dict(state))
+    del plain[1].num_batches_tracked
+    found = zero.state_dict()
+    assert_same_state({name: found[name] for name in plain.state_dict()}, plain.state_dict())
+    with pytest.raises(CheckpointError, match="unexpected \\['0.other'\\]"):
+        zero.load_state_dict(state | {"0.other": torch.ones(1)})
+
+
 def test_weights_of_another_dtype_are_converted() -> None:
     zero, _ = tied()
     zero(IDS)

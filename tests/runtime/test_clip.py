@@ -54,6 +54,22 @@ def test_clipping_counts_a_gradient_of_the_users_own(without: Without) -> None:
     torch.testing.assert_close(zero.head.bias.grad, plain.head.bias.grad, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_norms_are_finite_again_behind_gradients_that_were_not(bad: float, without: Without) -> None:
+    zero, plain = pair(without=without)
+    for factor in (1.0, bad, 1.0):
+        for output in both(zero, plain, points()):
+            (output.loss * factor).backward()
+        norms = zero.clip_grad_norm_(0.01), nn.utils.clip_grad_norm_(plain.parameters(), 0.01)
+        torch.testing.assert_close(*norms, rtol=1e-6, atol=0, equal_nan=True)
+        if factor == 1.0:
+            for own, other in zip(zero.parameters(), plain.parameters(), strict=True):
+                if own.grad is not None:
+                    torch.testing.assert_close(own.grad, as_shard(other.grad), rtol=1e-6, atol=0)
+        zero.zero_grad()
+        plain.zero_grad()
+
+
 def test_clipping_refuses_what_it_cannot_do(without: Without) -> None:
     zero, _ = pair(without=without)
     with pytest.raises(PlanError, match="no gradients before the first backward"):

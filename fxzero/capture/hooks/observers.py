@@ -50,6 +50,10 @@ class TracedHooksError(Exception):
         self.hooks = hooks
 
 
+class RemovedHookError(CaptureError):
+    """A hook that is part of the graph was removed while it was traced, so that the next call is without it."""
+
+
 @dataclass
 class _Call:
     """A call of a hook in a trace, until it is known whether it observes."""
@@ -88,6 +92,8 @@ class Observers:
         """What nodes of the graph call."""
         self._modules: dict[int, nn.Module] = {}
         self._in_backward = False
+        self._removed: list[tuple[dict[Any, Any], Any, Any]] = []
+        """Table, key and hook of each hook that was removed while the forward or the backward ran."""
 
     @property
     def are_there(self) -> bool:
@@ -114,6 +120,8 @@ class Observers:
             yield
         finally:
             for table, original in originals:
+                gone = [(table, key, hook) for key, hook in original.items() if key not in table]
+                self._removed += [each for each in gone if not _is_of_the_trace(each[2])]
                 table.update({key: hook for key, hook in original.items() if key in table})
 
     def add_check(self, check: Callable[[Tensor], None], conditions: tuple[Tensor]) -> None:
@@ -269,6 +277,8 @@ class Observers:
             call = self._begin(hook, arguments)
             result, error, seen, printed = self._try(call)
             if self._is_traced(call) or result is not None:
+                if self._reads.in_backward is not None:
+                    self._reads.in_backward.update(seen)
                 return _as_tried(result, error, printed)
             self._reads.observed.update(dict.fromkeys(self._before.changes_since(call.then), id(hook)))
             self._go_back(call)
@@ -298,9 +308,18 @@ class Observers:
 
         Raises:
             CaptureError: one reads traced tensors past its arguments.
+            RemovedHookError: one was removed; those are put back.
             TracedHooksError: the forward reads what some set.
         """
         self._check_conflicts()
+        if self._removed:
+            for table, key, hook in self._removed:
+                table[key] = hook
+            raise RemovedHookError(
+                f"The hook {name_of(self._removed[0][2])} is removed while it runs, or by the forward, and it is part "
+                "of the compiled step, which would go on with it. Remove it between calls (handle.remove()); a hook "
+                "that returns None and writes into no tensor may remove itself."
+            )
         for called in self._called:
             if isinstance(called, Observer):
                 _check_closure(called.hook)

@@ -320,6 +320,10 @@ def _made_up(site: Site, example: Example) -> Iterator[_Values]:
 
 def _fill(generator: torch.Generator, ints: int, is_positive: bool, tensor: Tensor, scale: float) -> Tensor:
     """Fill a tensor: floating ones with normal values, others with one number."""
+    num_there = tensor.untyped_storage().nbytes() // tensor.itemsize
+    if tensor.numel() > num_there:  # an expanded one, some of whose elements are one
+        _fill(generator, ints, is_positive, tensor.as_strided((num_there,), (1,), 0), scale)
+        return tensor
     if tensor.is_floating_point() or tensor.is_complex():
         values = torch.randn(tensor.shape, generator=generator) * scale
         tensor.copy_(values.abs() + 0.1 if is_positive else values)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fxzero import torch_internals
 from fxzero.errors import StaleBackwardError
+from fxzero.module.call import Call
 from fxzero.module.engine import Engine
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -40,6 +41,8 @@ def _run(
     run: Callable[..., Any], outputs: Any, grads: Any, retain: Any, create: Any, inputs: Any, *rest: Any, **kw: Any
 ) -> Any:
     """What runs the autograd engine, in the place of torch's own function of these arguments."""
+    if inputs:
+        _check_outputs(outputs, inputs)
     asked = dict(_asked(inputs)) if inputs else {}
     if not asked:
         return run(outputs, grads, retain, create, inputs, *rest, **kw)
@@ -59,6 +62,33 @@ def _run(
     if not allow_unused and any(each is None for each in result.values()):
         raise RuntimeError(_UNUSED)
     return tuple(result[index] for index in range(len(inputs)))
+
+
+def _check_outputs(outputs: Sequence[Any], inputs: Sequence[Any]) -> None:
+    """Refuse to differentiate by what a call returned, where that call computed other outputs from it.
+
+    Raises:
+        FxzeroError: it gave only a part of the gradient.
+    """
+    for each in inputs:
+        node = getattr(each, "grad_fn", None)
+        call = getattr(node, "call", None)
+        if isinstance(call, Call):
+            call.check_asked(each.output_nr, _results_used(node, outputs))
+
+
+def _results_used(node: Any, outputs: Sequence[Any]) -> set[int]:
+    """The results of a node of autograd that tensors were computed from, by number."""
+    edges = [(each.grad_fn, each.output_nr) for each in outputs if isinstance(each, Tensor)]
+    used, seen = set[int](), set[Any]()
+    while edges:
+        function, number = edges.pop()
+        if function is node:
+            used.add(number)
+        elif function is not None and function not in seen:
+            seen.add(function)
+            edges += function.next_functions
+    return used
 
 
 def _asked(inputs: Sequence[Any]) -> Iterator[tuple[int, tuple[Engine, str]]]:

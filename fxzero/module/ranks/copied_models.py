@@ -46,7 +46,7 @@ def copy_model(sharded: ShardedModel, memo: dict[int, Any]) -> tuple[torch.nn.Mo
     attributes = sharded.model.__dict__
     refusal = attributes.pop("__reduce_ex__")
     try:
-        with copying_parts(sharded):
+        with copying_parts(sharded), torch_internals.without_hooks_of_state_dicts(sharded.model):
             copied = copy.deepcopy(sharded.model, memo)
     finally:
         attributes["__reduce_ex__"] = refusal
