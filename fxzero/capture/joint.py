@@ -607,6 +607,10 @@ class _Interceptor(torch_internals.QuickDispatchMode):
             arguments = Arguments(args, kwargs or {})
             known = self._results
             result = run(func, args, kwargs or {}) if known is None else known.run(func, arguments, run)
+            if isinstance(result, Tensor) and result.layout is not torch.strided:
+                raise CaptureError(
+                    f"The forward makes a tensor of layout {result.layout} ({func}), which has no memory."
+                )
             result = with_real_strides(func, args, result)
             if self._record is not None:
                 self._record.add(func, arguments, result)

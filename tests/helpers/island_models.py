@@ -181,6 +181,18 @@ class Sequences(nn.Module):
         return self.lstm(x[None])[0][0]
 
 
+class Neighbours(nn.Module):
+    """Adds rows by a sparse matrix that forward makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The sums of rows up to each one."""
+        return torch.sparse.mm(torch.ones(len(x), len(x)).tril().to_sparse(), self.linear(x))
+
+
 class Expanded(Sequences):
     """Gives its kernel a tensor of which several elements are one."""
 
@@ -265,6 +277,7 @@ CASES: dict[str, Case] = {
     "an input written": Case(ReadsWhatIsWritten, ("part",)),
     "LSTM": Case(lambda: Around(Sequences()), ("part.lstm",)),
     "LSTM on an expanded tensor": Case(lambda: Around(Expanded()), ("part.lstm",)),
+    "sparse": Case(lambda: Around(Neighbours()), ("part",)),
     "checkpoints": Case(lambda: Around(Checkpointed(reentrant=False)), ("part",)),
     "reentrant checkpoints": Case(lambda: Around(Checkpointed(reentrant=True)), ("part",)),
     "CTC": Case(Speech, ("",)),
