@@ -1,8 +1,9 @@
-"""Forward and backward with fused compute at world size 1, in turns with eager fxzero, eager PyTorch and torch.compile.
+"""Forward and backward with fused compute at world size 1, in turns with other ways to run the same model.
 
     OMP_NUM_THREADS=1 python -m benchmarks.fused --rounds 8
 
-Six layers, 256 wide, 4 x 256 tokens (ViT: 8 images of 65 patches). Printed are medians of a step, the ratio to each
+The others are exact compute, eager fxzero, torch.compile and eager PyTorch. Six layers, 256 wide, 4 x 256 tokens (ViT: 8
+images of 65 patches). Printed are medians of a step, the ratio to each
 other way (median of the ratios of the rounds), the first step of each, and the bytes that fxzero saves for backward.
 """
 
@@ -86,6 +87,7 @@ def measure(name: str, num_layers: int, rounds: int) -> list[list[str]]:
     model, batch = build(name, num_layers)
     modules: dict[str, nn.Module] = {
         "fused": fxzero.compile(copy.deepcopy(model), compute="fused"),
+        "exact": fxzero.compile(copy.deepcopy(model), compute="exact"),
         "fxzero": fxzero.compile(copy.deepcopy(model)),
         "torch.compile": cast(nn.Module, torch.compile(copy.deepcopy(model))),
         "eager": model,

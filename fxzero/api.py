@@ -130,8 +130,8 @@ def compile(
             activations saved for backward, for which cheap operators are recomputed first. Numerics do not change.
         compute: "eager" runs each operator by itself, bit for bit as the model does. "fused" lets what runs between
             matrix products, attention and random draws be compiled by TorchInductor, region by region, and saves less
-            for backward: faster, and equal within rounding; draws are the same. It needs a C++ compiler on a CPU. See
-            `docs/compute.md`.
+            for backward: faster, and equal within rounding; draws are the same. "exact" does so only with operators and
+            regions that keep every bit: for memory. Both need a C++ compiler on a CPU. See `docs/compute.md`.
         loss_chunks: the number of chunks of rows in which the last linear layer and the cross entropy of its logits are
             computed, so that neither all log-probabilities nor all gradients of logits are held, nor all logits unless
             forward returns them; the product runs once more in backward. See `docs/compute.md`. Default: 1, as it is.

@@ -31,7 +31,8 @@ from fxzero.passes.write_grads_in_place import WriteGradsInPlace
 def inserting_passes(recipe: Recipe) -> tuple[Pass, ...]:
     """The first of the default passes: those that write one collective for each parameter and use."""
     recompute = RecomputeActivations(recipe.recompute, recipe.recompute_level)
-    fuse = (FuseCompute(repeats_costly=recipe.recompute != "none"),) if recipe.compute == "fused" else ()
+    fuses = FuseCompute(repeats_costly=recipe.recompute != "none", exact=recipe.compute == "exact")
+    fuse = () if recipe.compute == "eager" else (fuses,)
     chunk = (ChunkLoss(recipe.loss_chunks),) if recipe.loss_chunks > 1 else ()
     inserting = (*chunk, RematerializeViews(), recompute, *fuse, InsertAllGathers(), InsertReduceScatters())
     return (*inserting, CompleteCollectives(recipe.needs)) if recipe.needs else inserting

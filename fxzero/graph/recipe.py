@@ -23,8 +23,8 @@ Fqns: TypeAlias = tuple[str, ...]
 """Names of the members of a bucket."""
 
 
-Compute: TypeAlias = Literal["eager", "fused"]
-"""How operators run: each by itself, or fused in compiled regions."""
+Compute: TypeAlias = Literal["eager", "exact", "fused"]
+"""How operators run: each by itself, or fused in compiled regions: "exact" for those alone that keep every bit."""
 
 
 class Need(NamedTuple):
@@ -73,7 +73,7 @@ class Recipe:
     recompute_level: int | None = None
     """Level of recomputation, once it is chosen (`RecomputeActivations.level_for`)."""
     compute: Compute = "eager"
-    """"fused": what runs between matrix products is compiled, region by region (`FuseCompute`)."""
+    """"fused", "exact": what runs between matrix products is compiled, region by region (`FuseCompute`)."""
     loss_chunks: int = 1
     """Chunks of rows in which a head and its cross entropy are computed (`ChunkLoss`); 1 for whole logits."""
     needs: Needs = ()
@@ -94,8 +94,8 @@ class Recipe:
         check_layout(self.layout)
         check_recompute(self.recompute)
         check_accumulate(self.accumulate)
-        if self.compute not in ("eager", "fused"):
-            raise ValueError(f'compute is {self.compute!r}; it must be "eager" or "fused"')
+        if self.compute not in ("eager", "exact", "fused"):
+            raise ValueError(f'compute is {self.compute!r}; it must be "eager", "exact" or "fused"')
         check_loss_chunks(self.loss_chunks)
         if self.gather_dtype is not None:
             check_gather_dtype(self.gather_dtype)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard, cast
 
@@ -38,11 +38,13 @@ class Region:
     """Equal for equal regions."""
     placed: tuple[int, ...] = ()
     """Indices of the results of the body that are written to places, in ascending order."""
+    exact: bool = False
+    """True if what is compiled must compute what the operators do one by one, bit for bit."""
 
     @classmethod
-    def of(cls, body: fx.Graph, num_ops: int, placed: tuple[int, ...] = ()) -> Region:
+    def of(cls, body: fx.Graph, num_ops: int, placed: tuple[int, ...] = (), *, exact: bool = False) -> Region:
         """The region of a graph that does not change any more."""
-        return cls(body, num_ops, _key(body, placed), placed)
+        return cls(body, num_ops, _key(body, placed, exact), placed, exact)
 
     @property
     def results(self) -> tuple[fx.Node, ...]:
@@ -60,10 +62,19 @@ class Region:
         return f"fused_{self.key[:8]}"
 
     @property
+    def inputs(self) -> list[torch.Tensor]:
+        """Tensors of the geometries that it reads."""
+        return [node.meta["val"] for node in self.body.find_nodes(op="placeholder")]
+
+    @property
+    def places(self) -> list[torch.Tensor]:
+        """Tensors of the geometries of its places."""
+        return [self.results[index].meta["val"] for index in self.placed]
+
+    @property
     def examples(self) -> list[torch.Tensor]:
         """Tensors of the geometries that it takes: inputs, then places."""
-        inputs = [node.meta["val"] for node in self.body.find_nodes(op="placeholder")]
-        return inputs + [self.results[index].meta["val"] for index in self.placed]
+        return self.inputs + self.places
 
     def __call__(self, given: Sequence[torch.Tensor]) -> list[Any]:
         """Run the operators one by one.
@@ -72,12 +83,17 @@ class Region:
             given: the inputs, then the places.
         """
         num_inputs = len(given) - len(self.placed)
-        runner = fx.Interpreter(nn.Module(), graph=self.body)
-        runner.extra_traceback = False
-        results = runner.run(*given[:num_inputs])
+        results = self._code(*given[:num_inputs])
         for index, place in zip(self.placed, given[num_inputs:], strict=True):
             place.copy_(results[index])
         return [results[index] for index in self.returned]
+
+    @functools.cached_property
+    def _code(self) -> Callable[..., Any]:
+        """The body as Python code."""
+        copied = fx.Graph()
+        copied.output(copied.graph_copy(self.body, {}))
+        return fx.GraphModule(nn.Module(), copied).forward
 
     @functools.cached_property
     def read_by(self) -> tuple[frozenset[int], ...]:
@@ -136,7 +152,8 @@ def give_place(taken: fx.Node, place: fx.Node) -> None:
     for other in list(call.users):
         other_index = cast(int, other.args[1])
         other.args = (call, other_index - (other_index > index))
-    call.args = (cast(Any, Region.of(region.body, region.num_ops, tuple(placed))), call.args[1], list(placed.values()))
+    written = Region.of(region.body, region.num_ops, tuple(placed), exact=region.exact)
+    call.args = (cast(Any, written), call.args[1], list(placed.values()))
     call.meta["val"] = tuple(value for each, value in enumerate(call.meta["val"]) if each != index)
 
 
@@ -145,7 +162,7 @@ def geometry(tensor: torch.Tensor) -> Geometry:
     return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device.type
 
 
-def _key(body: fx.Graph, placed: tuple[int, ...]) -> str:
+def _key(body: fx.Graph, placed: tuple[int, ...], exact: bool) -> str:
     """A hash of the operators with numbered operands, and of the geometries of what they read and return."""
     number = {node: index for index, node in enumerate(body.nodes)}
     lines: list[Any] = []
@@ -154,4 +171,5 @@ def _key(body: fx.Graph, placed: tuple[int, ...]) -> str:
         is_placeholder = node.op == "placeholder"
         lines.append(geometry(node.meta["val"]) if is_placeholder else (str(node.target), repr(args)))
     lines += [geometry(result.meta["val"]) for result in body.output_node().all_input_nodes]
-    return hashlib.sha256(repr((lines, placed)).encode()).hexdigest()
+    what = (lines, placed, "exact") if exact else (lines, placed)
+    return hashlib.sha256(repr(what).encode()).hexdigest()

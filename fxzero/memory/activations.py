@@ -21,7 +21,9 @@ from torch import fx
 from fxzero import torch_internals
 from fxzero.graph.aliasing import is_view, memories, memory_of
 from fxzero.graph.nodes import Role, info, is_gathered_param, is_island, read_until, role, tensor_bytes
+from fxzero.graph.regions import is_region, region_of
 from fxzero.graph.step import Phase, StepGraph
+from fxzero.memory.inside_regions import inside_bytes
 from fxzero.memory.lifetimes import Buffer, Kind
 
 
@@ -106,7 +108,8 @@ def activation_buffers(step: StepGraph) -> dict[fx.Node, Buffer]:
     """The memory that compute nodes allocate, by the node that does.
 
     The kind is SAVED if backward reads what forward made, else TEMPORARY. Outputs count until the phase that returns
-    them ends; how long the caller keeps them is not known. What operators allocate inside is not counted.
+    them ends; how long the caller keeps them is not known. What operators allocate inside is not counted, but for
+    regions, whose own memory is that of the node that calls them.
     """
     at, phase_of, static = step.positions(), step.phase_of(), set(static_nodes(step))
     memory = memories(step.graph)
@@ -114,11 +117,12 @@ def activation_buffers(step: StepGraph) -> dict[fx.Node, Buffer]:
     until, boundary = _ends(step, at, memory, allocating), step.end_forward
     buffers: dict[fx.Node, Buffer] = {}
     for node in allocating:
-        nbytes = tensor_bytes(node.meta.get("val"))
+        is_inside = is_region(node)
+        nbytes = inside_bytes(region_of(node)) if is_inside else tensor_bytes(node.meta.get("val"))
         if node in static or not nbytes:
             continue
         start = at[_operator_of(node)]
-        end = until.get(node, start)
+        end = start if is_inside else until.get(node, start)
         is_saved = boundary is not None and phase_of[node] is Phase.FORWARD and end > at[boundary]
         buffers[node] = Buffer(Kind.SAVED if is_saved else Kind.TEMPORARY, info(node).fqn, nbytes, start, end)
     return buffers

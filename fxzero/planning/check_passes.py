@@ -129,7 +129,8 @@ class CheckPasses:
                 "FXZERO_DUMP=dir writes what the pass changed in the schedule."
             )
         self._results = results
-        if tolerance and any(map(is_region, step.graph.nodes)):
+        assert self._step is not None
+        if any(map(is_region, step.graph.nodes)) and not any(map(is_region, self._step.graph.nodes)):
             self._check_regions(step, tolerance, which)
 
     def _check_regions(self, step: StepGraph, tolerance: float, which: str) -> None:

@@ -1,6 +1,8 @@
 """Regions of fused compute as machine code, each distinct one compiled once for the whole process.
 
-Inductor compiles them, and keeps what it compiled on disk. A region that it cannot compile runs operator by operator.
+Inductor compiles them, and keeps what it compiled on disk. A region that it cannot compile runs operator by operator,
+and so does one of exact compute whose code differs from its operators in a bit on this device. Ranks need not agree on
+that: both compute the same.
 """
 
 import logging
@@ -12,6 +14,7 @@ from fxzero import torch_internals
 from fxzero.errors import FxzeroError
 from fxzero.graph.regions import Region, is_region, region_of
 from fxzero.graph.step import StepGraph
+from fxzero.planning.probe_regions import differs
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +39,21 @@ def compile_regions(steps: Iterable[StepGraph]) -> None:
     if not new:
         return
     began = time.perf_counter()
-    for region in new:
-        compiled(region)
-    logger.info("%d of %d distinct regions compiled in %.1f s", len(new), len(regions), time.perf_counter() - began)
+    inexact = sum(compiled(region) is region and region.exact for region in new)
+    took = time.perf_counter() - began
+    logger.info("%d of %d distinct regions compiled in %.1f s", len(new), len(regions), took)
+    if inexact:
+        logger.info("%d of %d exact regions run operator by operator on this device", inexact, len(new))
 
 
 def _compile(region: Region) -> Compiled:
     try:
-        return torch_internals.compile_graph(region.body, region.examples, region.placed)
+        code = torch_internals.compile_graph(region.body, region.examples, region.placed)
+        how = differs(region, code) if region.exact else None
+        if how is None:
+            return code
+        logger.debug("a region of %d operators runs one by one: %s", region.num_ops, how)
+        return region
     except FxzeroError:
         raise
     except Exception as error:

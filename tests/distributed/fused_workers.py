@@ -29,6 +29,16 @@ class Net(nn.Module):
         return F.cross_entropy(self.head(h), labels)
 
 
+class Gated(Net):
+    """Norms by root mean squares, and gates: pointwise operators beside each other."""
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        h = self.inner(x)
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            h = h + h * layer(norm.weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6))) * 0.5
+        return F.cross_entropy(self.head(h), labels)
+
+
 def batch(rank: int, step: int, rows: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(10 * step + rank)
     return torch.randn(rows, 6, generator=generator), torch.randint(0, 5, (rows,), generator=generator)
@@ -57,3 +67,23 @@ def train(rank: int, world_size: int, options: dict[str, Any], policy: bool) -> 
                 each.step()
                 each.zero_grad()
     return digest
+
+
+def train_exactly(rank: int, world_size: int, options: dict[str, Any]) -> str:
+    """Train three steps with exact compute beside eager compute, bit for bit; returns the digest of the plan."""
+    torch.manual_seed(0)
+    model = Gated()
+    modules = [fxzero.compile(copy.deepcopy(model), compute=each, **options) for each in ("exact", "eager")]
+    optimizers = [torch.optim.AdamW(each.parameters(), lr=0.01) for each in modules]
+    for step in range(3):
+        losses: list[Tensor] = []
+        for module, optimizer in zip(modules, optimizers, strict=True):
+            losses.append(module(*batch(rank, step, 4)))
+            losses[-1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert torch.equal(*losses)
+        for (name, own), other in zip(modules[0].named_parameters(), modules[1].parameters(), strict=True):
+            assert torch.equal(own, other), name
+    assert "fused" in str(modules[0].schedule)
+    return modules[0].schedule.saved().digest

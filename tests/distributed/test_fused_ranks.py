@@ -21,3 +21,11 @@ from tests.distributed import fused_workers
 def test_trains_as_replicas_do(world_size: int, options: dict[str, Any], policy: bool) -> None:
     digests = run_ranks(world_size, fused_workers.train, options, policy)
     assert len(set(digests)) == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"recompute": "full", "stage": 2}, marks=pytest.mark.exhaustive)], ids=str
+)
+def test_exact_compute_trains_bit_for_bit(options: dict[str, Any]) -> None:
+    digests = run_ranks(2, fused_workers.train_exactly, options)
+    assert len(set(digests)) == 1

@@ -99,6 +99,18 @@ def test_compiled_regions_train_as_the_model_does() -> None:
         torch.testing.assert_close(zero(batch(9)), plain(batch(9)), rtol=TOLERANCE, atol=1e-6)
 
 
+@pytest.mark.parametrize("options", [{}, {"recompute": "full"}])
+def test_exact_compute_trains_bit_for_bit(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    plain = Net()
+    zero = fxzero.compile(copy.deepcopy(plain), compute="exact", **options)
+    (own, drawn), (other, expected) = train(zero), train(plain)
+    assert own == other and torch.equal(drawn, expected)
+    for (name, mine), theirs in zip(zero.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine.detach(), theirs.detach().flatten()[: mine.numel()].view(mine.shape)), name
+    assert any(map(is_region, zero.schedule.step.graph.nodes))
+
+
 def test_gradients_that_arrive_for_some_outputs_or_with_other_strides() -> None:
     zero, plain = pair()
     with uncompiled():

@@ -145,6 +145,76 @@ def test_numbers_stay_within_the_tolerance(model: nn.Module, example: Any, monke
     assert not any("softmax" in str(node.target) or "norm" in str(node.target) for node in outside)
 
 
+def operators(step: StepGraph) -> set[str]:
+    """The names of operators in regions."""
+    nodes = (node for region in regions(step) for node in region.body.nodes if node.op == "call_function")
+    return {str(node.target).split(".")[1] for node in nodes}
+
+
+class Gated(nn.Module):
+    """Norms of a model's own, a gate, and half precision inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(WIDTH))
+        self.gate, self.up, self.down = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+        h = x + self.down(F.silu(self.gate(n)) * self.up(n))
+        half = (h.bfloat16() * 3 + h.bfloat16()).float()
+        return (torch.cat([h, -half], -1) * 0.5).square().sum()
+
+
+@pytest.mark.parametrize(
+    "model, example",
+    [(Net(2, 0.5), batch(BATCH, WIDTH)), (Image(), batch(4, 3, 8, 8)), (Gated(), torch.randn(BATCH, WIDTH))],
+)
+def test_exact_regions_hold_what_has_one_right_result(
+    model: nn.Module, example: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FXZERO_CHECK", "1")  # bit for bit
+    with uncompiled():
+        step = planned(model, example, "exact")
+    assert FuseCompute(exact=True).tolerance == 0.0
+    assert all(region.exact for region in regions(step)) and len(regions(step)) >= 2
+    assert operators(step) <= {
+        *("add", "sub", "rsub", "mul", "div", "rsqrt", "pow", "neg", "ne", "gt", "le", "eq", "where", "cat", "clone"),
+        *(
+            "_to_copy",
+            "slice_backward",
+            "threshold_backward",
+            "relu",
+            "tril",
+            "view",
+            "expand",
+            "slice",
+            "t",
+            "permute",
+        ),
+        *("unsqueeze", "transpose", "select", "_unsafe_view", "squeeze", "full", "ones", "alias", "detach", "split"),
+    }
+
+
+def test_exact_compute_saves_less() -> None:
+    eager, exact = (planned(Gated(), torch.randn(BATCH, WIDTH), compute) for compute in ("eager", "exact"))
+    assert saved_bytes(exact) < 0.75 * saved_bytes(eager)
+    silus = [node for node in exact.nodes(Role.COMPUTE) if node.target is torch.ops.aten.silu.default]
+    assert len(silus) == 2  # again in backward, by itself
+
+
+def test_exact_regions_round_half_precision_where_eager_does() -> None:
+    step = planned(Gated(), torch.randn(BATCH, WIDTH), "exact")
+    for region in regions(step):
+        halves = {node for node in region.body.nodes if node.meta.get("val") is not None and is_half(node)}
+        made = {node for node in halves if node.op == "call_function"}
+        assert not any(made.intersection(node.all_input_nodes) for node in region.body.nodes if node.op != "output")
+
+
+def is_half(node: Any) -> bool:
+    return node.meta["val"].dtype is torch.bfloat16
+
+
 def test_forward_alone_is_fused_too() -> None:
     with torch.no_grad():
         step = planned(Net(1), batch(BATCH, WIDTH))
@@ -156,6 +226,36 @@ def test_products_alone_stay_as_they_are() -> None:
     FuseCompute()(fused)
     assert not regions(fused)
     assert products(fused) == products(step)
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (5,), (2, 5, 3, 3)], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gradients_of_log_probabilities_are_no_scatter(shape: tuple[int, ...], reduction: str, weighted: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(shape, requires_grad=True)
+    labels = torch.randint(0, 5, (*shape[:1], *shape[2:]) if len(shape) > 1 else ())
+    if labels.dim():
+        labels.flatten()[1] = -100
+    weight = torch.rand(5) if weighted else None
+    expected = F.nll_loss(x, labels, weight, reduction=reduction).sum()
+    (gradient,) = torch.autograd.grad(expected, x)
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+            return F.nll_loss(x * self.scale, labels, weight, reduction=reduction).sum()
+
+    zero = fxzero.compile(Loss(), compute="fused")
+    with uncompiled():
+        zero(x, labels).backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, gradient)
+    names = {str(node.target) for region in regions(zero.schedule.step) for node in region.body.nodes}
+    assert not any("scatter" in name for name in names) and len(names) > 3
 
 
 def test_one_tensor_given_twice_is_no_example_for_two_tensors() -> None:

@@ -14,6 +14,7 @@ from torch import fx
 
 from fxzero import torch_internals
 from fxzero.graph.aliasing import memory_of
+from fxzero.graph.fusion.by_comparison import by_comparison
 from fxzero.graph.fusion.by_sigmoid import by_sigmoid
 from fxzero.graph.fusion.operators import COMPOSITES, is_free
 from fxzero.graph.nodes import META_KEY, Role
@@ -31,7 +32,8 @@ def decompose(step: StepGraph) -> set[fx.Node]:
             continue
         key = _key(node)
         if key not in traced:
-            traced[key] = torch_internals.decomposed(node.target, *_examples(node), by_sigmoid(node))
+            own = {**by_sigmoid(node), **by_comparison(node)}
+            traced[key] = torch_internals.decomposed(node.target, *_examples(node), own)
         parts = traced[key]
         if parts is not None:
             made |= _splice(step, node, parts)

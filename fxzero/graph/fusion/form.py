@@ -25,8 +25,12 @@ LEAST_OPS = 2
 """A region of fewer operators is not worth a call."""
 
 
-def form_regions(step: StepGraph, fusable: set[fx.Node]) -> list[fx.Node]:
-    """Replace fusable nodes by the calls of regions, in place; returns the calls."""
+def form_regions(step: StepGraph, fusable: set[fx.Node], *, exact: bool = False) -> list[fx.Node]:
+    """Replace fusable nodes by the calls of regions, in place; returns the calls.
+
+    Args:
+        exact: regions are to compute what their operators do one by one, bit for bit.
+    """
     _order(step.graph)
     at = anchors(step, fusable)
     gap = find_gaps(step, fusable, at)
@@ -40,7 +44,7 @@ def form_regions(step: StepGraph, fusable: set[fx.Node]) -> list[fx.Node]:
     for number in sorted(members):
         place = behind.get(number, begin)
         for group in connected(members[number], by_inputs=True):
-            made = _Former(step, group).write(place)
+            made = _Former(step, group, exact).write(place)
             calls += made[:1]
             place = made[-1] if made else _move(group, place)
     _erase_unread(step.graph, fusable)
@@ -110,8 +114,8 @@ def _erase_unread(graph: fx.Graph, fusable: set[fx.Node]) -> None:
 class _Former:
     """Makes one region of a group of nodes."""
 
-    def __init__(self, step: StepGraph, group: Sequence[fx.Node]) -> None:
-        self._graph, self._group = step.graph, group
+    def __init__(self, step: StepGraph, group: Sequence[fx.Node], exact: bool) -> None:
+        self._graph, self._group, self._exact = step.graph, group, exact
         self._inside = set(group)
         self._body = fx.Graph()
         self._copies: dict[fx.Node, fx.Node] = {}
@@ -132,7 +136,7 @@ class _Former:
         read = {source: each for source, each in self._inputs.items() if each.users}
         for unread in [each for each in self._inputs.values() if not each.users]:
             self._body.erase_node(unread)
-        region = Region.of(self._body, sum(not is_transparent(node) for node in self._group))
+        region = Region.of(self._body, sum(not is_transparent(node) for node in self._group), exact=self._exact)
         return self._call(place, region, list(read), results)
 
     def _call(self, place: fx.Node, region: Region, inputs: list[fx.Node], results: Sequence[fx.Node]) -> list[fx.Node]:

@@ -16,13 +16,13 @@ from fxzero.graph.step import StepGraph
 aten, prims = torch.ops.aten, torch.ops.prims
 
 
-def _overloads(names: str) -> frozenset[Any]:
+def overloads(names: str) -> frozenset[Any]:
     """The overloads of ATen with these names that this version of torch has."""
     found = (torch_internals.overload(aten, name) for name in names.split())
     return frozenset(each for each in found if each is not None)
 
 
-COMPOSITES = _overloads(
+COMPOSITES = overloads(
     "native_layer_norm.default native_layer_norm_backward.default native_group_norm.default "
     "native_group_norm_backward.default _native_batch_norm_legit_functional.default native_batch_norm_backward.default "
     "_fused_rms_norm.default _fused_rms_norm_backward.default "
@@ -41,34 +41,34 @@ COMPOSITES = _overloads(
 )
 """Operators that are several pointwise operators and reductions; they are replaced by those."""
 
-REDUCTIONS = _overloads(
+REDUCTIONS = overloads(
     "sum.dim_IntList sum.default mean.dim mean.default amax.default amin.default var_mean.correction var.correction "
     "any.default any.dim all.default all.dim argmax.default argmin.default prod.default prod.dim_int"
 )
-_MADE_OF_NOTHING = _overloads(
+_MADE_OF_NOTHING = overloads(
     "full.default zeros.default ones.default arange.default arange.start arange.start_step scalar_tensor.default"
 ) | {prims.iota.default}
 """Operators whose result follows from plain numbers: every region that reads one makes it anew."""
-_OTHERS = _overloads(
+_OTHERS = overloads(
     "_to_copy.default clone.default where.self constant_pad_nd.default cat.default stack.default "
     "slice_backward.default select_backward.default slice_scatter.default select_scatter.default "
     "masked_fill.Scalar masked_fill.Tensor tril.default triu.default rsub.Scalar flip.default repeat.default "
     "gather.default scatter.value logical_and.default logical_or.default expand_copy.default copy.default "
     "fill.Scalar threshold_backward.default"
 ) | {prims.convert_element_type.default}
-_COSTLY = _overloads(
+_COSTLY = overloads(
     "tanh.default log.default log1p.default pow.Tensor_Scalar pow.Tensor_Tensor pow.Scalar "
     "softplus.default erfc.default atan2.default atan.default"
 )
-_LOSSY = _overloads(
+_LOSSY = overloads(
     "expm1.default atanh.default remainder.Tensor remainder.Scalar remainder.Scalar_Tensor "
     "floor_divide.default floor_divide.Scalar div.Tensor_mode div.Scalar_mode"
 )
 """Operators of which Inductor makes others that are far from them: exp(x) - 1, which is 0 where x is small, and
 floor(x / y), which may be the next integer."""
-MASKS = _overloads("bernoulli.p")
+MASKS = overloads("bernoulli.p")
 """Draws of zeros and ones."""
-_COPIES = _overloads("clone.default _to_copy.default copy.default") | {prims.convert_element_type.default}
+_COPIES = overloads("clone.default _to_copy.default copy.default") | {prims.convert_element_type.default}
 
 _DTYPES = frozenset({
     torch.float32, torch.float64, torch.bfloat16, torch.float16,

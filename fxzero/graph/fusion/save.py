@@ -14,6 +14,7 @@ Sums and maxima of rows never run again.
 from __future__ import annotations
 
 import operator
+from collections.abc import Set
 from typing import cast
 
 from torch import fx
@@ -25,11 +26,12 @@ from fxzero.graph.nodes import tensor_bytes
 from fxzero.graph.step import Phase, StepGraph
 
 
-def save_less(step: StepGraph, fusable: set[fx.Node], *, fewest_bytes: bool) -> None:
+def save_less(step: StepGraph, fusable: set[fx.Node], alone: Set[fx.Node] = frozenset(), *, fewest_bytes: bool) -> None:
     """Let backward compute again what costs more to save than its inputs.
 
     Args:
         fusable: the nodes that may stand in regions.
+        alone: other operators that may run again.
         fewest_bytes: the cost is bytes, as on a GPU, where pointwise operators run while memory is waited for; else
             it is the time of a CPU.
     """
@@ -46,7 +48,7 @@ def save_less(step: StepGraph, fusable: set[fx.Node], *, fewest_bytes: bool) -> 
             return is_reduction(node) or (not fewest_bytes and takes_long(node))
         if node.target is operator.getitem:
             return cast(fx.Node, node.args[0]) in fusable and is_pinned(cast(fx.Node, node.args[0]))
-        return not is_free(node)
+        return not (is_free(node) or node in alone)
 
     gap = find_gaps(step, fusable, anchors(step, fusable))
 
