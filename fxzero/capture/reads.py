@@ -145,6 +145,8 @@ class Reads:
     def _take_over(self, other: "Reads") -> None:
         for slot, read in other.found.items():
             self._add(slot, read)
+        self._settled |= other._settled - other.set_slots
+        self._alive += other._alive
         for value in other.met:
             self._follow(value)
         for store in other._stores:
@@ -367,11 +369,14 @@ class Reads:
         if name != "__dict__":
             self._settled.add(slot)
             self._alive.append(obj)
-        if slot not in self.found and slot not in self.set_slots and not self._needs_no_guard(obj, name):
-            with self.muted():
-                read = _locate(obj, name, value)
-                if read is not None:
-                    self._add(slot, read)
+        if slot in self.found or slot in self.set_slots or self._needs_no_guard(obj, name):
+            return
+        self.pause()  # Python is slow where calls are seen
+        try:
+            if (read := _locate(obj, name, value)) is not None:
+                self._add(slot, read)
+        finally:
+            self.go_on()
 
     def _needs_no_guard(self, obj: Any, name: str) -> bool:
         if isinstance(obj, nn.Module) and name in _OF_MODULES:
