@@ -120,7 +120,7 @@ class KnownValues:
         """An argument with `Known` in the place of its tensors, which `found` receives.
 
         Raises:
-            LookupError: one is not known.
+            LookupError: one is not known, or there is a symbolic number.
         """
         if isinstance(value, Tensor):
             known = self._known_of(value)
@@ -134,6 +134,8 @@ class KnownValues:
         if isinstance(value, dict):
             entries: Any = value
             return {key: self._followed(each, found) for key, each in entries.items()}
+        if torch_internals.is_symbolic(value):
+            raise LookupError
         return value
 
     def _add(self, tensor: Tensor, known: Known) -> None:
