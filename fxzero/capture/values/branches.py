@@ -67,8 +67,8 @@ class KnownValues:
 
     def is_known(self, tensor: Any) -> bool:
         """True if the values of a traced tensor follow from inputs, and may decide a branch."""
-        known = None if id(tensor) in self._constants else self._known_of(tensor)
-        return known is not None and self._may_decide(known)
+        known = self._known_of(tensor)
+        return known is not None and _counts(tensor) and self._may_decide(known)
 
     def decide(self, operator: Any, args: tuple[Any, ...]) -> bool | None:
         """What a branch reads; None for an operator that is no branch, or whose value is not known."""
@@ -101,7 +101,7 @@ class KnownValues:
         if torch_internals.is_mutable(operator):
             given = torch_internals.named_arguments(operator, args, kwargs)
             written = torch_internals.tree_leaves([given[name] for name in torch_internals.written_names(operator)])
-            if any(id(each) in self._constants for each in written):
+            if any(self._known_of(each) is not None for each in written):
                 self._constants.clear()  # views of it are not told apart
             if any(map(_counts, written)):
                 self._known.clear()
@@ -120,7 +120,7 @@ class KnownValues:
         """An argument with `Known` in the place of its tensors, which `found` receives.
 
         Raises:
-            LookupError: one is not known.
+            LookupError: one is not known, or there is a symbolic number.
         """
         if isinstance(value, Tensor):
             known = self._known_of(value)
@@ -134,10 +134,14 @@ class KnownValues:
         if isinstance(value, dict):
             entries: Any = value
             return {key: self._followed(each, found) for key, each in entries.items()}
+        if torch_internals.is_symbolic(value):
+            raise LookupError
         return value
 
     def _add(self, tensor: Tensor, known: Known) -> None:
-        (self._known if _counts(tensor) else self._constants)[id(tensor)] = weakref.ref(tensor), known
+        entries, others = (self._known, self._constants)[:: 1 if _counts(tensor) else -1]
+        entries[id(tensor)] = weakref.ref(tensor), known
+        others.pop(id(tensor), None)  # of one that had this address
 
     def _known_of(self, tensor: Any) -> Known | None:
         entry = self._known.get(id(tensor)) or self._constants.get(id(tensor))
