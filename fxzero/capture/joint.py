@@ -452,7 +452,8 @@ def _silent_about_history(module: nn.Module) -> Generator[None]:
 
     Only where there is such state: Python forgets which warnings it has shown whenever filters change.
     """
-    values = [value for each in module.modules() for value in vars(each).values()]
+    of_torch = torch_internals.MODULE_ATTRIBUTES.difference(torch_internals.TENSOR_TABLES)
+    values = [value for each in module.modules() for name, value in vars(each).items() if name not in of_torch]
     if not any(isinstance(leaf, Tensor) and not leaf.is_leaf for leaf in torch_internals.tree_leaves(values)):
         yield
         return
@@ -497,6 +498,9 @@ def own_autocast_cache() -> Generator[None]:
         torch.clear_autocast_cache()
 
 
+_SET_DATA, _GET_GRAD_FN = cast(Any, Tensor.data).__set__, cast(Any, Tensor.grad_fn).__get__
+
+
 class ForwardMode(TorchFunctionMode):
     """Sees what no tracer does: `param.data = ...`; retain_grad(), which is refused; the hooks of tensors."""
 
@@ -506,14 +510,14 @@ class ForwardMode(TorchFunctionMode):
         self._observers = observers
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func == cast(Any, Tensor.data).__set__ and (name := self._set_data.name_of(args[0])) is not None:
+        if func == _SET_DATA and (name := self._set_data.name_of(args[0])) is not None:
             self._observers.num_set_data += 1
             return self._set_data.set(name, *args)
         if func == Tensor.register_hook:
             self._observers.num_hooked += 1
             self._check_hooked(args[0])
             return func(args[0], self._observers.of_backward(args[1]))
-        if func == cast(Any, Tensor.grad_fn).__get__ and _is_called_by_user():
+        if func == _GET_GRAD_FN and _is_called_by_user():
             node = func(*args, **(kwargs or {}))
             return None if node is None else HookedNode.of(node, self._watched_on_node)
         if func == Tensor.retain_grad and not args[0].is_leaf:
@@ -562,11 +566,11 @@ class _Interceptor(torch_internals.QuickDispatchMode):
         self._recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch_internals.DEVICE and (device := torch_internals.answer_device(func, args)):
+            return device
         if torch_internals.has_dtensors(types):
             refuse_draw(func, args, kwargs or {})
             return NotImplemented  # a DTensor runs operators on local tensors, which come here
-        if func is torch_internals.DEVICE and (device := torch_internals.answer_device(func, args)):
-            return device
         if writes_across_ranks(func):
             with self:
                 return run_functional(func, args, kwargs or {})
