@@ -28,7 +28,6 @@ import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch._prims_common import make_channels_last_strides_for, make_contiguous_strides_for
 from torch._subclasses import FakeTensor, FakeTensorMode
-from torch._subclasses.fake_tensor import in_kernel_invocation_manager
 from torch.autograd import forward_ad
 from torch.distributed._composable.contract import REGISTRY_KEY
 from torch.distributed.distributed_c10d import PrefixStore, Store
@@ -231,11 +230,8 @@ def fake_of(mode: Any, shape: Sequence[int], stride: Sequence[int], offset: int,
 
 
 def fake_leaf(mode: Any, shape: Sequence[int], dtype: Any, device: Any, *, requires_grad: bool) -> torch.Tensor:
-    """What `torch.empty` gives under a fake mode, without that operator.
-
-    `in_kernel_invocation_manager`, `FakeTensor`: 2.11 to 2.13.
-    """
-    with in_kernel_invocation_manager(mode):
+    """What `torch.empty` gives under a fake mode, without that operator. `no_dispatch`, `FakeTensor`: 2.11 to 2.13."""
+    with no_dispatch():
         meta = torch.empty(shape, dtype=dtype, device="meta")
     return FakeTensor(mode, meta, device).requires_grad_(requires_grad)
 
@@ -338,14 +334,13 @@ def fake_geometry(tensor: Any) -> tuple[Any, ...] | None:
 def make_fake(mode: Any, geometry: tuple[Any, ...], viewed: torch.Tensor | None) -> torch.Tensor:
     """A fake tensor of a geometry, as of `fake_geometry`: a view of another one, or a new one.
 
-    `in_kernel_invocation_manager`, `FakeTensor`: 2.11 to 2.13.
+    `no_dispatch`, `FakeTensor`: 2.11 to 2.13.
     """
     shape, strides, offset, dtype, device = geometry
-    with in_kernel_invocation_manager(mode):
+    storage = None if viewed is None else viewed.untyped_storage()
+    with no_dispatch():
         made = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
-    if viewed is not None:
-        storage = viewed.untyped_storage()
-        with in_kernel_invocation_manager(mode):
+        if storage is not None:
             made.set_(storage, offset, shape, strides)
     return FakeTensor(mode, made, device)
 
@@ -897,6 +892,8 @@ TENSOR_TABLES = ("_parameters", "_buffers")
 """Attributes in which a module holds the parameters and buffers that it registers: 2.11 to 2.13."""
 MODULE_TABLE = "_modules"
 """Attribute in which a module holds its submodules: 2.11 to 2.13."""
+TABLES = (*TENSOR_TABLES, MODULE_TABLE)
+"""All attributes in which a module holds what it registers."""
 RNN_CACHES = ("_flat_weights", "_flat_weight_refs")
 """Attributes that an nn.RNNBase rebuilds from its parameters in every call: 2.11 to 2.13."""
 _HOOKS_OF_STATE_DICTS = (
@@ -1158,7 +1155,7 @@ MODULE_ATTRIBUTES = frozenset(
 
 def registered(module: nn.Module) -> tuple[dict[str, Any], ...]:
     """The tables in which `Module.__getattr__` looks: 2.11 to 2.13."""
-    return tuple(vars(module).get(table, {}) for table in (*TENSOR_TABLES, MODULE_TABLE))
+    return tuple(vars(module).get(table, {}) for table in TABLES)
 
 
 def tensors_of(module: nn.Module) -> dict[str, dict[str, Any]]:

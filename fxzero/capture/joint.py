@@ -462,7 +462,8 @@ def _silent_about_history(module: nn.Module) -> Generator[None]:
 
     Only where there is such state: Python forgets which warnings it has shown whenever filters change.
     """
-    values = [value for each in module.modules() for value in vars(each).values()]
+    of_torch = torch_internals.MODULE_ATTRIBUTES.difference(torch_internals.TENSOR_TABLES)
+    values = [value for each in module.modules() for name, value in vars(each).items() if name not in of_torch]
     if not any(isinstance(leaf, Tensor) and not leaf.is_leaf for leaf in torch_internals.tree_leaves(values)):
         yield
         return
@@ -586,11 +587,11 @@ class _Interceptor(torch_internals.QuickDispatchMode):
         self._recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch_internals.DEVICE and (device := torch_internals.answer_device(func, args)):
+            return device
         if torch_internals.has_dtensors(types):
             refuse_draw(func, args, kwargs or {})
             return NotImplemented  # a DTensor runs operators on local tensors, which come here
-        if func is torch_internals.DEVICE and (device := torch_internals.answer_device(func, args)):
-            return device
         if writes_across_ranks(func):
             with self:
                 return run_functional(func, args, kwargs or {})

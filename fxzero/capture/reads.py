@@ -56,6 +56,14 @@ _made_in_forwards: weakref.WeakSet[types.FunctionType] = weakref.WeakSet()
 """Functions that a forward made which was followed; others keep their variables from call to call."""
 
 
+class _InClass(enum.Enum):
+    """What a class says of an attribute."""
+
+    FREE = "of nn.Module, or a property: no guard"
+    LACKS = "nothing, and it is a module's"
+    UNKNOWN = "anything else"
+
+
 class ReadsMoment(NamedTuple):
     """What was known at some time of a forward."""
 
@@ -124,6 +132,8 @@ class Reads:
         """Whether code may read attributes of the class of its first argument, as `type(self).count`."""
         self._classes_read: set[tuple[types.CodeType, type]] = set()
         """Code that may do so, and classes of which it has."""
+        self._in_classes: dict[tuple[type, str], _InClass] = {}
+        """What classes know of attributes that their instances have not set."""
         self._with_functions: set[types.CodeType] = set()
         """Code that functions have which were there before the forward."""
         self._is_on = False
@@ -320,7 +330,8 @@ class Reads:
             try:
                 value = get(obj, name)
             except AttributeError:
-                if (id(obj), name) not in settled or self._seen is not None or self.observed:
+                is_known = not self._is_on or (id(obj), name) in settled
+                if not is_known or self._seen is not None or self.observed:
                     self._on_read(obj, name, ABSENT)
                 raise
             is_known = not self._is_on or name in unread or (id(obj), name) in settled
@@ -369,7 +380,7 @@ class Reads:
         if name != "__dict__":
             self._settled.add(slot)
             self._alive.append(obj)
-        if slot in self.found or slot in self.set_slots or self._needs_no_guard(obj, name):
+        if slot in self.found or slot in self.set_slots or self._needs_no_guard(obj, name, value):
             return
         self.pause()  # Python is slow where calls are seen
         try:
@@ -378,12 +389,27 @@ class Reads:
         finally:
             self.go_on()
 
-    def _needs_no_guard(self, obj: Any, name: str) -> bool:
-        if isinstance(obj, nn.Module) and name in _OF_MODULES:
+    def _needs_no_guard(self, obj: Any, name: str, value: Any) -> bool:
+        if self._is_free(obj, name, value) or (isinstance(obj, nn.Module) and name in _OF_MODULES):
             return True
         if name in torch_internals.RNN_CACHES:  # rebuilt from the parameters
             return True
         return name == "forward" and (obj is self._model or id(obj) in self.replaced)  # which fxzero replaces
+
+    def _is_free(self, obj: Any, name: str, value: Any) -> bool:
+        """True for a method of nn.Module, a property, or what a module registers, which `_locate` would find in vain."""
+        kind = type(obj)
+        found = self._in_classes.get((kind, name))
+        if found is None:
+            found = self._in_classes[kind, name] = _found_in(kind, name)
+        if found is _InClass.UNKNOWN:
+            return False
+        attributes = object.__getattribute__(obj, "__dict__")
+        if name in attributes:
+            return False
+        if found is _InClass.FREE:
+            return True
+        return value is ABSENT and any(name in attributes.get(table, ()) for table in torch_internals.TABLES)
 
     def _on_read_of_all(self, obj: Any, attributes: dict[str, Any]) -> None:
         for name, value in list(attributes.items()):
@@ -654,6 +680,18 @@ def _may_change(read: Read) -> bool:
 
 def _size_of(attributes: dict[str, Any], name: str) -> Read:
     return Read(attributes, _SIZE, Kind.SIZE, len(attributes), path=name)
+
+
+def _found_in(kind: type, name: str) -> _InClass:
+    if hasattr(kind, "attribute_map") or kind.__dictoffset__ == 0 or (name.startswith("__") and name.endswith("__")):
+        return _InClass.UNKNOWN
+    base = class_with(kind, name)
+    if base is None:
+        return _InClass.LACKS if issubclass(kind, nn.Module) else _InClass.UNKNOWN
+    found = vars(base)[name]
+    is_slot = isinstance(found, types.MemberDescriptorType)
+    is_code = not is_slot and (isinstance(found, property) or hasattr(type(found), "__set__"))
+    return _InClass.FREE if base in (nn.Module, object) or is_code else _InClass.UNKNOWN
 
 
 def _locate(obj: Any, name: str, value: Any) -> Read | None:

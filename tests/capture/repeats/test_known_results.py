@@ -51,6 +51,7 @@ def _attention(run: Callable[..., Any], x: Tensor, dropout: float) -> Any:
         lambda run, x: run(aten.native_layer_norm.default, x, [6], None, None, 1e-5),
         lambda run, x: run(aten._to_copy.default, run(aten.expand.default, x, [2, 4, 6]), dtype=torch.bfloat16),
         lambda run, x: run(aten.cat.default, [x, x], 1),
+        lambda run, x: run(aten.cat.default, [torch.tensor([]), x], 1),
         lambda run, x: _attention(run, x, dropout=0.0),
     ],
 )
@@ -94,6 +95,7 @@ def test_view_that_is_made_again_shares_the_memory_of_its_own_argument(call: Cal
         lambda run, x: _attention(run, x, dropout=0.5),
         lambda run, x: run(aten.lift_fresh.default, x),
         lambda run, x: run(aten.split.Tensor, x, 2),
+        lambda run, x: run(aten.add.Tensor, torch.tensor(1.0), torch.tensor(2.0)),
         lambda run, x: run(aten.lift_fresh_copy.default, x),
     ],
 )
