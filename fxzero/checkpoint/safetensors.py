@@ -9,6 +9,7 @@ Source: https://huggingface.co/docs/safetensors, "Format".
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import math
 import os
@@ -73,7 +74,13 @@ class _Layout:
 
 
 def reserve_room(path: Path, announced: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Take the room on the disk that `save_stream` will need; raises OSError if there is none."""
+    """Take the room on the disk that `save_stream` will need; raises OSError if there is none.
+
+    Room that a process had taken and that was killed since is given back.
+    """
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
+        if not _is_alive(left.name.split(".")[-2]):
+            left.unlink(missing_ok=True)
     nbytes = _Layout.of(announced, metadata).nbytes
     with _partial(path).open("wb") as file:
         if hasattr(os, "posix_fallocate"):
@@ -163,6 +170,19 @@ class _Writing:
 def _partial(path: Path) -> Path:
     """Where a file is until it is complete; processes that write the same one do not meet."""
     return path.with_name(f"{path.name}.{os.getpid()}.partial")
+
+
+def _is_alive(process: str) -> bool:
+    """False for the number of a process that has ended, where that can be asked without harm."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OverflowError, OSError):  # no number, or a process of somebody else
+        return True
+    return True
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -282,7 +282,9 @@ class Agreement:
             absent = self._absent() if now >= min(next_look_at_peers, started + timeout_s) else []
             if now >= next_look_at_peers:
                 next_look_at_peers = now + 0.5
-                if absent and (stop := look(absent)) is not None:
+                awaited = absent or [rank for rank in self.members if rank != self.rank]  # one died as it posted
+                stop = look(awaited)
+                if stop is not None and self.store.add("arrived", 0) < len(self.members):
                     self._fail(stop.text, _ERRORS.get(stop.kind, RankMismatchError))
             if now - started >= timeout_s:
                 self._fail(

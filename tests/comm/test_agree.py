@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +16,8 @@ from torch.distributed import (  # pyright: ignore[reportPrivateImportUsage]
 )
 
 from fxzero.comm.agree import Agreement, agree, describe, report_failure, reporting_failure
-from fxzero.errors import RankMismatchError
+from fxzero.comm.phases import Stop
+from fxzero.errors import CommunicationError, RankMismatchError
 
 
 def on_ranks(num_ranks: int, body: Callable[[int], None]) -> list[str]:
@@ -120,6 +121,20 @@ def test_absent_ranks_are_named_when_time_is_over() -> None:
     errors = on_ranks(2, lambda rank: compare(store, rank, (0, 1, 2, 3, 5), ["lines"], timeout_s=0.3))
     assert any("Ranks 2-3, 5 did not come to compare the layout within 0.3 s" in error for error in errors)
     assert all("did not come" in error for error in errors)
+
+
+def test_a_rank_that_died_between_posting_and_counting_is_looked_for() -> None:
+    store, lines = HashStore(), ["a"]
+    Agreement.enter(store, "layout", (0, 1), 1)._write(lines)
+    asked: list[Sequence[int]] = []
+
+    def look(ranks: Sequence[int]) -> Stop:
+        asked.append(ranks)
+        return Stop("end", "rank 1 has died")
+
+    with pytest.raises(CommunicationError, match="rank 1 has died"):
+        Agreement.enter(store, "layout", (0, 1), 0).run(lines, 20.0, look=look)
+    assert asked == [[1]]
 
 
 def test_ranks_are_told_when_they_have_other_ideas_of_the_group() -> None:

@@ -372,5 +372,6 @@ def give_states_on_some_ranks(rank: int, world_size: int) -> None:
         full = zero.state_dict()
         for name, _ in zero.named_parameters():
             assert torch.equal(weights[name].full_tensor(), full[name])
-        assert state["state"]["head.weight"]["exp_avg"].shape == (5, 8)
+        by_name: Any = state["state"]
+        assert by_name["head.weight"]["exp_avg"].shape == (5, 8)
     dist.barrier()

@@ -100,12 +100,12 @@ def losses(
         options: of compile.
     """
     mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    data = tuple(sizes)[:-1]
+    *data, _ = sizes
     torch.manual_seed(0)
     model, reference = Net(), Net()
     reference.load_state_dict(model.state_dict())
     parallelize_module(model, mesh["tp"], plan(name))
-    zero: Any = fxzero.compile(model, mesh=mesh[data] if len(data) > 1 else mesh[data[0]], **options)
+    zero: Any = fxzero.compile(model, mesh=mesh[tuple(data)] if len(data) > 1 else mesh[data[0]], **options)
     optimizers: list[Any] = [adamw(each) for each in (zero, reference)]
     if resumes:
         zero, reference = load_into(zero, folder), load_into(reference, folder)

@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -136,6 +138,17 @@ def test_a_disk_that_fails_at_the_end_is_told(
     assert main([*SMALL, "--data", str(data), "--out", str(out)]) == 2
     assert "model.safetensors is complete." in capsys.readouterr().err
     load(out)
+
+
+def test_room_that_a_killed_process_had_taken_is_given_back(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    kept = [tmp_path / f"file.{os.getppid()}.partial", tmp_path / "file.mine.partial"]
+    for path in (*kept, tmp_path / f"file.{ended.pid}.partial"):
+        path.touch()
+    reserve_room(tmp_path / "file", {"a": torch.empty(8, device="meta")}, {})
+    give_back_room(tmp_path / "file")
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
 
 
 def test_room_is_taken_and_given_back(tmp_path: Path) -> None:
