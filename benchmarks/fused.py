@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.fused --rounds 8
 
-The others are exact compute, eager fxzero, torch.compile and eager PyTorch. Six layers, 256 wide, 4 x 256 tokens (ViT: 8
-images of 65 patches). Printed are medians of a step, the ratio to each
-other way (median of the ratios of the rounds), the first step of each, and the bytes that fxzero saves for backward.
+The others are exact compute, eager fxzero, torch.compile and eager PyTorch. Six layers, 256 wide, 4 x 256 tokens (ViT:
+8 images of 65 patches). Printed are medians of a step, the ratio to each other way (median of the ratios of the
+rounds), the first step of each, and the bytes that fxzero saves for backward.
 """
 
 from __future__ import annotations

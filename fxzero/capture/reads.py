@@ -397,7 +397,7 @@ class Reads:
         return name == "forward" and (obj is self._model or id(obj) in self.replaced)  # which fxzero replaces
 
     def _is_free(self, obj: Any, name: str, value: Any) -> bool:
-        """True for a method of nn.Module, a property, or what a module registers, which `_locate` would find in vain."""
+        """True for a method of nn.Module, a property, or what a module registers: `_locate` would find it in vain."""
         kind = type(obj)
         found = self._in_classes.get((kind, name))
         if found is None:
