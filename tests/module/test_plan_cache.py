@@ -86,7 +86,7 @@ class Flagged(nn.Module):
     """Keeps its flag in a place of its own."""
 
     @property
-    def training(self) -> bool:  # type: ignore[override]
+    def training(self) -> bool:  # type: ignore[override]  # pyright: ignore[reportIncompatibleVariableOverride]
         return bool(self.__dict__.get("is_training", True))
 
     @training.setter

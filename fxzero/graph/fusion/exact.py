@@ -83,7 +83,7 @@ def _is_defined(node: fx.Node) -> bool:
 def _adds_as_it_is(node: fx.Node) -> bool:
     """False for `x + alpha * y`, which rounds once in one place and twice in another."""
     alpha = node.args[2] if len(node.args) > 2 else node.kwargs.get("alpha", 1)
-    return alpha == 1
+    return bool(alpha == 1)
 
 
 def _is_product(node: fx.Node) -> bool:
