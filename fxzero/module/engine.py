@@ -307,7 +307,8 @@ class Engine:
             settings(),
             tuple([geometry_of(param) for param in sharded.ignored.values()]),
         )
-        if (before := self._signature_before) == signature:
+        before = self._signature_before
+        if before is not None and before == signature:
             return before  # an object that lookups know has its hash, and is equal to itself at once
         self._signature_before = signature
         return signature
