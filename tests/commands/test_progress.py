@@ -21,13 +21,19 @@ def test_first_line_comes_before_torch_is_imported(tmp_path: Path) -> None:
     assert (run.returncode, run.stdout) == (7, "fxzero train: importing torch\n")
 
 
+def said_by(code: str) -> str:
+    """What code writes in a new process."""
+    run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
 def test_names_of_the_package_are_there_without_torch_before() -> None:
     code = (
         "import sys, fxzero; assert 'torch' not in sys.modules; fxzero.errors; assert 'torch' not in sys.modules;"
         "assert not hasattr(fxzero, 'nothing'); from fxzero import *; print(compile.__module__, fxzero.passes.__name__)"
     )
-    run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    assert run.stdout == "fxzero.api fxzero.passes\n", run.stderr
+    assert said_by(code) == "fxzero.api fxzero.passes\n"
 
 
 def test_a_plain_step_does_without_networkx_whose_import_takes_memory() -> None:
@@ -35,8 +41,7 @@ def test_a_plain_step_does_without_networkx_whose_import_takes_memory() -> None:
         "import sys, torch, fxzero; fxzero.compile(torch.nn.Linear(2, 2))(torch.ones(1, 2)).sum().backward();"
         "print('networkx' in sys.modules)"
     )
-    run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    assert run.stdout == "False\n", run.stderr
+    assert said_by(code) == "False\n"
 
 
 def test_a_stage_that_lasts_is_said_again(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
