@@ -298,9 +298,11 @@ class Engine:
             settings(),
             tuple([geometry_of(param) for param in sharded.ignored.values()]),
         )
-        if signature != self._signature_before:
-            self._signature_before = signature
-        return self._signature_before  # an object that lookups know has its hash, and is equal to itself at once
+        before = self._signature_before
+        if before is not None and before == signature:
+            return before  # the object that lookups know: it has its hash, and is equal to itself at once
+        self._signature_before = signature
+        return signature
 
     def _make(self, signature: Signature, pattern: Pattern | None, arguments: Arguments) -> BoundPlan:
         bound, pattern, drops_others = self.maker.make(signature, pattern, arguments)

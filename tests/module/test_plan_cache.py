@@ -85,11 +85,11 @@ class Flagged(nn.Module):
     """Keeps its flag in a place of its own."""
 
     @property
-    def training(self) -> bool:  # type: ignore[override]
+    def training(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return bool(self.__dict__.get("is_training", True))
 
     @training.setter
-    def training(self, value: bool) -> None:
+    def training(self, value: bool) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         self.__dict__["is_training"] = value
 
     def forward(self, x: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from fxzero.errors import FxzeroError
 from fxzero.optimizers.marks import PREFIX
 from fxzero.runtime.executable import Writes
 
-
 _requires_grad = operator.attrgetter("requires_grad")
 
 
