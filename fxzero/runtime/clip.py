@@ -52,7 +52,7 @@ def clip_grad_norm_(
         total = total.to(functools.reduce(torch.promote_types, (each.dtype for each in segments), torch.float32))
     if error_if_nonfinite and not bool(torch.isfinite(total)):
         raise not_finite(norm_type)
-    scale = (max_norm / (total + 1e-6)).clamp_(max=1.0)
+    scale = (total + 1e-6).reciprocal_().mul_(max_norm).clamp_(max=1.0)  # what `max_norm / tensor` does, in place
     for gradient in (*segments, *ignored):
         gradient.mul_(scale)
     if scale.device.type != "cpu" or not math.isfinite(scale.item()):  # 0 * NaN is NaN, in this norm and all later ones
