@@ -608,9 +608,11 @@ class _Interceptor(torch_internals.QuickDispatchMode):
             arguments = Arguments(args, kwargs or {})
             known = self._results
             result = run(func, args, kwargs or {}) if known is None else known.run(func, arguments, run)
-            if isinstance(result, Tensor) and result.layout is not torch.strided:
+            is_sparse = isinstance(result, Tensor) and result.layout is not torch.strided
+            if is_sparse and torch_internals.backward_id() < 0:  # sparse gradients are refused by the parameter's name
                 raise CaptureError(
-                    f"The forward makes a tensor of layout {result.layout} ({func}), which has no memory."
+                    f"The forward makes a tensor of layout {result.layout} ({func}), which cannot be traced. Let what "
+                    "makes it and what reads it be one module of its own, which can run as it is."
                 )
             result = with_real_strides(func, args, result)
             if self._record is not None:

@@ -286,7 +286,7 @@ def _run_load_hooks(
     for path, module in sharded.model.named_modules():
         prefix, metadata = join(path, ""), torch_internals.metadata_of(source, path)
         rest = prefix, metadata, True, missing, unexpected, errors
-        if converts and torch_internals.loads_in_its_own_way(module) and not _has_dtensors(state, prefix):
+        if converts and state and torch_internals.loads_in_its_own_way(module) and not _has_dtensors(state, prefix):
             _convert(sharded, module, state, *rest)
             own.add(path)
             continue

@@ -107,6 +107,7 @@ def like_the_plain_model(rank: int, world_size: int, layout: LayoutName) -> None
                 assert torch.equal(zero(X), plain(X)) and torch.equal(model(X), plain(X))
                 assert torch.equal(zero.mid(plain.emb(X)), plain.mid(plain.emb(X)))
             assert model.state_dict().keys() == plain.state_dict().keys()
+        plain.mid.weight.data = plain.mid.weight.data.contiguous()  # as shards are: other strides may round otherwise
         assert_alike(zero, plain)
         train(zero, world_size)
         train(plain, world_size)
