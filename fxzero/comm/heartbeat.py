@@ -134,7 +134,7 @@ class Heartbeat:
                     return stop
                 time.sleep(0.05)
         except RuntimeError as error:
-            return log.stop or Stop("end", f"{_lost_store(error)}; rank {self.rank} waits in {log.what}.")
+            return log.stop or Stop("end", f"rank {self.rank} waits in {log.what}, and {_lost_store(error)}.")
         return log.stop
 
     def stop(self, log: PhaseLog, stop: Stop) -> None:
@@ -231,8 +231,8 @@ def heartbeat() -> Heartbeat:
 
 def _lost_store(error: RuntimeError) -> str:
     return (
-        f"the store of the process group does not answer ({str(error).strip().splitlines()[0]}), so the process that "
-        "hosts it (rank 0, where torchrun does not) has died or ended: its own error says why"
+        f"it has lost the store of the process group ({str(error).strip().splitlines()[0]}), so the process that hosts "
+        "it (rank 0, where torchrun does not) has died or ended: its own error says why"
     )
 
 
