@@ -55,7 +55,8 @@ def clip_grad_norm_(
     scale = (total + 1e-6).reciprocal_().mul_(max_norm).clamp_(max=1.0)  # what `max_norm / tensor` does, in place
     for gradient in (*segments, *ignored):
         gradient.mul_(scale)
-    if scale.device.type != "cpu" or not math.isfinite(scale.tolist()):  # 0 * NaN is NaN, now and in later norms
+    known: Any = scale.tolist() if scale.device.type == "cpu" else math.nan  # no operator, and no wait for a GPU
+    if not math.isfinite(known):  # 0 * NaN is NaN, now and in later norms
         gradients.clear_padding()
     return total
 
