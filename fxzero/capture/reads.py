@@ -330,12 +330,11 @@ class Reads:
             try:
                 value = get(obj, name)
             except AttributeError:
-                is_known = not self._is_on or (id(obj), name) in settled
-                if not is_known or self._seen is not None or self.observed:
+                if self._notes or (self._is_on and (id(obj), name) not in settled):
                     self._on_read(obj, name, ABSENT)
                 raise
             is_known = not self._is_on or name in unread or (id(obj), name) in settled
-            if is_known and self._seen is None and not self.observed:
+            if is_known and not self._notes:
                 return value
             if name == "__dict__" and self._is_on and _is_called_by_user(inspect.currentframe()):
                 self._on_read_of_all(obj, value)

@@ -535,8 +535,21 @@ class Reversed(torch.autograd.Function):
         return -ctx.module.config["strength"] * grads[0], None
 
 
+class Scaled(torch.autograd.Function):
+    """Scales by what its module says, in both directions."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: nn.Module) -> Tensor:
+        ctx.module = module
+        return x * cast(Any, module).scale
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.module.scale * grads[0], None
+
+
 class ReadsLate(nn.Module):
-    """Reads state in its backward: in a Function, or in a hook."""
+    """Reads state in its backward: in a Function, which may read it in forward too, or in a hook."""
 
     def __init__(self, where: str) -> None:
         super().__init__()
@@ -548,12 +561,14 @@ class ReadsLate(nn.Module):
         y = self.linear(x)
         if self.where == "function":
             return Reversed.apply(y, self)
+        if self.where == "function, and forward":
+            return Scaled.apply(y, self)
         if y.requires_grad:
             y.register_hook(lambda grad: grad * self.scale)
         return y
 
 
-@pytest.mark.parametrize("where", ["function", "hook"])
+@pytest.mark.parametrize("where", ["function", "function, and forward", "hook"])
 def test_what_a_backward_reads_must_not_change_behind_its_forward(where: str) -> None:
     x, model = torch.ones(2, 4), ReadsLate(where)
     zero, plain = fxzero.compile(copy.deepcopy(model)), model
