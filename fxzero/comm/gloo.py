@@ -121,9 +121,9 @@ class GlooComm(GroupComm):
 
     def all_reduce(self, tensor: Tensor, op: Literal["sum", "max"] = "sum") -> None:
         what = f"an all-reduce of {tensor.numel()} elements"
-        *terms, last = self._exchange_with_all(what, f"all_reduce {op}", tensor)
-        combine: Callable[..., Tensor] = torch.add if op == "sum" else torch.maximum
-        combine(reduce(combine, terms), last, out=tensor)  # which may be a term: all of them are read by then
+        terms = self._exchange_with_all(what, f"all_reduce {op}", tensor)
+        combine: Callable[[Tensor, Tensor], Tensor] = torch.add if op == "sum" else torch.maximum
+        tensor.copy_(reduce(combine, terms))
 
     def all_to_all(self, what: str, sent: Sequence[Tensor], received: Sequence[Tensor]) -> None:
         self._send_and_receive(what, "all_to_all", received, sent)
