@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from fxzero import torch_internals
 from fxzero.checkpoint.callers import is_asked_by_checkpoint
@@ -298,7 +297,7 @@ def _run_load_hooks(
 
 
 def _has_dtensors(state: Mapping[str, Any], prefix: str) -> bool:
-    return any(isinstance(value, DTensor) for name, value in state.items() if name.startswith(prefix))
+    return torch_internals.has_dtensors([type(value) for name, value in state.items() if name.startswith(prefix)])
 
 
 def _convert(sharded: ShardedModel, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
